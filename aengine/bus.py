@@ -1,0 +1,399 @@
+"""The bus of one engine: its topics, the subscribers beside its step, and the streams of whoever reads along."""
+
+import logging
+from collections.abc import Awaitable, Callable, Iterable
+from contextvars import ContextVar
+from time import perf_counter
+from typing import Any, TypeAlias
+
+import anyio
+import anyio.lowlevel
+import anyio.to_thread
+
+from aengine.errors import HandlerTimeout
+from aengine.events import AnyEvent, Event, Selector, selectors
+from aengine.inbox import Inbox, Overflow, Room
+from aengine.state import State
+from aengine.statistics import ListenerStatistics
+from aengine.topic import (
+    Dispatch,
+    InlineHandler,
+    Outlet,
+    Publisher,
+    Snapshot,
+    Topic,
+    is_async_callable,
+    is_awaitable,
+    name_of,
+    refuse_generators,
+)
+from aengine.worker import Home
+
+OnError: TypeAlias = str
+Fail: TypeAlias = Callable[[BaseException], None]
+
+_TURN = 64
+"""Events that a subscriber handles before it lets other tasks have a turn, if its handler never waits."""
+
+
+class Listening:
+    """What a subscriber and a stream have in common: an inbox, fed by one or several topics."""
+
+    def __init__(self, bus: "Bus", event: AnyEvent, name: str, buffer: int, overflow: Overflow | str, snapshot: Snapshot | None) -> None:
+        if not isinstance(buffer, int) or buffer < 1:
+            raise ValueError(f"buffer= is the number of events that may wait, at least 1, got {buffer!r}")
+        if snapshot is not None and not callable(snapshot):
+            raise TypeError(f"snapshot= must be a callable of the engine, got {snapshot!r}")
+        self.name = name
+        self.errors = 0
+        self.busy = 0.0
+        self.selectors = selectors(event)
+        self.inbox = Inbox(name, buffer, _overflow(overflow), bus.lock)
+        self._outlets = [Outlet(selector, self.inbox, snapshot) for selector in self.selectors]
+        self._topics = [bus.topic(selector.name) for selector in self.selectors]
+
+    def open(self, count_of: Callable[[Topic], int]) -> None:
+        """Begin to listen."""
+        for topic, outlet in zip(self._topics, self._outlets, strict=True):
+            topic.listen(outlet, count_of(topic))
+
+    def leave(self) -> None:
+        """Listen no more."""
+        for topic in self._topics:
+            topic.leave(self._outlets)
+
+    def statistics(self) -> ListenerStatistics:
+        """Return what became of the events so far."""
+        inbox = self.inbox
+        return ListenerStatistics(
+            name=self.name,
+            events=" | ".join(map(str, self.selectors)),
+            depth=len(inbox),
+            accepted=inbox.accepted,
+            handled=inbox.handled,
+            dropped=inbox.dropped,
+            discarded=inbox.discarded,
+            errors=self.errors,
+            busy=self.busy,
+        )
+
+
+class Subscriber(Listening):
+    """A handler beside the step: while a run lasts, in a task of its own, one event at a time, in order."""
+
+    def __init__(
+        self,
+        bus: "Bus",
+        event: AnyEvent,
+        handler: Callable[[Event], Any],
+        *,
+        buffer: int,
+        overflow: Overflow | str,
+        on_error: OnError,
+        snapshot: Snapshot | None,
+        name: str | None,
+    ) -> None:
+        refuse_generators(handler, "a subscriber's handler")
+        if on_error not in ("raise", "log"):
+            raise ValueError(f'on_error= is "raise" (the run fails) or "log" (counted and logged), got {on_error!r}')
+        super().__init__(bus, event, name or name_of(handler), buffer, overflow, snapshot)
+        self.handler = handler
+        self._is_async = is_async_callable(handler)
+        self._isolated = on_error == "log"
+        self._logger = bus.logger
+        self._scope: anyio.CancelScope | None = None
+        self._limiter: anyio.CapacityLimiter | None = None
+
+    async def consume(self, home: Home, fail: Fail) -> None:
+        """Handle what arrives until the inbox is closed and empty. Errors go to `fail`, not to the task group.
+
+        Shielded: what was accepted before a cancellation is still handled. `give_up()` ends it all the same.
+        """
+        _subscriber.set(self)
+        self._limiter = anyio.CapacityLimiter(1)  # not the application's: a slow handler takes none of its threads
+        try:
+            with anyio.CancelScope(shield=True) as self._scope:
+                await self._consume(home)
+        except Exception as error:  # noqa: BLE001 -- handed over
+            fail(error)
+        except BaseException as error:
+            # Not by us, or the scope would have kept it: a handler let out somebody else's cancellation.
+            stray = RuntimeError(f"subscriber {self.name!r} was cancelled from outside the run, or let a cancellation out")
+            stray.__cause__ = error
+            fail(stray)
+            raise
+        finally:
+            self.inbox.close_nowait(discard=True)  # who is dead must block nobody
+
+    async def _consume(self, home: Home) -> None:
+        inbox, turn = self.inbox, 0
+        began = perf_counter()
+        while True:
+            if (event := inbox.take_nowait()) is None:
+                self.busy += perf_counter() - began
+                if inbox.closed:
+                    return
+                await inbox.arrival(home)
+                began, turn = perf_counter(), 0
+                continue
+            try:
+                await self._handle(event)
+            except Exception as error:
+                self.errors += 1
+                error.add_note(f"in subscriber {self.name!r} of {event.name}, {_place(event)}")
+                if not self._isolated:
+                    raise
+                self._logger.exception("subscriber %r of %s failed, going on (%s)", self.name, event.name, _place(event))
+            inbox.done_nowait()
+            turn += 1
+            if turn % _TURN == 0:
+                await anyio.lowlevel.checkpoint()
+
+    async def _handle(self, event: Event) -> None:
+        if self._is_async:
+            await self.handler(event)
+            return
+        result = await anyio.to_thread.run_sync(self.handler, event, abandon_on_cancel=True, limiter=self._limiter)
+        if result is not None and is_awaitable(result):
+            await result
+
+    def give_up(self) -> None:
+        """Cancel the handler: its time is over."""
+        if self._scope is not None:
+            self._scope.cancel()
+
+
+class Stream(Listening):
+    """Events for whoever reads them: `async with engine.stream(event) as events: async for event in events: ...`
+
+    It owns no task, so it can be dropped anywhere. It begins with the `async with`, and ends when the run under way,
+    or else the next one, ends; what is left can still be read then. Its reader is one task.
+
+    Raises:
+        RuntimeError: it is read outside of its `async with`.
+    """
+
+    def __init__(self, bus: "Bus", event: AnyEvent, *, buffer: int, overflow: Overflow | str, snapshot: Snapshot | None) -> None:
+        super().__init__(bus, event, f"stream of {' | '.join(map(str, selectors(event)))}", buffer, overflow, snapshot)
+        self._bus = bus
+        self._home: Home | None = None
+
+    async def __aenter__(self) -> "Stream":
+        self._home = Home()
+        self.inbox.reopen_nowait()
+        self._bus.streams += (self,)
+        self.open(self._bus.count_of)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._home = None
+        self.leave()
+        self._bus.streams = tuple(stream for stream in self._bus.streams if stream is not self)
+        self.inbox.close_nowait(discard=True)
+
+    def __aiter__(self) -> "Stream":
+        return self
+
+    async def __anext__(self) -> Event:
+        home = self._home
+        if home is None:
+            raise RuntimeError("a stream is read inside its block: async with engine.stream(...) as events: async for event in events: ...")
+        await anyio.lowlevel.checkpoint_if_cancelled()
+        while (event := self.inbox.take_nowait()) is None:
+            if self.inbox.closed:
+                raise StopAsyncIteration
+            await self.inbox.arrival(home)
+        self.inbox.done_nowait()
+        return event
+
+
+class Bus(Publisher):
+    """Topics, subscribers and streams of one engine."""
+
+    __slots__ = ("_topics", "logger", "state", "streams", "subscribers")
+
+    def __init__(self, name: str, logger: logging.Logger, state: State) -> None:
+        super().__init__(name)
+        self.logger = logger
+        self.state = state
+        self.subscribers: tuple[Subscriber, ...] = ()
+        self.streams: tuple[Stream, ...] = ()
+        self._topics: dict[str, Topic] = {}
+
+    def topic(self, name: str) -> Topic:
+        """Return the topic of this name, the same each time."""
+        topic = self._topics.get(name)
+        if topic is None:
+            topic = self._topics.setdefault(name, Topic(name, self))
+        return topic
+
+    @property
+    def topics(self) -> Iterable[Topic]:
+        """All topics that anybody has asked for."""
+        return tuple(self._topics.values())
+
+    def next_count(self, topic: Topic) -> int:
+        """Return the counter of an event that fires now."""
+        return self.count_of(topic) if topic.name in self.state.event_to_attr else topic.next_count()
+
+    def count_of(self, topic: Topic) -> int:
+        """Return where the counter of an event stands."""
+        counter = self.state.event_to_attr.get(topic.name)
+        return topic.fired if counter is None else int(getattr(self.state, counter, 0))
+
+    def add_inline(self, event: AnyEvent, handler: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Add an inline handler to each of the events; to all, or, when it cannot be called, to none."""
+        added = [InlineHandler(selector, handler, args, kwargs) for selector in selectors(event)]
+        for one in added:
+            topic = self.topic(one.selector.name)
+            topic.listen(one, self.count_of(topic))
+
+    def find_inline(self, handler: Callable[..., Any], selector: Selector | None) -> list[InlineHandler]:
+        """Return where this handler listens: anywhere; to an event; or, if it is filtered, with that very filter."""
+        topics = self.topics if selector is None else [self.topic(selector.name)]
+        found = [one for topic in topics for one in topic.inline if one.handler == handler]
+        exact = selector is not None and selector.filter is not None
+        return [one for one in found if one.selector == selector] if exact else found
+
+    def remove_inline(self, handler: Callable[..., Any], selector: Selector) -> bool:
+        """Remove this handler where it listens with this very filter, or with none. Says whether it did."""
+        topic = self.topic(selector.name)
+        found = [one for one in topic.inline if one.handler == handler and one.selector == selector]
+        topic.leave(found)
+        return bool(found)
+
+    def add_subscriber(self, subscriber: Subscriber) -> None:
+        """Add a subscriber; who starts runs it from then on."""
+        with self.lock:
+            self.subscribers += (subscriber,)
+        subscriber.open(self.count_of)
+
+    def remove_subscriber(self, subscriber: Subscriber) -> None:
+        """Remove a subscriber. What it has accepted it still handles; then its task ends."""
+        with self.lock:
+            self.subscribers = tuple(one for one in self.subscribers if one is not subscriber)
+        subscriber.leave()
+        subscriber.inbox.close_nowait()
+
+    def rewind(self) -> None:
+        """A run begins: filters look ahead from where the counters stand."""
+        for topic in self.topics:
+            topic.rewind(self.count_of(topic))
+
+    async def flush(self, home: Home) -> None:
+        """Wait until the subscribers have handled all that has been published. Cancellable."""
+        if _subscriber.get() is not None:
+            raise RuntimeError(
+                "flush() waits for every subscriber, and so for the one that calls it here: call it from the step, from an"
+                " inline handler, or from outside"
+            )
+        sequence = self.sequence
+        for subscriber in self.subscribers:
+            await subscriber.inbox.settled(sequence, home)
+
+    def end_streams(self) -> None:
+        """The run is over: their readers come to an end."""
+        for stream in self.streams:
+            stream.inbox.close_nowait()
+
+    def give_up(self, late: list[Subscriber], grace: float) -> HandlerTimeout:
+        """End what did not end by itself. Returns the error that says what was lost."""
+        lost = "; ".join(
+            f"{one.name!r} of {' | '.join(map(str, one.selectors))} "
+            + (f"in {one.inbox.in_hand.name} ({_place(one.inbox.in_hand)})" if one.inbox.in_hand else "before its next event")
+            + f", {len(one.inbox)} more discarded"
+            for one in late
+        )
+        for one in late:
+            one.give_up()
+        return HandlerTimeout(f"after {grace} seconds of grace these subscribers of engine {self.name!r} were still busy: {lost}")
+
+
+async def emit(dispatch: Dispatch, *, can_wait: bool = True) -> None:
+    """Drive a dispatch from async code: await what it yields; but refuse to wait for room that nobody makes.
+
+    A subscriber that emits waits for room like anyone else, unless that inbox's own reader waits, directly or
+    through others, for room in the emitter's: then the event is accepted over the bound, and nobody is stuck.
+    """
+    me = _subscriber.get()
+    resume: Callable[..., Any] = dispatch.send
+    value: Any = None
+    while True:
+        try:
+            wanted = resume(value)
+        except StopIteration:
+            return
+        try:
+            if type(wanted) is Room and not can_wait:
+                raise RuntimeError(
+                    f"the inbox of {wanted.inbox.name!r} is full, and no run is under way in which it is emptied: emit fewer events"
+                    " between runs, make its buffer= larger, or choose another overflow="
+                )
+            if me is not None and type(wanted) is Room:
+                value = await _wait_for_room(me.inbox, wanted)
+            else:
+                value = await wanted
+            resume = dispatch.send
+        except BaseException as error:  # noqa: BLE001 -- thrown into the dispatch, which lets it out again
+            resume, value = dispatch.throw, error
+
+
+def emit_nowait(dispatch: Dispatch, name: str) -> list[Room]:
+    """Drive a dispatch where nothing can be awaited. Returns the waits for room that it owes: the events are accepted.
+
+    Raises:
+        RuntimeError: a handler turned out to be async. It was not run.
+    """
+    owed: list[Room] = []
+    resume: Callable[..., Any] = dispatch.send
+    value: Any = None
+    while True:
+        try:
+            wanted = resume(value)
+        except StopIteration:
+            return owed
+        if type(wanted) is Room:
+            owed.append(wanted)
+        else:
+            close_unawaited(wanted)
+            resume, value = dispatch.throw, RuntimeError(async_handler_message(name))
+
+
+def async_handler_message(name: str) -> str:
+    """Say what to write instead of a plain `fire_event`."""
+    return f"{name} has an async inline handler, which fire_event() cannot await here: write  await engine.emit({name!r})"
+
+
+_subscriber: ContextVar[Subscriber | None] = ContextVar("aengine_subscriber", default=None)
+
+
+async def _wait_for_room(me: Inbox, room: Room) -> None:
+    if _waits_for(room.inbox, me):
+        return
+    me.reader_waits_for.append(room.inbox)
+    try:
+        await room
+    finally:
+        me.reader_waits_for.remove(room.inbox)
+
+
+def _waits_for(inbox: Inbox, other: Inbox) -> bool:
+    """Say whether room in `inbox` depends on room in `other`."""
+    return inbox is other or any(_waits_for(one, other) for one in inbox.reader_waits_for)
+
+
+def _place(event: Event) -> str:
+    return f"engine {event.engine!r}, epoch {event.epoch}, iteration {event.iteration}"
+
+
+def _overflow(value: Overflow | str) -> Overflow:
+    try:
+        return Overflow(value)
+    except ValueError:
+        choices = ", ".join(f'"{one.value}"' for one in Overflow)
+        raise ValueError(f"overflow= is one of {choices}, got {value!r}") from None
+
+
+def close_unawaited(wanted: Awaitable[Any]) -> None:
+    """Give up a coroutine that will not be awaited, without Python's warning that it was not."""
+    getattr(wanted, "close", lambda: None)()

@@ -1,0 +1,396 @@
+"""Driver: advances one engine's loop on an event loop, and owns every task and thread of the run while it lasts.
+
+The loop is advanced in a task of its own, a child of the task that called `run()`. A native asyncio cancellation or a
+Ctrl-C hits the caller, which waits for its task group; what the child does then is cancelled by anyio's rules, so a
+shield holds, a step in flight is waited for, and clean-up ends.
+"""
+
+import math
+from collections.abc import Awaitable, Callable
+from contextlib import ExitStack
+from contextvars import ContextVar
+from functools import partial
+from time import perf_counter
+from typing import Any
+
+import anyio
+import anyio.abc
+from anyio.lowlevel import checkpoint
+
+from aengine.bus import Bus, Subscriber, close_unawaited
+from aengine.control import Control, Request
+from aengine.errors import HandlerTimeout
+from aengine.host import Host
+from aengine.loop import Loop, Signal, Story, Woken
+from aengine.worker import Bell, Home, Slice, ThreadState, Worker, context_for_thread, release_idle_threads
+
+_TURNS = 4
+"""Turns of the event loop to give away in a row: one is not enough for a socket to be served."""
+
+_current: ContextVar["Driver | None"] = ContextVar("aengine_driver", default=None)
+
+
+class Driver:
+    """One `run()` on an event loop. Made in the task that calls it.
+
+    Attributes:
+        is_suspended: whether the story was interrupted, and is to be gone on with by another driver.
+    """
+
+    def __init__(self, loop: Loop, story: Story, bus: Bus, control: Control, *, threaded: bool, grace: float, prefetch: int, wanted: Any = None) -> None:
+        self.is_suspended = False
+        self._home = Home()
+        self._loop = loop
+        self._story = story
+        self._bus = bus
+        self._control = control
+        self._threaded = threaded
+        self._grace = grace
+        self._prefetch = prefetch
+        self._context = context_for_thread()
+        self._settings = ThreadState()
+        self._lender = _current.get()
+        self._caller = anyio.get_current_task().id
+        self._task: int | None = None
+        # Where the story stands: how to go on, or what it wants to have awaited first.
+        self._next: tuple[Callable[[Any], Any], Any] = (story.send, None)
+        self._wanted: Any = None
+        if wanted is not None:  # begun without an event loop: it stands before something to be awaited
+            self._next = (lambda _: wanted, None)
+        self._scope = anyio.CancelScope()
+        self._is_over = False
+        self._is_woken = False
+        self._deadline: float | None = None  # of the clean-up, once it has begun
+        self._cancellation: BaseException | None = None
+        self._failures: list[BaseException] = []
+        self._reported: BaseException | None = None  # a failure beside the loop that it was not told of yet
+        self._changed: Bell | None = None
+        self._worker: Worker | None = None
+        self._slice: Slice | None = None
+        self._borrowed: ExitStack | None = None
+        self._consumers: dict[Subscriber, Bell] = {}
+        self._group: anyio.abc.TaskGroup
+
+    async def run(self) -> None:
+        """Drive the story to its end or its interruption, and end all that was started for it.
+
+        Raises:
+            BaseException: what failed the run, as the very object that was raised; several as an ExceptionGroup.
+                A cancellation, when the step in flight and the clean-up have ended.
+        """
+        loop, bus = self._loop, self._bus
+        cancelled = anyio.get_cancelled_exc_class()
+        if cancelled not in loop.cancellations:
+            loop.cancellations += (cancelled,)
+        loop.breathes = not self._threaded
+        loop.source.host = Host(self._home, self.spawn, self.fail, self._settings, self._prefetch, loop.can_use)
+        bus.home = self._home
+        self._control.on_change = partial(self._home.call, self._look_at_requests)
+        ending: BaseException | None = None
+        try:
+            async with anyio.create_task_group() as self._group:
+                self._group.start_soon(self._main, name=f"aengine {bus.name}")
+        except BaseException as error:  # noqa: BLE001 -- raised below, unless something worse was
+            ending = error
+        finally:
+            self._control.on_change = bus.home = None
+            loop.source.host = None
+        try:
+            self._raise(ending)
+        finally:
+            del ending, self._failures, self._cancellation, self._reported  # no cycles with tracebacks
+
+    def _raise(self, ending: BaseException | None) -> None:
+        failures = [*self._failures, *self._loop.also_raised]
+        if isinstance(ending, BaseExceptionGroup):  # an error of ours, in a task: not to be hidden
+            failures += ending.exceptions
+            ending = None
+        is_cancelled = ending is not None or self._cancellation is not None
+        if is_cancelled and self._loop.also_raised and not self._failures:
+            for error in failures:  # the cancellation goes on, always; what failed under it is told here
+                self._bus.logger.error("engine %r failed while it was cancelled", self._bus.name, exc_info=error)
+            failures = []
+        raise_failures(self._bus.name, failures, ending or self._cancellation)
+
+    # What the run owns
+
+    def spawn(self, function: Callable[[], Any]) -> None:
+        """Start a task of this run's. From any thread."""
+        self._home.call(partial(self._group.start_soon, function))
+
+    def start(self, subscriber: Subscriber) -> None:
+        """Have a subscriber handle what it is sent, from now to the end of the run. From any thread."""
+        self.spawn(partial(self._consume, subscriber))
+
+    async def _consume(self, subscriber: Subscriber) -> None:
+        if self._is_over or subscriber in self._consumers:
+            return
+        subscriber.inbox.reopen_nowait()
+        done = self._consumers[subscriber] = Bell(self._home)
+        try:
+            await subscriber.consume(self._home, self.fail)
+        finally:
+            done.ring()
+
+    def fail(self, error: BaseException) -> None:
+        """Something beside the loop has failed: the loop is told of it where it stands, and ends. At home."""
+        self._failures.append(error)
+        if self._reported is None and self._deadline is None and not self._is_over:
+            self._reported = error
+            self._control.asked.add(Request.HALT)
+            self._scope.cancel()
+
+    async def _main(self) -> None:
+        self._task = anyio.get_current_task().id
+        _current.set(self)
+        for subscriber in self._bus.subscribers:
+            self.start(subscriber)
+        try:
+            if self._threaded:
+                await self._find_worker()
+            await self._drive()
+        finally:
+            self._is_over = True
+            with anyio.CancelScope(shield=True):
+                await self._close()
+
+    async def _find_worker(self) -> None:
+        lender = self._lender
+        if lender is None or not lender.lends_to(self._caller):
+            release_idle_threads()
+            self._worker = Worker(f"aengine {self._bus.name}", self._settings)
+            return
+        self._worker = lender._worker  # noqa: SLF001 -- another driver
+        self._borrowed = ExitStack()
+        await self._on_worker(self._borrowed.enter_context, self._settings.entered())
+
+    def lends_to(self, task: int) -> bool:
+        """Whether this worker is idle because this very task, inside an inline handler, runs another engine."""
+        return self._worker is not None and self._slice is None and task == self._task
+
+    @property
+    def is_here(self) -> bool:
+        """Whether the caller runs on the worker, inside a slice of this run."""
+        return self._slice is not None and self._worker is not None and self._worker.is_here
+
+    def call_home(self, function: Callable[..., Awaitable[Any]], *arguments: Any) -> Any:
+        """On the worker: have something awaited at home, in the task of the run, and wait for it."""
+        assert self._slice is not None, "called where is_here"  # noqa: S101
+        return self._slice.call_home(function(*arguments))
+
+    async def _on_worker(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        assert self._worker is not None, "found before the loop is driven"  # noqa: S101
+        one = Slice(self._home, self._context, function, *arguments)
+        self._worker.submit(one)
+        with anyio.CancelScope(shield=True):
+            await one.wait(lambda: None)
+        if one.error is not None:
+            raise one.error
+        return one.result
+
+    async def _close(self) -> None:
+        deadline = self._deadline or anyio.current_time() + self._grace
+        late = await self._drain(deadline)
+        if late:
+            self._failures.append(self._bus.give_up(late, self._grace))
+        for done in self._consumers.values():
+            await done.wait()
+        if not self.is_suspended:
+            self._bus.end_streams()
+        if self._loop.source.host is not None:
+            await self._loop.source.host.leave(deadline)
+        if self._borrowed is not None:
+            await self._on_worker(self._borrowed.close)
+        elif self._worker is not None:
+            self._worker.stop() if self._slice is None else self._worker.abandon()
+
+    async def _drain(self, deadline: float) -> list[Subscriber]:
+        """Let the subscribers handle all that they have accepted, and what they send each other meanwhile."""
+        with anyio.CancelScope(deadline=deadline):
+            while not all(one.inbox.is_idle for one in self._consumers):
+                sequence = self._bus.sequence
+                for subscriber in list(self._consumers):
+                    await subscriber.inbox.settled(sequence, self._home)
+        for subscriber in self._consumers:
+            subscriber.inbox.close_nowait()
+        with anyio.CancelScope(deadline=deadline):
+            for done in list(self._consumers.values()):
+                await done.wait()
+        return [one for one, done in self._consumers.items() if not done.is_rung]
+
+    # Driving
+
+    async def _drive(self) -> None:
+        advance = self._advance_on_worker if self._threaded else self._advance_here
+        while not self._is_over:
+            thrown: BaseException | None = None
+            try:
+                with anyio.CancelScope(
+                    shield=self._deadline is not None, deadline=math.inf if self._deadline is None else self._deadline
+                ) as self._scope:
+                    await advance()
+            except BaseException as error:  # noqa: BLE001 -- thrown into the story, which lets it out again
+                thrown = error
+            else:
+                if self._scope.cancelled_caught:
+                    thrown = self._why_cancelled()
+            if self._is_over:
+                self._cancellation = thrown if isinstance(thrown, self._loop.cancellations) else self._cancellation
+            elif thrown is not None:
+                close_unawaited(self._wanted)
+                self._wanted = None
+                self._next = (self._story.throw, thrown)
+
+    def _why_cancelled(self) -> BaseException | None:
+        if self._deadline is not None:
+            return HandlerTimeout(
+                f"the clean-up of engine {self._bus.name!r} did not end within its {self._grace} seconds of grace"
+            )
+        reported, self._reported = self._reported, None
+        was_woken, self._is_woken = self._is_woken, False
+        return reported or (Woken() if was_woken and self._loop.waits_for_data else None)
+
+    async def _advance_here(self) -> None:
+        """Advance the story on the event loop's own thread, until it is over or the scope must be another."""
+        loop, send, throw = self._loop, self._story.send, self._story.throw
+        resume, value = self._next
+        while True:
+            try:
+                wanted = resume(value)
+            except StopIteration:
+                self._is_over = True
+                return
+            except BaseException as error:  # noqa: BLE001 -- kept, and raised by run()
+                self._end_with(error)
+                return
+            resume = send
+            try:
+                if type(wanted) is Signal:
+                    value = None
+                    if not await self._heed(wanted):
+                        return
+                elif not loop.waits_for_data:
+                    value = await wanted
+                elif Request.TERMINATE in self._control.asked:
+                    close_unawaited(wanted)
+                    resume, value = throw, Woken()
+                else:
+                    value = await wanted
+                    if self._is_woken:
+                        self._next = (send, value)
+                        return
+            except Exception as error:  # noqa: BLE001 -- thrown into the story, where it was awaited
+                resume, value = throw, error
+
+    async def _advance_on_worker(self) -> None:
+        """Advance the story on the worker, a slice at a time: from one thing to be awaited to the next."""
+        send, throw = self._story.send, self._story.throw
+        while True:
+            if self._wanted is None:
+                self._wanted = await self._perform_slice()
+                if self._is_over:
+                    return
+            wanted = self._wanted
+            try:
+                if type(wanted) is Signal:
+                    self._next, self._wanted = (send, None), None
+                    if not await self._heed(wanted):
+                        return
+                    continue
+                if self._loop.waits_for_data and Request.TERMINATE in self._control.asked:
+                    close_unawaited(wanted)
+                    self._next = (throw, Woken())
+                else:
+                    self._next = (send, await wanted)
+            except Exception as error:  # noqa: BLE001 -- thrown into the story, where it was awaited
+                self._next = (throw, error)
+            self._wanted = None
+            if self._is_woken:
+                return
+
+    async def _perform_slice(self) -> Any:
+        assert self._worker is not None, "found before the loop is driven"  # noqa: S101
+        one = Slice(self._home, self._context, *self._next)
+        self._worker.submit(one)
+        self._slice = one
+        try:
+            await one.wait(partial(self._control.asked.add, Request.HALT))
+        finally:
+            if one.done:
+                self._slice = None
+                self._wanted = one.result
+                if isinstance(one.error, StopIteration):
+                    self._is_over = True
+                elif one.error is not None:
+                    self._end_with(one.error)
+            else:
+                self._is_over = True  # a second Ctrl-C: the user no longer wants to wait for the step
+        return one.result
+
+    def _end_with(self, error: BaseException) -> None:
+        self._is_over = True
+        if isinstance(error, self._loop.cancellations) and not isinstance(error, KeyboardInterrupt | SystemExit):
+            self._cancellation = error
+        elif error not in self._failures:
+            self._failures.insert(0, error)
+
+    async def _heed(self, signal: Signal) -> bool:
+        """Do what the story signals. Returns False if it is to be gone on with in another scope, or not at all."""
+        began = perf_counter()
+        if signal is Signal.BREATHE:
+            for _ in range(_TURNS):
+                await checkpoint()
+            watch = self._bus.stopwatch
+            watch.lag = max(watch.lag, perf_counter() - began)
+            watch.event_loop += perf_counter() - began
+        elif signal is Signal.PAUSE:
+            await self._until_resumed()
+            self._bus.stopwatch.event_loop += perf_counter() - began
+        elif signal is Signal.SHIELD:
+            if self._deadline is None:
+                self._deadline = anyio.current_time() + self._grace
+                self._next = (self._story.send, None)
+                return False
+        elif signal is Signal.HALT:
+            reported, self._reported = self._reported, None
+            if reported is not None:
+                self._next = (self._story.throw, reported)
+                return False
+        elif signal is Signal.SUSPEND:
+            self.is_suspended = self._is_over = True
+            return False
+        return True
+
+    async def _until_resumed(self) -> None:
+        while True:
+            bell = self._changed = Bell(self._home)
+            if self._control.asked != {Request.PAUSE}:
+                return
+            await bell.wait()
+
+    def _look_at_requests(self) -> None:
+        if self._changed is not None:
+            self._changed.ring()
+        if (
+            Request.TERMINATE in self._control.asked
+            and self._loop.waits_for_data
+            and self._deadline is None
+            and not self._is_over
+            and self._loop.source.can_be_woken
+        ):
+            self._is_woken = True
+            self._scope.cancel()
+
+
+def raise_failures(name: str, failures: list[BaseException], cancellation: BaseException | None = None) -> None:
+    """Raise a single failure as the very object it is, several as a group; without any, the cancellation, if there is one."""
+    failures = list({id(error): error for error in failures}.values())
+    for error in failures:
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise error
+    if len(failures) == 1:
+        raise failures[0]
+    if failures:
+        raise BaseExceptionGroup(f"several failures in a run of engine {name!r}", failures)
+    if cancellation is not None:
+        raise cancellation

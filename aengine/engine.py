@@ -1,0 +1,617 @@
+"""Engine: the face. What users construct, listen to, run and stop."""
+
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import AbstractAsyncContextManager, contextmanager
+from functools import partial
+from time import perf_counter, time
+from typing import Any, Generic, TypeVar, cast, overload
+
+import anyio
+from anyio.lowlevel import checkpoint_if_cancelled
+
+from aengine.bus import Bus, Stream, Subscriber, async_handler_message, emit, emit_nowait
+from aengine.control import Control, Request
+from aengine.driver import Driver, raise_failures
+from aengine.errors import EngineBusy
+from aengine.events import AnyEvent, Event, EventDraft, EventEnum, Events, event_name, selectors
+from aengine.inbox import Overflow
+from aengine.iteration import Iteration
+from aengine.loop import Loop, Story
+from aengine.prefetch import Fetched
+from aengine.progress import Progress, begin, from_state_dict, to_state_dict
+from aengine.source import Source, check
+from aengine.state import State
+from aengine.statistics import EngineStatistics, Stopwatch
+from aengine.synchronous import OVER, SUSPENDED, drive_here, runs_in_event_loop
+from aengine.topic import Snapshot, Topic, check_step, is_async_callable, name_of
+from aengine.worker import Home
+
+Batch = TypeVar("Batch")
+Output = TypeVar("Output")
+Handler = TypeVar("Handler", bound=Callable[..., Any])
+
+
+class RemovableEventHandle:
+    """What `add_event_handler` and `subscribe` return: removes the handler again, by call or at the end of a `with`."""
+
+    def __init__(self, remove: Callable[[], object]) -> None:
+        self._remove: Callable[[], object] | None = remove
+
+    def remove(self) -> None:
+        """Remove the handler, from the next dispatch on. A second time does nothing."""
+        remove, self._remove = self._remove, None
+        if remove is not None:
+            remove()
+
+    def __enter__(self) -> "RemovableEventHandle":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+
+class Engine(Generic[Batch, Output]):
+    """Loops over data, runs a step for each batch, and publishes what happens.
+
+    Args:
+        step: `step(engine, batch)` returns the output, or an awaitable of it. A plain `def` runs on the engine's own
+            worker thread, an `async def` on the event loop.
+        name: shown in logs, notes, events and statistics; by default the step's name.
+        thread: None for where the step belongs; False to run a plain step on the event loop's own thread; True to
+            insist on the worker.
+        grace: seconds that clean-up may take: handlers of CANCELLED and EXCEPTION_RAISED, subscribers that are behind,
+            closing the data.
+
+    Raises:
+        TypeError: the step cannot be called as `step(engine, batch)`, or `thread=True` was given for an async one.
+
+    Example:
+        >>> engine = Engine(lambda engine, batch: batch * 2)
+        >>> engine.run_sync([1, 2, 3]).output
+        6
+    """
+
+    def __init__(
+        self,
+        step: Callable[["Engine[Batch, Output]", Batch], Output | Awaitable[Output]],
+        *,
+        name: str | None = None,
+        thread: bool | None = None,
+        grace: float = 30.0,
+    ) -> None:
+        check_step(step)
+        is_async = is_async_callable(step)
+        if thread and is_async:
+            raise TypeError(f"thread=True puts a plain step on the worker, but {name_of(step)} is async: leave thread= out")
+        self.name = name or name_of(step)
+        self.logger = logging.getLogger("aengine.engine")
+        self.state = State()
+        self._step = step
+        self._threaded = not is_async and thread is not False
+        self._is_async = is_async
+        self._grace = grace
+        self._bus = Bus(self.name, self.logger, self.state)
+        self._control = Control()
+        self._registered: dict[str, str | EventEnum] = {event.name: event for event in Events}
+        self._progress = Progress()
+        self._left: tuple[Any, list[Fetched]] | None = None
+        self._loop: Loop | None = None
+        self._story: Story | None = None
+        self._driver: Driver | None = None
+        self._is_running = False
+        self.state_dict_user_keys: list[str] = []
+
+    # Running
+
+    async def run(
+        self,
+        data: Any = None,
+        max_epochs: int | None = None,
+        max_iters: int | None = None,
+        epoch_length: int | None = None,
+        *,
+        prefetch: int = 0,
+    ) -> State:
+        """Run the loop over `data` until `max_epochs` or `max_iters`, and return the state.
+
+        An engine that is done begins anew, for one epoch unless told otherwise; one that was stopped goes on where it
+        was; one that was interrupted goes on with its very next event.
+
+        Args:
+            data: an iterable or async iterable of batches, a callable that makes one, an async context manager that is
+                one, or None, for a step that needs none.
+            max_epochs: epochs in all, those of earlier runs that this one resumes included; 1 if nothing is given.
+            max_iters: iterations in all, instead of epochs.
+            epoch_length: iterations in an epoch; by default `len(data)`, or what the first epoch finds.
+            prefetch: how many batches to pull ahead of the step, in a task or, for plain data, in a thread.
+
+        Raises:
+            EngineBusy: this engine is running.
+            ValueError, TypeError: an argument is wrong, or contradicts the run to be gone on with.
+            DataExhausted: the data gave not a single batch.
+            HandlerTimeout: subscribers were busy for longer than `grace` seconds at the end.
+            BaseException: what a step, a handler or the data raised, as the very object; several as an ExceptionGroup.
+
+        Cancellation waits for the step in flight, fires CANCELLED within `grace` seconds, and goes on. The run can then
+        be resumed.
+        """
+        await checkpoint_if_cancelled()
+        with self._busy():
+            loop, story = self._begin(data, max_epochs, max_iters, epoch_length)
+            await self._drive(loop, story, prefetch)
+        return self.state
+
+    def run_sync(
+        self,
+        data: Any = None,
+        max_epochs: int | None = None,
+        max_iters: int | None = None,
+        epoch_length: int | None = None,
+        *,
+        prefetch: int = 0,
+    ) -> State:
+        """Run the same loop where no event loop runs, and without one as long as nothing must be awaited.
+
+        Subscribers, async steps, handlers and data, and `prefetch` have it open one, on asyncio.
+
+        Raises:
+            RuntimeError: an event loop runs in this thread.
+            BaseException: as `run` does.
+        """
+        if runs_in_event_loop():
+            raise RuntimeError("run_sync() would block the event loop that runs here: write  await engine.run(...)")
+        if self._is_async or prefetch or self._bus.subscribers or hasattr(data, "__aiter__") or hasattr(data, "__aenter__"):
+            return anyio.run(partial(self.run, data, max_epochs, max_iters, epoch_length, prefetch=prefetch))
+        with self._busy():
+            loop, story = self._begin(data, max_epochs, max_iters, epoch_length)
+            failures: list[BaseException] = []
+            wanted = drive_here(story, self._control, failures)
+            if wanted is not OVER and wanted is not SUSPENDED:
+                anyio.run(partial(self._drive, loop, story, 0, wanted))
+            else:
+                self._end(loop, story, is_suspended=wanted is SUSPENDED)
+                raise_failures(self.name, [*failures, *loop.also_raised])
+        return self.state
+
+    def iterate(
+        self,
+        data: Any = None,
+        max_epochs: int | None = None,
+        max_iters: int | None = None,
+        epoch_length: int | None = None,
+        *,
+        prefetch: int = 0,
+    ) -> AbstractAsyncContextManager[AsyncIterator[Event]]:
+        """Run the same loop for a `for` of one's own: an event for each completed iteration; the loop waits meanwhile.
+
+            async with engine.iterate(data, max_epochs=3) as iterations:
+                async for event in iterations:
+                    print(event.iteration, event.output)
+
+        The body is part of the run: its exception fails the run, and leaving the block early terminates it. Raises and
+        cancels as `run` does.
+        """
+        return Iteration(
+            partial(self.run, data, max_epochs, max_iters, epoch_length, prefetch=prefetch),
+            self.terminate,
+            partial(self.add_event_handler, Events.ITERATION_COMPLETED),
+            self._record,
+        )
+
+    @contextmanager
+    def _busy(self) -> Iterator[None]:
+        if self._is_running:
+            raise EngineBusy(
+                f"engine {self.name!r} is running: one engine runs one loop at a time. Await the run under way, or make another engine"
+            )
+        self._is_running = True
+        try:
+            yield
+        finally:
+            self._is_running = False
+
+    def _begin(self, data: Any, max_epochs: int | None, max_iters: int | None, epoch_length: int | None) -> tuple[Loop, Story]:
+        check(data)
+        if self.state.max_epochs is None and self.state.max_iters is None:
+            self._give_up()
+        if self._loop is not None and self._story is not None:
+            self._refuse_other_arguments(data, max_epochs, max_iters, epoch_length)
+            self._bus.stopwatch = Stopwatch()
+            return self._loop, self._story
+        state = self.state
+        progress = begin(state, self._progress, data, max_epochs, max_iters, epoch_length)
+        left = self._left[1] if self._left is not None and self._left[0] is data else None
+        source = Source(data, self.logger, left)
+        if progress.position is not None:
+            source.resume_at(progress.position, progress.iteration)
+        else:
+            source.restart(progress.iteration)
+        state.dataloader = data
+        self._control.begin()
+        self._bus.stopwatch = Stopwatch()
+        self._bus.rewind()
+        loop = self._loop = Loop(self, self._step, source, progress, state=state, bus=self._bus, control=self._control)
+        story = self._story = loop.tell()
+        return loop, story
+
+    def _give_up(self) -> None:
+        """Begin anew, or elsewhere: what was interrupted will not be gone on with."""
+        if self._story is not None:
+            self._story.close()
+        self._loop = self._story = self._left = None
+
+    def _refuse_other_arguments(self, data: Any, max_epochs: int | None, max_iters: int | None, epoch_length: int | None) -> None:
+        state = self.state
+        given = {"max_epochs": max_epochs, "max_iters": max_iters, "epoch_length": epoch_length}
+        other = [f"{name}={value} (it has {getattr(state, name)})" for name, value in given.items() if value not in (None, getattr(state, name))]
+        if data is not None and data is not state.dataloader:
+            other.append("other data")
+        if other:
+            raise ValueError(
+                f"engine {self.name!r} was interrupted and goes on where it was, so it cannot take {', '.join(other)}: call run() with what it"
+                " was called with, or without arguments; set_data() changes the data"
+            )
+
+    async def _drive(self, loop: Loop, story: Story, prefetch: int, wanted: Any = None) -> State:
+        driver = self._driver = Driver(
+            loop, story, self._bus, self._control, threaded=self._threaded and wanted is None, grace=self._grace, prefetch=prefetch, wanted=wanted
+        )
+        try:
+            await driver.run()
+        finally:
+            self._driver = None
+            self._end(loop, story, is_suspended=driver.is_suspended)
+        return self.state
+
+    def _end(self, loop: Loop, story: Story, *, is_suspended: bool) -> None:
+        self._bus.stopwatch.stop()
+        self._progress = loop.progress()
+        if is_suspended:
+            return
+        self._loop = self._story = None
+        left = loop.source.left()
+        self._left = (loop.source.data, left) if left else None
+        story.close()
+
+    # Listening
+
+    def on(self, event: AnyEvent, *args: Any, **kwargs: Any) -> Callable[[Handler], Handler]:
+        """Return a decorator that adds an inline handler, and returns it as it was. See `add_event_handler`."""
+
+        def add(handler: Handler) -> Handler:
+            self.add_event_handler(event, handler, *args, **kwargs)
+            return handler
+
+        return add
+
+    def add_event_handler(self, event: AnyEvent, handler: Callable[..., Any], *args: Any, **kwargs: Any) -> RemovableEventHandle:
+        """Add an inline handler: it runs between two steps, in order of registration, and the loop waits for it.
+
+        It is called as `handler(engine, *args, **kwargs)`, without the engine if it does not take it; for
+        EXCEPTION_RAISED with the exception after the engine; for TERMINATE_SINGLE_EPOCH with `iter_counter=` if it takes
+        that. A plain `def` runs where the step runs, an `async def` is awaited on the event loop. What it raises fails
+        the run.
+
+        Raises:
+            TypeError: the handler cannot be called so.
+            ValueError: the event is not registered with this engine.
+        """
+        chosen = self._selectors(event)
+        self._bus.add_inline(event, handler, args, kwargs)
+
+        def remove() -> None:
+            for selector in chosen:
+                self._bus.remove_inline(handler, selector)
+
+        return RemovableEventHandle(remove)
+
+    def remove_event_handler(self, handler: Callable[..., Any], event: AnyEvent) -> None:
+        """Remove an inline handler from the very event, with its filter, that it was added with.
+
+        Raises:
+            ValueError: it does not listen to that.
+        """
+        for selector in self._selectors(event):
+            if not self._bus.remove_inline(handler, selector):
+                raise ValueError(
+                    f"handler {name_of(handler)} does not listen to {selector}: a handler is removed by the very event it was added with,"
+                    " its filter included"
+                )
+
+    def has_event_handler(self, handler: Callable[..., Any], event: AnyEvent | None = None) -> bool:
+        """Say whether an inline handler listens: to anything; to an event, filtered or not; or with that very filter."""
+        if event is None:
+            return bool(self._bus.find_inline(handler, None))
+        return any(self._bus.find_inline(handler, selector) for selector in selectors(event))
+
+    @overload
+    def subscribe(
+        self,
+        event: AnyEvent,
+        handler: None = None,
+        *,
+        buffer: int = 64,
+        overflow: Overflow | str = "wait",
+        on_error: str = "raise",
+        snapshot: Snapshot | None = None,
+        name: str | None = None,
+    ) -> Callable[[Handler], Handler]: ...
+    @overload
+    def subscribe(
+        self,
+        event: AnyEvent,
+        handler: Callable[[Event], Any],
+        *,
+        buffer: int = 64,
+        overflow: Overflow | str = "wait",
+        on_error: str = "raise",
+        snapshot: Snapshot | None = None,
+        name: str | None = None,
+    ) -> RemovableEventHandle: ...
+    def subscribe(
+        self,
+        event: AnyEvent,
+        handler: Callable[[Event], Any] | None = None,
+        *,
+        buffer: int = 64,
+        overflow: Overflow | str = "wait",
+        on_error: str = "raise",
+        snapshot: Snapshot | None = None,
+        name: str | None = None,
+    ) -> Any:
+        """Add a handler beside the step: while a run lasts, in a task of its own, one `Event` at a time, in order.
+
+        Without a handler, returns a decorator. `run()` ends when every subscriber has handled what it was sent.
+
+        Args:
+            event: what to listen to; several with `|` share one inbox.
+            handler: `handler(event)`; a plain `def` runs in a thread.
+            buffer: how many events may wait in its inbox.
+            overflow: what happens when more come: "wait" (the loop waits), "latest", "drop_oldest", "drop_new", "error".
+            on_error: "raise" fails the run with what the handler raised; "log" logs and counts it, and goes on.
+            snapshot: `snapshot(engine)` is called inline, between steps, once for all that share it; what it returns
+                travels in `event.snapshot`.
+            name: shown in notes and statistics; by default the handler's.
+        """
+        self._selectors(event)
+
+        def add(function: Callable[[Event], Any]) -> RemovableEventHandle:
+            subscriber = Subscriber(
+                self._bus, event, function, buffer=buffer, overflow=overflow, on_error=on_error, snapshot=snapshot, name=name
+            )
+            self._bus.add_subscriber(subscriber)
+            if self._driver is not None:
+                self._driver.start(subscriber)
+            return RemovableEventHandle(partial(self._bus.remove_subscriber, subscriber))
+
+        if handler is not None:
+            return add(handler)
+
+        def decorate(function: Handler) -> Handler:
+            add(function)
+            return function
+
+        return decorate
+
+    def stream(
+        self, event: AnyEvent, *, buffer: int = 64, overflow: Overflow | str = "drop_oldest", snapshot: Snapshot | None = None
+    ) -> Stream:
+        """Return events to be read: `async with engine.stream(event) as events: async for event in events: ...`
+
+        It ends with the run. The arguments are those of `subscribe`. A slow reader loses the oldest events, which are
+        counted, and never slows the loop, unless it asks for that by `overflow="wait"`.
+        """
+        self._selectors(event)
+        return Stream(self._bus, event, buffer=buffer, overflow=overflow, snapshot=snapshot)
+
+    # Events of one's own
+
+    def register_events(self, *events: str | EventEnum, event_to_attr: Mapping[Any, str] | None = None) -> None:
+        """Register events of one's own, to listen to and to fire.
+
+        Args:
+            events: names, or members of a subclass of EventEnum.
+            event_to_attr: the attribute of the state that counts an event, for its filters. It is made, as 0, if it is
+                not there. An event without one counts its firings.
+
+        Raises:
+            TypeError: something that is no event.
+        """
+        for event in events:
+            name = event_name(event)
+            if name is None or isinstance(event, Event):
+                raise TypeError(f"register_events() takes names and members of a subclass of EventEnum, got {event!r}")
+            self._registered[name] = event
+        for event, attribute in (event_to_attr or {}).items():
+            self.state.event_to_attr[cast(str, event_name(event))] = attribute
+            if not hasattr(self.state, attribute):
+                setattr(self.state, attribute, 0)
+
+    def has_registered_events(self, event: AnyEvent) -> bool:
+        """Say whether all of these can be listened to here."""
+        return all(selector.name in self._registered for selector in selectors(event))
+
+    def fire_event(self, event: AnyEvent) -> None:
+        """Fire an event, from a step or a plain handler: inline handlers run at once, then the inboxes are filled.
+
+        On the worker thread it waits for async handlers and for room in inboxes. Elsewhere it never waits: events over
+        an inbox's bound are accepted, and the loop waits in its place before the next step.
+
+        Raises:
+            RuntimeError: the event has an async inline handler, which cannot be awaited here.
+            ValueError: the event is not registered.
+        """
+        topic, count = self._topic_to_fire(event)
+        driver = self._driver
+        if driver is not None and driver.is_here:
+            driver.call_home(emit, topic.dispatch(self, count))
+            return
+        if any(handler.is_async for handler in topic.inline):
+            raise RuntimeError(async_handler_message(topic.name))
+        self._control.owe(emit_nowait(topic.dispatch(self, count), topic.name))
+
+    async def emit(self, event: AnyEvent) -> None:
+        """Fire an event from async code: awaits its inline handlers, and room in the inboxes of its subscribers.
+
+        Cancellable; an event that has been sent stays sent. From a subscriber's own handler it never deadlocks: where
+        waiting for room would be waiting for itself, the event is accepted over the inbox's bound.
+
+        Raises:
+            RuntimeError: an inbox is full, and no run is under way that could empty it.
+            ValueError: the event is not registered.
+        """
+        topic, count = self._topic_to_fire(event)
+        await emit(topic.dispatch(self, count), can_wait=self._driver is not None)
+
+    async def flush(self) -> None:
+        """Wait until the subscribers have handled every event that was fired before this call. Cancellable.
+
+        Raises:
+            RuntimeError: called in a subscriber's handler, or events wait and no run is under way to handle them.
+        """
+        if self._driver is None:
+            waiting = [one.name for one in self._bus.subscribers if not one.inbox.is_idle]
+            if waiting:
+                raise RuntimeError(f"flush() would wait for ever: events wait for {waiting}, and no run is under way to handle them")
+            return
+        await self._bus.flush(Home())
+
+    # Stopping
+
+    def terminate(self, skip_completed: bool = False) -> None:  # noqa: FBT001, FBT002 -- pytorch-ignite's own signature
+        """End the run before its next step: TERMINATE and COMPLETED are fired, and `run()` returns.
+
+        From any thread or task. A later `run()` resumes. Without a run under way it does nothing.
+
+        Args:
+            skip_completed: fire no COMPLETED.
+        """
+        self._control.terminate(skip_completed=skip_completed)
+
+    def terminate_epoch(self, skip_epoch_completed: bool = False) -> None:  # noqa: FBT001, FBT002 -- likewise
+        """End the epoch before its next step: the data begins again with the next epoch. From any thread or task.
+
+        Args:
+            skip_epoch_completed: fire no EPOCH_COMPLETED.
+
+        Raises:
+            RuntimeError: called at STARTED or EPOCH_STARTED, where no iteration has begun.
+        """
+        self._control.terminate_epoch(skip_epoch_completed=skip_epoch_completed)
+
+    def interrupt(self) -> None:
+        """Leave the run before its next step, to go on with the very next event at the next `run()`."""
+        self._control.interrupt()
+
+    def pause(self) -> None:
+        """Have the loop wait before its next step, inside `run()`, until `resume()`. From any thread or task."""
+        self._control.ask(Request.PAUSE)
+
+    def resume(self) -> None:
+        """End a pause. From any thread or task."""
+        self._control.withdraw(Request.PAUSE)
+
+    def set_data(self, data: Any) -> None:
+        """Have the next batch come from other data. The length of the epoch stays. From any thread or task.
+
+        Raises:
+            RuntimeError: no run is under way.
+            TypeError: this cannot be data.
+        """
+        check(data)
+        if self._loop is None:
+            raise RuntimeError("set_data() changes the data of a run under way, and there is none: pass the data to run()")
+        self._loop.set_data(Source(data, self.logger))
+
+    @property
+    def should_terminate(self) -> bool:
+        """Whether `terminate()` was called of the run under way, or of the last one."""
+        return Request.TERMINATE in self._control.asked
+
+    @property
+    def should_terminate_single_epoch(self) -> bool:
+        """Whether `terminate_epoch()` was called and is yet to take effect."""
+        return Request.TERMINATE_EPOCH in self._control.asked
+
+    @property
+    def should_interrupt(self) -> bool:
+        """Whether `interrupt()` was called and is yet to take effect."""
+        return Request.INTERRUPT in self._control.asked
+
+    @property
+    def last_event_name(self) -> str | EventEnum | None:
+        """The event that was last dispatched to anybody; None before the first."""
+        name = self._bus.last_event_name
+        return None if name is None else self._registered[name]
+
+    # Saving and looking
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where the engine stands, after the last step that completed: plain values, to be saved.
+
+        Holds the counters and limits, the position of the data (and the data's own `state_dict`, where it has one),
+        the counts of events that count their firings, and the attributes of the state that `state_dict_user_keys` names.
+        """
+        progress = self._progress if self._loop is None else self._loop.progress()
+        fired = {topic.name: topic.fired for topic in self._bus.topics if topic.fired}
+        return to_state_dict(progress, self.state, fired, self.state_dict_user_keys)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on, at the next `run()`, where a `state_dict` was taken, by this engine or by pytorch-ignite's.
+
+        Raises:
+            EngineBusy: a run is under way.
+            ValueError: a key is missing, or two contradict each other.
+        """
+        if self._is_running:
+            raise EngineBusy(f"engine {self.name!r} is running: load its state before run()")
+        self._progress = from_state_dict(state_dict, self.state, self.state_dict_user_keys)
+        self._give_up()
+        for name, fired in state_dict.get("fired", {}).items():
+            self._bus.topic(name).fired = fired
+
+    def statistics(self) -> EngineStatistics:
+        """Return where the time goes, and what becomes of the events. Cheap; at any time, from any thread."""
+        bus, watch = self._bus, self._bus.stopwatch
+        handlers: dict[str, float] = {}
+        for topic in bus.topics:
+            for handler in topic.inline:
+                handlers[handler.name] = handlers.get(handler.name, 0.0) + handler.seconds
+        return EngineStatistics(
+            name=self.name,
+            running=self._is_running,
+            epoch=self.state.epoch,
+            iteration=self.state.iteration,
+            total=watch.total,
+            data=watch.data,
+            step=watch.step,
+            handlers=handlers,
+            back_pressure=watch.back_pressure,
+            event_loop=watch.event_loop,
+            lag=watch.lag,
+            listeners=tuple(one.statistics() for one in (*bus.subscribers, *bus.streams)),
+        )
+
+    def _selectors(self, event: AnyEvent) -> tuple[Any, ...]:
+        chosen = selectors(event)
+        for selector in chosen:
+            if selector.name not in self._registered:
+                raise ValueError(
+                    f"engine {self.name!r} has no event {selector.name!r}: register_events() makes one. It has {', '.join(self._registered)}"
+                )
+        return chosen
+
+    def _topic_to_fire(self, event: AnyEvent) -> tuple[Topic, int]:
+        chosen = self._selectors(event)
+        if len(chosen) != 1:
+            raise ValueError(f"one event is fired at a time, got {event!r}")
+        topic = self._bus.topic(chosen[0].name)
+        return topic, self._bus.next_count(topic)
+
+    def _record(self) -> Event:
+        return EventDraft("ITERATION_COMPLETED", self.name, self._bus.sequence, self.state, perf_counter(), time()).seal(None)
+
+    def __repr__(self) -> str:
+        state = self.state
+        return f"<Engine {self.name!r} epoch={state.epoch}/{state.max_epochs} iteration={state.iteration}>"

@@ -1,0 +1,37 @@
+"""Every error and warning of the package.
+
+    AengineError
+    ├── EngineBusy (RuntimeError)      run() of an engine that is running
+    ├── DataExhausted (ValueError)     the data gave nothing when more was asked of it
+    ├── HandlerTimeout (TimeoutError)  a concurrent handler outlived the grace period
+    └── InboxOverflow (RuntimeError)   an inbox with overflow="error" was full
+
+    DataExhaustedWarning (UserWarning) the data ended before the run was complete
+
+What a user's own step, handler or data raises is never wrapped: it comes out of `run()` as the very object
+that was raised, with a note that says where. Arguments that are wrong are plain ValueErrors and TypeErrors.
+"""
+
+
+class AengineError(Exception):
+    """The root of what aengine itself raises."""
+
+
+class EngineBusy(AengineError, RuntimeError):
+    """The engine is running already: one engine runs one loop at a time."""
+
+
+class DataExhausted(AengineError, ValueError):
+    """The data has nothing to give, and cannot be restarted to give more."""
+
+
+class HandlerTimeout(AengineError, TimeoutError):
+    """Concurrent handlers did not finish what they had accepted within the engine's `grace` seconds."""
+
+
+class InboxOverflow(AengineError, RuntimeError):
+    """An event met a full inbox whose policy is `overflow="error"`."""
+
+
+class DataExhaustedWarning(UserWarning):
+    """The data ended before the run was complete, and could not be restarted. The run was closed cleanly."""

@@ -1,0 +1,339 @@
+"""Events: their names, the filters that thin them out, and the record that a concurrent listener gets.
+
+Events are equal by name, filtered or not, ours or pytorch-ignite's: `Events.STARTED == "STARTED"` is true, and so
+are dictionaries keyed by either library's events. What listens is added and removed by a `Selector`, the name
+together with its filter.
+"""
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from enum import Enum
+from types import MappingProxyType
+from typing import Any, Protocol, TypeAlias
+
+Test: TypeAlias = Callable[[Any, int], bool]
+"""A filter of one's own: given the engine and the event's counter, says whether to fire."""
+
+NEVER = sys.maxsize
+"""A count that no counter reaches."""
+
+ALWAYS = -NEVER
+"""A count that every counter has reached."""
+
+
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """Which firings of an event count. Answers "when next?", so that the loop compares two numbers, no more.
+
+    The first count at which it fires is `next_due(count)`; with a `test` or an `interval` that only says when to
+    look, and `test` (the listener's clock, for an interval) has the last word.
+    """
+
+    every: int | None = None
+    interval: float | None = None
+    once: tuple[int, ...] | None = None
+    before: int | None = None
+    after: int | None = None
+    test: Test | None = None
+    at_end: bool = False
+
+    def next_due(self, count: int) -> int:
+        """Return the first count from `count` on at which this fires, NEVER if there is none."""
+        if self.once is not None:
+            return min((one for one in self.once if one >= count), default=NEVER)
+        if self.before is None and self.after is None:
+            return -(-count // self.every) * self.every if self.every else count
+        first = 1 + (self.after or 0)
+        due = max(count, first)
+        if self.every:  # counted from the first one after `after`
+            due = first - (first - due) // self.every * self.every
+        return due if self.before is None or due < self.before else NEVER
+
+
+class _Named:
+    """What has an event's name, and is equal to everything else that has the same one."""
+
+    name: Any  # str; an Enum defines it in its own way
+    filter: Filter | None = None
+
+    def __call__(
+        self,
+        event_filter: Test | None = None,
+        every: int | timedelta | None = None,
+        once: int | Iterable[int] | None = None,
+        before: int | None = None,
+        after: int | None = None,
+        *,
+        at_end: bool = False,
+    ) -> "FilteredEvent":
+        """Return this event, thinned out. The counts are those of the event's counter (see `State`).
+
+        Args:
+            event_filter: `f(engine, count)` that says whether to fire.
+            every: fire every so many counts; or, given a timedelta, at the first firing after that much time
+                has passed since the last one (or since the start of the run).
+            once: the count, or the counts, at which to fire.
+            before: fire only at counts less than this.
+            after: fire only at counts greater than this; `every` is then counted from the one after it.
+            at_end: fire once more at the end of the run, if the last count was not one that fired.
+
+        Raises:
+            ValueError, TypeError: the arguments contradict each other or are out of range.
+        """
+        return FilteredEvent(self.name, _filter(event_filter, every, once, before, after, at_end=at_end))
+
+    def __or__(self, other: Any) -> "EventsList":
+        return EventsList([self]) | other
+
+    def __eq__(self, other: object) -> bool:
+        name = event_name(other)
+        return NotImplemented if name is None else self.name == name
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+
+class FilteredEvent(_Named):
+    """An event with a filter: what `Events.ITERATION_COMPLETED(every=100)` returns."""
+
+    def __init__(self, name: str, filter: Filter | None) -> None:  # noqa: A002 -- the field's name for it
+        self.name: str = name
+        self.filter = filter
+
+    def __repr__(self) -> str:
+        return self.name if self.filter is None else f"{self.name}({describe(self.filter)})"
+
+
+class EventEnum(_Named, Enum):
+    """What one's own events derive from, to be registered with `engine.register_events(*MyEvents)`.
+
+        class BackpropEvents(EventEnum):
+            BACKWARD_STARTED = "backward_started"
+            BACKWARD_COMPLETED = "backward_completed"
+    """
+
+    __hash__ = _Named.__hash__  # Enum has one of its own, that would not agree with equality by name
+
+
+class Events(EventEnum):
+    """What the loop fires. The module `loop` shows when."""
+
+    STARTED = "started"
+    EPOCH_STARTED = "epoch_started"
+    GET_BATCH_STARTED = "get_batch_started"
+    GET_BATCH_COMPLETED = "get_batch_completed"
+    ITERATION_STARTED = "iteration_started"
+    ITERATION_COMPLETED = "iteration_completed"
+    DATALOADER_STOP_ITERATION = "dataloader_stop_iteration"
+    EPOCH_COMPLETED = "epoch_completed"
+    TERMINATE_SINGLE_EPOCH = "terminate_single_epoch"
+    TERMINATE = "terminate"
+    INTERRUPT = "interrupt"
+    EXCEPTION_RAISED = "exception_raised"
+    CANCELLED = "cancelled"
+    COMPLETED = "completed"
+
+
+class EventsList:
+    """Several events to listen to at once: what `a | b` returns. `|` makes a new list and changes neither side."""
+
+    def __init__(self, events: Iterable[Any] = ()) -> None:
+        self._events = tuple(events)
+        for event in self._events:
+            _selector(event)  # raises where the mistake is made
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._events)
+
+    def __len__(self) -> int:
+        return len(self._events)
+
+    def __getitem__(self, index: int) -> Any:
+        return self._events[index]
+
+    def __or__(self, other: Any) -> "EventsList":
+        return EventsList([*self._events, *(other if isinstance(other, EventsList) else [other])])
+
+    def __repr__(self) -> str:
+        return " | ".join(map(repr, self._events))
+
+
+class NamedEvent(Protocol):
+    """An event, filtered or not, ours or pytorch-ignite's."""
+
+    @property
+    def name(self) -> str:
+        """The event's name."""
+
+
+AnyEvent: TypeAlias = str | NamedEvent | Iterable[NamedEvent]
+"""What can be listened to: an event, filtered or not, its name, several with `|`, or pytorch-ignite's likewise."""
+
+
+@dataclass(frozen=True, slots=True)
+class Selector:
+    """An event's name and its filter: what one listener listens to."""
+
+    name: str
+    filter: Filter | None = None
+
+    def __str__(self) -> str:
+        return self.name if self.filter is None else f"{self.name}({describe(self.filter)})"
+
+
+class Event:
+    """One firing of an event, as concurrent listeners get it: a fact that stays true while the loop goes on.
+
+    Tensors in `output` and `metrics` are references: what will be read later is detached or copied by `snapshot=`.
+
+    Attributes:
+        name: the event's name, such as "ITERATION_COMPLETED"; equal to the event itself.
+        engine: the name of the engine that fired it.
+        sequence: its place among all events that the engine has published, from 1.
+        iteration, epoch, epoch_length, max_epochs, output: the engine's state at that instant.
+        metrics: a read-only copy of the metrics by name.
+        monotonic: seconds of `time.perf_counter()`, to measure between events.
+        time: seconds since 1970 of the wall clock, to show.
+        snapshot: what the listener's `snapshot=` callable returned.
+    """
+
+    __slots__ = (
+        "engine", "epoch", "epoch_length", "iteration", "max_epochs", "metrics", "monotonic", "name", "output",
+        "sequence", "snapshot", "time",
+    )  # fmt: skip
+
+    name: str
+    engine: str
+    sequence: int
+    iteration: int
+    epoch: int
+    epoch_length: int | None
+    max_epochs: int | None
+    output: Any
+    metrics: Mapping[str, Any]
+    monotonic: float
+    time: float
+    snapshot: Any
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"an Event is a fact and cannot be changed: {name!r} was to be set on {self!r}")
+
+    __delattr__ = None  # type: ignore[assignment]  # frozen
+
+    def __repr__(self) -> str:
+        return f"Event({self.name}, engine={self.engine!r}, sequence={self.sequence}, epoch={self.epoch}, iteration={self.iteration})"
+
+
+class EventDraft:
+    """An Event while it is filled in: four times faster than a frozen dataclass. `seal` makes it an Event."""
+
+    __slots__ = Event.__slots__
+
+    def __init__(self, name: str, engine: str, sequence: int, state: Any, monotonic: float, time: float) -> None:
+        self.name = name
+        self.engine = engine
+        self.sequence = sequence
+        self.iteration = state.iteration
+        self.epoch = state.epoch
+        self.epoch_length = state.epoch_length
+        self.max_epochs = state.max_epochs
+        self.output = state.output
+        metrics = state.metrics
+        self.metrics = MappingProxyType(dict(metrics)) if metrics else NO_METRICS
+        self.monotonic = monotonic
+        self.time = time
+
+    def seal(self, snapshot: Any) -> Event:
+        """Freeze this very object, which has the same layout."""
+        self.snapshot = snapshot
+        self.__class__ = Event  # type: ignore[assignment]  # the same slots
+        return self  # type: ignore[return-value]  # it is one now
+
+
+NO_METRICS: Mapping[str, Any] = MappingProxyType({})
+
+
+def event_name(event: object) -> str | None:
+    """Return the name of an event, ours or pytorch-ignite's, or None if this is none."""
+    if isinstance(event, str):
+        return event
+    if isinstance(event, _Named) or (hasattr(event, "filter") and isinstance(getattr(event, "name", None), str)):
+        name: str = event.name  # type: ignore[union-attr]  # ignite's events have it too
+        return name
+    return event.name if isinstance(event, Event) else None
+
+
+def selectors(event: AnyEvent) -> tuple[Selector, ...]:
+    """Take apart whatever can be listened to. Raises TypeError for anything else."""
+    several = isinstance(event, EventsList) or type(event).__name__ == "EventsList"  # ignite's, unimported
+    return tuple(_selector(one) for one in event) if several else (_selector(event),)
+
+
+def _selector(event: Any) -> Selector:
+    name = event_name(event)
+    if name is None or isinstance(event, Event):
+        raise TypeError(
+            f"expected an event such as Events.STARTED, an event's name, or several joined by |, got {event!r}"
+        )
+    condition = getattr(event, "filter", None)
+    if callable(condition):  # an event of ignite's
+        condition = Filter(test=condition)
+    return Selector(name, condition)
+
+
+def _filter(
+    test: Test | None,
+    every: int | timedelta | None,
+    once: int | Iterable[int] | None,
+    before: int | None,
+    after: int | None,
+    *,
+    at_end: bool,
+) -> Filter | None:
+    counted = every is not None or before is not None or after is not None
+    if (test is not None) + (once is not None) + counted != 1:
+        raise ValueError(
+            "a filter is either event_filter=, or once=, or any of every=, before= and after= together"
+            f" (got event_filter={test}, every={every}, once={once}, before={before}, after={after})"
+        )
+    if test is not None and not callable(test):
+        raise TypeError(f"event_filter must be a callable f(engine, count) -> bool, got {test!r}")
+    for what, value in (("before", before), ("after", after)):
+        if value is not None and not (_is_whole(value) and value >= 0):
+            raise ValueError(f"{what}= must be a whole number from 0 on, got {value!r}")
+    counts = None
+    if once is not None:
+        counts = (once,) if _is_whole(once) else tuple(once) if isinstance(once, Iterable) else ()
+        if not counts or not all(_is_whole(one) and one > 0 for one in counts):
+            raise ValueError(f"once= must be a positive whole number or several of them, got {once!r}")
+    interval = None
+    if isinstance(every, timedelta):
+        every, interval = None, every.total_seconds()
+        if interval <= 0:
+            raise ValueError("every= must be a positive timedelta")
+        if before is not None or after is not None:
+            raise ValueError("every= as a timedelta does not go together with before= and after=, which are counts")
+    elif every is not None and not (_is_whole(every) and every > 0):
+        raise ValueError(f"every= must be a positive whole number or a timedelta, got {every!r}")
+    if every == 1 and before is None and after is None:
+        return None
+    return Filter(every, interval, counts, before, after, test, at_end)  # type: ignore[arg-type]  # checked above
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def describe(condition: Filter) -> str:
+    """Return a filter as its user would write it."""
+    shown = {
+        "every": condition.every if condition.interval is None else timedelta(seconds=condition.interval),
+        "once": condition.once,
+        "before": condition.before,
+        "after": condition.after,
+        "event_filter": condition.test,
+        "at_end": condition.at_end or None,
+    }
+    return ", ".join(f"{name}={value}" for name, value in shown.items() if value is not None)

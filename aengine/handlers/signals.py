@@ -1,0 +1,71 @@
+"""Stopping an engine by SIGTERM and SIGINT: for scripts and containers. Nothing is installed unless asked for."""
+
+import signal
+import threading
+from collections.abc import Callable, Iterable
+from types import FrameType, TracebackType
+from typing import Any
+
+import anyio
+
+from aengine.engine import Engine
+from aengine.synchronous import runs_in_event_loop
+from aengine.worker import Home
+
+
+class stop_on_signals:  # noqa: N801 -- used as a function is, like contextlib.suppress
+    """End the run cleanly at the first SIGTERM or SIGINT; cancel what is in the block at the second.
+
+        with stop_on_signals(trainer) as stop:
+            await trainer.run(loader, max_epochs=100)
+        if stop.received: ...
+
+    The handlers that were there before come back at the end of the block. Around `run_sync()`, where no event loop
+    runs, the second signal raises KeyboardInterrupt.
+
+    Args:
+        engines: those to terminate.
+        signals: what to listen to.
+
+    Attributes:
+        received: the signals that came, in order.
+
+    Raises:
+        RuntimeError: not in the main thread, the only one that Python lets handle signals.
+    """
+
+    def __init__(
+        self, *engines: Engine[Any, Any], signals: Iterable[signal.Signals] = (signal.SIGINT, signal.SIGTERM)
+    ) -> None:
+        self.received: list[signal.Signals] = []
+        self._engines = engines
+        self._signals = tuple(signals)
+        self._before: dict[signal.Signals, Any] = {}
+        self._scope: anyio.CancelScope | None = None
+        self._cancel: Callable[[], None] | None = None
+
+    def __enter__(self) -> "stop_on_signals":
+        if threading.current_thread() is not threading.main_thread():
+            raise RuntimeError("stop_on_signals() works in the main thread only, where Python delivers signals: call engine.terminate() instead")
+        if runs_in_event_loop():
+            home, scope = Home(), anyio.CancelScope()
+            scope.__enter__()
+            self._scope, self._cancel = scope, lambda: home.post(scope.cancel)
+        for one in self._signals:
+            self._before[one] = signal.signal(one, self._handle)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool | None:
+        for one, before in self._before.items():
+            signal.signal(one, before)
+        return None if self._scope is None else self._scope.__exit__(kind, error, trace)
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        self.received.append(signal.Signals(number))
+        if len(self.received) == 1:
+            for engine in self._engines:
+                engine.terminate()
+        elif self._cancel is None:
+            raise KeyboardInterrupt
+        else:
+            self._cancel()

@@ -1,0 +1,101 @@
+"""Host: what a source needs of the run that uses it: where to pull ahead, and a task to live in."""
+
+from collections.abc import Callable
+from typing import Any
+
+import anyio
+
+from aengine.worker import Bell, Home, ThreadState
+
+
+class Host:
+    """The run, as its source sees it.
+
+    Attributes:
+        home: the run's event loop.
+        spawn: starts a task of the run's, from any thread.
+        settings: torch's settings of the thread that called `run()`.
+        prefetch: how many batches to pull ahead; 0 for none.
+        can_use: given how many batches wait, says whether the run can use one more.
+    """
+
+    def __init__(
+        self,
+        home: Home,
+        spawn: Callable[[Callable[[], Any]], None],
+        fail: Callable[[BaseException], None],
+        settings: ThreadState,
+        prefetch: int,
+        can_use: Callable[[int], bool],
+    ) -> None:
+        self.home = home
+        self.spawn = spawn
+        self.settings = settings
+        self.prefetch = prefetch
+        self.can_use = can_use
+        self._fail = fail
+        self._guest: _Guest | None = None
+
+    async def enter(self, manager: Any) -> Any:
+        """Enter an async context manager in a task of its own, and stay there until `leave()`.
+
+        A task of its own, because tasks that it starts may fail: then its own task is cancelled and raises, and the run
+        is told, wherever the loop stands. Returns what is to be iterated: what it gave, or, if that was nothing, itself.
+
+        Raises:
+            BaseException: what entering it raised.
+        """
+        guest = self._guest = _Guest(manager, self.home, self._fail)
+        self.spawn(guest.stay)
+        await guest.entered.wait()
+        if guest.error is not None:
+            raise guest.error
+        return manager if guest.value is None else guest.value
+
+    async def leave(self, deadline: float) -> None:
+        """Have it exit, until the deadline; then cancel it."""
+        guest, self._guest = self._guest, None
+        if guest is None:
+            return
+        guest.release.ring()
+        with anyio.CancelScope(deadline=deadline):
+            await guest.gone.wait()
+            return
+        guest.scope.cancel()
+        await guest.gone.wait()
+
+
+class _Guest:
+    def __init__(self, manager: Any, home: Home, fail: Callable[[BaseException], None]) -> None:
+        self.value: Any = None
+        self.error: BaseException | None = None
+        self.entered, self.release, self.gone = Bell(home), Bell(home), Bell(home)
+        self.scope = anyio.CancelScope(shield=True)
+        self._manager = manager
+        self._fail = fail
+
+    async def stay(self) -> None:
+        try:
+            with self.scope:
+                async with self._manager as self.value:
+                    self.entered.ring()
+                    await self.release.wait()
+        except Exception as error:  # noqa: BLE001 -- handed over
+            self._hand_over(_only(error))
+        finally:
+            self.entered.ring()
+            self.gone.ring()
+
+    def _hand_over(self, error: BaseException) -> None:
+        if self.entered.is_rung:
+            error.add_note(f"in the data, an async context manager ({type(self._manager).__qualname__})")
+            self._fail(error)
+        else:
+            self.error = error
+
+
+def _only(error: BaseException) -> BaseException:
+    """Unwrap what a task group made of a single error."""
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return error

@@ -1,0 +1,499 @@
+"""The loop: epochs, batches, steps, events, stop requests. It does no I/O, knows no event loop, and never waits.
+
+It is a plain generator. What must be awaited (by a step, a handler, the data) it yields, and is sent the result or
+thrown the exception. Whoever drives it decides where it runs: on the event loop, on a thread, or on neither.
+"""
+
+import warnings
+from collections.abc import Awaitable, Callable, Generator
+from enum import Enum, auto
+from time import perf_counter
+from types import CoroutineType, GeneratorType
+from typing import Any, TypeAlias
+
+from aengine.bus import Bus
+from aengine.control import Control, Phase, Request
+from aengine.errors import DataExhausted, DataExhaustedWarning
+from aengine.events import NEVER
+from aengine.progress import Progress
+from aengine.source import PENDING, Source
+from aengine.state import State, StopReason
+from aengine.topic import Topic, is_awaitable, raise_for_user
+
+BUDGET = 0.002
+"""Seconds that the loop runs on the event loop's own thread before it lets other tasks have a turn."""
+
+
+class Signal(Enum):
+    """What the loop yields, besides awaitables, to whoever drives it."""
+
+    BREATHE = auto()  # the time budget is spent: let others have a turn
+    PAUSE = auto()  # come back when the pause has ended
+    SUSPEND = auto()  # interrupted: keep this generator, the next run goes on with it
+    HALT = auto()  # as was asked: throw what there is to throw
+    SHIELD = auto()  # what follows is clean-up: let no cancellation in, and bound it
+
+
+Story: TypeAlias = Generator[Awaitable[Any] | Signal, Any, None]
+
+
+class Woken(Exception):  # noqa: N818 -- no error: thrown by the driver into a wait for data, to attend to a request
+    """Stop waiting for data: something was asked."""
+
+
+class _Terminated(Exception):  # noqa: N818 -- no error: how a clean end leaves the story before its last page
+    def __init__(self, reason: StopReason) -> None:
+        self.reason = reason
+
+
+class _EpochTerminated(Exception):  # noqa: N818 -- no error: how `terminate_epoch()` leaves the epoch
+    pass
+
+
+class _Exhausted(Exception):  # noqa: N818 -- no error: how the end of data that cannot be restarted leaves the story
+    pass
+
+
+_END = object()
+
+
+class Loop:
+    """One run, from STARTED to COMPLETED, across interruptions.
+
+    Attributes:
+        completed: iterations whose step has returned. `state.iteration` is one more while a step runs.
+        waits_for_data: whether what was yielded last is the next batch.
+        also_raised: errors of handlers and of the data that came while a first one was being told of.
+        breathes: whether to yield BREATHE when the time budget is spent; set by the driver.
+        cancellations: the exceptions that are told of as CANCELLED; the driver adds its event loop's own.
+    """
+
+    def __init__(
+        self,
+        engine: Any,
+        step: Callable[[Any, Any], Any],
+        source: Source,
+        progress: Progress,
+        *,
+        state: State,
+        bus: Bus,
+        control: Control,
+    ) -> None:
+        self.source = source
+        self.completed = progress.iteration
+        self.waits_for_data = False
+        self.also_raised: list[BaseException] = []
+        self.breathes = False
+        self.cancellations: tuple[type[BaseException], ...] = (KeyboardInterrupt, SystemExit)
+        self._engine = engine
+        self._step = step
+        self._state = state
+        self._bus = bus
+        self._control = control
+        self._next_source: Source | None = None
+        self._epoch_is_complete = progress.epoch_is_complete
+        self._first = progress.iteration
+        self._batch: Any = _END  # fetched and not yet stepped on, else _END
+        self._untold: DataExhausted | None = None
+        self._next_breath = 0.0
+        # Of what steps return, the types that are not awaitable: asking `inspect` costs as much as a whole iteration.
+        self._plain_types: set[type] = set()
+
+    def tell(self) -> Story:
+        """Tell the whole story. Yields what must be awaited; raises what fails the run."""
+        state, began = self._state, perf_counter()
+        state.stop_reason = None
+        state.times.update(EPOCH_COMPLETED=0.0, COMPLETED=0.0)
+        try:
+            try:
+                yield from self._fire("STARTED")
+                while not self._is_done:
+                    yield from self._epoch()
+                reason = StopReason.COMPLETED
+            except _Terminated as end:
+                reason = end.reason
+                self._control.phase = Phase.ENDING_EPOCH
+                yield from self._dispatch("TERMINATE")
+            except _Exhausted:
+                reason = StopReason.DATA_EXHAUSTED
+                self._warn_of_exhaustion()
+            yield from self._finish_listeners()
+            state.stop_reason = reason
+            state.times["COMPLETED"] = perf_counter() - began
+            if not self._control.skips_completed:
+                yield from self._dispatch("COMPLETED")
+                state.times["COMPLETED"] = perf_counter() - began
+        except GeneratorExit:  # an interrupted engine is given up: nobody is there to await anything
+            self.source.close()
+            raise
+        except BaseException as error:
+            yield from self._tell_of(error)
+            yield from self._close()
+            raise
+        yield from self._close()
+
+    def _epoch(self) -> Story:
+        state, control, began = self._state, self._control, perf_counter()
+        yield from self._look_ahead()
+        if self._epoch_is_complete:
+            state.epoch += 1
+            state.epoch_start = state.iteration
+            self._epoch_is_complete = False
+        try:
+            if state.iteration < self._end_of_epoch:  # else it was resumed, and lacks but its last page
+                yield from self._fire("EPOCH_STARTED")
+            control.phase = Phase.ITERATING
+            yield from self._iterations()
+        except _EpochTerminated:
+            control.phase = Phase.ENDING_EPOCH
+            self.completed = state.iteration  # at ITERATION_STARTED: begun, never stepped, and gone
+            yield from self._dispatch("TERMINATE_SINGLE_EPOCH", state.iteration - state.epoch_start)
+            yield from self._restart_data()
+            yield from self._complete_epoch(began, tell=not control.skip_epoch_completed)
+        except _Exhausted:
+            if state.iteration > state.epoch_start:
+                yield from self._complete_epoch(began)
+            else:
+                state.epoch -= 1
+                self._epoch_is_complete = True
+            raise
+        else:
+            yield from self._complete_epoch(began)
+
+    def _complete_epoch(self, began: float, *, tell: bool = True) -> Story:
+        control, times = self._control, self._state.times
+        control.phase = Phase.ENDING_EPOCH
+        self._epoch_is_complete = True
+        times["EPOCH_COMPLETED"] = perf_counter() - began
+        if tell:
+            yield from self._dispatch("EPOCH_COMPLETED")
+            times["EPOCH_COMPLETED"] = perf_counter() - began
+        yield from self._attend()
+        control.phase = Phase.BETWEEN_EPOCHS
+
+    def _iterations(self) -> Story:
+        """The hot path. What nobody listens to costs a comparison, what nobody asks for a truth test."""
+        engine, state, step, control = self._engine, self._state, self._step, self._control
+        watch, plain_types = self._bus.stopwatch, self._plain_types
+        getting, got, started, completed = self._topics_of_an_iteration()
+        end = min(self._end_of_epoch, NEVER if state.max_iters is None else state.max_iters)
+        watch.weight = 0
+        while (iteration := state.iteration) < end:
+            if is_timed := iteration >= watch.next_reading:
+                watch.read(iteration)
+            self._batch = batch = _END
+            state.batch = None  # so that its memory is free before the next one comes
+            if iteration >= getting.due:
+                yield from self._publish(getting, iteration)
+
+            mark = perf_counter() if is_timed else 0.0
+            try:
+                batch = self.source.take()
+                if batch is PENDING:
+                    self.waits_for_data = True
+                    batch = yield self.source.arrival()
+                    self.waits_for_data = False
+            except (StopIteration, StopAsyncIteration):
+                batch = _END
+            except BaseException as error:
+                yield from self._meet_error_of_data(error)
+                raise
+            if batch is _END:
+                if (yield from self._meet_end_of_data()):
+                    break
+                batch = yield from self._fetch_after_restart()
+            if is_timed:
+                watch.data += (perf_counter() - mark) * watch.weight
+            state.output = None
+            state.batch = self._batch = batch
+            if iteration >= got.due:
+                yield from self._publish(got, iteration)
+
+            state.iteration = iteration = iteration + 1
+            if iteration >= started.due:
+                yield from self._publish(started, iteration)
+            mark = perf_counter() if is_timed else 0.0
+            try:
+                output = step(engine, state.batch)
+                kind = type(output)
+                if kind is CoroutineType or (kind not in plain_types and self._is_awaitable(output)):
+                    output = yield output
+            except Exception as error:
+                self._note(error, "the step")
+                raise_for_user(error, "the step")
+            if is_timed:
+                watch.step += (perf_counter() - mark) * watch.weight
+            state.output = output
+            self._batch = _END
+            self.completed = iteration
+            if iteration >= completed.due:
+                yield from self._publish(completed, iteration)
+            if control.asked:
+                yield from self._attend()
+            if is_timed:
+                watch.weight = 0
+                if self.breathes and perf_counter() >= self._next_breath:
+                    yield Signal.BREATHE
+                    self._next_breath = perf_counter() + BUDGET
+        if self._end_of_epoch > state.iteration:  # max_iters, inside an epoch
+            raise _Terminated(StopReason.COMPLETED)
+
+    # Events and requests
+
+    def _publish(self, topic: Topic, count: int) -> Story:
+        yield from topic.dispatch(self._engine, count)
+        if self._control.asked:
+            yield from self._attend()
+
+    def _fire(self, name: str) -> Story:
+        yield from self._dispatch(name)
+        yield from self._attend()
+
+    def _dispatch(self, name: str, *payload: Any) -> Story:
+        self._bus.stopwatch.weight = 1
+        topic = self._bus.topic(name)
+        count = self._bus.next_count(topic)
+        if count >= topic.due:
+            yield from topic.dispatch(self._engine, count, *payload)
+
+    def _attend(self) -> Story:
+        """See to what was asked, until nothing is asked that keeps the loop from going on."""
+        control = self._control
+        asked = control.asked
+        while asked:
+            if Request.HALT in asked:
+                asked.discard(Request.HALT)
+                yield Signal.HALT
+            elif Request.CHANGE_DATA in asked:
+                asked.discard(Request.CHANGE_DATA)
+                yield from self._change_data()
+            elif Request.TERMINATE in asked:
+                raise _Terminated(StopReason.TERMINATED)
+            elif Request.TERMINATE_EPOCH in asked:
+                asked.discard(Request.TERMINATE_EPOCH)
+                if control.phase is Phase.ITERATING:
+                    raise _EpochTerminated
+            elif Request.INTERRUPT in asked:
+                asked.discard(Request.INTERRUPT)
+                yield from self._suspend()
+            elif Request.PAUSE in asked:
+                yield Signal.PAUSE
+            elif Request.MAKE_ROOM in asked:
+                asked.discard(Request.MAKE_ROOM)
+                while control.owed:
+                    yield control.owed.pop()
+
+    def _suspend(self) -> Story:
+        control, state = self._control, self._state
+        yield from self._dispatch("INTERRUPT")
+        if self.source.must_be_awaited:
+            yield self.source.suspend()
+        state.stop_reason = StopReason.INTERRUPTED
+        phase, control.phase = control.phase, Phase.IDLE
+        yield Signal.SUSPEND
+        control.phase = phase
+        state.stop_reason = None
+
+    def _topics_of_an_iteration(self) -> tuple[Topic, Topic, Topic, Topic]:
+        bus = self._bus
+        nobody = Topic("", bus)
+        has_data = self.source.data is not None
+        getting = bus.topic("GET_BATCH_STARTED") if has_data else nobody
+        got = bus.topic("GET_BATCH_COMPLETED") if has_data else nobody
+        return getting, got, bus.topic("ITERATION_STARTED"), bus.topic("ITERATION_COMPLETED")
+
+    def _finish_listeners(self) -> Story:
+        """Give those that asked for it their last event, if it did not come by itself."""
+        for topic in self._bus.topics:
+            count = {
+                "ITERATION_COMPLETED": self.completed,
+                "EPOCH_COMPLETED": self._state.epoch - (not self._epoch_is_complete),
+            }.get(topic.name, self._bus.count_of(topic))
+            if count > 0:
+                yield from topic.finish(self._engine, count)
+
+    # The data
+
+    @property
+    def _end_of_epoch(self) -> int:
+        length = self._state.epoch_length
+        return NEVER if length is None else self._state.epoch_start + length
+
+    @property
+    def _is_done(self) -> bool:
+        if self._epoch_is_complete:
+            return self._state.is_done
+        max_iters = self._state.max_iters  # reached inside an epoch, which then has no end to be told
+        return max_iters is not None and max_iters <= self._state.iteration < self._end_of_epoch
+
+    def _look_ahead(self) -> Story:
+        """Data that cannot be restarted must have more before an epoch is begun for it: no epoch is to be empty."""
+        source = self.source
+        if not source.is_one_shot or self.completed == self._first:
+            return
+        if not source.has_ended:
+            batch = yield from self._fetch()
+            if batch is _END:
+                source.end(self.completed)
+            else:
+                source.put_back(batch)
+        if source.has_ended:
+            raise _Exhausted
+
+    def _fetch(self) -> Generator[Awaitable[Any] | Signal, Any, Any]:
+        try:
+            batch = self.source.take()
+            if batch is PENDING:
+                self.waits_for_data = True
+                batch = yield self.source.arrival()
+                self.waits_for_data = False
+        except (StopIteration, StopAsyncIteration):
+            return _END
+        except BaseException as error:
+            yield from self._meet_error_of_data(error)
+            raise
+        return batch
+
+    def _meet_error_of_data(self, error: BaseException) -> Story:
+        self.waits_for_data = False
+        if isinstance(error, Woken):
+            yield from self._attend()  # which ends the run: nothing else wakes
+        elif isinstance(error, Exception):
+            self._note(error, f"the data ({self.source.name}), fetching batch {self.completed + 1}")
+
+    def _meet_end_of_data(self) -> Generator[Awaitable[Any] | Signal, Any, bool]:
+        """Restart the data, or return True if its end is the end of an epoch of unknown length."""
+        state, source = self._state, self.source
+        is_empty = source.passed(self.completed) == 0
+        self.waits_for_data = False
+        source.end(self.completed)
+        if self.completed == self._first and (is_empty or source.is_one_shot):
+            self._untold = DataExhausted(self._exhaustion())
+            raise self._untold
+        if state.epoch_length is None and self.completed > state.epoch_start:
+            state.epoch_length = self.completed - state.epoch_start
+            return True
+        if source.is_one_shot:
+            raise _Exhausted
+        yield from self._fire("DATALOADER_STOP_ITERATION")
+        yield from self._restart_data()
+        return False
+
+    def _fetch_after_restart(self) -> Generator[Awaitable[Any] | Signal, Any, Any]:
+        batch = yield from self._fetch()
+        if batch is _END:
+            raise _Exhausted
+        return batch
+
+    def _restart_data(self) -> Story:
+        source = self.source
+        if source.is_one_shot:
+            if self._batch is not _END:
+                source.put_back(self._batch)
+            return
+        if source.must_be_awaited:
+            yield source.aclose()
+        else:
+            source.close()
+        source.restart(self.completed)
+
+    def set_data(self, source: Source) -> None:
+        """Have the next batch come from another source. From any thread."""
+        self._next_source = source
+        self._control.ask(Request.CHANGE_DATA)
+
+    def _change_data(self) -> Story:
+        new = self._next_source
+        assert new is not None, "set before it is asked for"  # noqa: S101
+        if self.source.must_be_awaited:
+            yield self.source.aclose()
+        else:
+            self.source.close()
+        new.host, self.source.host = self.source.host, None
+        new.restart(self.completed)
+        self._state.dataloader = new.data
+        self.source = new
+
+    # Ends
+
+    def _tell_of(self, error: BaseException) -> Story:
+        is_cancellation = isinstance(error, self.cancellations)
+        self._state.stop_reason = StopReason.CANCELLED if is_cancellation else StopReason.FAILED
+        self._control.phase = Phase.ENDING_EPOCH
+        if error is self._untold:
+            return
+        yield Signal.SHIELD
+        self._bus.stopwatch.weight = 1
+        topic = self._bus.topic("CANCELLED" if is_cancellation else "EXCEPTION_RAISED")
+        count = self._bus.next_count(topic)
+        for part in topic.parts():
+            try:
+                yield from part.dispatch(self._engine, count, *(() if is_cancellation else (error,)))
+            except Exception as another:  # noqa: BLE001 -- the others are to be told too; it is raised with the first
+                if another is not error:
+                    self.also_raised.append(another)
+
+    def _close(self) -> Story:
+        self._control.phase = Phase.IDLE
+        if self._batch is not _END:
+            self.source.put_back(self._batch)
+            self._batch = _END
+        try:
+            if self.source.must_be_awaited:
+                yield Signal.SHIELD
+                yield self.source.aclose()
+            else:
+                self.source.close()
+        except Exception as error:  # noqa: BLE001 -- raised by whoever drives, beside what else went wrong
+            self._note(error, f"closing the data ({self.source.name})")
+            self.also_raised.append(error)
+
+    def can_use(self, waiting: int) -> bool:
+        """Say whether this run can use another batch, when so many wait already."""
+        state = self._state
+        if state.max_iters is not None:
+            end = state.max_iters
+        elif state.max_epochs is None or state.epoch_length is None:
+            return True
+        else:
+            end = state.epoch_start + state.epoch_length * (state.max_epochs - state.epoch + 1)
+        return self.completed + (self._batch is not _END) + waiting < end
+
+    def progress(self) -> Progress:
+        """Return what is completed: where to go on from here."""
+        return Progress(
+            iteration=self.completed,
+            epoch=self._state.epoch,
+            epoch_start=self._state.epoch_start,
+            epoch_is_complete=self._epoch_is_complete,
+            position=self.source.position(self.completed),
+        )
+
+    def _is_awaitable(self, output: Any) -> bool:
+        if is_awaitable(output):
+            return True
+        if type(output) is not GeneratorType:  # of those, some are and some are not
+            self._plain_types.add(type(output))
+        return False
+
+    def _note(self, error: BaseException, where: str) -> None:
+        state = self._state
+        error.add_note(f"in {where}, engine {self._bus.name!r}, epoch {state.epoch}, iteration {state.iteration}")
+
+    def _warn_of_exhaustion(self) -> None:
+        warnings.warn(self._exhaustion(), DataExhaustedWarning, stacklevel=2)
+
+    def _exhaustion(self) -> str:
+        state, source = self._state, self.source
+        length = state.epoch_length
+        total = state.max_iters or (length and state.max_epochs and length * state.max_epochs)
+        why = (
+            f"it is a one-shot iterator ({source.data!r})" if source.is_one_shot else f"restarted, it gave nothing ({source.name})"
+        )
+        advice = "Pass the function itself" if source.is_one_shot else "Pass data that can be iterated again"
+        if not self.completed:
+            return f"the data is empty: {why}. Pass data that has batches"
+        return (
+            f"the data ended after {self.completed} of {total or 'an unknown number of'} iterations and cannot be restarted: {why}."
+            f" {advice}, or epoch_length={self.completed - state.epoch_start or self.completed}"
+        )

@@ -1,0 +1,363 @@
+"""Source: any data, as the next batch. Opening, restarting, prefetching, position, closing.
+
+The loop asks `take()`. It returns the batch, or PENDING if the batch must be awaited: then the loop awaits
+`arrival()`. Both are plain attributes that are exchanged as the source opens, ends and restarts, so that a batch from
+a list costs one call of its iterator and nothing of ours.
+"""
+
+import inspect
+import logging
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from enum import Enum
+from types import AsyncGeneratorType, FunctionType
+from typing import Any, Final, NoReturn, Protocol, runtime_checkable
+
+from aengine.host import Host
+from aengine.prefetch import Buffer, Fetched, Position, Prefetcher, TaskPrefetcher, ThreadPrefetcher
+
+
+class Pending(Enum):
+    """The type of PENDING."""
+
+    PENDING = "pending"
+
+
+PENDING: Final = Pending.PENDING
+"""What `take()` returns when the next batch must be awaited."""
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """What can say where it stands, and be put back there."""
+
+    def state_dict(self) -> Any:
+        """Return where it stands."""
+
+    def load_state_dict(self, state_dict: Any) -> Any:
+        """Go back to where it stood."""
+
+
+class Source:
+    """The data of one run.
+
+    Attributes:
+        data: the data as the user gave it.
+        name: its type or function, to show.
+        take: returns the next batch, or PENDING; raises StopIteration at the end of the data.
+        arrival: returns an awaitable of the next batch, which raises StopAsyncIteration at the end.
+        has_ended: whether the end was seen, so that only a restart gives more.
+    """
+
+    def __init__(self, data: Any, logger: logging.Logger, left: list[Fetched] | None = None) -> None:
+        self.data = data
+        self.name = _shown(data)
+        self.has_ended = False
+        self.host: Host | None = None  # the run on an event loop; without one nothing is awaited
+        self.entered: Any = _NOT_ENTERED if hasattr(data, "__aenter__") else data
+        self.is_one_shot = _is_one_shot(data)
+        self._logger = logger
+        self._origin = 0  # the count of completed iterations at which this pass over the data began
+        self._resume_at: Mapping[str, Any] | None = None
+        self._left: deque[Fetched] = deque(left or ())  # fetched in an earlier run, never stepped on
+        self._iterator: Any = None
+        self._stateful: Stateful | None = None
+        self._prefetcher: Prefetcher | None = None
+        self._length: int | None = length_of(data)
+        # With a position of its own: where the data stood before and after the batch last taken.
+        self._before: Position = None
+        self._after: Position = None
+        self._taken = 0
+        self._to_wind = 0
+        self.arrival: Callable[[], Awaitable[Any]] = self._open_and_wait
+        self.take: Callable[[], Any] = (lambda: None) if data is None else self._open_and_take
+
+    # Beginning, ending, beginning again
+
+    def resume_at(self, position: Mapping[str, Any], completed: int) -> None:
+        """Go on, at the next fetch, from a position that `position()` gave, in a loop that has completed so much."""
+        self._resume_at = position
+        self._origin = completed - position["batches"]
+        self._taken = position["batches"]
+        self._after = position["state"]
+        self._length = self._length or position["length"]
+
+    def end(self, completed: int) -> None:
+        """The end of the data was seen: from now on only `restart` gives more."""
+        self.has_ended = True
+        self.take = _raise_stop
+        self._length = completed - self._origin
+
+    def restart(self, completed: int) -> None:
+        """Begin the data again at the next fetch. What is open has been closed."""
+        self.has_ended = False
+        self.take, self.arrival = self._open_and_take, self._open_and_wait
+        self._origin = completed
+        self._taken = 0
+        self._before = self._after = None
+
+    def position(self, completed: int) -> dict[str, Any]:
+        """Return the position after the batch of the last completed step: what `resume_at` takes."""
+        batches = completed - self._origin
+        state = self._after if self._taken <= batches else self._before
+        return {"batches": batches, "length": self._length, "state": state}
+
+    def passed(self, completed: int) -> int:
+        """Return how many batches of this pass over the data are completed."""
+        return completed - self._origin
+
+    def put_back(self, batch: Any) -> None:
+        """Take back the batch in hand, which was not stepped on: it is the next one."""
+        self._left.appendleft(Fetched(batch, self._after))
+        self._taken -= 1
+        self._after = self._before
+        self.take = self._take_left
+
+    def left(self) -> list[Fetched]:
+        """Return what was fetched and not stepped on, unless resuming will fetch it again."""
+        return [] if self._can_wind or self._stateful is not None else list(self._left)
+
+    @property
+    def _can_wind(self) -> bool:
+        return not self.is_one_shot and self._length is not None
+
+    # Opening
+
+    def _open_and_take(self) -> Any:
+        data = self.entered
+        if data is _NOT_ENTERED:
+            return PENDING
+        made = data() if _is_factory(data) else data
+        self._stateful = made if isinstance(made, Stateful) else None
+        if hasattr(made, "__aiter__"):
+            self._to_wind = self._resume()
+            self._iterator = aiter(made)
+            self.take = _pending
+            return PENDING
+        if not _is_iterable(made):
+            raise TypeError(f"data() returned {made!r}, which is no iterable and no async iterable: return or yield batches")
+        to_wind = self._resume()
+        self._iterator = iter(made)
+        for fetched in range(to_wind):
+            if next(self._iterator, _END) is _END:
+                raise self._too_short(fetched, to_wind)
+        self._start()
+        return self.take()
+
+    async def _open_and_wait(self) -> Any:
+        if self.entered is _NOT_ENTERED:
+            assert self.host is not None, "what is awaited is awaited on an event loop"  # noqa: S101
+            self.entered = await self.host.enter(self.data)
+            taken = self._open_and_take()
+            if taken is not PENDING:
+                return taken
+        for fetched in range(self._to_wind):
+            if await anext(self._iterator, _END) is _END:
+                raise self._too_short(fetched, self._to_wind)
+        self._start()
+        taken = self.take()
+        return await self.arrival() if taken is PENDING else taken
+
+    def _resume(self) -> int:
+        """Put the data where the run to be resumed stood. Returns how many batches are to be fetched and dropped."""
+        position, self._resume_at = self._resume_at, None
+        if position is None or not (position["batches"] or position["state"]):
+            return 0
+        if self._stateful is not None and position["state"] is not None:
+            self._left.clear()
+            self._stateful.load_state_dict(position["state"])
+            how, to_wind = "was put back to its own state", 0
+        elif self._can_wind:
+            self._left.clear()
+            to_wind = int(position["batches"])
+            how = f"is wound forward: {to_wind} batches are fetched and dropped"
+        else:
+            self._origin += position["batches"]
+            self._taken = 0
+            how, to_wind = "goes on where it is: it cannot be wound forward", 0
+        self._logger.info("resuming: the data (%s) %s", self.name, how)
+        return to_wind
+
+    def _too_short(self, length: int, to_wind: int) -> ValueError:
+        return ValueError(f"cannot resume after {to_wind} batches of the data ({self.name}): it has only {length}. Pass the same data")
+
+    def _start(self) -> None:
+        """The iterator stands where it should: begin to pull ahead, if so wished, and choose how to take."""
+        if self.host is not None and self.host.prefetch and self._prefetcher is None:
+            self._prefetcher = self._pull_ahead(self.host)
+        self._choose()
+
+    def _choose(self) -> None:
+        if self._left:
+            self.take = self._take_left
+        elif self._prefetcher is not None:
+            self.take, self.arrival = self._take_ahead, self._arrival_ahead
+        elif hasattr(self._iterator, "__anext__"):
+            self.take = _pending
+            self.arrival = self._iterator.__anext__ if self._stateful is None else self._arrival_of_stateful
+        else:
+            self.take = self._iterator.__next__ if self._stateful is None else self._take_of_stateful
+
+    def _take_left(self) -> Any:
+        fetched = self._left.popleft()
+        if not self._left:
+            self._choose()
+        return self._took(fetched)
+
+    # With a position of its own
+
+    def _took(self, fetched: Fetched) -> Any:
+        self._taken += 1
+        self._before, self._after = self._after, fetched.position
+        return fetched.batch
+
+    def _own_position(self) -> Position:
+        return None if self._stateful is None else self._stateful.state_dict()
+
+    def _take_of_stateful(self) -> Any:
+        batch = next(self._iterator)
+        return self._took(Fetched(batch, self._own_position()))
+
+    async def _arrival_of_stateful(self) -> Any:
+        batch = await anext(self._iterator)
+        return self._took(Fetched(batch, self._own_position()))
+
+    # Ahead of the step
+
+    def _pull_ahead(self, host: Host) -> Prefetcher:
+        buffer = Buffer(host.prefetch, host.home, host.can_use)
+        if not hasattr(self._iterator, "__anext__"):
+            return ThreadPrefetcher(buffer, self._own_position, host.home, self._iterator, host.settings)
+        prefetcher = TaskPrefetcher(buffer, self._own_position, host.home, self._iterator)
+        host.spawn(prefetcher.pull)
+        return prefetcher
+
+    def _take_ahead(self) -> Any:
+        fetched = self._buffer.take_nowait()
+        return PENDING if fetched is None else self._took(fetched)
+
+    async def _arrival_ahead(self) -> Any:
+        await self._buffer.arrival()
+        try:
+            return self._take_ahead()
+        except StopIteration:  # a coroutine cannot raise it
+            raise StopAsyncIteration from None
+
+    @property
+    def _buffer(self) -> Buffer:
+        assert self._prefetcher is not None, "put in place before this"  # noqa: S101
+        return self._prefetcher.buffer
+
+    # Suspending and closing
+
+    @property
+    def must_be_awaited(self) -> bool:
+        """Whether stopping or closing this takes an await."""
+        return self._prefetcher is not None or self.entered is not self.data or (self._is_ours and hasattr(self._iterator, "aclose"))
+
+    async def suspend(self) -> None:
+        """Stop pulling ahead, but stay where the data stands. Waits for the fetch under way. Cancellable."""
+        if self._prefetcher is not None:
+            await self._prefetcher.stop()
+        if self._prefetcher is not None and not self._buffer.has_ended:
+            self._keep_what_was_pulled()
+            self.take = self._take_after_suspension
+        if self.entered is not self.data:  # it leaves the run's task group, and enters that of the next
+            self._iterator, self.entered = None, _NOT_ENTERED
+            self.take, self.arrival = self._open_and_take, self._open_and_wait
+
+    def _take_after_suspension(self) -> Any:
+        self._start()
+        return self.take()
+
+    def _keep_what_was_pulled(self) -> None:
+        self._left.extend(self._buffer.left())
+        self._prefetcher = None
+
+    async def aclose(self) -> None:
+        """Stop pulling ahead, and close the iterator if the engine opened it. The caller shields and bounds this."""
+        prefetcher = self._prefetcher
+        if prefetcher is not None:
+            await (prefetcher.cancel() if isinstance(prefetcher, TaskPrefetcher) else prefetcher.stop())
+            self._keep_what_was_pulled()
+        if self._is_ours and hasattr(self._iterator, "aclose"):
+            iterator, self._iterator = self._iterator, None
+            await iterator.aclose()
+        self.close()
+
+    def close(self) -> None:
+        """Close the iterator if the engine opened it; where nothing must be awaited for that."""
+        if self._is_ours and hasattr(self._iterator, "close"):
+            self._iterator.close()
+        self._iterator = None
+
+    @property
+    def can_be_woken(self) -> bool:
+        """Whether a wait for the next batch can be given up without harm to data that outlives the run."""
+        return self._prefetcher is not None or self._is_ours or not isinstance(self._iterator, AsyncGeneratorType)
+
+    @property
+    def _is_ours(self) -> bool:
+        iterator = self._iterator
+        return iterator is not None and iterator is not self.data and iterator is not self.entered
+
+
+def check(data: Any) -> None:
+    """Raise TypeError, saying what to pass instead, for what cannot be the data of a run."""
+    if data is None or hasattr(data, "__aiter__") or hasattr(data, "__aenter__") or _is_iterable(data):
+        return
+    if not callable(data):
+        raise TypeError(
+            f"data must be an iterable, an async iterable, or a callable without arguments that makes one, got {data!r}"
+        )
+    if inspect.iscoroutinefunction(data):
+        raise TypeError(f"data is the coroutine function {_shown(data)}: make it an async generator, which yields batches")
+    try:
+        inspect.signature(data).bind()
+    except TypeError:
+        raise TypeError(
+            f"data is the callable {_shown(data)}{inspect.signature(data)}, but it is called without arguments: wrap it, as in"
+            " lambda: f(...)"
+        ) from None
+    except ValueError:  # a built-in without a signature: it will show
+        return
+
+
+def length_of(data: Any) -> int | None:
+    """Return `len(data)`, None where there is none (torch's DataLoader over an iterable dataset raises TypeError)."""
+    try:
+        return len(data)
+    except TypeError:
+        return None
+
+
+def _is_iterable(data: Any) -> bool:
+    return hasattr(data, "__iter__") or hasattr(data, "__getitem__")
+
+
+def _is_factory(data: Any) -> bool:
+    return callable(data) and not hasattr(data, "__aiter__") and not _is_iterable(data)
+
+
+def _is_one_shot(data: Any) -> bool:
+    """Say whether this is its own iterator, and no `__iter__` in Python could make it begin again."""
+    for again, following in (("__iter__", "__next__"), ("__aiter__", "__anext__")):
+        if hasattr(data, following) and hasattr(data, again):
+            return not isinstance(getattr(type(data), again, None), FunctionType)
+    return False
+
+
+def _shown(data: Any) -> str:
+    return str(getattr(data, "__qualname__", None) or type(data).__qualname__)
+
+
+_END = object()
+_NOT_ENTERED = object()
+
+
+def _pending() -> Pending:
+    return PENDING
+
+
+def _raise_stop() -> NoReturn:
+    raise StopIteration

@@ -1,0 +1,106 @@
+"""State: what the loop knows, and whatever users put beside it."""
+
+from collections.abc import Mapping
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+
+class StopReason(Enum):
+    """Why the last `run()` ended."""
+
+    COMPLETED = "completed"
+    TERMINATED = "terminated"
+    INTERRUPTED = "interrupted"
+    DATA_EXHAUSTED = "data exhausted"
+    CANCELLED = "cancelled"
+    FAILED = "failed"
+
+
+# The counters that filters of these events look at. Any other event counts its own firings.
+COUNTERS: Mapping[str, str] = {
+    "GET_BATCH_STARTED": "iteration",
+    "GET_BATCH_COMPLETED": "iteration",
+    "ITERATION_STARTED": "iteration",
+    "ITERATION_COMPLETED": "iteration",
+    "STARTED": "epoch",
+    "EPOCH_STARTED": "epoch",
+    "EPOCH_COMPLETED": "epoch",
+    "COMPLETED": "epoch",
+}
+
+
+class State:
+    """What the loop knows: its counters, the batch in hand, the last output; and users' own attributes.
+
+    Attributes:
+        iteration: iterations begun so far; while one runs, its number, from 1.
+        epoch: epochs begun so far; while one runs, its number, from 1.
+        epoch_start: the value of `iteration` when the epoch under way began. At EPOCH_STARTED of an epoch
+            that is resumed in its middle, `iteration` is larger than this.
+        epoch_length: iterations in an epoch; None until it is known.
+        max_epochs: where the run ends, in epochs; None if it ends by iterations.
+        max_iters: where the run ends, in iterations; None if it ends by epochs.
+        batch: what the step is given; None between steps. A handler of ITERATION_STARTED may replace it.
+        output: what the last step returned.
+        metrics: results by name; kept from run to run.
+        dataloader: the data as it was given to `run()`.
+        seed: free for users, as in pytorch-ignite; the loop does not read it.
+        times: seconds the last epoch and the last run took, under "EPOCH_COMPLETED" and "COMPLETED".
+        stop_reason: why the last run ended; None before the first end and while running.
+        event_to_attr: which attribute counts which event (by name), for filters.
+
+    Any other attribute can be set; it survives from run to run. Those named in `engine.state_dict_user_keys`
+    are saved and loaded with the engine.
+    """
+
+    def __init__(self, **attributes: Any) -> None:
+        self.iteration: int = 0
+        self.epoch: int = 0
+        self.epoch_start: int = 0
+        self.epoch_length: int | None = None
+        self.max_epochs: int | None = None
+        self.max_iters: int | None = None
+        self.batch: Any = None
+        self.output: Any = None
+        self.metrics: dict[str, Any] = {}
+        self.dataloader: Any = None
+        self.seed: int | None = None
+        self.times: dict[str, float | None] = {"EPOCH_COMPLETED": None, "COMPLETED": None}
+        self.stop_reason: StopReason | None = None
+        self.event_to_attr: dict[str, str] = dict(COUNTERS)
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+    if TYPE_CHECKING:
+        # Users put what they like on the state. For type checkers only: defined for real, either of the two
+        # would make every access of the loop several times slower.
+        def __getattr__(self, name: str) -> Any: ...
+        def __setattr__(self, name: str, value: Any) -> None: ...
+
+    def get_event_attrib_value(self, event_name: Any) -> int:
+        """Return the counter of an event, given by name or as the event itself.
+
+        Raises:
+            RuntimeError: the event counts its own firings, so no attribute holds its counter.
+        """
+        name = getattr(event_name, "name", event_name)
+        if name not in self.event_to_attr:
+            raise RuntimeError(
+                f"event {name!r} has no attribute that counts it; those that have one: {', '.join(self.event_to_attr)}"
+            )
+        value: int = getattr(self, self.event_to_attr[name])
+        return value
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the limit given to the last run was reached."""
+        if self.max_iters is not None:
+            return self.iteration >= self.max_iters
+        return self.max_epochs is not None and self.epoch >= self.max_epochs
+
+    def __repr__(self) -> str:
+        shown = {
+            name: value if isinstance(value, int | float | str | Enum | None) else f"<{type(value).__name__}>"
+            for name, value in vars(self).items()
+        }
+        return f"State({', '.join(f'{name}={value}' for name, value in shown.items())})"

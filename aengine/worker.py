@@ -1,0 +1,252 @@
+"""One thread for what blocks, and the way back from it. The only file that knows that there are two backends.
+
+A running engine owns one worker. The loop is advanced on it a slice at a time: from one thing that must be awaited to
+the next. Whoever waits for a slice is not let go before the slice has ended, for nothing can stop a torch step.
+"""
+
+import ctypes
+import sys
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from contextvars import Context, copy_context
+from functools import cache, partial
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import anyio
+from anyio.lowlevel import current_token
+
+
+class Home:
+    """An event loop and its thread, as seen from any thread."""
+
+    __slots__ = ("_post", "thread")
+
+    def __init__(self) -> None:
+        native: Any = current_token().native_token
+        self._post: Callable[..., object] = getattr(native, "call_soon_threadsafe", None) or native.run_sync_soon
+        self.thread = threading.get_ident()
+
+    def call(self, function: Callable[[], object]) -> None:
+        """Call `function` on the event loop's thread: now if this is it, else soon. Never waits, never raises."""
+        if threading.get_ident() == self.thread:
+            function()
+        else:
+            self.post(function)
+
+    def post(self, function: Callable[[], object]) -> None:
+        """Call `function` on the event loop's thread, soon. From any thread, and from signal handlers."""
+        try:
+            self._post(function)
+        except RuntimeError:  # that event loop has ended (trio's RunFinishedError is one too): nobody listens there
+            return
+
+
+class Bell:
+    """A one-shot event: rung from any thread, waited for at home."""
+
+    __slots__ = ("_event", "_home")
+
+    def __init__(self, home: Home) -> None:
+        self._home = home
+        self._event = anyio.Event()
+
+    def ring(self) -> None:
+        """Wake who waits, now or later. Callable from any thread, any number of times."""
+        self._home.call(self._event.set)
+
+    @property
+    def is_rung(self) -> bool:
+        """Whether it has been rung, and that has reached home."""
+        return self._event.is_set()
+
+    async def wait(self) -> None:
+        """Wait until it has been rung. Cancellable; nothing is lost by that."""
+        await self._event.wait()
+
+
+class Slice:
+    """One call on the worker. While it lasts it can have things awaited at home; at its end it has a result."""
+
+    __slots__ = ("_answers", "_bell", "_context", "_home", "_wanted", "arguments", "done", "error", "function", "result")
+
+    def __init__(self, home: Home, context: Context, function: Callable[..., Any], *arguments: Any) -> None:
+        self.function = function
+        self.arguments = arguments
+        self.result: Any = None
+        self.error: BaseException | None = None
+        self.done = False
+        self._home = home
+        self._context = context
+        self._bell = Bell(home)
+        self._wanted: Awaitable[Any] | None = None
+        self._answers: SimpleQueue[tuple[Any, BaseException | None]] | None = None
+
+    def perform(self) -> None:
+        """On the worker: make the call, keep its outcome, and wake who waits for it."""
+        try:
+            self.result = self._context.run(self.function, *self.arguments)
+        except BaseException as error:  # noqa: BLE001 -- every outcome is handed over, none is swallowed
+            self.error = error
+        self.done = True
+        self._bell.ring()
+
+    def call_home(self, wanted: Awaitable[Any]) -> Any:
+        """On the worker, inside the call: have `wanted` awaited at home, and block until it is."""
+        self._answers = SimpleQueue()
+        self._wanted = wanted
+        self._bell.ring()
+        result, error = self._answers.get()
+        if error is not None:
+            raise error
+        return result
+
+    async def wait(self, on_cancel: Callable[[], None]) -> None:
+        """At home: wait for the end of the call, and await meanwhile what it calls home for.
+
+        A cancellation calls `on_cancel`, which is to make the call end soon; is handed to what the call waits for;
+        and goes on when the call has ended, not before.
+        """
+        cancellation: BaseException | None = None
+        while True:
+            try:
+                with anyio.CancelScope(shield=cancellation is not None):
+                    await self._bell.wait()
+            except BaseException as error:
+                if cancellation is not None:  # a second Ctrl-C: the user no longer wants to wait
+                    raise
+                cancellation = error
+                on_cancel()
+                continue
+            if self.done:
+                break
+            cancellation = await self._answer(cancellation)
+        if cancellation is not None:
+            raise cancellation
+
+    async def _answer(self, cancellation: BaseException | None) -> BaseException | None:
+        wanted, answers, self._bell = self._wanted, self._answers, Bell(self._home)
+        assert wanted is not None and answers is not None, "rung without being done"  # noqa: PT018, S101
+        if cancellation is not None:
+            getattr(wanted, "close", lambda: None)()
+            answers.put((None, cancellation))
+            return cancellation
+        try:
+            answers.put((await wanted, None))
+        except Exception as error:  # noqa: BLE001 -- raised again where it was awaited, inside the call
+            answers.put((None, error))
+        except BaseException as error:  # noqa: BLE001 -- likewise; and it goes on here when the call has ended
+            answers.put((None, error))
+            return error
+        return None
+
+
+class Worker:
+    """A thread that performs slices, one after another."""
+
+    def __init__(self, name: str, settings: "ThreadState") -> None:
+        self._settings = settings
+        self._slices: SimpleQueue[Slice | None] = SimpleQueue()
+        # Daemon: a step that never returns must not keep a process from ending; every other one is joined.
+        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
+        self._thread.start()
+
+    def _work(self) -> None:
+        with self._settings.entered():
+            while (one := self._slices.get()) is not None:
+                one.perform()
+                del one  # while waiting for the next, keep no reference to a batch or an output
+
+    def submit(self, one: Slice) -> None:
+        """Have a slice performed after those before it."""
+        self._slices.put(one)
+
+    @property
+    def is_here(self) -> bool:
+        """Whether the caller runs on this worker's thread."""
+        return threading.get_ident() == self._thread.ident
+
+    def stop(self) -> None:
+        """Let the thread end, and wait for that. It is idle, so this takes some 50 µs."""
+        self._slices.put(None)
+        self._thread.join()
+
+    def abandon(self) -> None:
+        """Let the thread end when its slice does, if ever."""
+        self._slices.put(None)
+
+
+def context_for_thread() -> Context:
+    """Return the caller's context for code on another thread, where no event loop runs."""
+    context = copy_context()
+    if sniffio := sys.modules.get("sniffio"):  # it keeps in the context which library runs: not there
+        context.run(sniffio.current_async_library_cvar.set, None)
+    return context
+
+
+class ThreadState:
+    """torch's settings that belong to a thread: taken over from the caller of `run()`, for its step to see.
+
+    Grad mode, inference mode, autocast, default device and CUDA device. Nothing if torch is not loaded.
+    """
+
+    def __init__(self) -> None:
+        """Take down the settings of the present thread."""
+        self._torch: Any = sys.modules.get("torch")
+        if torch := self._torch:
+            self._grad = torch.is_grad_enabled()
+            self._inference = torch.is_inference_mode_enabled()
+            self._device = torch.get_default_device()
+            self._cuda = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+            self._autocast = [
+                (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+                for kind in (["cpu"] if self._cuda is None else ["cpu", "cuda"])
+            ]
+            self._caches = torch.is_autocast_cache_enabled()
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """Make the present thread's settings these for a while; then what they were before."""
+        with ExitStack() as entered:
+            if self._torch is not None:
+                self._enter(self._torch, entered)
+            yield
+
+    def _enter(self, torch: Any, entered: ExitStack) -> None:
+        if self._cuda is not None:
+            entered.enter_context(torch.cuda.device(self._cuda))
+        if self._device != torch.get_default_device():
+            entered.enter_context(self._device)
+        # Each of these restores, on leaving, also what a step has left behind.
+        entered.enter_context(torch.inference_mode(self._inference))
+        entered.enter_context(torch.set_grad_enabled(self._grad))
+        for kind, dtype, enabled in self._autocast:
+            entered.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=self._caches))
+
+
+def release_idle_threads() -> None:
+    """Let go of the OpenMP threads that the calling thread keeps, if it keeps any.
+
+    GNU's OpenMP stops spinning as soon as it manages more threads than there are processors; torch steps on another
+    thread then run 3 to 5 times slower. `omp_pause_resource` is OpenMP 5.0, section 3.2.43; soft: settings stay.
+    """
+    if "torch" in sys.modules:
+        _omp_pause()()
+
+
+@cache
+def _omp_pause() -> Callable[[], object]:
+    """Find the OpenMP library that torch has loaded. Another one, scikit-learn's say, has threads of its own."""
+    try:
+        loaded = {line.split()[-1] for line in Path("/proc/self/maps").read_text("utf-8").splitlines() if "libgomp" in line}
+        ours = [path for path in loaded if "torch" in path] or [path for path in loaded if path.startswith("/usr/lib")]
+        openmp = ctypes.CDLL(ours[0], mode=_RTLD_NOLOAD)
+        return partial(openmp.omp_pause_resource, _SOFT, openmp.omp_get_initial_device())
+    except (OSError, IndexError, AttributeError):  # another system, another OpenMP, or an old one: nothing to mind
+        return lambda: None
+
+
+_RTLD_NOLOAD = 4  # of dlopen(3), where os.RTLD_NOLOAD is not defined
+_SOFT = 1  # omp_pause_soft
