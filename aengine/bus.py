@@ -1,8 +1,7 @@
 """The bus of one engine: its topics, the subscribers beside its step, and the streams of whoever reads along."""
 
 import logging
-from collections.abc import Awaitable, Callable, Iterable
-from contextvars import ContextVar
+from collections.abc import Callable, Iterable
 from time import perf_counter
 from typing import Any, TypeAlias
 
@@ -11,12 +10,12 @@ import anyio.lowlevel
 import anyio.to_thread
 
 from aengine.errors import HandlerTimeout
+from aengine.emission import reading
 from aengine.events import AnyEvent, Event, Selector, selectors
-from aengine.inbox import Inbox, Overflow, Room
+from aengine.inbox import Inbox, Overflow
 from aengine.state import State
 from aengine.statistics import ListenerStatistics
 from aengine.topic import (
-    Dispatch,
     InlineHandler,
     Outlet,
     Publisher,
@@ -32,8 +31,8 @@ from aengine.worker import Home
 OnError: TypeAlias = str
 Fail: TypeAlias = Callable[[BaseException], None]
 
-_TURN = 64
-"""Events that a subscriber handles before it lets other tasks have a turn, if its handler never waits."""
+_TURN = 0.002
+"""Seconds that a subscriber whose handler never waits goes on before it lets other tasks have a turn."""
 
 
 class Listening:
@@ -109,7 +108,7 @@ class Subscriber(Listening):
 
         Shielded: what was accepted before a cancellation is still handled. `give_up()` ends it all the same.
         """
-        _subscriber.set(self)
+        reading.set(self.inbox)
         self._limiter = anyio.CapacityLimiter(1)  # not the application's: a slow handler takes none of its threads
         try:
             with anyio.CancelScope(shield=True) as self._scope:
@@ -126,7 +125,7 @@ class Subscriber(Listening):
             self.inbox.close_nowait(discard=True)  # who is dead must block nobody
 
     async def _consume(self, home: Home) -> None:
-        inbox, turn = self.inbox, 0
+        inbox, handler, turn = self.inbox, self.handler, 0
         began = perf_counter()
         while True:
             if (event := inbox.take_nowait()) is None:
@@ -134,26 +133,30 @@ class Subscriber(Listening):
                 if inbox.closed:
                     return
                 await inbox.arrival(home)
-                began, turn = perf_counter(), 0
+                began = perf_counter()
                 continue
             try:
-                await self._handle(event)
+                if self._is_async:
+                    await handler(event)
+                else:
+                    await self._handle_in_thread(event)
             except Exception as error:
                 self.errors += 1
                 error.add_note(f"in subscriber {self.name!r} of {event.name}, {_place(event)}")
                 if not self._isolated:
                     raise
                 self._logger.exception("subscriber %r of %s failed, going on (%s)", self.name, event.name, _place(event))
-            inbox.done_nowait()
             turn += 1
-            if turn % _TURN == 0:
+            if turn % 32 == 0 and perf_counter() - began > _TURN:
+                self.busy += perf_counter() - began
                 await anyio.lowlevel.checkpoint()
+                began = perf_counter()
 
-    async def _handle(self, event: Event) -> None:
-        if self._is_async:
-            await self.handler(event)
-            return
-        result = await anyio.to_thread.run_sync(self.handler, event, abandon_on_cancel=True, limiter=self._limiter)
+    async def _handle_in_thread(self, event: Event) -> None:
+        def call() -> tuple[Any]:  # wrapped: trio refuses a coroutine that comes out of a thread
+            return (self.handler(event),)
+
+        (result,) = await anyio.to_thread.run_sync(call, abandon_on_cancel=True, limiter=self._limiter)
         if result is not None and is_awaitable(result):
             await result
 
@@ -276,13 +279,14 @@ class Bus(Publisher):
         subscriber.inbox.close_nowait()
 
     def rewind(self) -> None:
-        """A run begins: filters look ahead from where the counters stand."""
+        """A run begins: filters look ahead from where the counters stand, and the clock starts."""
+        self.start_clock()
         for topic in self.topics:
             topic.rewind(self.count_of(topic))
 
     async def flush(self, home: Home) -> None:
         """Wait until the subscribers have handled all that has been published. Cancellable."""
-        if _subscriber.get() is not None:
+        if reading.get() is not None:
             raise RuntimeError(
                 "flush() waits for every subscriber, and so for the one that calls it here: call it from the step, from an"
                 " inline handler, or from outside"
@@ -309,79 +313,6 @@ class Bus(Publisher):
         return HandlerTimeout(f"after {grace} seconds of grace these subscribers of engine {self.name!r} were still busy: {lost}")
 
 
-async def emit(dispatch: Dispatch, *, can_wait: bool = True) -> None:
-    """Drive a dispatch from async code: await what it yields; but refuse to wait for room that nobody makes.
-
-    A subscriber that emits waits for room like anyone else, unless that inbox's own reader waits, directly or
-    through others, for room in the emitter's: then the event is accepted over the bound, and nobody is stuck.
-    """
-    me = _subscriber.get()
-    resume: Callable[..., Any] = dispatch.send
-    value: Any = None
-    while True:
-        try:
-            wanted = resume(value)
-        except StopIteration:
-            return
-        try:
-            if type(wanted) is Room and not can_wait:
-                raise RuntimeError(
-                    f"the inbox of {wanted.inbox.name!r} is full, and no run is under way in which it is emptied: emit fewer events"
-                    " between runs, make its buffer= larger, or choose another overflow="
-                )
-            if me is not None and type(wanted) is Room:
-                value = await _wait_for_room(me.inbox, wanted)
-            else:
-                value = await wanted
-            resume = dispatch.send
-        except BaseException as error:  # noqa: BLE001 -- thrown into the dispatch, which lets it out again
-            resume, value = dispatch.throw, error
-
-
-def emit_nowait(dispatch: Dispatch, name: str) -> list[Room]:
-    """Drive a dispatch where nothing can be awaited. Returns the waits for room that it owes: the events are accepted.
-
-    Raises:
-        RuntimeError: a handler turned out to be async. It was not run.
-    """
-    owed: list[Room] = []
-    resume: Callable[..., Any] = dispatch.send
-    value: Any = None
-    while True:
-        try:
-            wanted = resume(value)
-        except StopIteration:
-            return owed
-        if type(wanted) is Room:
-            owed.append(wanted)
-        else:
-            close_unawaited(wanted)
-            resume, value = dispatch.throw, RuntimeError(async_handler_message(name))
-
-
-def async_handler_message(name: str) -> str:
-    """Say what to write instead of a plain `fire_event`."""
-    return f"{name} has an async inline handler, which fire_event() cannot await here: write  await engine.emit({name!r})"
-
-
-_subscriber: ContextVar[Subscriber | None] = ContextVar("aengine_subscriber", default=None)
-
-
-async def _wait_for_room(me: Inbox, room: Room) -> None:
-    if _waits_for(room.inbox, me):
-        return
-    me.reader_waits_for.append(room.inbox)
-    try:
-        await room
-    finally:
-        me.reader_waits_for.remove(room.inbox)
-
-
-def _waits_for(inbox: Inbox, other: Inbox) -> bool:
-    """Say whether room in `inbox` depends on room in `other`."""
-    return inbox is other or any(_waits_for(one, other) for one in inbox.reader_waits_for)
-
-
 def _place(event: Event) -> str:
     return f"engine {event.engine!r}, epoch {event.epoch}, iteration {event.iteration}"
 
@@ -392,8 +323,3 @@ def _overflow(value: Overflow | str) -> Overflow:
     except ValueError:
         choices = ", ".join(f'"{one.value}"' for one in Overflow)
         raise ValueError(f"overflow= is one of {choices}, got {value!r}") from None
-
-
-def close_unawaited(wanted: Awaitable[Any]) -> None:
-    """Give up a coroutine that will not be awaited, without Python's warning that it was not."""
-    getattr(wanted, "close", lambda: None)()

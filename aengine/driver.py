@@ -17,8 +17,9 @@ import anyio
 import anyio.abc
 from anyio.lowlevel import checkpoint
 
-from aengine.bus import Bus, Subscriber, close_unawaited
+from aengine.bus import Bus, Subscriber
 from aengine.control import Control, Request
+from aengine.emission import close_unawaited
 from aengine.errors import HandlerTimeout
 from aengine.host import Host
 from aengine.loop import Loop, Signal, Story, Woken
@@ -120,17 +121,19 @@ class Driver:
 
     def start(self, subscriber: Subscriber) -> None:
         """Have a subscriber handle what it is sent, from now to the end of the run. From any thread."""
-        self.spawn(partial(self._consume, subscriber))
+        self._home.call(partial(self._start, subscriber))
+
+    def _start(self, subscriber: Subscriber) -> None:
+        if not self._is_over and subscriber not in self._consumers:
+            subscriber.inbox.reopen_nowait()
+            self._consumers[subscriber] = Bell(self._home)
+            self._group.start_soon(self._consume, subscriber)
 
     async def _consume(self, subscriber: Subscriber) -> None:
-        if self._is_over or subscriber in self._consumers:
-            return
-        subscriber.inbox.reopen_nowait()
-        done = self._consumers[subscriber] = Bell(self._home)
         try:
             await subscriber.consume(self._home, self.fail)
         finally:
-            done.ring()
+            self._consumers[subscriber].ring()
 
     def fail(self, error: BaseException) -> None:
         """Something beside the loop has failed: the loop is told of it where it stands, and ends. At home."""
@@ -173,10 +176,10 @@ class Driver:
         """Whether the caller runs on the worker, inside a slice of this run."""
         return self._slice is not None and self._worker is not None and self._worker.is_here
 
-    def call_home(self, function: Callable[..., Awaitable[Any]], *arguments: Any) -> Any:
-        """On the worker: have something awaited at home, in the task of the run, and wait for it."""
+    def call_home(self, wanted: Awaitable[Any]) -> Any:
+        """On the worker, inside a slice: have something awaited at home, in the task of the run, and wait for it."""
         assert self._slice is not None, "called where is_here"  # noqa: S101
-        return self._slice.call_home(function(*arguments))
+        return self._slice.call_home(wanted)
 
     async def _on_worker(self, function: Callable[..., Any], *arguments: Any) -> Any:
         assert self._worker is not None, "found before the loop is driven"  # noqa: S101
@@ -385,12 +388,16 @@ class Driver:
 def raise_failures(name: str, failures: list[BaseException], cancellation: BaseException | None = None) -> None:
     """Raise a single failure as the very object it is, several as a group; without any, the cancellation, if there is one."""
     failures = list({id(error): error for error in failures}.values())
-    for error in failures:
-        if isinstance(error, KeyboardInterrupt | SystemExit):
-            raise error
-    if len(failures) == 1:
-        raise failures[0]
-    if failures:
-        raise BaseExceptionGroup(f"several failures in a run of engine {name!r}", failures)
-    if cancellation is not None:
-        raise cancellation
+    try:
+        for error in failures:
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                raise error
+        if len(failures) == 1:
+            raise failures[0]
+        if failures:
+            raise BaseExceptionGroup(f"several failures in a run of engine {name!r}", failures)
+        if cancellation is not None:
+            raise cancellation
+    finally:
+        failures = []  # an error's traceback holds this frame: no cycle may hold the engine
+        error = cancellation = None

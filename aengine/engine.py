@@ -4,17 +4,18 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, contextmanager
 from functools import partial
-from time import perf_counter, time
+from time import perf_counter
 from typing import Any, Generic, TypeVar, cast, overload
 
 import anyio
 from anyio.lowlevel import checkpoint_if_cancelled
 
-from aengine.bus import Bus, Stream, Subscriber, async_handler_message, emit, emit_nowait
+from aengine.bus import Bus, Stream, Subscriber
 from aengine.control import Control, Request
 from aengine.driver import Driver, raise_failures
+from aengine.emission import async_handler_message, emit, emit_here, emit_nowait
 from aengine.errors import EngineBusy
-from aengine.events import AnyEvent, Event, EventDraft, EventEnum, Events, event_name, selectors
+from aengine.events import AnyEvent, Event, EventEnum, Events, event_name, selectors
 from aengine.inbox import Overflow
 from aengine.iteration import Iteration
 from aengine.loop import Loop, Story
@@ -22,9 +23,9 @@ from aengine.prefetch import Fetched
 from aengine.progress import Progress, begin, from_state_dict, to_state_dict
 from aengine.source import Source, check
 from aengine.state import State
-from aengine.statistics import EngineStatistics, Stopwatch
+from aengine.statistics import EngineStatistics
 from aengine.synchronous import OVER, SUSPENDED, drive_here, runs_in_event_loop
-from aengine.topic import Snapshot, Topic, check_step, is_async_callable, name_of
+from aengine.topic import Snapshot, Topic, check_step, is_async_callable, name_of, record
 from aengine.worker import Home
 
 Batch = TypeVar("Batch")
@@ -217,7 +218,7 @@ class Engine(Generic[Batch, Output]):
             self._give_up()
         if self._loop is not None and self._story is not None:
             self._refuse_other_arguments(data, max_epochs, max_iters, epoch_length)
-            self._bus.stopwatch = Stopwatch()
+            self._bus.start_clock()
             return self._loop, self._story
         state = self.state
         progress = begin(state, self._progress, data, max_epochs, max_iters, epoch_length)
@@ -229,7 +230,6 @@ class Engine(Generic[Batch, Output]):
             source.restart(progress.iteration)
         state.dataloader = data
         self._control.begin()
-        self._bus.stopwatch = Stopwatch()
         self._bus.rewind()
         loop = self._loop = Loop(self, self._step, source, progress, state=state, bus=self._bus, control=self._control)
         story = self._story = loop.tell()
@@ -445,11 +445,11 @@ class Engine(Generic[Batch, Output]):
         topic, count = self._topic_to_fire(event)
         driver = self._driver
         if driver is not None and driver.is_here:
-            driver.call_home(emit, topic.dispatch(self, count))
+            emit_here(topic.publish(self, count), driver.call_home)
             return
         if any(handler.is_async for handler in topic.inline):
             raise RuntimeError(async_handler_message(topic.name))
-        self._control.owe(emit_nowait(topic.dispatch(self, count), topic.name))
+        self._control.owe(emit_nowait(topic.publish(self, count), topic.name))
 
     async def emit(self, event: AnyEvent) -> None:
         """Fire an event from async code: awaits its inline handlers, and room in the inboxes of its subscribers.
@@ -462,7 +462,7 @@ class Engine(Generic[Batch, Output]):
             ValueError: the event is not registered.
         """
         topic, count = self._topic_to_fire(event)
-        await emit(topic.dispatch(self, count), can_wait=self._driver is not None)
+        await emit(topic.publish(self, count), can_wait=self._driver is not None)
 
     async def flush(self) -> None:
         """Wait until the subscribers have handled every event that was fired before this call. Cancellable.
@@ -610,7 +610,7 @@ class Engine(Generic[Batch, Output]):
         return topic, self._bus.next_count(topic)
 
     def _record(self) -> Event:
-        return EventDraft("ITERATION_COMPLETED", self.name, self._bus.sequence, self.state, perf_counter(), time()).seal(None)
+        return record("ITERATION_COMPLETED", self._bus, self._bus.sequence, self.state, perf_counter(), None)
 
     def __repr__(self) -> str:
         state = self.state

@@ -7,7 +7,6 @@ natively. Here an item leaves in a stretch of code without an await, so no cance
 from collections import deque
 from collections.abc import Generator
 from enum import Enum
-from threading import RLock
 from typing import Any
 
 from aengine.errors import InboxOverflow
@@ -33,14 +32,15 @@ class Overflow(Enum):
 class Inbox:
     """Events on their way to one listener, in the order of their sequence numbers.
 
-    Every method that ends in `_nowait` never waits and may be called from any thread. At any time
-    `accepted == handled + dropped + discarded + len(inbox) (+ 1 while one is being handled)`.
+    Many emit, from any thread, each holding the bus's lock; one reads, at home, and needs none: each step it takes is one
+    atomic operation on the deque, and whoever is about to wait looks once more after it has hung up its bell. At any time
+    `accepted == handled + dropped + discarded + len(inbox) (+ 1 while one is in hand)`.
     """
 
     __slots__ = ("_bell", "_capacity", "_lock", "_overflow", "_rooms", "_settled", "_waiting", "accepted", "closed",
                  "discarded", "dropped", "handled", "in_hand", "name", "reader_waits_for")  # fmt: skip
 
-    def __init__(self, name: str, capacity: int, overflow: Overflow, lock: RLock) -> None:  # type: ignore[valid-type]  # RLock is a function in typeshed before 3.13
+    def __init__(self, name: str, capacity: int, overflow: Overflow, lock: Any) -> None:
         self.name = name
         self.accepted = self.handled = self.dropped = self.discarded = 0
         self.closed = False
@@ -48,7 +48,7 @@ class Inbox:
         self.reader_waits_for: list[Inbox] = []  # where this inbox's reader waits for room, to see a circle
         self._capacity = capacity
         self._overflow = overflow
-        self._lock: Any = lock  # the bus's own, so that all its inboxes see events in one order
+        self._lock = lock  # the bus's own, so that all its inboxes see events in one order
         self._waiting: deque[Event] = deque()
         self._bell: Bell | None = None
         self._rooms: list[Bell] = []
@@ -58,67 +58,73 @@ class Inbox:
         return len(self._waiting)
 
     def put_nowait(self, event: Event) -> bool:
-        """Accept an event. Returns False if who emits is to wait for room before it emits another.
+        """Accept an event; for who holds the bus's lock. Returns False if room is to be waited for before another.
 
         Raises:
             InboxOverflow: the inbox is full and its policy is ERROR. The event is counted as dropped.
         """
-        with self._lock:
-            self.accepted += 1
-            waiting = self._waiting
-            if self.closed:
-                self.discarded += 1
-                return True
-            if self._overflow is Overflow.LATEST:
-                self._drop_same(event)
-            elif len(waiting) >= self._capacity and not self._make_room(event):
-                return True
+        self.accepted += 1
+        waiting = self._waiting
+        is_accepted = has_room = True
+        if len(waiting) >= self._capacity or self._overflow is _LATEST or self.closed:
+            is_accepted, has_room = self._make_room(event)
+        if is_accepted:
             waiting.append(event)
-            if self._bell is not None:
-                self._bell.ring()
+            bell = self._bell
+            if bell is not None:
                 self._bell = None
-            return len(waiting) <= self._capacity or self._overflow is not Overflow.WAIT
+                bell.ring()
+        return has_room
 
-    def _drop_same(self, event: Event) -> None:
-        for old in self._waiting:
-            if old.name == event.name:
-                self._waiting.remove(old)
-                self.dropped += 1
-                self._settle()
-                return
-
-    def _make_room(self, event: Event) -> bool:
-        if self._overflow is Overflow.WAIT:
-            return True
-        self.dropped += 1
-        if self._overflow is Overflow.DROP_OLDEST:
-            self._waiting.popleft()
-            self._settle()
-            return True
-        if self._overflow is Overflow.ERROR:
+    def _make_room(self, event: Event) -> tuple[bool, bool]:
+        """Say whether the event is accepted, and whether there is room for another."""
+        overflow, waiting = self._overflow, self._waiting
+        if self.closed:
+            self.discarded += 1
+            return False, True
+        if overflow is Overflow.WAIT:
+            return True, False
+        if overflow is Overflow.DROP_NEW or overflow is Overflow.ERROR:
+            self.dropped += 1
+        else:
+            self._drop_old(event)
+        if overflow is Overflow.ERROR:
             raise InboxOverflow(
                 f"the inbox of {self.name!r} is full: {self._capacity} events wait and {event} came. Make its handler"
                 ' faster, its buffer= larger, or choose another overflow=, such as "wait"'
             )
-        return False
+        return overflow is not Overflow.DROP_NEW, True
+
+    def _drop_old(self, event: Event) -> None:
+        waiting = self._waiting
+        try:
+            if self._overflow is Overflow.DROP_OLDEST:
+                waiting.popleft()
+            else:
+                waiting.remove(next(old for old in tuple(waiting) if old.name == event.name))
+        except (IndexError, ValueError, StopIteration):  # there is none, or the reader was faster
+            return
+        self.dropped += 1
+        self._settle()
 
     def take_nowait(self) -> Event | None:
-        """Take the next event, which is then in hand until `done_nowait`; None if none waits."""
-        with self._lock:
-            if not self._waiting:
-                return None
+        """Take the next event; None if none waits. The one before is thereby handled, this one is in hand."""
+        if self.in_hand is not None:
+            self.done_nowait()
+        try:
             self.in_hand = event = self._waiting.popleft()
-            if self._rooms and len(self._waiting) <= self._capacity:
-                self._ring(self._rooms)
-            return event
+        except IndexError:
+            return None
+        if self._rooms and len(self._waiting) <= self._capacity:
+            self._ring(self._rooms)
+        return event
 
     def done_nowait(self) -> None:
         """Say that the event in hand has been handled."""
-        with self._lock:
-            self.in_hand = None
-            self.handled += 1
-            if self._settled:
-                self._settle()
+        self.in_hand = None
+        self.handled += 1
+        if self._settled:
+            self._settle()
 
     def close_nowait(self, *, discard: bool = False) -> None:
         """Accept no more. What waits can still be taken, unless it is discarded."""
@@ -129,8 +135,9 @@ class Inbox:
                 self._waiting.clear()
                 self.in_hand = None
                 self._settle()
-            if self._bell is not None:
-                self._bell.ring()
+            bell, self._bell = self._bell, None
+            if bell is not None:
+                bell.ring()
             self._ring(self._rooms)
 
     def reopen_nowait(self) -> None:
@@ -139,30 +146,25 @@ class Inbox:
 
     async def arrival(self, home: Home) -> None:
         """Wait until an event waits or the inbox is closed. For its one reader."""
-        with self._lock:
-            if self._waiting or self.closed:
-                return
-            bell = self._bell = Bell(home)
-        await bell.wait()
+        bell = self._bell = Bell(home)
+        if not self._waiting and not self.closed:
+            await bell.wait()
+        self._bell = None
 
     async def room(self, home: Home) -> None:
         """Wait until an event put now would not have to wait, or the inbox is closed."""
-        while True:
-            with self._lock:
-                if len(self._waiting) <= self._capacity or self.closed:
-                    return
-                bell = Bell(home)
-                self._rooms.append(bell)
-            await bell.wait()
+        while len(self._waiting) > self._capacity and not self.closed:
+            bell = Bell(home)
+            self._rooms.append(bell)
+            if len(self._waiting) > self._capacity and not self.closed:
+                await bell.wait()
 
     async def settled(self, sequence: int, home: Home) -> None:
-        """Wait until every event up to this sequence number is handled, dropped or discarded."""
-        with self._lock:
-            if self._oldest > sequence:
-                return
+        """Wait until every event up to this sequence number is handled, dropped or discarded. At the reader's home."""
+        if self._oldest <= sequence:
             bell = Bell(home)
             self._settled.append((sequence, bell))
-        await bell.wait()
+            await bell.wait()
 
     @property
     def is_idle(self) -> bool:
@@ -176,16 +178,19 @@ class Inbox:
         return self._waiting[0].sequence if self._waiting else float("inf")
 
     def _settle(self) -> None:
-        oldest = self._oldest
-        for entry in [entry for entry in self._settled if oldest > entry[0]]:
-            self._settled.remove(entry)
-            entry[1].ring()
+        if self._settled:
+            oldest = self._oldest
+            for entry in [entry for entry in self._settled if oldest > entry[0]]:
+                self._settled.remove(entry)
+                entry[1].ring()
 
     @staticmethod
     def _ring(bells: list[Bell]) -> None:
-        for bell in bells:
-            bell.ring()
-        bells.clear()
+        while bells:
+            bells.pop().ring()
+
+
+_LATEST = Overflow.LATEST  # an attribute of an Enum costs more than the rest of `put_nowait`
 
 
 class Room:

@@ -18,7 +18,7 @@ from aengine.events import NEVER
 from aengine.progress import Progress
 from aengine.source import PENDING, Source
 from aengine.state import State, StopReason
-from aengine.topic import Topic, is_awaitable, raise_for_user
+from aengine.topic import Topic, is_awaitable, refuse_stop_iteration
 
 BUDGET = 0.002
 """Seconds that the loop runs on the event loop's own thread before it lets other tasks have a turn."""
@@ -95,7 +95,7 @@ class Loop:
         self._first = progress.iteration
         self._batch: Any = _END  # fetched and not yet stepped on, else _END
         self._untold: DataExhausted | None = None
-        self._next_breath = 0.0
+        self._next_breath = perf_counter() + BUDGET
         # Of what steps return, the types that are not awaitable: asking `inspect` costs as much as a whole iteration.
         self._plain_types: set[type] = set()
 
@@ -172,78 +172,92 @@ class Loop:
         control.phase = Phase.BETWEEN_EPOCHS
 
     def _iterations(self) -> Story:
-        """The hot path. What nobody listens to costs a comparison, what nobody asks for a truth test."""
+        """The hot path. What nobody listens to costs a comparison; what nobody asks for, a truth test."""
         engine, state, step, control = self._engine, self._state, self._step, self._control
-        watch, plain_types = self._bus.stopwatch, self._plain_types
+        watch, plain_types, coroutine = self._bus.stopwatch, self._plain_types, CoroutineType
         getting, got, started, completed = self._topics_of_an_iteration()
         end = min(self._end_of_epoch, NEVER if state.max_iters is None else state.max_iters)
+        batch = _END
         watch.weight = 0
-        while (iteration := state.iteration) < end:
-            if is_timed := iteration >= watch.next_reading:
-                watch.read(iteration)
-            self._batch = batch = _END
-            state.batch = None  # so that its memory is free before the next one comes
-            if iteration >= getting.due:
-                yield from self._publish(getting, iteration)
+        try:
+            while (iteration := state.iteration) < end:
+                if is_timed := iteration >= watch.next_reading:
+                    watch.read(iteration)
+                state.batch = None  # so that its memory is free before the next one comes
+                if iteration >= getting.due:
+                    if (rest := getting.publish(engine, iteration)) is not None:
+                        yield from rest
+                    if control.asked:
+                        yield from self._attend()
 
-            mark = perf_counter() if is_timed else 0.0
-            try:
-                batch = self.source.take()
-                if batch is PENDING:
-                    self.waits_for_data = True
-                    batch = yield self.source.arrival()
-                    self.waits_for_data = False
-            except (StopIteration, StopAsyncIteration):
+                if is_timed:
+                    mark = perf_counter()
+                try:
+                    batch = self.source.take()
+                    if batch is PENDING:
+                        batch = _END
+                        self.waits_for_data = True
+                        batch = yield self.source.arrival()
+                        self.waits_for_data = False
+                except (StopIteration, StopAsyncIteration):
+                    batch = _END
+                except BaseException as error:
+                    yield from self._meet_error_of_data(error)
+                    raise
+                if batch is _END:
+                    if (yield from self._meet_end_of_data()):
+                        break
+                    batch = yield from self._fetch_after_restart()
+                if is_timed:
+                    watch.data += (perf_counter() - mark) * watch.weight
+                state.output = None
+                state.batch = batch
+                if iteration >= got.due:
+                    if (rest := got.publish(engine, iteration)) is not None:
+                        yield from rest
+                    if control.asked:
+                        yield from self._attend()
+
+                state.iteration = iteration = iteration + 1
+                if iteration >= started.due:
+                    if (rest := started.publish(engine, iteration)) is not None:
+                        yield from rest
+                    if control.asked:
+                        yield from self._attend()
+
+                if is_timed:
+                    mark = perf_counter()
+                try:
+                    output = step(engine, state.batch)
+                    kind = type(output)
+                    if kind is coroutine or (kind not in plain_types and self._is_awaitable(output)):
+                        output = yield output
+                except Exception as error:
+                    refuse_stop_iteration(error, "the step")
+                    self._note(error, "the step")
+                    raise
+                if is_timed:
+                    watch.step += (perf_counter() - mark) * watch.weight
+                state.output = output
                 batch = _END
-            except BaseException as error:
-                yield from self._meet_error_of_data(error)
-                raise
-            if batch is _END:
-                if (yield from self._meet_end_of_data()):
-                    break
-                batch = yield from self._fetch_after_restart()
-            if is_timed:
-                watch.data += (perf_counter() - mark) * watch.weight
-            state.output = None
-            state.batch = self._batch = batch
-            if iteration >= got.due:
-                yield from self._publish(got, iteration)
+                self.completed = iteration
+                if iteration >= completed.due:
+                    if (rest := completed.publish(engine, iteration)) is not None:
+                        yield from rest
+                if control.asked:
+                    yield from self._attend()
 
-            state.iteration = iteration = iteration + 1
-            if iteration >= started.due:
-                yield from self._publish(started, iteration)
-            mark = perf_counter() if is_timed else 0.0
-            try:
-                output = step(engine, state.batch)
-                kind = type(output)
-                if kind is CoroutineType or (kind not in plain_types and self._is_awaitable(output)):
-                    output = yield output
-            except Exception as error:
-                self._note(error, "the step")
-                raise_for_user(error, "the step")
-            if is_timed:
-                watch.step += (perf_counter() - mark) * watch.weight
-            state.output = output
-            self._batch = _END
-            self.completed = iteration
-            if iteration >= completed.due:
-                yield from self._publish(completed, iteration)
-            if control.asked:
-                yield from self._attend()
-            if is_timed:
-                watch.weight = 0
-                if self.breathes and perf_counter() >= self._next_breath:
-                    yield Signal.BREATHE
-                    self._next_breath = perf_counter() + BUDGET
+                if is_timed:
+                    watch.weight = 0
+                    if self.breathes and perf_counter() >= self._next_breath:
+                        yield Signal.BREATHE
+                        self._next_breath = perf_counter() + BUDGET
+        finally:
+            self._batch = batch  # what was fetched and not stepped on is not lost
         if self._end_of_epoch > state.iteration:  # max_iters, inside an epoch
             raise _Terminated(StopReason.COMPLETED)
 
     # Events and requests
-
-    def _publish(self, topic: Topic, count: int) -> Story:
-        yield from topic.dispatch(self._engine, count)
-        if self._control.asked:
-            yield from self._attend()
 
     def _fire(self, name: str) -> Story:
         yield from self._dispatch(name)
@@ -254,7 +268,7 @@ class Loop:
         topic = self._bus.topic(name)
         count = self._bus.next_count(topic)
         if count >= topic.due:
-            yield from topic.dispatch(self._engine, count, *payload)
+            yield from topic.publish(self._engine, count, *payload) or ()
 
     def _attend(self) -> Story:
         """See to what was asked, until nothing is asked that keeps the loop from going on."""
@@ -428,7 +442,7 @@ class Loop:
         count = self._bus.next_count(topic)
         for part in topic.parts():
             try:
-                yield from part.dispatch(self._engine, count, *(() if is_cancellation else (error,)))
+                yield from part.publish(self._engine, count, *(() if is_cancellation else (error,))) or ()
             except Exception as another:  # noqa: BLE001 -- the others are to be told too; it is raised with the first
                 if another is not error:
                     self.also_raised.append(another)

@@ -70,7 +70,7 @@ class Source:
         self._taken = 0
         self._to_wind = 0
         self.arrival: Callable[[], Awaitable[Any]] = self._open_and_wait
-        self.take: Callable[[], Any] = (lambda: None) if data is None else self._open_and_take
+        self.take: Callable[[], Any] = self._open_and_take
 
     # Beginning, ending, beginning again
 
@@ -127,6 +127,9 @@ class Source:
         data = self.entered
         if data is _NOT_ENTERED:
             return PENDING
+        if data is None:
+            self.take = _no_batch
+            return None
         made = data() if _is_factory(data) else data
         self._stateful = made if isinstance(made, Stateful) else None
         if hasattr(made, "__aiter__"):
@@ -357,6 +360,10 @@ _NOT_ENTERED = object()
 
 def _pending() -> Pending:
     return PENDING
+
+
+def _no_batch() -> None:
+    return None
 
 
 def _raise_stop() -> NoReturn:

@@ -6,18 +6,22 @@ loop has been checked, bound and flattened there.
 """
 
 import inspect
-from collections.abc import Awaitable, Callable, Generator, Mapping
+from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator, Mapping
 from threading import RLock
 from time import perf_counter, time
-from types import CoroutineType
+from types import CoroutineType, MappingProxyType
 from typing import Any, TypeAlias
 
-from aengine.events import ALWAYS, NEVER, Event, EventDraft, Filter, Selector
+from aengine.errors import InboxOverflow
+from aengine.events import ALWAYS, NEVER, NO_METRICS, Event, Filter, Selector, new_event
 from aengine.inbox import Inbox, Room
+from aengine.state import State
 from aengine.statistics import Stopwatch
 from aengine.worker import Home
 
 Snapshot: TypeAlias = Callable[[Any], Any]
+Snapshots: TypeAlias = dict[Snapshot | None, Any]
+_NO_SNAPSHOTS: Snapshots = {None: None}
 Dispatch: TypeAlias = Generator[Awaitable[Any], Any, None]
 """Yields what must be awaited, and is sent the result or thrown the exception."""
 
@@ -97,7 +101,7 @@ class Outlet(Listener):
 class Publisher:
     """What all topics of an engine share: the order of its events, and the clock of its run."""
 
-    __slots__ = ("home", "last_event_name", "lock", "name", "sequence", "stopwatch")
+    __slots__ = ("home", "last_event_name", "lock", "name", "sequence", "stopwatch", "wall_clock")
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -105,13 +109,20 @@ class Publisher:
         self.lock = RLock()  # re-entrant: a signal handler may emit while its own thread does
         self.home: Home | None = None
         self.stopwatch = Stopwatch()
+        self.wall_clock = time() - perf_counter()
         self.last_event_name: str | None = None
+
+
+    def start_clock(self) -> None:
+        """A run begins, or goes on."""
+        self.stopwatch = Stopwatch()
+        self.wall_clock = time() - perf_counter()
 
 
 class Topic:
     """One event of one engine, and its listeners."""
 
-    __slots__ = ("_publisher", "due", "fired", "inline", "name", "outlets")
+    __slots__ = ("_is_plain", "_publisher", "_takes_snapshots", "due", "fired", "inline", "name", "outlets")
 
     def __init__(self, name: str, publisher: Publisher) -> None:
         self.name = name
@@ -120,6 +131,8 @@ class Topic:
         self.due = NEVER
         self.fired = 0
         self._publisher = publisher
+        self._is_plain = True  # no filters: all are due each time
+        self._takes_snapshots = False
 
     def listen(self, listener: InlineHandler | Outlet, count: int) -> None:
         """Add a listener, from the next dispatch on."""
@@ -148,7 +161,10 @@ class Topic:
             self._find_due()
 
     def _find_due(self) -> None:
-        self.due = min((one.due for one in (*self.inline, *self.outlets)), default=NEVER)
+        listeners = (*self.inline, *self.outlets)
+        self.due = min((one.due for one in listeners), default=NEVER)
+        self._is_plain = all(one.filter is None for one in listeners)
+        self._takes_snapshots = any(one.snapshot is not None for one in self.outlets)
 
     def next_count(self) -> int:
         """Count a firing of an event that counts its own."""
@@ -156,33 +172,134 @@ class Topic:
             self.fired += 1
             return self.fired
 
-    def dispatch(self, engine: Any, count: int, *payload: Any) -> Dispatch:
-        """Call what is due inline, in order of registration; then send what is due to the inboxes."""
+    def publish(self, engine: Any, count: int, *payload: Any) -> Dispatch | None:
+        """Call what is due inline, in order of registration; then send what is due to the inboxes.
+
+        It goes as far as it can without waiting. What is left, if something must be awaited, is returned to be driven.
+        """
         publisher = self._publisher
         publisher.last_event_name = self.name
-        sampled = publisher.stopwatch.weight
-        for handler in self.inline:
-            if handler.due > count:
-                continue
-            weight = sampled
-            try:
-                if handler.filter is not None:
-                    if not handler.admits(engine, count):
-                        continue
-                    weight = 1  # rare enough to time each call
-                began = perf_counter() if weight else 0.0
-                result = handler.call(engine, *payload)
-                if result is not None and is_awaitable(result):
-                    yield result
-                if weight:
-                    handler.seconds += (perf_counter() - began) * weight
-            except Exception as error:
-                self._tell_where(error, f"handler {handler.name!r}", engine)
-                raise_for_user(error, f"handler {handler.name!r}")
+        if self.inline:
+            handlers = iter(self.inline) if self._is_plain else self._due(engine, count)
+            awaited = self._call(handlers, engine, payload)
+            if awaited is not None:
+                return self._await_the_rest(awaited, handlers, engine, count, payload)
         if self.outlets:
-            yield from self._send(engine, count)
-        if self.due > ALWAYS:
+            if self._takes_snapshots or not self._is_plain:
+                return self._send_due(engine, count)
+            full = self._send(engine.state, self.outlets, _NO_SNAPSHOTS)
+            if full is not None:
+                return self._wait_for_room(full)
+        elif not self._is_plain:
             self._find_due()
+        return None
+
+    def _call(
+        self, handlers: Iterator[InlineHandler], engine: Any, payload: tuple[Any, ...]
+    ) -> tuple[InlineHandler, Awaitable[Any]] | None:
+        """Call handlers until there is one to be awaited."""
+        weight = self._publisher.stopwatch.weight
+        is_timed = weight or not self._is_plain  # filtered ones are rare enough to time each call
+        handler: InlineHandler | None = None
+        try:
+            for handler in handlers:
+                if is_timed:
+                    began = perf_counter()
+                result = handler.call(engine, *payload) if payload else handler.call(engine)
+                if result is not None and is_awaitable(result):
+                    return handler, result
+                if is_timed:
+                    handler.seconds += (perf_counter() - began) * (weight if handler.filter is None else 1)
+        except Exception as error:
+            self._blame(error, "a filter" if handler is None else f"handler {handler.name!r}", engine)
+            raise
+        return None
+
+    def _await_the_rest(
+        self,
+        awaited: tuple[InlineHandler, Awaitable[Any]] | None,
+        handlers: Iterator[InlineHandler],
+        engine: Any,
+        count: int,
+        payload: tuple[Any, ...],
+    ) -> Dispatch:
+        while awaited is not None:
+            handler, result = awaited
+            began = perf_counter()
+            try:
+                yield result
+            except Exception as error:
+                self._blame(error, f"handler {handler.name!r}", engine)
+                raise
+            handler.seconds += perf_counter() - began
+            awaited = self._call(handlers, engine, payload)
+        yield from self._send_due(engine, count)
+
+    def _due(self, engine: Any, count: int) -> Iterator[InlineHandler]:
+        for handler in self.inline:
+            if handler.due <= count and (handler.filter is None or handler.admits(engine, count)):
+                yield handler
+
+    def _send_due(self, engine: Any, count: int) -> Dispatch:
+        due = [
+            outlet
+            for outlet in self.outlets
+            if outlet.due <= count and (outlet.filter is None or outlet.admits(engine, count))
+        ]
+        if due:
+            snapshots = yield from self._take_snapshots(engine, due)
+            full = self._send(engine.state, due, snapshots)
+            if full is not None:
+                yield from self._wait_for_room(full)
+        self._find_due()
+
+    def _take_snapshots(self, engine: Any, due: Iterable[Outlet]) -> Generator[Awaitable[Any], Any, Snapshots]:
+        taken: Snapshots = {None: None}
+        for outlet in due:
+            take = outlet.snapshot
+            if take is not None and take not in taken:
+                try:
+                    taken[take] = value = take(engine)
+                    if value is not None and is_awaitable(value):
+                        taken[take] = yield value
+                except Exception as error:
+                    self._blame(error, f"snapshot {name_of(take)!r} for {outlet.inbox.name!r}", engine)
+                    raise
+        return taken
+
+    def _send(self, state: State, due: Iterable[Outlet], snapshots: Snapshots) -> list[Inbox] | None:
+        """Put an event into the inboxes. Returns those that are to be waited for.
+
+        Raises:
+            InboxOverflow: an inbox with that policy is full. All others have got the event.
+        """
+        publisher, full, overflow = self._publisher, None, None
+        event, last = None, None
+        publisher.lock.acquire()  # so that every inbox gets events in the order of their sequence numbers
+        try:
+            publisher.sequence = sequence = publisher.sequence + 1
+            now = perf_counter()
+            for outlet in due:
+                take = outlet.snapshot
+                if event is None or take is not last:
+                    event, last = record(self.name, publisher, sequence, state, now, snapshots[take]), take
+                try:
+                    if not outlet.inbox.put_nowait(event):
+                        full = [outlet.inbox] if full is None else [*full, outlet.inbox]
+                except InboxOverflow as error:
+                    overflow = error
+        finally:
+            publisher.lock.release()  # a with statement costs twice as much
+        if overflow is not None:
+            raise overflow
+        return full
+
+    def _wait_for_room(self, full: list[Inbox]) -> Dispatch:
+        publisher = self._publisher
+        for inbox in full:
+            began = perf_counter()
+            yield Room(inbox, publisher.home)
+            publisher.stopwatch.back_pressure += perf_counter() - began
 
     def parts(self) -> list["Topic"]:
         """Return one topic for each listener: what fails in one does not keep the event from the others."""
@@ -191,6 +308,8 @@ class Topic:
             part.inline = (handler,)
         for part, outlet in zip(parts[len(self.inline) :], self.outlets, strict=True):
             part.outlets = (outlet,)
+        for part in parts:
+            part._find_due()
         return parts
 
     def finish(self, engine: Any, count: int) -> Dispatch:
@@ -200,49 +319,39 @@ class Topic:
         last.outlets = tuple(one for one in self.outlets if one.wants_last(count))
         for listener in (*last.inline, *last.outlets):
             listener.due = ALWAYS
+        last._find_due()
         if last.inline or last.outlets:
-            yield from last.dispatch(engine, count)
+            yield from last.publish(engine, count) or ()
 
-    def _send(self, engine: Any, count: int) -> Dispatch:
-        publisher = self._publisher
-        due: list[Outlet] = []
-        snapshots: dict[Snapshot | None, Any] = {}
-        for outlet in self.outlets:
-            if outlet.due > count or (outlet.filter is not None and not outlet.admits(engine, count)):
-                continue
-            due.append(outlet)
-            take = outlet.snapshot
-            if take is not None and take not in snapshots:
-                try:
-                    snapshots[take] = value = take(engine)
-                    if value is not None and is_awaitable(value):
-                        snapshots[take] = yield value
-                except Exception as error:
-                    self._tell_where(error, f"snapshot {name_of(take)!r} for {outlet.inbox.name!r}", engine)
-                    raise_for_user(error, f"snapshot {name_of(take)!r}")
-        if not due:
-            return
-        full: list[Inbox] = []
-        with publisher.lock:  # so that every inbox gets events in the order of their sequence numbers
-            publisher.sequence += 1
-            events: dict[Snapshot | None, Event] = {}
-            for outlet in due:
-                event = events.get(outlet.snapshot)
-                if event is None:
-                    draft = EventDraft(self.name, publisher.name, publisher.sequence, engine.state, perf_counter(), time())
-                    event = events[outlet.snapshot] = draft.seal(snapshots.get(outlet.snapshot))
-                if not outlet.inbox.put_nowait(event):
-                    full.append(outlet.inbox)
-        for inbox in full:
-            began = perf_counter()
-            yield Room(inbox, publisher.home)
-            publisher.stopwatch.back_pressure += perf_counter() - began
-
-    def _tell_where(self, error: BaseException, what: str, engine: Any) -> None:
+    def _blame(self, error: Exception, what: str, engine: Any) -> None:
+        """Note on an error where it was raised."""
+        refuse_stop_iteration(error, what)
         state = engine.state
         error.add_note(
             f"in {what} of {self.name}, engine {self._publisher.name!r}, epoch {state.epoch}, iteration {state.iteration}"
         )
+
+
+def record(name: str, publisher: Publisher, sequence: int, state: State, now: float, snapshot: Any) -> Event:
+    """Return the event that is happening, as a fact."""
+    metrics = state.metrics
+    return new_event(
+        Event,
+        (
+            name,
+            publisher.name,
+            sequence,
+            state.iteration,
+            state.epoch,
+            state.epoch_length,
+            state.max_epochs,
+            state.output,
+            MappingProxyType(dict(metrics)) if metrics else NO_METRICS,
+            now,
+            now + publisher.wall_clock,
+            snapshot,
+        ),
+    )
 
 
 def is_awaitable(value: Any) -> bool:
@@ -262,11 +371,10 @@ def name_of(function: Any) -> str:
     return name
 
 
-def raise_for_user(error: Exception, what: str) -> None:
-    """Raise an error of the user's as it is, but for one that Python would take for the end of an iteration."""
+def refuse_stop_iteration(error: Exception, what: str) -> None:
+    """Raise a RuntimeError, with its cause, for an error that Python would take for the end of an iteration."""
     if isinstance(error, StopIteration | StopAsyncIteration):
         raise RuntimeError(f"{what} raised {type(error).__name__}, which would look like the end of the data") from error
-    raise error
 
 
 def bind(handler: Callable[..., Any], event_name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Callable[..., Any]:

@@ -1,0 +1,109 @@
+"""Emission: driving a dispatch, the three ways there are: awaiting, blocking, and neither.
+
+A dispatch is what `Topic.publish` leaves to be done: it yields handlers' awaitables, and Rooms to wait for.
+"""
+
+from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
+from typing import Any
+
+from aengine.inbox import Inbox, Room
+from aengine.topic import Dispatch
+
+reading: ContextVar[Inbox | None] = ContextVar("aengine_reading", default=None)
+"""The inbox of the subscriber whose handler this is, None elsewhere."""
+
+
+async def emit(dispatch: Dispatch | None, *, can_wait: bool) -> None:
+    """Drive a dispatch from async code.
+
+    A subscriber that emits waits for room like anyone else, unless that inbox's own reader waits, directly or
+    through others, for room in the emitter's: then the event is accepted over the bound, and nobody is stuck.
+
+    Raises:
+        RuntimeError: there is no room, and, as `can_wait` says, nobody who makes some.
+    """
+    if dispatch is None:
+        return
+    resume: Callable[[Any], Any] = dispatch.send
+    value: Any = None
+    while True:
+        try:
+            wanted = resume(value)
+        except StopIteration:
+            return
+        try:
+            value = await (_room_for_reader(wanted, can_wait=can_wait) if type(wanted) is Room else wanted)
+            resume = dispatch.send
+        except BaseException as error:  # noqa: BLE001 -- thrown into the dispatch, which lets it out again
+            resume, value = dispatch.throw, error
+
+
+def emit_here(dispatch: Dispatch | None, settle: Callable[[Awaitable[Any]], Any]) -> None:
+    """Drive a dispatch from plain code: `settle` returns the result of what it yields, or raises."""
+    if dispatch is None:
+        return
+    resume: Callable[[Any], Any] = dispatch.send
+    value: Any = None
+    while True:
+        try:
+            wanted = resume(value)
+        except StopIteration:
+            return
+        try:
+            resume, value = dispatch.send, settle(wanted)
+        except BaseException as error:  # noqa: BLE001 -- thrown into the dispatch, which lets it out again
+            resume, value = dispatch.throw, error
+
+
+def emit_nowait(dispatch: Dispatch | None, name: str) -> list[Room]:
+    """Drive a dispatch where nothing can be awaited. Returns the waits for room that it owes: the events are accepted.
+
+    Raises:
+        RuntimeError: a handler turned out to be async. It was not run.
+    """
+    owed: list[Room] = []
+
+    def settle(wanted: Awaitable[Any]) -> None:
+        if not isinstance(wanted, Room):
+            close_unawaited(wanted)
+            raise RuntimeError(async_handler_message(name))
+        owed.append(wanted)
+
+    emit_here(dispatch, settle)
+    return owed
+
+
+def async_handler_message(name: str) -> str:
+    """Say what to write instead of a plain `fire_event`."""
+    return (
+        f"{name} has an async inline handler, which fire_event() cannot await here: write"
+        f"  await engine.emit({name!r})"
+    )
+
+
+def close_unawaited(wanted: object) -> None:
+    """Give up a coroutine that will not be awaited, without Python's warning that it was not."""
+    getattr(wanted, "close", lambda: None)()
+
+
+async def _room_for_reader(room: Room, *, can_wait: bool) -> None:
+    if not can_wait:
+        raise RuntimeError(
+            f"the inbox of {room.inbox.name!r} is full, and no run is under way in which it is emptied: emit fewer events"
+            " between runs, make its buffer= larger, or choose another overflow="
+        )
+    me = reading.get()
+    if me is None:
+        await room
+    elif not _waits_for(room.inbox, me):
+        me.reader_waits_for.append(room.inbox)
+        try:
+            await room
+        finally:
+            me.reader_waits_for.remove(room.inbox)
+
+
+def _waits_for(inbox: Inbox, other: Inbox) -> bool:
+    """Say whether room in `inbox` depends on room in `other`."""
+    return inbox is other or any(_waits_for(one, other) for one in inbox.reader_waits_for)
