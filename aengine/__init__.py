@@ -1,23 +1,24 @@
-# The house, from the ground up; a module imports from those before it, never from those after:
-#   errors      the exception tree               progress     what is completed, limits, resuming
-#   state       what the loop knows              loop         the loop itself: a generator that does no I/O
-#   events      names, filters, Event            driver       advances the loop, owns tasks and the worker
-#   statistics  where the time went              synchronous  advances the loop without an event loop
-#   worker      threads, and the way back        iteration    a run for a `for` of one's own
-#   inbox       one listener's queue, policies   engine       Engine: the face
-#   topic       one event and its listeners      handlers/    ready-made: signals
-#   bus         topics, subscribers, streams
-#   control     what is asked of the loop
-#   prefetch, host, source   any data, as the next batch
+# The house, from the ground up: a module imports from those before it, never from those after.
+#   errors       the exception tree              prefetch     batches pulled ahead, in a task or a thread
+#   state        what the loop knows             host         where a source lives while a run lasts
+#   events       names, filters, Event           source       any data, as the next batch
+#   statistics   where the time went             progress     what is completed, limits, resuming
+#   worker       threads, and the way back       loop         the loop itself: a generator that does no I/O
+#   binding      users' functions, at the door   driver       advances the loop; owns its tasks and its thread
+#   inbox        one listener's queue            synchronous  advances the loop without an event loop
+#   topic        one event and its listeners     iteration    a run for a `for` of one's own
+#   emission     driving a dispatch              publishing   the half of the face that is about events
+#   bus          topics, subscribers, streams    engine       Engine: the face
+#   control      what is asked of the loop       handlers/    ready-made: signals
 """The training-loop engine for async Python.
 
-    from aengine import Engine, Events
+from aengine import Engine, Events
 
-    trainer = Engine(train_step)
-    await trainer.run(loader, max_epochs=10)
+trainer = Engine(train_step)
+await trainer.run(loader, max_epochs=10)
 """
 
-from aengine.engine import Engine, RemovableEventHandle
+from aengine.engine import Engine
 from aengine.errors import (
     AengineError,
     DataExhausted,
@@ -29,6 +30,7 @@ from aengine.errors import (
 from aengine.events import Event, EventEnum, Events, EventsList
 from aengine.handlers.signals import stop_on_signals
 from aengine.inbox import Overflow
+from aengine.publishing import RemovableEventHandle
 from aengine.state import State, StopReason
 from aengine.statistics import EngineStatistics
 

@@ -9,23 +9,14 @@ import anyio
 import anyio.lowlevel
 import anyio.to_thread
 
-from aengine.errors import HandlerTimeout
+from aengine.binding import is_async_callable, is_awaitable, name_of, refuse_generators
 from aengine.emission import reading
+from aengine.errors import HandlerTimeout
 from aengine.events import AnyEvent, Event, Selector, selectors
 from aengine.inbox import Inbox, Overflow
 from aengine.state import State
 from aengine.statistics import ListenerStatistics
-from aengine.topic import (
-    InlineHandler,
-    Outlet,
-    Publisher,
-    Snapshot,
-    Topic,
-    is_async_callable,
-    is_awaitable,
-    name_of,
-    refuse_generators,
-)
+from aengine.topic import InlineHandler, Outlet, Publisher, Snapshot, Topic
 from aengine.worker import Home
 
 OnError: TypeAlias = str
@@ -38,7 +29,9 @@ _TURN = 0.002
 class Listening:
     """What a subscriber and a stream have in common: an inbox, fed by one or several topics."""
 
-    def __init__(self, bus: "Bus", event: AnyEvent, name: str, buffer: int, overflow: Overflow | str, snapshot: Snapshot | None) -> None:
+    def __init__(
+        self, bus: "Bus", event: AnyEvent, name: str, buffer: int, overflow: Overflow | str, snapshot: Snapshot | None
+    ) -> None:
         if not isinstance(buffer, int) or buffer < 1:
             raise ValueError(f"buffer= is the number of events that may wait, at least 1, got {buffer!r}")
         if snapshot is not None and not callable(snapshot):
@@ -117,7 +110,9 @@ class Subscriber(Listening):
             fail(error)
         except BaseException as error:
             # Not by us, or the scope would have kept it: a handler let out somebody else's cancellation.
-            stray = RuntimeError(f"subscriber {self.name!r} was cancelled from outside the run, or let a cancellation out")
+            stray = RuntimeError(
+                f"subscriber {self.name!r} was cancelled from outside the run, or let a cancellation out"
+            )
             stray.__cause__ = error
             fail(stray)
             raise
@@ -145,7 +140,9 @@ class Subscriber(Listening):
                 error.add_note(f"in subscriber {self.name!r} of {event.name}, {_place(event)}")
                 if not self._isolated:
                     raise
-                self._logger.exception("subscriber %r of %s failed, going on (%s)", self.name, event.name, _place(event))
+                self._logger.exception(
+                    "subscriber %r of %s failed, going on (%s)", self.name, event.name, _place(event)
+                )
             turn += 1
             if turn % 32 == 0 and perf_counter() - began > _TURN:
                 self.busy += perf_counter() - began
@@ -176,7 +173,9 @@ class Stream(Listening):
         RuntimeError: it is read outside of its `async with`.
     """
 
-    def __init__(self, bus: "Bus", event: AnyEvent, *, buffer: int, overflow: Overflow | str, snapshot: Snapshot | None) -> None:
+    def __init__(
+        self, bus: "Bus", event: AnyEvent, *, buffer: int, overflow: Overflow | str, snapshot: Snapshot | None
+    ) -> None:
         super().__init__(bus, event, f"stream of {' | '.join(map(str, selectors(event)))}", buffer, overflow, snapshot)
         self._bus = bus
         self._home: Home | None = None
@@ -200,7 +199,9 @@ class Stream(Listening):
     async def __anext__(self) -> Event:
         home = self._home
         if home is None:
-            raise RuntimeError("a stream is read inside its block: async with engine.stream(...) as events: async for event in events: ...")
+            raise RuntimeError(
+                "a stream is read inside its block: async with engine.stream(...) as events: async for event in events: ..."
+            )
         await anyio.lowlevel.checkpoint_if_cancelled()
         while (event := self.inbox.take_nowait()) is None:
             if self.inbox.closed:
@@ -244,7 +245,9 @@ class Bus(Publisher):
         counter = self.state.event_to_attr.get(topic.name)
         return topic.fired if counter is None else int(getattr(self.state, counter, 0))
 
-    def add_inline(self, event: AnyEvent, handler: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def add_inline(
+        self, event: AnyEvent, handler: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         """Add an inline handler to each of the events; to all, or, when it cannot be called, to none."""
         added = [InlineHandler(selector, handler, args, kwargs) for selector in selectors(event)]
         for one in added:
@@ -304,13 +307,19 @@ class Bus(Publisher):
         """End what did not end by itself. Returns the error that says what was lost."""
         lost = "; ".join(
             f"{one.name!r} of {' | '.join(map(str, one.selectors))} "
-            + (f"in {one.inbox.in_hand.name} ({_place(one.inbox.in_hand)})" if one.inbox.in_hand else "before its next event")
+            + (
+                f"in {one.inbox.in_hand.name} ({_place(one.inbox.in_hand)})"
+                if one.inbox.in_hand
+                else "before its next event"
+            )
             + f", {len(one.inbox)} more discarded"
             for one in late
         )
         for one in late:
             one.give_up()
-        return HandlerTimeout(f"after {grace} seconds of grace these subscribers of engine {self.name!r} were still busy: {lost}")
+        return HandlerTimeout(
+            f"after {grace} seconds of grace these subscribers of engine {self.name!r} were still busy: {lost}"
+        )
 
 
 def _place(event: Event) -> str:

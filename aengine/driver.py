@@ -38,7 +38,18 @@ class Driver:
         is_suspended: whether the story was interrupted, and is to be gone on with by another driver.
     """
 
-    def __init__(self, loop: Loop, story: Story, bus: Bus, control: Control, *, threaded: bool, grace: float, prefetch: int, wanted: Any = None) -> None:
+    def __init__(
+        self,
+        loop: Loop,
+        story: Story,
+        bus: Bus,
+        control: Control,
+        *,
+        threaded: bool,
+        grace: float,
+        prefetch: int,
+        wanted: Any = None,
+    ) -> None:
         self.is_suspended = False
         self._home = Home()
         self._loop = loop
@@ -239,6 +250,9 @@ class Driver:
                     thrown = self._why_cancelled()
             if self._is_over:
                 self._cancellation = thrown if isinstance(thrown, self._loop.cancellations) else self._cancellation
+            elif thrown is not None and self._wanted is Signal.SHIELD:  # it has been told before, and is ending
+                self._begin_clean_up()
+                self._wanted, self._next = None, (self._story.send, None)
             elif thrown is not None:
                 close_unawaited(self._wanted)
                 self._wanted = None
@@ -351,7 +365,7 @@ class Driver:
             self._bus.stopwatch.event_loop += perf_counter() - began
         elif signal is Signal.SHIELD:
             if self._deadline is None:
-                self._deadline = anyio.current_time() + self._grace
+                self._begin_clean_up()
                 self._next = (self._story.send, None)
                 return False
         elif signal is Signal.HALT:
@@ -363,6 +377,10 @@ class Driver:
             self.is_suspended = self._is_over = True
             return False
         return True
+
+    def _begin_clean_up(self) -> None:
+        if self._deadline is None:
+            self._deadline = anyio.current_time() + self._grace
 
     async def _until_resumed(self) -> None:
         while True:
@@ -389,9 +407,11 @@ def raise_failures(name: str, failures: list[BaseException], cancellation: BaseE
     """Raise a single failure as the very object it is, several as a group; without any, the cancellation, if there is one."""
     failures = list({id(error): error for error in failures}.values())
     try:
-        for error in failures:
+        for index, error in enumerate(failures):
             if isinstance(error, KeyboardInterrupt | SystemExit):
-                raise error
+                del error
+                raise failures[index]
+            del error
         if len(failures) == 1:
             raise failures[0]
         if failures:
@@ -399,5 +419,6 @@ def raise_failures(name: str, failures: list[BaseException], cancellation: BaseE
         if cancellation is not None:
             raise cancellation
     finally:
-        failures = []  # an error's traceback holds this frame: no cycle may hold the engine
-        error = cancellation = None
+        # An error's traceback holds this frame: no cycle may hold the engine.
+        failures = []
+        cancellation = None

@@ -77,8 +77,7 @@ def emit_nowait(dispatch: Dispatch | None, name: str) -> list[Room]:
 def async_handler_message(name: str) -> str:
     """Say what to write instead of a plain `fire_event`."""
     return (
-        f"{name} has an async inline handler, which fire_event() cannot await here: write"
-        f"  await engine.emit({name!r})"
+        f"{name} has an async inline handler, which fire_event() cannot await here: write  await engine.emit({name!r})"
     )
 
 

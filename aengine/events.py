@@ -85,7 +85,7 @@ class _Named:
         return FilteredEvent(self.name, _filter(event_filter, every, once, before, after, at_end=at_end))
 
     def __or__(self, other: Any) -> "EventsList":
-        return EventsList([self]) | other
+        return EventsList([self]).__or__(other)
 
     def __eq__(self, other: object) -> bool:
         name = event_name(other)
@@ -109,9 +109,9 @@ class FilteredEvent(_Named):
 class EventEnum(_Named, Enum):
     """What one's own events derive from, to be registered with `engine.register_events(*MyEvents)`.
 
-        class BackpropEvents(EventEnum):
-            BACKWARD_STARTED = "backward_started"
-            BACKWARD_COMPLETED = "backward_completed"
+    class BackpropEvents(EventEnum):
+        BACKWARD_STARTED = "backward_started"
+        BACKWARD_COMPLETED = "backward_completed"
     """
 
     __hash__ = _Named.__hash__  # Enum has one of its own, that would not agree with equality by name
@@ -217,9 +217,12 @@ class Event(NamedTuple):
     time: float
     snapshot: Any
 
-    # By identity: comparing the tensors in two events would raise, or take longer than the step that made them.
-    __eq__ = object.__eq__
-    __hash__ = object.__hash__
+    def __eq__(self, other: object) -> bool:
+        # By identity: comparing the tensors in two events would raise, or take longer than the step that made them.
+        return self is other
+
+    def __hash__(self) -> int:
+        return id(self)
 
     def __repr__(self) -> str:
         return (
@@ -238,16 +241,17 @@ def event_name(event: object) -> str | None:
     """Return the name of an event, ours or pytorch-ignite's, or None if this is none."""
     if isinstance(event, str):
         return event
-    if isinstance(event, _Named) or (hasattr(event, "filter") and isinstance(getattr(event, "name", None), str)):
-        name: str = event.name  # type: ignore[union-attr]  # ignite's events have it too
-        return name
-    return event.name if isinstance(event, Event) else None
+    is_event = isinstance(event, _Named | Event) or hasattr(event, "filter")
+    name = getattr(event, "name", None) if is_event else None
+    return name if isinstance(name, str) else None
 
 
 def selectors(event: AnyEvent) -> tuple[Selector, ...]:
     """Take apart whatever can be listened to. Raises TypeError for anything else."""
-    several = isinstance(event, EventsList) or type(event).__name__ == "EventsList"  # ignite's, unimported
-    return tuple(_selector(one) for one in event) if several else (_selector(event),)
+    several: Any = (
+        event if type(event).__name__ == "EventsList" else [event]
+    )  # ours, or ignite's, which is not imported
+    return tuple(_selector(one) for one in several)
 
 
 def _selector(event: Any) -> Selector:
@@ -284,12 +288,12 @@ def _filter(
             raise ValueError(f"{what}= must be a whole number from 0 on, got {value!r}")
     counts = None
     if once is not None:
-        counts = (once,) if _is_whole(once) else tuple(once) if isinstance(once, Iterable) else ()
+        counts = tuple(once) if isinstance(once, Iterable) else (once,)
         if not counts or not all(_is_whole(one) and one > 0 for one in counts):
             raise ValueError(f"once= must be a positive whole number or several of them, got {once!r}")
     interval = None
     if isinstance(every, timedelta):
-        every, interval = None, every.total_seconds()
+        interval, every = every.total_seconds(), None
         if interval <= 0:
             raise ValueError("every= must be a positive timedelta")
         if before is not None or after is not None:
@@ -298,7 +302,7 @@ def _filter(
         raise ValueError(f"every= must be a positive whole number or a timedelta, got {every!r}")
     if every == 1 and before is None and after is None:
         return None
-    return Filter(every, interval, counts, before, after, test, at_end)  # type: ignore[arg-type]  # checked above
+    return Filter(every, interval, counts, before, after, test, at_end)
 
 
 def _is_whole(value: Any) -> bool:

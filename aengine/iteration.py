@@ -17,7 +17,13 @@ class Iteration:
     leaving the block early terminates it.
     """
 
-    def __init__(self, run: Callable[[], Awaitable[Any]], terminate: Callable[[], None], listen: Callable[[Any], Any], record: Callable[[], Event]) -> None:
+    def __init__(
+        self,
+        run: Callable[[], Awaitable[Any]],
+        terminate: Callable[[], None],
+        listen: Callable[[Any], Any],
+        record: Callable[[], Event],
+    ) -> None:
         self._run = run
         self._terminate = terminate
         self._listen = listen
@@ -56,7 +62,9 @@ class Iteration:
         self._is_ahead_of_loop = True
         return event
 
-    async def __aexit__(self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None) -> None:
+    async def __aexit__(
+        self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None
+    ) -> None:
         self._is_left = True
         if isinstance(error, Exception) and not self._is_over:
             self._error = error  # raised inside the run, where the loop waits

@@ -11,6 +11,7 @@ from time import perf_counter
 from types import CoroutineType, GeneratorType
 from typing import Any, TypeAlias
 
+from aengine.binding import is_awaitable, refuse_stop_iteration
 from aengine.bus import Bus
 from aengine.control import Control, Phase, Request
 from aengine.errors import DataExhausted, DataExhaustedWarning
@@ -18,7 +19,7 @@ from aengine.events import NEVER
 from aengine.progress import Progress
 from aengine.source import PENDING, Source
 from aengine.state import State, StopReason
-from aengine.topic import Topic, is_awaitable, refuse_stop_iteration
+from aengine.topic import Topic
 
 BUDGET = 0.002
 """Seconds that the loop runs on the event loop's own thread before it lets other tasks have a turn."""
@@ -37,20 +38,20 @@ class Signal(Enum):
 Story: TypeAlias = Generator[Awaitable[Any] | Signal, Any, None]
 
 
-class Woken(Exception):  # noqa: N818 -- no error: thrown by the driver into a wait for data, to attend to a request
+class Woken(Exception):
     """Stop waiting for data: something was asked."""
 
 
-class _Terminated(Exception):  # noqa: N818 -- no error: how a clean end leaves the story before its last page
+class _Terminated(Exception):
     def __init__(self, reason: StopReason) -> None:
         self.reason = reason
 
 
-class _EpochTerminated(Exception):  # noqa: N818 -- no error: how `terminate_epoch()` leaves the epoch
+class _EpochTerminated(Exception):
     pass
 
 
-class _Exhausted(Exception):  # noqa: N818 -- no error: how the end of data that cannot be restarted leaves the story
+class _Exhausted(Exception):
     pass
 
 
@@ -117,6 +118,7 @@ class Loop:
             except _Exhausted:
                 reason = StopReason.DATA_EXHAUSTED
                 self._warn_of_exhaustion()
+            self._control.phase = Phase.ENDING_EPOCH
             yield from self._finish_listeners()
             state.stop_reason = reason
             state.times["COMPLETED"] = perf_counter() - began
@@ -502,7 +504,9 @@ class Loop:
         length = state.epoch_length
         total = state.max_iters or (length and state.max_epochs and length * state.max_epochs)
         why = (
-            f"it is a one-shot iterator ({source.data!r})" if source.is_one_shot else f"restarted, it gave nothing ({source.name})"
+            f"it is a one-shot iterator ({source.data!r})"
+            if source.is_one_shot
+            else f"restarted, it gave nothing ({source.name})"
         )
         advice = "Pass the function itself" if source.is_one_shot else "Pass data that can be iterated again"
         if not self.completed:

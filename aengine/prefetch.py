@@ -154,7 +154,9 @@ class Prefetcher:
 class TaskPrefetcher(Prefetcher):
     """Pulls from an async iterator, in a task of the run's group."""
 
-    def __init__(self, buffer: Buffer, position: Callable[[], Position], home: Home, iterator: AsyncIterator[Any]) -> None:
+    def __init__(
+        self, buffer: Buffer, position: Callable[[], Position], home: Home, iterator: AsyncIterator[Any]
+    ) -> None:
         super().__init__(buffer, position, home)
         self._iterator = iterator
         self._scope: anyio.CancelScope | None = None
@@ -190,11 +192,20 @@ class TaskPrefetcher(Prefetcher):
 class ThreadPrefetcher(Prefetcher):
     """Pulls from a plain iterator, in a thread of its own, which has the settings of the run's caller."""
 
-    def __init__(self, buffer: Buffer, position: Callable[[], Position], home: Home, iterator: Iterator[Any], settings: ThreadState) -> None:
+    def __init__(
+        self,
+        buffer: Buffer,
+        position: Callable[[], Position],
+        home: Home,
+        iterator: Iterator[Any],
+        settings: ThreadState,
+    ) -> None:
         super().__init__(buffer, position, home)
         self._iterator = iterator
         self._settings = settings
-        self._thread = threading.Thread(target=context_for_thread().run, args=(self._pull,), name="aengine-prefetch", daemon=True)
+        self._thread = threading.Thread(
+            target=context_for_thread().run, args=(self._pull,), name="aengine-prefetch", daemon=True
+        )
         self._thread.start()
 
     def _pull(self) -> None:

@@ -49,8 +49,12 @@ def begin(
     _check_positive(max_epochs=max_epochs, max_iters=max_iters, epoch_length=epoch_length)
     if max_epochs is not None and max_iters is not None:
         raise ValueError("max_epochs= and max_iters= exclude each other: give the one by which the run is to end")
-    _check_limit("max_epochs", max_epochs, state.max_epochs, other="max_iters", other_set=state.max_iters, done=progress.epoch)
-    _check_limit("max_iters", max_iters, state.max_iters, other="max_epochs", other_set=state.max_epochs, done=progress.iteration)
+    _check_limit(
+        "max_epochs", max_epochs, state.max_epochs, other="max_iters", other_set=state.max_iters, done=progress.epoch
+    )
+    _check_limit(
+        "max_iters", max_iters, state.max_iters, other="max_epochs", other_set=state.max_epochs, done=progress.iteration
+    )
     length = length_of(data)
     if length == 0:
         raise ValueError(f"the data has length 0 ({type(data).__qualname__}): pass data that has batches")
@@ -71,7 +75,9 @@ def begin(
     return progress
 
 
-def _begin_anew(state: State, data: Any, max_epochs: int | None, max_iters: int | None, epoch_length: int | None) -> Progress:
+def _begin_anew(
+    state: State, data: Any, max_epochs: int | None, max_iters: int | None, epoch_length: int | None
+) -> Progress:
     if data is None:
         epoch_length = epoch_length or state.epoch_length
     _check_length(epoch_length, data)
@@ -88,7 +94,9 @@ def _check_positive(**limits: Any) -> None:
             raise ValueError(f"{name}= must be a whole number from 1 on, got {value!r}")
 
 
-def _check_limit(name: str, given: int | None, now: int | None, *, other: str, other_set: int | None, done: int) -> None:
+def _check_limit(
+    name: str, given: int | None, now: int | None, *, other: str, other_set: int | None, done: int
+) -> None:
     if given is None:
         return
     if other_set is not None:
@@ -105,10 +113,14 @@ def _check_limit(name: str, given: int | None, now: int | None, *, other: str, o
 
 def _check_length(epoch_length: int | None, data: Any) -> None:
     if data is None and epoch_length is None:
-        raise ValueError("epoch_length= is needed where there is no data to count: run(epoch_length=..., max_epochs=...)")
+        raise ValueError(
+            "epoch_length= is needed where there is no data to count: run(epoch_length=..., max_epochs=...)"
+        )
 
 
-def to_state_dict(progress: Progress, state: State, fired: Mapping[str, int], user_keys: Sequence[str]) -> dict[str, Any]:
+def to_state_dict(
+    progress: Progress, state: State, fired: Mapping[str, int], user_keys: Sequence[str]
+) -> dict[str, Any]:
     """Return what `from_state_dict` takes. Nothing in it but plain values, and what the data and the user put there."""
     limit = "max_epochs" if state.max_iters is None else "max_iters"
     saved: dict[str, Any] = {
@@ -164,7 +176,9 @@ def _progress_of_ignite(saved: Mapping[str, Any]) -> Progress:
     length = saved["epoch_length"]
     if not length:
         if saved.get("iteration", 0) or saved.get("epoch", 0):
-            raise ValueError('"epoch_length" must be a positive number to tell epochs from iterations in this state_dict')
+            raise ValueError(
+                '"epoch_length" must be a positive number to tell epochs from iterations in this state_dict'
+            )
         return Progress()
     iteration = saved["iteration"] if "iteration" in saved else saved["epoch"] * length
     complete, under_way = divmod(iteration, length)

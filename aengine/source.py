@@ -8,7 +8,7 @@ a list costs one call of its iterator and nothing of ours.
 import inspect
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from enum import Enum
 from types import AsyncGeneratorType, FunctionType
 from typing import Any, Final, NoReturn, Protocol, runtime_checkable
@@ -138,7 +138,9 @@ class Source:
             self.take = _pending
             return PENDING
         if not _is_iterable(made):
-            raise TypeError(f"data() returned {made!r}, which is no iterable and no async iterable: return or yield batches")
+            raise TypeError(
+                f"data() returned {made!r}, which is no iterable and no async iterable: return or yield batches"
+            )
         to_wind = self._resume()
         self._iterator = iter(made)
         for fetched in range(to_wind):
@@ -182,7 +184,9 @@ class Source:
         return to_wind
 
     def _too_short(self, length: int, to_wind: int) -> ValueError:
-        return ValueError(f"cannot resume after {to_wind} batches of the data ({self.name}): it has only {length}. Pass the same data")
+        return ValueError(
+            f"cannot resume after {to_wind} batches of the data ({self.name}): it has only {length}. Pass the same data"
+        )
 
     def _start(self) -> None:
         """The iterator stands where it should: begin to pull ahead, if so wished, and choose how to take."""
@@ -256,7 +260,11 @@ class Source:
     @property
     def must_be_awaited(self) -> bool:
         """Whether stopping or closing this takes an await."""
-        return self._prefetcher is not None or self.entered is not self.data or (self._is_ours and hasattr(self._iterator, "aclose"))
+        return (
+            self._prefetcher is not None
+            or self.entered is not self.data
+            or (self._is_ours and hasattr(self._iterator, "aclose"))
+        )
 
     async def suspend(self) -> None:
         """Stop pulling ahead, but stay where the data stands. Waits for the fetch under way. Cancellable."""
@@ -314,7 +322,9 @@ def check(data: Any) -> None:
             f"data must be an iterable, an async iterable, or a callable without arguments that makes one, got {data!r}"
         )
     if inspect.iscoroutinefunction(data):
-        raise TypeError(f"data is the coroutine function {_shown(data)}: make it an async generator, which yields batches")
+        raise TypeError(
+            f"data is the coroutine function {_shown(data)}: make it an async generator, which yields batches"
+        )
     try:
         inspect.signature(data).bind()
     except TypeError:

@@ -79,10 +79,22 @@ class EngineStatistics:
 
 class Stopwatch:
     """Times what the loop does. While iterations are long each is timed; when they are short one in sixteen, which
-    then counts sixteenfold: `weight` is how many iterations the present one stands for, 0 if it is not timed."""
+    then counts sixteenfold: `weight` is how many iterations the present one stands for, 0 if it is not timed.
+    """
 
-    __slots__ = ("back_pressure", "began", "data", "ended", "event_loop", "lag", "next_reading", "_read_at",
-                 "_read_iteration", "step", "weight")  # fmt: skip
+    __slots__ = (
+        "_read_at",
+        "_read_iteration",
+        "back_pressure",
+        "began",
+        "data",
+        "ended",
+        "event_loop",
+        "lag",
+        "next_reading",
+        "step",
+        "weight",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self.data = self.step = self.back_pressure = self.event_loop = self.lag = 0.0
@@ -97,7 +109,7 @@ class Stopwatch:
         """Begin a timed iteration: returns the time, sets its weight, and says when to read next."""
         now = perf_counter()
         passed = iteration - self._read_iteration
-        is_short = 0 < passed and now - self._read_at < SHORT * passed
+        is_short = passed > 0 and now - self._read_at < SHORT * passed
         self.next_reading = iteration + (SAMPLE if is_short else 1)
         self.weight = SAMPLE if is_short else 1
         self._read_at = now

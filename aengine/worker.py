@@ -70,7 +70,18 @@ class Bell:
 class Slice:
     """One call on the worker. While it lasts it can have things awaited at home; at its end it has a result."""
 
-    __slots__ = ("_answers", "_bell", "_context", "_home", "_wanted", "arguments", "done", "error", "function", "result")
+    __slots__ = (
+        "_answers",
+        "_bell",
+        "_context",
+        "_home",
+        "_wanted",
+        "arguments",
+        "done",
+        "error",
+        "function",
+        "result",
+    )
 
     def __init__(self, home: Home, context: Context, function: Callable[..., Any], *arguments: Any) -> None:
         self.function = function
@@ -240,7 +251,9 @@ def release_idle_threads() -> None:
 def _omp_pause() -> Callable[[], object]:
     """Find the OpenMP library that torch has loaded. Another one, scikit-learn's say, has threads of its own."""
     try:
-        loaded = {line.split()[-1] for line in Path("/proc/self/maps").read_text("utf-8").splitlines() if "libgomp" in line}
+        loaded = {
+            line.split()[-1] for line in Path("/proc/self/maps").read_text("utf-8").splitlines() if "libgomp" in line
+        }
         ours = [path for path in loaded if "torch" in path] or [path for path in loaded if path.startswith("/usr/lib")]
         openmp = ctypes.CDLL(ours[0], mode=_RTLD_NOLOAD)
         return partial(openmp.omp_pause_resource, _SOFT, openmp.omp_get_initial_device())

@@ -46,7 +46,9 @@ class stop_on_signals:  # noqa: N801 -- used as a function is, like contextlib.s
 
     def __enter__(self) -> "stop_on_signals":
         if threading.current_thread() is not threading.main_thread():
-            raise RuntimeError("stop_on_signals() works in the main thread only, where Python delivers signals: call engine.terminate() instead")
+            raise RuntimeError(
+                "stop_on_signals() works in the main thread only, where Python delivers signals: call engine.terminate() instead"
+            )
         if runs_in_event_loop():
             home, scope = Home(), anyio.CancelScope()
             scope.__enter__()
@@ -55,7 +57,9 @@ class stop_on_signals:  # noqa: N801 -- used as a function is, like contextlib.s
             self._before[one] = signal.signal(one, self._handle)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool | None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool | None:
         for one, before in self._before.items():
             signal.signal(one, before)
         return None if self._scope is None else self._scope.__exit__(kind, error, trace)
