@@ -32,7 +32,7 @@ class Listening:
     def __init__(
         self, bus: "Bus", event: AnyEvent, name: str, buffer: int, overflow: Overflow | str, snapshot: Snapshot | None
     ) -> None:
-        if not isinstance(buffer, int) or buffer < 1:
+        if buffer < 1:
             raise ValueError(f"buffer= is the number of events that may wait, at least 1, got {buffer!r}")
         if snapshot is not None and not callable(snapshot):
             raise TypeError(f"snapshot= must be a callable of the engine, got {snapshot!r}")
@@ -238,7 +238,8 @@ class Bus(Publisher):
 
     def next_count(self, topic: Topic) -> int:
         """Return the counter of an event that fires now."""
-        return self.count_of(topic) if topic.name in self.state.event_to_attr else topic.next_count()
+        is_counted = topic.name in self.state.event_to_attr
+        return topic.fire_at(self.count_of(topic) if is_counted else topic.next_count())
 
     def count_of(self, topic: Topic) -> int:
         """Return where the counter of an event stands."""
@@ -247,12 +248,18 @@ class Bus(Publisher):
 
     def add_inline(
         self, event: AnyEvent, handler: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
+    ) -> list[InlineHandler]:
         """Add an inline handler to each of the events; to all, or, when it cannot be called, to none."""
         added = [InlineHandler(selector, handler, args, kwargs) for selector in selectors(event)]
         for one in added:
             topic = self.topic(one.selector.name)
             topic.listen(one, self.count_of(topic))
+        return added
+
+    def remove_these(self, handlers: list[InlineHandler]) -> None:
+        """Remove what `add_inline` returned."""
+        for one in handlers:
+            self.topic(one.selector.name).leave([one])
 
     def find_inline(self, handler: Callable[..., Any], selector: Selector | None) -> list[InlineHandler]:
         """Return where this handler listens: anywhere; to an event; or, if it is filtered, with that very filter."""
@@ -287,16 +294,14 @@ class Bus(Publisher):
         for topic in self.topics:
             topic.rewind(self.count_of(topic))
 
-    async def flush(self, home: Home) -> None:
-        """Wait until the subscribers have handled all that has been published. Cancellable."""
-        if reading.get() is not None:
+    def refuse_to_flush(self) -> None:
+        """Raise RuntimeError where waiting for all subscribers would be waiting for oneself."""
+        me = reading.get()
+        if any(one.inbox is me for one in self.subscribers):
             raise RuntimeError(
                 "flush() waits for every subscriber, and so for the one that calls it here: call it from the step, from an"
                 " inline handler, or from outside"
             )
-        sequence = self.sequence
-        for subscriber in self.subscribers:
-            await subscriber.inbox.settled(sequence, home)
 
     def end_streams(self) -> None:
         """The run is over: their readers come to an end."""

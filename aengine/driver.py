@@ -145,6 +145,14 @@ class Driver:
             await subscriber.consume(self._home, self.fail)
         finally:
             self._consumers[subscriber].ring()
+            if subscriber not in self._bus.subscribers:  # a run may last for days, and see many come and go
+                del self._consumers[subscriber]
+
+    async def flush(self) -> None:
+        """Wait until every event published so far is handled. Cancellable."""
+        sequence, home = self._bus.sequence, Home()
+        for subscriber in {*self._consumers, *self._bus.subscribers}:  # those that were removed have work left, too
+            await subscriber.inbox.settled(sequence, home)
 
     def fail(self, error: BaseException) -> None:
         """Something beside the loop has failed: the loop is told of it where it stands, and ends. At home."""
@@ -207,7 +215,7 @@ class Driver:
         late = await self._drain(deadline)
         if late:
             self._failures.append(self._bus.give_up(late, self._grace))
-        for done in self._consumers.values():
+        for done in tuple(self._consumers.values()):
             await done.wait()
         if not self.is_suspended:
             self._bus.end_streams()
@@ -223,14 +231,15 @@ class Driver:
         with anyio.CancelScope(deadline=deadline):
             while not all(one.inbox.is_idle for one in self._consumers):
                 sequence = self._bus.sequence
-                for subscriber in list(self._consumers):
+                for subscriber in tuple(self._consumers):
                     await subscriber.inbox.settled(sequence, self._home)
-        for subscriber in self._consumers:
+        consumers = dict(self._consumers)
+        for subscriber in consumers:
             subscriber.inbox.close_nowait()
         with anyio.CancelScope(deadline=deadline):
-            for done in list(self._consumers.values()):
+            for done in consumers.values():
                 await done.wait()
-        return [one for one, done in self._consumers.items() if not done.is_rung]
+        return [one for one, done in consumers.items() if not done.is_rung]
 
     # Driving
 

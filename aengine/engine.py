@@ -277,7 +277,7 @@ class Engine(Publishing, Generic[Batch, Output]):
 
     # Stopping
 
-    def terminate(self, skip_completed: bool = False) -> None:  # noqa: FBT001, FBT002 -- pytorch-ignite's own signature
+    def terminate(self, *, skip_completed: bool = False) -> None:
         """End the run before its next step: TERMINATE and COMPLETED are fired, and `run()` returns.
 
         From any thread or task. A later `run()` resumes. Without a run under way it does nothing.
@@ -287,7 +287,7 @@ class Engine(Publishing, Generic[Batch, Output]):
         """
         self._control.terminate(skip_completed=skip_completed)
 
-    def terminate_epoch(self, skip_epoch_completed: bool = False) -> None:  # noqa: FBT001, FBT002 -- likewise
+    def terminate_epoch(self, *, skip_epoch_completed: bool = False) -> None:
         """End the epoch before its next step: the data begins again with the next epoch. From any thread or task.
 
         Args:

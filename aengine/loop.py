@@ -19,7 +19,7 @@ from aengine.events import NEVER
 from aengine.progress import Progress
 from aengine.source import PENDING, Source
 from aengine.state import State, StopReason
-from aengine.topic import Topic
+from aengine.topic import NEVER_FIRED, Topic
 
 BUDGET = 0.002
 """Seconds that the loop runs on the event loop's own thread before it lets other tasks have a turn."""
@@ -124,6 +124,7 @@ class Loop:
             state.times["COMPLETED"] = perf_counter() - began
             if not self._control.skips_completed:
                 yield from self._dispatch("COMPLETED")
+                yield from self._bus.topic("COMPLETED").finish(self._engine, state.epoch)
                 state.times["COMPLETED"] = perf_counter() - began
         except GeneratorExit:  # an interrupted engine is given up: nobody is there to await anything
             self.source.close()
@@ -320,12 +321,15 @@ class Loop:
 
     def _finish_listeners(self) -> Story:
         """Give those that asked for it their last event, if it did not come by itself."""
+        hot = {  # whose counts the hot path does not keep
+            "GET_BATCH_STARTED": self.completed - 1,
+            "GET_BATCH_COMPLETED": self.completed - 1,
+            "ITERATION_STARTED": self.completed,
+            "ITERATION_COMPLETED": self.completed,
+        }
         for topic in self._bus.topics:
-            count = {
-                "ITERATION_COMPLETED": self.completed,
-                "EPOCH_COMPLETED": self._state.epoch - (not self._epoch_is_complete),
-            }.get(topic.name, self._bus.count_of(topic))
-            if count > 0:
+            count = hot.get(topic.name, topic.count) if self.completed > self._first else topic.count
+            if count != NEVER_FIRED:
                 yield from topic.finish(self._engine, count)
 
     # The data

@@ -13,7 +13,6 @@ from aengine.events import AnyEvent, Event, EventEnum, Events, event_name, selec
 from aengine.inbox import Overflow
 from aengine.state import State
 from aengine.topic import Snapshot, Topic
-from aengine.worker import Home
 
 Handler = TypeVar("Handler", bound=Callable[..., Any])
 
@@ -78,14 +77,9 @@ class Publishing:
             TypeError: the handler cannot be called so.
             ValueError: the event is not registered with this engine.
         """
-        chosen = self._selectors(event)
-        self._bus.add_inline(event, handler, args, kwargs)
-
-        def remove() -> None:
-            for selector in chosen:
-                self._bus.remove_inline(handler, selector)
-
-        return RemovableEventHandle(remove)
+        self._selectors(event)
+        added = self._bus.add_inline(event, handler, args, kwargs)
+        return RemovableEventHandle(partial(self._bus.remove_these, added))
 
     def remove_event_handler(self, handler: Callable[..., Any], event: AnyEvent) -> None:
         """Remove an inline handler from the very event, with its filter, that it was added with.
@@ -270,7 +264,8 @@ class Publishing:
                     f"flush() would wait for ever: events wait for {waiting}, and no run is under way to handle them"
                 )
             return
-        await self._bus.flush(Home())
+        self._bus.refuse_to_flush()
+        await self._driver.flush()
 
     def _selectors(self, event: AnyEvent) -> tuple[Any, ...]:
         chosen = selectors(event)

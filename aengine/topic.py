@@ -20,6 +20,7 @@ from aengine.statistics import Stopwatch
 from aengine.worker import Home
 
 Snapshot: TypeAlias = Callable[[Any], Any]
+NEVER_FIRED = ALWAYS
 Snapshots: TypeAlias = dict[Snapshot | None, Any]
 _NO_SNAPSHOTS: Snapshots = {None: None}
 Dispatch: TypeAlias = Generator[Awaitable[Any], Any, None]
@@ -123,7 +124,7 @@ class Publisher:
 class Topic:
     """One event of one engine, and its listeners."""
 
-    __slots__ = ("_is_plain", "_publisher", "_takes_snapshots", "due", "fired", "inline", "name", "outlets")
+    __slots__ = ("_is_plain", "_publisher", "_takes_snapshots", "count", "due", "fired", "inline", "name", "outlets")
 
     def __init__(self, name: str, publisher: Publisher) -> None:
         self.name = name
@@ -131,6 +132,9 @@ class Topic:
         self.outlets: tuple[Outlet, ...] = ()
         self.due = NEVER
         self.fired = 0
+        self.count = (
+            NEVER_FIRED  # of the last firing in this run, whoever listened; the loop's hot path does not keep it
+        )
         self._publisher = publisher
         self._is_plain = True  # no filters: all are due each time
         self._takes_snapshots = False
@@ -155,11 +159,23 @@ class Topic:
     def rewind(self, count: int) -> None:
         """A run begins, at this count."""
         with self._publisher.lock:
+            self.count = NEVER_FIRED
             for listener in (*self.inline, *self.outlets):
                 listener.rewind(count)
             for handler in self.inline:
                 handler.seconds = 0.0
             self._find_due()
+
+    def fire_at(self, count: int) -> int:
+        """Take note of the count of a firing. One that is less than before makes the filters look ahead anew."""
+        if count < self.count:
+            with self._publisher.lock:
+                for listener in (*self.inline, *self.outlets):
+                    if listener.filter is not None:
+                        listener.due = listener.filter.next_due(count)
+                self._find_due()
+        self.count = count
+        return count
 
     def _find_due(self) -> None:
         listeners = (*self.inline, *self.outlets)
@@ -178,17 +194,17 @@ class Topic:
 
         It goes as far as it can without waiting. What is left, if something must be awaited, is returned to be driven.
         """
-        publisher = self._publisher
+        publisher, outlets = self._publisher, self.outlets  # what is added meanwhile, listens from the next time on
         publisher.last_event_name = self.name
         if self.inline:
             handlers = iter(self.inline) if self._is_plain else self._due(engine, count)
             awaited = self._call(handlers, engine, payload)
             if awaited is not None:
-                return self._await_the_rest(awaited, handlers, engine, count, payload)
-        if self.outlets:
+                return self._await_the_rest(awaited, handlers, engine, count, payload, outlets)
+        if outlets:
             if self._takes_snapshots or not self._is_plain:
-                return self._send_due(engine, count)
-            full = self._send(engine.state, self.outlets, _NO_SNAPSHOTS)
+                return self._send_due(engine, count, outlets)
+            full = self._send(engine.state, outlets, _NO_SNAPSHOTS)
             if full is not None:
                 return self._wait_for_room(full)
         elif not self._is_plain:
@@ -223,6 +239,7 @@ class Topic:
         engine: Any,
         count: int,
         payload: tuple[Any, ...],
+        outlets: tuple[Outlet, ...],
     ) -> Dispatch:
         while awaited is not None:
             handler, result = awaited
@@ -234,17 +251,17 @@ class Topic:
                 raise
             handler.seconds += perf_counter() - began
             awaited = self._call(handlers, engine, payload)
-        yield from self._send_due(engine, count)
+        yield from self._send_due(engine, count, outlets)
 
     def _due(self, engine: Any, count: int) -> Iterator[InlineHandler]:
         for handler in self.inline:
             if handler.due <= count and (handler.filter is None or handler.admits(engine, count)):
                 yield handler
 
-    def _send_due(self, engine: Any, count: int) -> Dispatch:
+    def _send_due(self, engine: Any, count: int, outlets: tuple[Outlet, ...]) -> Dispatch:
         due = [
             outlet
-            for outlet in self.outlets
+            for outlet in outlets
             if outlet.due <= count and (outlet.filter is None or outlet.admits(engine, count))
         ]
         if due:

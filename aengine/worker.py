@@ -22,11 +22,12 @@ from anyio.lowlevel import current_token
 class Home:
     """An event loop and its thread, as seen from any thread."""
 
-    __slots__ = ("_post", "thread")
+    __slots__ = ("_context", "_post", "thread")
 
     def __init__(self) -> None:
         native: Any = current_token().native_token
         self._post: Callable[..., object] = getattr(native, "call_soon_threadsafe", None) or native.run_sync_soon
+        self._context = copy_context()  # of here: a callback has the context of its poster, where no event loop runs
         self.thread = threading.get_ident()
 
     def call(self, function: Callable[[], object]) -> None:
@@ -39,7 +40,7 @@ class Home:
     def post(self, function: Callable[[], object]) -> None:
         """Call `function` on the event loop's thread, soon. From any thread, and from signal handlers."""
         try:
-            self._post(function)
+            self._post(partial(self._context.copy().run, function))
         except RuntimeError:  # that event loop has ended (trio's RunFinishedError is one too): nobody listens there
             return
 
