@@ -1,7 +1,8 @@
 """The bus of one engine: its topics, the subscribers beside its step, and the streams of whoever reads along."""
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
+from functools import partial
 from time import perf_counter
 from typing import Any, TypeAlias
 
@@ -26,6 +27,10 @@ _TURN = 0.002
 """Seconds that a subscriber whose handler never waits goes on before it lets other tasks have a turn."""
 
 
+_STREAM_TURN = 32
+"""Events that a stream gives without waiting, before it lets other tasks have a turn."""
+
+
 class Listening:
     """What a subscriber and a stream have in common: an inbox, fed by one or several topics."""
 
@@ -36,9 +41,12 @@ class Listening:
             raise ValueError(f"buffer= is the number of events that may wait, at least 1, got {buffer!r}")
         if snapshot is not None and not callable(snapshot):
             raise TypeError(f"snapshot= must be a callable of the engine, got {snapshot!r}")
+        if not isinstance(snapshot, Hashable):
+            snapshot = partial(snapshot)  # shared by those that were given the very same one
         self.name = name
         self.errors = 0
-        self.busy = 0.0
+        self._busy = 0.0
+        self._busy_since: float | None = None
         self.selectors = selectors(event)
         self.inbox = Inbox(name, buffer, _overflow(overflow), bus.lock)
         self._outlets = [Outlet(selector, self.inbox, snapshot) for selector in self.selectors]
@@ -56,7 +64,7 @@ class Listening:
 
     def statistics(self) -> ListenerStatistics:
         """Return what became of the events so far."""
-        inbox = self.inbox
+        inbox, since = self.inbox, self._busy_since
         return ListenerStatistics(
             name=self.name,
             events=" | ".join(map(str, self.selectors)),
@@ -66,7 +74,7 @@ class Listening:
             dropped=inbox.dropped,
             discarded=inbox.discarded,
             errors=self.errors,
-            busy=self.busy,
+            busy=self._busy if since is None else self._busy + perf_counter() - since,
         )
 
 
@@ -95,6 +103,7 @@ class Subscriber(Listening):
         self._logger = bus.logger
         self._scope: anyio.CancelScope | None = None
         self._limiter: anyio.CapacityLimiter | None = None
+        self._turn_began = 0.0
 
     async def consume(self, home: Home, fail: Fail) -> None:
         """Handle what arrives until the inbox is closed and empty. Errors go to `fail`, not to the task group.
@@ -121,33 +130,47 @@ class Subscriber(Listening):
 
     async def _consume(self, home: Home) -> None:
         inbox, handler, turn = self.inbox, self.handler, 0
-        began = perf_counter()
-        while True:
-            if (event := inbox.take_nowait()) is None:
-                self.busy += perf_counter() - began
-                if inbox.closed:
-                    return
-                await inbox.arrival(home)
-                began = perf_counter()
-                continue
-            try:
-                if self._is_async:
-                    await handler(event)
-                else:
-                    await self._handle_in_thread(event)
-            except Exception as error:
-                self.errors += 1
-                error.add_note(f"in subscriber {self.name!r} of {event.name}, {_place(event)}")
-                if not self._isolated:
-                    raise
-                self._logger.exception(
-                    "subscriber %r of %s failed, going on (%s)", self.name, event.name, _place(event)
-                )
-            turn += 1
-            if turn % 32 == 0 and perf_counter() - began > _TURN:
-                self.busy += perf_counter() - began
-                await anyio.lowlevel.checkpoint()
-                began = perf_counter()
+        self._begin_work()
+        try:
+            while True:
+                if (event := inbox.take_nowait()) is None:
+                    if inbox.closed:
+                        return
+                    self._rest()
+                    await inbox.arrival(home)
+                    self._begin_work()
+                    continue
+                try:
+                    if self._is_async:
+                        await handler(event)
+                    else:
+                        await self._handle_in_thread(event)
+                except Exception as error:
+                    self._meet_error(error, event)
+                turn += 1
+                if turn % 32 == 0 and perf_counter() - self._turn_began > _TURN:
+                    self._rest()
+                    await anyio.lowlevel.checkpoint()
+                    self._begin_work()
+        finally:
+            self._rest()
+
+    def _begin_work(self) -> None:
+        self._busy_since = self._turn_began = perf_counter()
+
+    def _rest(self) -> None:
+        since, self._busy_since = self._busy_since, None
+        if since is not None:
+            self._busy += perf_counter() - since
+
+    def _meet_error(self, error: Exception, event: Event) -> None:
+        self.errors += 1
+        error.add_note(f"in subscriber {self.name!r} of {event.name}, {_place(event)}")
+        if not self._isolated:
+            raise error
+        self._logger.error(
+            "subscriber %r of %s failed, going on (%s)", self.name, event.name, _place(event), exc_info=error
+        )
 
     async def _handle_in_thread(self, event: Event) -> None:
         def call() -> tuple[Any]:  # wrapped: trio refuses a coroutine that comes out of a thread
@@ -179,6 +202,7 @@ class Stream(Listening):
         super().__init__(bus, event, f"stream of {' | '.join(map(str, selectors(event)))}", buffer, overflow, snapshot)
         self._bus = bus
         self._home: Home | None = None
+        self._taken = 0
 
     async def __aenter__(self) -> "Stream":
         self._home = Home()
@@ -202,12 +226,16 @@ class Stream(Listening):
             raise RuntimeError(
                 "a stream is read inside its block: async with engine.stream(...) as events: async for event in events: ..."
             )
-        await anyio.lowlevel.checkpoint_if_cancelled()
+        if self._taken % _STREAM_TURN == _STREAM_TURN - 1:
+            await anyio.lowlevel.checkpoint()
+        else:
+            await anyio.lowlevel.checkpoint_if_cancelled()
         while (event := self.inbox.take_nowait()) is None:
             if self.inbox.closed:
                 raise StopAsyncIteration
             await self.inbox.arrival(home)
         self.inbox.done_nowait()
+        self._taken += 1
         return event
 
 

@@ -217,6 +217,8 @@ class Driver:
             self._failures.append(self._bus.give_up(late, self._grace))
         for done in tuple(self._consumers.values()):
             await done.wait()
+        for subscriber in self._bus.subscribers:  # what is emitted between runs waits for the next one
+            subscriber.inbox.reopen_nowait()
         if not self.is_suspended:
             self._bus.end_streams()
         if self._loop.source.host is not None:

@@ -81,6 +81,14 @@ def async_handler_message(name: str) -> str:
     )
 
 
+def no_room(room: Room) -> RuntimeError:
+    """Return the error of an event that would wait for ever. It was accepted."""
+    return RuntimeError(
+        f"the inbox of {room.inbox.name!r} is full, and no run is under way in which it is emptied: emit fewer events"
+        " between runs, make its buffer= larger, or choose another overflow="
+    )
+
+
 def close_unawaited(wanted: object) -> None:
     """Give up a coroutine that will not be awaited, without Python's warning that it was not."""
     getattr(wanted, "close", lambda: None)()
@@ -88,10 +96,7 @@ def close_unawaited(wanted: object) -> None:
 
 async def _room_for_reader(room: Room, *, can_wait: bool) -> None:
     if not can_wait:
-        raise RuntimeError(
-            f"the inbox of {room.inbox.name!r} is full, and no run is under way in which it is emptied: emit fewer events"
-            " between runs, make its buffer= larger, or choose another overflow="
-        )
+        raise no_room(room)
     me = reading.get()
     if me is None:
         await room

@@ -75,7 +75,6 @@ class Engine(Publishing, Generic[Batch, Output]):
         self._grace = grace
         self._progress = Progress()
         self._left: tuple[Any, list[Fetched]] | None = None
-        self._loop: Loop | None = None
         self._story: Story | None = None
         self._is_running = False
         self.state_dict_user_keys: list[str] = []
@@ -362,8 +361,9 @@ class Engine(Publishing, Generic[Batch, Output]):
             raise EngineBusy(f"engine {self.name!r} is running: load its state before run()")
         self._progress = from_state_dict(state_dict, self.state, self.state_dict_user_keys)
         self._give_up()
-        for name, fired in state_dict.get("fired", {}).items():
-            self._bus.topic(name).fired = fired
+        fired = state_dict.get("fired", {})
+        for topic in {*self._bus.topics, *map(self._bus.topic, fired)}:
+            topic.fired = fired.get(topic.name, 0)
 
     def statistics(self) -> EngineStatistics:
         """Return where the time goes, and what becomes of the events. Cheap; at any time, from any thread."""

@@ -407,9 +407,10 @@ class Loop:
 
     def _restart_data(self) -> Story:
         source = self.source
+        batch, self._batch = self._batch, _END
         if source.is_one_shot:
-            if self._batch is not _END:
-                source.put_back(self._batch)
+            if batch is not _END:
+                source.put_back(batch)
             return
         if source.must_be_awaited:
             yield source.aclose()
@@ -504,18 +505,17 @@ class Loop:
         warnings.warn(self._exhaustion(), DataExhaustedWarning, stacklevel=2)
 
     def _exhaustion(self) -> str:
-        state, source = self._state, self.source
-        length = state.epoch_length
-        total = state.max_iters or (length and state.max_epochs and length * state.max_epochs)
-        why = (
-            f"it is a one-shot iterator ({source.data!r})"
-            if source.is_one_shot
-            else f"restarted, it gave nothing ({source.name})"
-        )
-        advice = "Pass the function itself" if source.is_one_shot else "Pass data that can be iterated again"
-        if not self.completed:
-            return f"the data is empty: {why}. Pass data that has batches"
-        return (
-            f"the data ended after {self.completed} of {total or 'an unknown number of'} iterations and cannot be restarted: {why}."
-            f" {advice}, or epoch_length={self.completed - state.epoch_start or self.completed}"
-        )
+        state, source, done = self._state, self.source, self.completed
+        if source.is_one_shot:
+            why, what = f"it is a one-shot iterator ({source.data!r})", "the function itself, or a fresh iterator"
+        else:
+            why, what = f"begun again, it gave nothing ({source.name})", "data that can be iterated again"
+        if done == self._first:
+            return f"the data is empty, or was used up before: {why}. Pass {what}"
+        length, epochs, iterations = state.epoch_length, state.max_epochs, state.max_iters
+        if iterations is not None:
+            total, enough = str(iterations), f", or max_iters={done}"
+        else:
+            total = str(length * epochs) if length and epochs else "an unknown number of"
+            enough = f", or epoch_length={done // epochs}" if epochs and done >= epochs else ""
+        return f"the data ended after {done} of {total} iterations and cannot be restarted: {why}. Pass {what}{enough}"

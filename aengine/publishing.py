@@ -8,9 +8,10 @@ from aengine.binding import name_of
 from aengine.bus import Bus, Stream, Subscriber
 from aengine.control import Control
 from aengine.driver import Driver
-from aengine.emission import async_handler_message, emit, emit_here, emit_nowait
+from aengine.emission import async_handler_message, emit, emit_here, emit_nowait, no_room
 from aengine.events import AnyEvent, Event, EventEnum, Events, event_name, selectors
 from aengine.inbox import Overflow
+from aengine.loop import Loop
 from aengine.state import State
 from aengine.topic import Snapshot, Topic
 
@@ -50,6 +51,7 @@ class Publishing:
         self._bus = bus
         self._control = control
         self._driver: Driver | None = None
+        self._loop: Loop | None = None
         self._registered: dict[str, Any] = {event.name: event for event in Events}
 
     # Listening
@@ -226,7 +228,8 @@ class Publishing:
         an inbox's bound are accepted, and the loop waits in its place before the next step.
 
         Raises:
-            RuntimeError: the event has an async inline handler, which cannot be awaited here.
+            RuntimeError: the event has an async inline handler, which cannot be awaited here; or an inbox is full, and no
+                run is under way in which it could be emptied.
             ValueError: the event is not registered.
         """
         topic, count = self._topic_to_fire(event)
@@ -236,7 +239,10 @@ class Publishing:
             return
         if any(handler.is_async for handler in topic.inline):
             raise RuntimeError(async_handler_message(topic.name))
-        self._control.owe(emit_nowait(topic.publish(self, count), topic.name))
+        owed = emit_nowait(topic.publish(self, count), topic.name)
+        if owed and self._loop is None:
+            raise no_room(owed[0])
+        self._control.owe(owed)
 
     async def emit(self, event: AnyEvent) -> None:
         """Fire an event from async code: awaits its inline handlers, and room in the inboxes of its subscribers.
