@@ -37,7 +37,7 @@ class Listening:
     def __init__(
         self, bus: "Bus", event: AnyEvent, name: str, buffer: int, overflow: Overflow | str, snapshot: Snapshot | None
     ) -> None:
-        if buffer < 1:
+        if type(buffer) is not int or buffer < 1:
             raise ValueError(f"buffer= is the number of events that may wait, at least 1, got {buffer!r}")
         if snapshot is not None and not callable(snapshot):
             raise TypeError(f"snapshot= must be a callable of the engine, got {snapshot!r}")
@@ -64,15 +64,16 @@ class Listening:
 
     def statistics(self) -> ListenerStatistics:
         """Return what became of the events so far."""
-        inbox, since = self.inbox, self._busy_since
+        accepted, handled, dropped, discarded, depth = self.inbox.account()
+        since = self._busy_since
         return ListenerStatistics(
             name=self.name,
             events=" | ".join(map(str, self.selectors)),
-            depth=len(inbox),
-            accepted=inbox.accepted,
-            handled=inbox.handled,
-            dropped=inbox.dropped,
-            discarded=inbox.discarded,
+            depth=depth,
+            accepted=accepted,
+            handled=handled,
+            dropped=dropped,
+            discarded=discarded,
             errors=self.errors,
             busy=self._busy if since is None else self._busy + perf_counter() - since,
         )

@@ -20,9 +20,10 @@ from anyio.lowlevel import checkpoint
 from aengine.bus import Bus, Subscriber
 from aengine.control import Control, Request
 from aengine.emission import close_unawaited
-from aengine.errors import HandlerTimeout
+from aengine.errors import HandlerTimeout, raise_failures
 from aengine.host import Host
-from aengine.loop import Loop, Signal, Story, Woken
+from aengine.loop import Loop
+from aengine.story import Signal, Story, Woken
 from aengine.worker import Bell, Home, Slice, ThreadState, Worker, context_for_thread, release_idle_threads
 
 _TURNS = 4
@@ -212,11 +213,7 @@ class Driver:
 
     async def _close(self) -> None:
         deadline = self._deadline or anyio.current_time() + self._grace
-        late = await self._drain(deadline)
-        if late:
-            self._failures.append(self._bus.give_up(late, self._grace))
-        for done in tuple(self._consumers.values()):
-            await done.wait()
+        await self._end_consumers(deadline)
         for subscriber in self._bus.subscribers:  # what is emitted between runs waits for the next one
             subscriber.inbox.reopen_nowait()
         if not self.is_suspended:
@@ -228,20 +225,37 @@ class Driver:
         elif self._worker is not None:
             self._worker.stop() if self._slice is None else self._worker.abandon()
 
-    async def _drain(self, deadline: float) -> list[Subscriber]:
-        """Let the subscribers handle all that they have accepted, and what they send each other meanwhile."""
+    async def _flush(self) -> None:
+        """Wait until the subscribers have handled all that they have accepted, and what they send each other meanwhile.
+
+        Raises:
+            HandlerTimeout: that took longer than `grace` seconds.
+        """
+        with anyio.move_on_after(self._grace):
+            await self._until_idle()
+            return
+        late = [one for one in self._consumers if not one.inbox.is_idle]
+        raise self._bus.give_up(late, self._grace)
+
+    async def _until_idle(self) -> None:
+        while not all(one.inbox.is_idle for one in self._consumers):
+            await self.flush()
+
+    async def _end_consumers(self, deadline: float) -> None:
+        """Let the subscribers finish until the deadline, then cancel those that have not."""
         with anyio.CancelScope(deadline=deadline):
-            while not all(one.inbox.is_idle for one in self._consumers):
-                sequence = self._bus.sequence
-                for subscriber in tuple(self._consumers):
-                    await subscriber.inbox.settled(sequence, self._home)
+            await self._until_idle()
         consumers = dict(self._consumers)
         for subscriber in consumers:
             subscriber.inbox.close_nowait()
         with anyio.CancelScope(deadline=deadline):
             for done in consumers.values():
                 await done.wait()
-        return [one for one, done in consumers.items() if not done.is_rung]
+        late = [one for one, done in consumers.items() if not done.is_rung]
+        if late:
+            self._failures.append(self._bus.give_up(late, self._grace))
+        for done in consumers.values():
+            await done.wait()
 
     # Driving
 
@@ -374,6 +388,8 @@ class Driver:
         elif signal is Signal.PAUSE:
             await self._until_resumed()
             self._bus.stopwatch.event_loop += perf_counter() - began
+        elif signal is Signal.FLUSH:
+            await self._flush()
         elif signal is Signal.SHIELD:
             if self._deadline is None:
                 self._begin_clean_up()
@@ -412,24 +428,3 @@ class Driver:
         ):
             self._is_woken = True
             self._scope.cancel()
-
-
-def raise_failures(name: str, failures: list[BaseException], cancellation: BaseException | None = None) -> None:
-    """Raise a single failure as the very object it is, several as a group; without any, the cancellation, if there is one."""
-    failures = list({id(error): error for error in failures}.values())
-    try:
-        for index, error in enumerate(failures):
-            if isinstance(error, KeyboardInterrupt | SystemExit):
-                del error
-                raise failures[index]
-            del error
-        if len(failures) == 1:
-            raise failures[0]
-        if failures:
-            raise BaseExceptionGroup(f"several failures in a run of engine {name!r}", failures)
-        if cancellation is not None:
-            raise cancellation
-    finally:
-        # An error's traceback holds this frame: no cycle may hold the engine.
-        failures = []
-        cancellation = None

@@ -13,17 +13,18 @@ from anyio.lowlevel import checkpoint_if_cancelled
 from aengine.binding import check_step, is_async_callable, name_of
 from aengine.bus import Bus
 from aengine.control import Control, Request
-from aengine.driver import Driver, raise_failures
-from aengine.errors import EngineBusy
+from aengine.driver import Driver
+from aengine.errors import EngineBusy, raise_failures
 from aengine.events import Event, Events
 from aengine.iteration import Iteration
-from aengine.loop import Loop, Story
+from aengine.loop import Loop
 from aengine.prefetch import Fetched
 from aengine.progress import Progress, begin, from_state_dict, to_state_dict
 from aengine.publishing import Publishing
 from aengine.source import Source, check
 from aengine.state import State
 from aengine.statistics import EngineStatistics
+from aengine.story import Story
 from aengine.synchronous import OVER, SUSPENDED, drive_here, runs_in_event_loop
 from aengine.topic import record
 

@@ -35,3 +35,24 @@ class InboxOverflow(AengineError, RuntimeError):
 
 class DataExhaustedWarning(UserWarning):
     """The data ended before the run was complete, and could not be restarted. The run was closed cleanly."""
+
+
+def raise_failures(name: str, failures: list[BaseException], cancellation: BaseException | None = None) -> None:
+    """Raise a single failure as the very object it is, several as a group; without any, the cancellation, if there is one."""
+    failures = list({id(error): error for error in failures}.values())
+    try:
+        for index, error in enumerate(failures):
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                del error
+                raise failures[index]
+            del error
+        if len(failures) == 1:
+            raise failures[0]
+        if failures:
+            raise BaseExceptionGroup(f"several failures in a run of engine {name!r}", failures)
+        if cancellation is not None:
+            raise cancellation
+    finally:
+        # An error's traceback holds this frame: no cycle may hold the engine.
+        failures = []
+        cancellation = None

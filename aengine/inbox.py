@@ -57,6 +57,14 @@ class Inbox:
     def __len__(self) -> int:
         return len(self._waiting)
 
+    def account(self) -> tuple[int, int, int, int, int]:
+        """Return what was accepted, handled, dropped and discarded, and what waits, all of one instant."""
+        with self._lock:  # keeps who emits away; the reader is noticed
+            while True:
+                handled, depth = self.handled, len(self._waiting)
+                if handled == self.handled:
+                    return self.accepted, handled, self.dropped, self.discarded, depth
+
     def put_nowait(self, event: Event) -> bool:
         """Accept an event; for who holds the bus's lock. Returns False if room is to be waited for before another.
 

@@ -6,40 +6,20 @@ thrown the exception. Whoever drives it decides where it runs: on the event loop
 
 import warnings
 from collections.abc import Awaitable, Callable, Generator
-from enum import Enum, auto
 from time import perf_counter
 from types import CoroutineType, GeneratorType
-from typing import Any, TypeAlias
+from typing import Any
 
 from aengine.binding import is_awaitable, refuse_stop_iteration
 from aengine.bus import Bus
 from aengine.control import Control, Phase, Request
 from aengine.errors import DataExhausted, DataExhaustedWarning
 from aengine.events import NEVER
-from aengine.progress import Progress
+from aengine.progress import Progress, last_iteration, tell_exhaustion
 from aengine.source import PENDING, Source
 from aengine.state import State, StopReason
+from aengine.story import BUDGET, Signal, Story, Woken
 from aengine.topic import NEVER_FIRED, Topic
-
-BUDGET = 0.002
-"""Seconds that the loop runs on the event loop's own thread before it lets other tasks have a turn."""
-
-
-class Signal(Enum):
-    """What the loop yields, besides awaitables, to whoever drives it."""
-
-    BREATHE = auto()  # the time budget is spent: let others have a turn
-    PAUSE = auto()  # come back when the pause has ended
-    SUSPEND = auto()  # interrupted: keep this generator, the next run goes on with it
-    HALT = auto()  # as was asked: throw what there is to throw
-    SHIELD = auto()  # what follows is clean-up: let no cancellation in, and bound it
-
-
-Story: TypeAlias = Generator[Awaitable[Any] | Signal, Any, None]
-
-
-class Woken(Exception):
-    """Stop waiting for data: something was asked."""
 
 
 class _Terminated(Exception):
@@ -117,7 +97,7 @@ class Loop:
                 yield from self._dispatch("TERMINATE")
             except _Exhausted:
                 reason = StopReason.DATA_EXHAUSTED
-                self._warn_of_exhaustion()
+                warnings.warn(self._exhaustion(), DataExhaustedWarning, stacklevel=2)
             self._control.phase = Phase.ENDING_EPOCH
             yield from self._finish_listeners()
             state.stop_reason = reason
@@ -126,6 +106,7 @@ class Loop:
                 yield from self._dispatch("COMPLETED")
                 yield from self._bus.topic("COMPLETED").finish(self._engine, state.epoch)
                 state.times["COMPLETED"] = perf_counter() - began
+            yield Signal.FLUSH
         except GeneratorExit:  # an interrupted engine is given up: nobody is there to await anything
             self.source.close()
             raise
@@ -305,6 +286,7 @@ class Loop:
         yield from self._dispatch("INTERRUPT")
         if self.source.must_be_awaited:
             yield self.source.suspend()
+        yield Signal.FLUSH
         state.stop_reason = StopReason.INTERRUPTED
         phase, control.phase = control.phase, Phase.IDLE
         yield Signal.SUSPEND
@@ -471,14 +453,7 @@ class Loop:
 
     def can_use(self, waiting: int) -> bool:
         """Say whether this run can use another batch, when so many wait already."""
-        state = self._state
-        if state.max_iters is not None:
-            end = state.max_iters
-        elif state.max_epochs is None or state.epoch_length is None:
-            return True
-        else:
-            end = state.epoch_start + state.epoch_length * (state.max_epochs - state.epoch + 1)
-        return self.completed + (self._batch is not _END) + waiting < end
+        return self.completed + (self._batch is not _END) + waiting < last_iteration(self._state)
 
     def progress(self) -> Progress:
         """Return what is completed: where to go on from here."""
@@ -497,25 +472,9 @@ class Loop:
             self._plain_types.add(type(output))
         return False
 
+    def _exhaustion(self) -> str:
+        return tell_exhaustion(self._state, self.source, self.completed, self._first)
+
     def _note(self, error: BaseException, where: str) -> None:
         state = self._state
         error.add_note(f"in {where}, engine {self._bus.name!r}, epoch {state.epoch}, iteration {state.iteration}")
-
-    def _warn_of_exhaustion(self) -> None:
-        warnings.warn(self._exhaustion(), DataExhaustedWarning, stacklevel=2)
-
-    def _exhaustion(self) -> str:
-        state, source, done = self._state, self.source, self.completed
-        if source.is_one_shot:
-            why, what = f"it is a one-shot iterator ({source.data!r})", "the function itself, or a fresh iterator"
-        else:
-            why, what = f"begun again, it gave nothing ({source.name})", "data that can be iterated again"
-        if done == self._first:
-            return f"the data is empty, or was used up before: {why}. Pass {what}"
-        length, epochs, iterations = state.epoch_length, state.max_epochs, state.max_iters
-        if iterations is not None:
-            total, enough = str(iterations), f", or max_iters={done}"
-        else:
-            total = str(length * epochs) if length and epochs else "an unknown number of"
-            enough = f", or epoch_length={done // epochs}" if epochs and done >= epochs else ""
-        return f"the data ended after {done} of {total} iterations and cannot be restarted: {why}. Pass {what}{enough}"

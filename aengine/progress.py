@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from aengine.source import length_of
+from aengine.events import NEVER
+from aengine.source import Source, length_of
 from aengine.state import State
 
 
@@ -116,6 +117,32 @@ def _check_length(epoch_length: int | None, data: Any) -> None:
         raise ValueError(
             "epoch_length= is needed where there is no data to count: run(epoch_length=..., max_epochs=...)"
         )
+
+
+def last_iteration(state: State) -> int:
+    """Return the number of the last iteration of a run, NEVER if that is not known."""
+    if state.max_iters is not None:
+        return state.max_iters
+    if state.max_epochs is None or state.epoch_length is None:
+        return NEVER
+    return state.epoch_start + state.epoch_length * (state.max_epochs - state.epoch + 1)
+
+
+def tell_exhaustion(state: State, source: Source, done: int, began_with: int) -> str:
+    """Return the sentence that says that the data has ended too early, and what to pass instead."""
+    if source.is_one_shot:
+        why, what = f"it is a one-shot iterator ({source.data!r})", "the function itself, or a fresh iterator"
+    else:
+        why, what = f"begun again, it gave nothing ({source.name})", "data that can be iterated again"
+    if done == began_with:
+        return f"the data is empty, or was used up before: {why}. Pass {what}"
+    length, epochs, iterations = state.epoch_length, state.max_epochs, state.max_iters
+    if iterations is not None:
+        total, enough = str(iterations), f", or max_iters={done}"
+    else:
+        total = str(length * epochs) if length and epochs else "an unknown number of"
+        enough = f", or epoch_length={done // epochs}" if epochs and done >= epochs else ""
+    return f"the data ended after {done} of {total} iterations and cannot be restarted: {why}. Pass {what}{enough}"
 
 
 def to_state_dict(

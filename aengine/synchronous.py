@@ -7,7 +7,7 @@ from typing import Any
 from anyio.lowlevel import current_token
 
 from aengine.control import Control, Request
-from aengine.loop import Signal, Story
+from aengine.story import Signal, Story
 
 OVER = object()
 SUSPENDED = object()

@@ -217,6 +217,7 @@ class Topic:
         """Call handlers until there is one to be awaited."""
         weight = self._publisher.stopwatch.weight
         is_timed = weight or not self._is_plain  # filtered ones are rare enough to time each call
+        began = 0.0
         handler: InlineHandler | None = None
         try:
             for handler in handlers:
@@ -228,6 +229,8 @@ class Topic:
                 if is_timed:
                     handler.seconds += (perf_counter() - began) * (weight if handler.filter is None else 1)
         except Exception as error:
+            if handler is not None and is_timed:
+                handler.seconds += perf_counter() - began
             self._blame(error, "a filter" if handler is None else f"handler {handler.name!r}", engine)
             raise
         return None

@@ -1,0 +1,26 @@
+"""Story: what the loop yields to whoever drives it, and may be thrown in return. The terms between the two."""
+
+from collections.abc import Awaitable, Generator
+from enum import Enum, auto
+from typing import Any, TypeAlias
+
+BUDGET = 0.002
+"""Seconds that the loop runs on the event loop's own thread before it lets other tasks have a turn."""
+
+
+class Signal(Enum):
+    """What the loop yields, besides awaitables, to whoever drives it."""
+
+    BREATHE = auto()  # the time budget is spent: let others have a turn
+    PAUSE = auto()  # come back when the pause has ended
+    SUSPEND = auto()  # interrupted: keep this generator, the next run goes on with it
+    HALT = auto()  # as was asked: throw what there is to throw
+    FLUSH = auto()  # let the subscribers finish; throw what goes wrong there
+    SHIELD = auto()  # what follows is clean-up: let no cancellation in, and bound it
+
+
+Story: TypeAlias = Generator[Awaitable[Any] | Signal, Any, None]
+
+
+class Woken(Exception):
+    """Stop waiting for data: something was asked."""
