@@ -105,12 +105,14 @@ class Subscriber(Listening):
         self._scope: anyio.CancelScope | None = None
         self._limiter: anyio.CapacityLimiter | None = None
         self._turn_began = 0.0
+        self.has_begun = False  # in this run: a task that is cancelled before its first step runs not a line
 
     async def consume(self, home: Home, fail: Fail) -> None:
         """Handle what arrives until the inbox is closed and empty. Errors go to `fail`, not to the task group.
 
         Shielded: what was accepted before a cancellation is still handled. `give_up()` ends it all the same.
         """
+        self.has_begun = True
         reading.set(self.inbox)
         self._limiter = anyio.CapacityLimiter(1)  # not the application's: a slow handler takes none of its threads
         try:
@@ -130,29 +132,28 @@ class Subscriber(Listening):
             self.inbox.close_nowait(discard=True)  # who is dead must block nobody
 
     async def _consume(self, home: Home) -> None:
-        inbox, handler, turn = self.inbox, self.handler, 0
+        inbox, handler, is_async, turn = self.inbox, self.handler, self._is_async, 0
         self._begin_work()
         try:
             while True:
-                if (event := inbox.take_nowait()) is None:
-                    if inbox.closed:
-                        return
-                    self._rest()
-                    await inbox.arrival(home)
-                    self._begin_work()
-                    continue
-                try:
-                    if self._is_async:
-                        await handler(event)
-                    else:
-                        await self._handle_in_thread(event)
-                except Exception as error:
-                    self._meet_error(error, event)
-                turn += 1
-                if turn % 32 == 0 and perf_counter() - self._turn_began > _TURN:
-                    self._rest()
-                    await anyio.lowlevel.checkpoint()
-                    self._begin_work()
+                for event in inbox.taken():
+                    try:
+                        if is_async:
+                            await handler(event)
+                        else:
+                            await self._handle_in_thread(event)
+                    except Exception as error:
+                        self._meet_error(error, event)
+                    turn += 1
+                    if turn % 32 == 0 and perf_counter() - self._turn_began > _TURN:
+                        self._rest()
+                        await anyio.lowlevel.checkpoint()
+                        self._begin_work()
+                if inbox.closed:
+                    return
+                self._rest()
+                await inbox.arrival(home)
+                self._begin_work()
         finally:
             self._rest()
 
@@ -316,6 +317,11 @@ class Bus(Publisher):
             self.subscribers = tuple(one for one in self.subscribers if one is not subscriber)
         subscriber.leave()
         subscriber.inbox.close_nowait()
+
+    @property
+    def must_await(self) -> bool:
+        """Whether somebody listens who needs an event loop."""
+        return bool(self.subscribers) or any(one.is_async for topic in self.topics for one in topic.inline)
 
     def rewind(self) -> None:
         """A run begins: filters look ahead from where the counters stand, and the clock starts."""

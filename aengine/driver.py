@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from contextvars import ContextVar
 from functools import partial
 from time import perf_counter
+from types import CoroutineType
 from typing import Any
 
 import anyio
@@ -22,8 +23,9 @@ from aengine.control import Control, Request
 from aengine.emission import close_unawaited
 from aengine.errors import HandlerTimeout, raise_failures
 from aengine.host import Host
+from aengine.inbox import Room
 from aengine.loop import Loop
-from aengine.story import Signal, Story, Woken
+from aengine.story import Arrival, Signal, Story, Woken
 from aengine.worker import Bell, Home, Slice, ThreadState, Worker, context_for_thread, release_idle_threads
 
 _TURNS = 4
@@ -72,10 +74,13 @@ class Driver:
             self._next = (lambda _: wanted, None)
         self._scope = anyio.CancelScope()
         self._is_over = False
+        self._is_closed = False
         self._is_woken = False
         self._deadline: float | None = None  # of the clean-up, once it has begun
         self._cancellation: BaseException | None = None
         self._failures: list[BaseException] = []
+        self._failures_before: int | None = None  # how many there were when a cancellation came
+        self._outcome: BaseException | None = None  # what the story ended with, if that is an error
         self._reported: BaseException | None = None  # a failure beside the loop that it was not told of yet
         self._changed: Bell | None = None
         self._worker: Worker | None = None
@@ -96,7 +101,9 @@ class Driver:
         if cancelled not in loop.cancellations:
             loop.cancellations += (cancelled,)
         loop.breathes = not self._threaded
-        loop.source.host = Host(self._home, self.spawn, self.fail, self._settings, self._prefetch, loop.can_use)
+        loop.source.host = Host(
+            self._home, self.spawn, self.fail, self._settings, self._prefetch, loop.can_use, self._grace
+        )
         bus.home = self._home
         self._control.on_change = partial(self._home.call, self._look_at_requests)
         ending: BaseException | None = None
@@ -111,19 +118,25 @@ class Driver:
         try:
             self._raise(ending)
         finally:
-            del ending, self._failures, self._cancellation, self._reported  # no cycles with tracebacks
+            del ending, self._failures, self._cancellation, self._reported, self._outcome  # no cycles with tracebacks
 
     def _raise(self, ending: BaseException | None) -> None:
         failures = [*self._failures, *self._loop.also_raised]
         if isinstance(ending, BaseExceptionGroup):  # an error of ours, in a task: not to be hidden
             failures += ending.exceptions
             ending = None
-        is_cancelled = ending is not None or self._cancellation is not None
-        if is_cancelled and self._loop.also_raised and not self._failures:
-            for error in failures:  # the cancellation goes on, always; what failed under it is told here
-                self._bus.logger.error("engine %r failed while it was cancelled", self._bus.name, exc_info=error)
-            failures = []
-        raise_failures(self._bus.name, failures, ending or self._cancellation)
+        cancellation = ending or self._cancellation
+        if cancellation is not None and self._failures_before is not None:
+            # The cancellation goes on, always; what failed in its wake is told here.
+            for error in failures[self._failures_before :]:
+                if error is not self._outcome:
+                    self._bus.logger.error("engine %r failed while it was cancelled", self._bus.name, exc_info=error)
+            failures = failures[: self._failures_before] + [one for one in (self._outcome,) if one is not None]
+        try:
+            raise_failures(self._bus.name, failures, cancellation)
+        finally:
+            failures.clear()
+            del cancellation, ending
 
     # What the run owns
 
@@ -138,12 +151,14 @@ class Driver:
     def _start(self, subscriber: Subscriber) -> None:
         if not self._is_over and subscriber not in self._consumers:
             subscriber.inbox.reopen_nowait()
+            subscriber.has_begun = False
             self._consumers[subscriber] = Bell(self._home)
             self._group.start_soon(self._consume, subscriber)
 
     async def _consume(self, subscriber: Subscriber) -> None:
         try:
-            await subscriber.consume(self._home, self.fail)
+            if not self._is_closed:
+                await subscriber.consume(self._home, self.fail)
         finally:
             self._consumers[subscriber].ring()
             if subscriber not in self._bus.subscribers:  # a run may last for days, and see many come and go
@@ -192,6 +207,11 @@ class Driver:
         return self._worker is not None and self._slice is None and task == self._task
 
     @property
+    def has_abandoned(self) -> bool:
+        """Whether a step is still running, for the user no longer wanted to wait for it."""
+        return self._slice is not None
+
+    @property
     def is_here(self) -> bool:
         """Whether the caller runs on the worker, inside a slice of this run."""
         return self._slice is not None and self._worker is not None and self._worker.is_here
@@ -238,24 +258,27 @@ class Driver:
         raise self._bus.give_up(late, self._grace)
 
     async def _until_idle(self) -> None:
-        while not all(one.inbox.is_idle for one in self._consumers):
+        for _ in range(2):  # a task that was just spawned begins one or two turns later
+            if not all(one.has_begun for one in self._consumers):
+                await checkpoint()
+        while not all(one.inbox.is_idle for one in self._consumers if one.has_begun):
             await self.flush()
 
     async def _end_consumers(self, deadline: float) -> None:
         """Let the subscribers finish until the deadline, then cancel those that have not."""
+        for _ in range(2):  # trio begins a new task one or two turns later
+            await checkpoint()
+        # Whatever task was spawned has begun by now, or never will: cancelled natively before its first step.
         with anyio.CancelScope(deadline=deadline):
             await self._until_idle()
-        consumers = dict(self._consumers)
-        for subscriber in consumers:
-            subscriber.inbox.close_nowait()
-        with anyio.CancelScope(deadline=deadline):
-            for done in consumers.values():
-                await done.wait()
-        late = [one for one, done in consumers.items() if not done.is_rung]
+        late = [one for one in self._consumers if one.has_begun and not one.inbox.is_idle]
         if late:
             self._failures.append(self._bus.give_up(late, self._grace))
-        for done in consumers.values():
-            await done.wait()
+        for subscriber, done in dict(self._consumers).items():
+            subscriber.inbox.close_nowait(discard=not subscriber.has_begun)
+            if subscriber.has_begun:
+                await done.wait()
+        self._is_closed = True
 
     # Driving
 
@@ -270,6 +293,8 @@ class Driver:
                     await advance()
             except BaseException as error:  # noqa: BLE001 -- thrown into the story, which lets it out again
                 thrown = error
+                if self._failures_before is None:
+                    self._failures_before = len(self._failures)
             else:
                 if self._scope.cancelled_caught:
                     thrown = self._why_cancelled()
@@ -290,11 +315,12 @@ class Driver:
             )
         reported, self._reported = self._reported, None
         was_woken, self._is_woken = self._is_woken, False
+        self._bus.told = reported
         return reported or (Woken() if was_woken and self._loop.waits_for_data else None)
 
     async def _advance_here(self) -> None:
         """Advance the story on the event loop's own thread, until it is over or the scope must be another."""
-        loop, send, throw = self._loop, self._story.send, self._story.throw
+        send, throw = self._story.send, self._story.throw
         resume, value = self._next
         while True:
             try:
@@ -307,21 +333,26 @@ class Driver:
                 return
             resume = send
             try:
-                if type(wanted) is Signal:
+                kind = type(wanted)
+                if kind is CoroutineType:
+                    value = await wanted
+                elif kind is Signal:
                     value = None
                     if not await self._heed(wanted):
                         return
-                elif not loop.waits_for_data:
+                elif kind is Room:
+                    value = await self._await_room(wanted)
+                elif kind is not Arrival:
                     value = await wanted
                 elif Request.TERMINATE in self._control.asked:
-                    close_unawaited(wanted)
+                    wanted.close()
                     resume, value = throw, Woken()
                 else:
-                    value = await wanted
+                    value = await wanted.awaitable
                     if self._is_woken:
                         self._next = (send, value)
                         return
-            except Exception as error:  # noqa: BLE001 -- thrown into the story, where it was awaited
+            except Exception as error:
                 resume, value = throw, error
 
     async def _advance_on_worker(self) -> None:
@@ -339,11 +370,11 @@ class Driver:
                     if not await self._heed(wanted):
                         return
                     continue
-                if self._loop.waits_for_data and Request.TERMINATE in self._control.asked:
-                    close_unawaited(wanted)
+                if type(wanted) is Arrival and Request.TERMINATE in self._control.asked:
+                    wanted.close()
                     self._next = (throw, Woken())
                 else:
-                    self._next = (send, await wanted)
+                    self._next = (send, await (self._await_room(wanted) if type(wanted) is Room else wanted))
             except Exception as error:  # noqa: BLE001 -- thrown into the story, where it was awaited
                 self._next = (throw, error)
             self._wanted = None
@@ -361,10 +392,12 @@ class Driver:
             if one.done:
                 self._slice = None
                 self._wanted = one.result
-                if isinstance(one.error, StopIteration):
+                error, one.error = one.error, None  # whose traceback holds the slice
+                if isinstance(error, StopIteration):
                     self._is_over = True
-                elif one.error is not None:
-                    self._end_with(one.error)
+                elif error is not None:
+                    self._end_with(error)
+                del error
             else:
                 self._is_over = True  # a second Ctrl-C: the user no longer wants to wait for the step
         return one.result
@@ -373,8 +406,10 @@ class Driver:
         self._is_over = True
         if isinstance(error, self._loop.cancellations) and not isinstance(error, KeyboardInterrupt | SystemExit):
             self._cancellation = error
-        elif error not in self._failures:
-            self._failures.insert(0, error)
+        else:
+            self._outcome = error
+            if not any(error is one for one in self._failures):
+                self._failures.append(error)
 
     async def _heed(self, signal: Signal) -> bool:
         """Do what the story signals. Returns False if it is to be gone on with in another scope, or not at all."""
@@ -390,24 +425,38 @@ class Driver:
             self._bus.stopwatch.event_loop += perf_counter() - began
         elif signal is Signal.FLUSH:
             await self._flush()
+            if self._reported is not None:  # it failed at the very last, and all is handled nevertheless
+                return self._throw_reported()
         elif signal is Signal.SHIELD:
             if self._deadline is None:
                 self._begin_clean_up()
                 self._next = (self._story.send, None)
                 return False
         elif signal is Signal.HALT:
-            reported, self._reported = self._reported, None
-            if reported is not None:
-                self._next = (self._story.throw, reported)
-                return False
+            return self._throw_reported()
         elif signal is Signal.SUSPEND:
             self.is_suspended = self._is_over = True
             return False
         return True
 
+    def _throw_reported(self) -> bool:
+        reported, self._reported = self._reported, None
+        if reported is None:
+            return True
+        self._bus.told = reported
+        self._next = (self._story.throw, reported)
+        return False
+
     def _begin_clean_up(self) -> None:
         if self._deadline is None:
             self._deadline = anyio.current_time() + self._grace
+
+    async def _await_room(self, room: Room) -> None:
+        began = perf_counter()
+        try:
+            await room
+        finally:
+            self._bus.stopwatch.back_pressure += perf_counter() - began
 
     async def _until_resumed(self) -> None:
         while True:

@@ -21,12 +21,11 @@ from aengine.loop import Loop
 from aengine.prefetch import Fetched
 from aengine.progress import Progress, begin, from_state_dict, to_state_dict
 from aengine.publishing import Publishing
-from aengine.source import Source, check
+from aengine.source import Source, check, check_prefetch, needs_event_loop
 from aengine.state import State
 from aengine.statistics import EngineStatistics
 from aengine.story import Story
 from aengine.synchronous import OVER, SUSPENDED, drive_here, runs_in_event_loop
-from aengine.topic import record
 
 Batch = TypeVar("Batch")
 Output = TypeVar("Output")
@@ -116,6 +115,7 @@ class Engine(Publishing, Generic[Batch, Output]):
         """
         await checkpoint_if_cancelled()
         with self._busy():
+            check_prefetch(prefetch)
             loop, story = self._begin(data, max_epochs, max_iters, epoch_length)
             await self._drive(loop, story, prefetch)
         return self.state
@@ -225,9 +225,10 @@ class Engine(Publishing, Generic[Batch, Output]):
 
     def _give_up(self) -> None:
         """Begin anew, or elsewhere: what was interrupted will not be gone on with."""
-        if self._story is not None:
+        if self._loop is not None and self._story is not None:
+            self._keep_left(self._loop.source)
             self._story.close()
-        self._loop = self._story = self._left = None
+        self._loop = self._story = None
 
     def _refuse_other_arguments(
         self, data: Any, max_epochs: int | None, max_iters: int | None, epoch_length: int | None
@@ -262,7 +263,8 @@ class Engine(Publishing, Generic[Batch, Output]):
             await driver.run()
         finally:
             self._driver = None
-            self._end(loop, story, is_suspended=driver.is_suspended)
+            if not driver.has_abandoned:
+                self._end(loop, story, is_suspended=driver.is_suspended)
         return self.state
 
     def _end(self, loop: Loop, story: Story, *, is_suspended: bool) -> None:
@@ -271,9 +273,13 @@ class Engine(Publishing, Generic[Batch, Output]):
         if is_suspended:
             return
         self._loop = self._story = None
-        left = loop.source.left()
-        self._left = (loop.source.data, left) if left else None
+        self._keep_left(loop.source)
         story.close()
+
+    def _keep_left(self, source: Source) -> None:
+        """Keep what was fetched and not stepped on, for the next run over the same data."""
+        left = source.left()
+        self._left = (source.data, left) if left else None
 
     # Stopping
 
@@ -389,7 +395,20 @@ class Engine(Publishing, Generic[Batch, Output]):
         )
 
     def _record(self) -> Event:
-        return record("ITERATION_COMPLETED", self._bus, self._bus.sequence, self.state, perf_counter(), None)
+        state, bus = self.state, self._bus
+        return Event(
+            "ITERATION_COMPLETED",
+            self.name,
+            bus.sequence,
+            state.iteration,
+            state.epoch,
+            state.epoch_length,
+            state.max_epochs,
+            state.output,
+            dict(state.metrics),
+            perf_counter(),
+            None,
+        )
 
     def __repr__(self) -> str:
         state = self.state

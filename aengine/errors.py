@@ -12,6 +12,10 @@ What a user's own step, handler or data raises is never wrapped: it comes out of
 that was raised, with a note that says where. Arguments that are wrong are plain ValueErrors and TypeErrors.
 """
 
+import logging
+
+_logger = logging.getLogger("aengine.engine")
+
 
 class AengineError(Exception):
     """The root of what aengine itself raises."""
@@ -43,6 +47,8 @@ def raise_failures(name: str, failures: list[BaseException], cancellation: BaseE
     try:
         for index, error in enumerate(failures):
             if isinstance(error, KeyboardInterrupt | SystemExit):
+                for other in failures[:index] + failures[index + 1 :]:
+                    _logger.error("engine %r failed as well", name, exc_info=other)
                 del error
                 raise failures[index]
             del error

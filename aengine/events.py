@@ -5,7 +5,9 @@ are dictionaries keyed by either library's events. What listens is added and rem
 together with its filter.
 """
 
+import inspect
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -200,7 +202,6 @@ class Event(NamedTuple):
         output: see `State`.
         metrics: a read-only copy of the metrics by name.
         monotonic: seconds of `time.perf_counter()`, to measure between events.
-        time: seconds since 1970, to show: the wall clock when the run began, and what has passed since.
         snapshot: what the listener's `snapshot=` callable returned.
     """
 
@@ -214,8 +215,12 @@ class Event(NamedTuple):
     output: Any
     metrics: Mapping[str, Any]
     monotonic: float
-    time: float
     snapshot: Any
+
+    @property
+    def time(self) -> float:
+        """Seconds since 1970, to show: by the wall clock as it goes now."""
+        return time.time() - (time.perf_counter() - self.monotonic)  # noqa: TID251 -- the one place that shows a date
 
     def __eq__(self, other: object) -> bool:
         # By identity: comparing the tensors in two events would raise, or take longer than the step that made them.
@@ -281,8 +286,8 @@ def _filter(
             "a filter is either event_filter=, or once=, or any of every=, before= and after= together"
             f" (got event_filter={test}, every={every}, once={once}, before={before}, after={after})"
         )
-    if test is not None and not callable(test):
-        raise TypeError(f"event_filter must be a callable f(engine, count) -> bool, got {test!r}")
+    if test is not None:
+        _check_test(test)
     for what, value in (("before", before), ("after", after)):
         if value is not None and not (_is_whole(value) and value >= 0):
             raise ValueError(f"{what}= must be a whole number from 0 on, got {value!r}")
@@ -303,6 +308,20 @@ def _filter(
     if every == 1 and before is None and after is None:
         return None
     return Filter(every, interval, counts, before, after, test, at_end)
+
+
+def _check_test(test: Any) -> None:
+    if not callable(test):
+        raise TypeError(f"event_filter must be a callable f(engine, count) -> bool, got {test!r}")
+    try:
+        signature = inspect.signature(test)
+    except ValueError:  # a built-in without one: it will show
+        return
+    try:
+        signature.bind(None, 0)
+    except TypeError:
+        name = getattr(test, "__qualname__", type(test).__qualname__)
+        raise TypeError(f"event_filter {name}{signature} must be callable as f(engine, count) -> bool") from None
 
 
 def _is_whole(value: Any) -> bool:

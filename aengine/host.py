@@ -16,7 +16,8 @@ class Host:
         spawn: starts a task of the run's, from any thread.
         settings: torch's settings of the thread that called `run()`.
         prefetch: how many batches to pull ahead; 0 for none.
-        can_use: given how many batches wait, says whether the run can use one more.
+        grace: seconds that clean-up may take.
+        can_use: given of how many iterations the batches were fetched, says whether the run can use one more.
     """
 
     def __init__(
@@ -27,12 +28,14 @@ class Host:
         settings: ThreadState,
         prefetch: int,
         can_use: Callable[[int], bool],
+        grace: float,
     ) -> None:
         self.home = home
         self.spawn = spawn
         self.settings = settings
         self.prefetch = prefetch
         self.can_use = can_use
+        self.grace = grace
         self._fail = fail
         self._guest: _Guest | None = None
 
@@ -47,7 +50,14 @@ class Host:
         """
         guest = self._guest = _Guest(manager, self.home, self._fail)
         self.spawn(guest.stay)
-        await guest.entered.wait()
+        try:
+            await guest.entered.wait()
+        except BaseException:
+            guest.scope.cancel()  # it has not entered, so there is nothing to exit
+            with anyio.CancelScope(shield=True):
+                await guest.gone.wait()
+            self._guest = None
+            raise
         if guest.error is not None:
             raise guest.error
         return manager if guest.value is None else guest.value

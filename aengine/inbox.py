@@ -5,9 +5,11 @@ natively. Here an item leaves in a stretch of code without an await, so no cance
 """
 
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from enum import Enum
 from typing import Any
+
+from anyio.lowlevel import checkpoint
 
 from aengine.errors import InboxOverflow
 from aengine.events import Event
@@ -37,13 +39,15 @@ class Inbox:
     `accepted == handled + dropped + discarded + len(inbox) (+ 1 while one is in hand)`.
     """
 
-    __slots__ = ("_bell", "_capacity", "_lock", "_overflow", "_rooms", "_settled", "_waiting", "accepted", "closed",
+    __slots__ = ("_bell", "_capacity", "_limit", "_lock", "_overflow", "_rooms", "_settled", "_waiting", "accepted", "closed",
                  "discarded", "dropped", "handled", "in_hand", "name", "reader_waits_for")  # fmt: skip
 
     def __init__(self, name: str, capacity: int, overflow: Overflow, lock: Any) -> None:
         self.name = name
         self.accepted = self.handled = self.dropped = self.discarded = 0
         self.closed = False
+        # At so many waiting events one more is no plain matter: it looks for its like, or is one too many, or too late.
+        self._limit = 0 if overflow is Overflow.LATEST else capacity
         self.in_hand: Event | None = None
         self.reader_waits_for: list[Inbox] = []  # where this inbox's reader waits for room, to see a circle
         self._capacity = capacity
@@ -73,20 +77,21 @@ class Inbox:
         """
         self.accepted += 1
         waiting = self._waiting
-        is_accepted = has_room = True
-        if len(waiting) >= self._capacity or self._overflow is _LATEST or self.closed:
+        has_room = True
+        if len(waiting) >= self._limit:
             is_accepted, has_room = self._make_room(event)
-        if is_accepted:
-            waiting.append(event)
-            bell = self._bell
+            if not is_accepted:
+                return has_room
+        waiting.append(event)
+        if self._bell is not None:
+            bell, self._bell = self._bell, None
             if bell is not None:
-                self._bell = None
                 bell.ring()
         return has_room
 
     def _make_room(self, event: Event) -> tuple[bool, bool]:
         """Say whether the event is accepted, and whether there is room for another."""
-        overflow, waiting = self._overflow, self._waiting
+        overflow = self._overflow
         if self.closed:
             self.discarded += 1
             return False, True
@@ -117,15 +122,24 @@ class Inbox:
 
     def take_nowait(self) -> Event | None:
         """Take the next event; None if none waits. The one before is thereby handled, this one is in hand."""
-        if self.in_hand is not None:
-            self.done_nowait()
-        try:
-            self.in_hand = event = self._waiting.popleft()
-        except IndexError:
-            return None
-        if self._rooms and len(self._waiting) <= self._capacity:
-            self._ring(self._rooms)
-        return event
+        return next(self.taken(), None)
+
+    def taken(self) -> Iterator[Event]:
+        """Take one event after another, until none waits. The one before is thereby handled, each time."""
+        waiting, capacity = self._waiting, self._capacity
+        while True:
+            if self.in_hand is not None:
+                self.in_hand = None
+                self.handled += 1
+                if self._settled:
+                    self._settle()
+            try:
+                self.in_hand = event = waiting.popleft()
+            except IndexError:
+                return
+            if self._rooms and len(waiting) <= capacity:
+                self._ring(self._rooms)
+            yield event
 
     def done_nowait(self) -> None:
         """Say that the event in hand has been handled."""
@@ -138,6 +152,7 @@ class Inbox:
         """Accept no more. What waits can still be taken, unless it is discarded."""
         with self._lock:
             self.closed = True
+            self._limit = 0
             if discard:
                 self.discarded += len(self._waiting) + (self.in_hand is not None)
                 self._waiting.clear()
@@ -151,9 +166,14 @@ class Inbox:
     def reopen_nowait(self) -> None:
         """Accept again: another run begins."""
         self.closed = False
+        self._limit = 0 if self._overflow is Overflow.LATEST else self._capacity
 
     async def arrival(self, home: Home) -> None:
         """Wait until an event waits or the inbox is closed. For its one reader."""
+        # Most often it is there after one turn of the event loop, which costs a tenth of hanging up a bell.
+        await checkpoint()
+        if self._waiting or self.closed:
+            return
         bell = self._bell = Bell(home)
         if not self._waiting and not self.closed:
             await bell.wait()
@@ -161,6 +181,8 @@ class Inbox:
 
     async def room(self, home: Home) -> None:
         """Wait until an event put now would not have to wait, or the inbox is closed."""
+        if len(self._waiting) > self._capacity and not self.closed:
+            await checkpoint()
         while len(self._waiting) > self._capacity and not self.closed:
             bell = Bell(home)
             self._rooms.append(bell)
@@ -196,9 +218,6 @@ class Inbox:
     def _ring(bells: list[Bell]) -> None:
         while bells:
             bells.pop().ring()
-
-
-_LATEST = Overflow.LATEST  # an attribute of an Enum costs more than the rest of `put_nowait`
 
 
 class Room:

@@ -18,7 +18,7 @@ from aengine.events import NEVER
 from aengine.progress import Progress, last_iteration, tell_exhaustion
 from aengine.source import PENDING, Source
 from aengine.state import State, StopReason
-from aengine.story import BUDGET, Signal, Story, Woken
+from aengine.story import BUDGET, Arrival, Signal, Story, Woken
 from aengine.topic import NEVER_FIRED, Topic
 
 
@@ -112,9 +112,9 @@ class Loop:
             raise
         except BaseException as error:
             yield from self._tell_of(error)
-            yield from self._close()
+            yield from self._close(gently=not isinstance(error, self.cancellations))
             raise
-        yield from self._close()
+        yield from self._close(gently=True)
 
     def _epoch(self) -> Story:
         state, control, began = self._state, self._control, perf_counter()
@@ -156,32 +156,33 @@ class Loop:
         control.phase = Phase.BETWEEN_EPOCHS
 
     def _iterations(self) -> Story:
-        """The hot path. What nobody listens to costs a comparison; what nobody asks for, a truth test."""
-        engine, state, step, control = self._engine, self._state, self._step, self._control
-        watch, plain_types, coroutine = self._bus.stopwatch, self._plain_types, CoroutineType
+        """The hot path: fetch, step, next. An iteration is quiet if nobody listens to it and the clock need not be read."""
+        engine, state, step, control, bus = self._engine, self._state, self._step, self._control, self._bus
+        watch, plain_types, coroutine = bus.stopwatch, self._plain_types, CoroutineType
         getting, got, started, completed = self._topics_of_an_iteration()
         end = min(self._end_of_epoch, NEVER if state.max_iters is None else state.max_iters)
-        batch = _END
         watch.weight = 0
+        is_timed, batch = False, _END
         try:
             while (iteration := state.iteration) < end:
-                if is_timed := iteration >= watch.next_reading:
-                    watch.read(iteration)
                 state.batch = None  # so that its memory is free before the next one comes
-                if iteration >= getting.due:
-                    if (rest := getting.publish(engine, iteration)) is not None:
-                        yield from rest
-                    if control.asked:
-                        yield from self._attend()
-
-                if is_timed:
-                    mark = perf_counter()
+                if is_busy := iteration >= bus.next_due:
+                    if is_timed := iteration >= watch.next_reading:
+                        watch.read(iteration)
+                        bus.next_due = min(watch.next_reading, getting.due, got.due, started.due - 1, completed.due - 1)
+                    if iteration >= getting.due:
+                        if (rest := getting.publish(engine, iteration)) is not None:
+                            yield from rest
+                        if control.asked:
+                            yield from self._attend()
+                    if is_timed:
+                        mark = perf_counter()
                 try:
                     batch = self.source.take()
                     if batch is PENDING:
                         batch = _END
                         self.waits_for_data = True
-                        batch = yield self.source.arrival()
+                        batch = yield Arrival(self.source.arrival())
                         self.waits_for_data = False
                 except (StopIteration, StopAsyncIteration):
                     batch = _END
@@ -192,25 +193,26 @@ class Loop:
                     if (yield from self._meet_end_of_data()):
                         break
                     batch = yield from self._fetch_after_restart()
-                if is_timed:
-                    watch.data += (perf_counter() - mark) * watch.weight
                 state.output = None
                 state.batch = batch
-                if iteration >= got.due:
-                    if (rest := got.publish(engine, iteration)) is not None:
-                        yield from rest
-                    if control.asked:
-                        yield from self._attend()
+                if is_busy:
+                    if is_timed:
+                        watch.data += (perf_counter() - mark) * watch.weight
+                    if iteration >= got.due:
+                        if (rest := got.publish(engine, iteration)) is not None:
+                            yield from rest
+                        if control.asked:
+                            yield from self._attend()
 
                 state.iteration = iteration = iteration + 1
-                if iteration >= started.due:
-                    if (rest := started.publish(engine, iteration)) is not None:
-                        yield from rest
-                    if control.asked:
-                        yield from self._attend()
-
-                if is_timed:
-                    mark = perf_counter()
+                if is_busy:
+                    if iteration >= started.due:
+                        if (rest := started.publish(engine, iteration)) is not None:
+                            yield from rest
+                        if control.asked:
+                            yield from self._attend()
+                    if is_timed:
+                        mark = perf_counter()
                 try:
                     output = step(engine, state.batch)
                     kind = type(output)
@@ -225,14 +227,14 @@ class Loop:
                 state.output = output
                 batch = _END
                 self.completed = iteration
-                if iteration >= completed.due:
+                if iteration > bus.next_due and iteration >= completed.due:
                     if (rest := completed.publish(engine, iteration)) is not None:
                         yield from rest
                 if control.asked:
                     yield from self._attend()
 
                 if is_timed:
-                    watch.weight = 0
+                    is_timed, watch.weight = False, 0
                     if self.breathes and perf_counter() >= self._next_breath:
                         yield Signal.BREATHE
                         self._next_breath = perf_counter() + BUDGET
@@ -285,7 +287,7 @@ class Loop:
         control, state = self._control, self._state
         yield from self._dispatch("INTERRUPT")
         if self.source.must_be_awaited:
-            yield self.source.suspend()
+            yield self.source.suspend(self.completed)
         yield Signal.FLUSH
         state.stop_reason = StopReason.INTERRUPTED
         phase, control.phase = control.phase, Phase.IDLE
@@ -347,7 +349,7 @@ class Loop:
             batch = self.source.take()
             if batch is PENDING:
                 self.waits_for_data = True
-                batch = yield self.source.arrival()
+                batch = yield Arrival(self.source.arrival())
                 self.waits_for_data = False
         except (StopIteration, StopAsyncIteration):
             return _END
@@ -398,6 +400,7 @@ class Loop:
             yield source.aclose()
         else:
             source.close()
+        source.forget()
         source.restart(self.completed)
 
     def set_data(self, source: Source) -> None:
@@ -436,7 +439,7 @@ class Loop:
                 if another is not error:
                     self.also_raised.append(another)
 
-    def _close(self) -> Story:
+    def _close(self, *, gently: bool) -> Story:
         self._control.phase = Phase.IDLE
         if self._batch is not _END:
             self.source.put_back(self._batch)
@@ -444,16 +447,16 @@ class Loop:
         try:
             if self.source.must_be_awaited:
                 yield Signal.SHIELD
-                yield self.source.aclose()
+                yield self.source.aclose(gently=gently)
             else:
                 self.source.close()
         except Exception as error:  # noqa: BLE001 -- raised by whoever drives, beside what else went wrong
             self._note(error, f"closing the data ({self.source.name})")
             self.also_raised.append(error)
 
-    def can_use(self, waiting: int) -> bool:
-        """Say whether this run can use another batch, when so many wait already."""
-        return self.completed + (self._batch is not _END) + waiting < last_iteration(self._state)
+    def can_use(self, fetched: int) -> bool:
+        """Say whether this run can use another batch, when it has fetched so many of its iterations'."""
+        return fetched < last_iteration(self._state)
 
     def progress(self) -> Progress:
         """Return what is completed: where to go on from here."""
@@ -477,4 +480,6 @@ class Loop:
 
     def _note(self, error: BaseException, where: str) -> None:
         state = self._state
+        if error is self._bus.told:
+            return
         error.add_note(f"in {where}, engine {self._bus.name!r}, epoch {state.epoch}, iteration {state.iteration}")

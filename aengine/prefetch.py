@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any, NamedTuple, TypeAlias
 
 import anyio
+from anyio.lowlevel import checkpoint
 
 from aengine.worker import Bell, Home, ThreadState, context_for_thread
 
@@ -184,9 +185,12 @@ class TaskPrefetcher(Prefetcher):
     async def cancel(self) -> None:
         """Stop now, also within a fetch. An async generator does not survive that."""
         self._is_cancelled = True
+        if self._scope is None:
+            for _ in range(2):  # it has begun then, or never will: cancelled natively before its first step
+                await checkpoint()
         if self._scope is not None:
             self._scope.cancel()
-        await self.stop()
+            await self.stop()
 
 
 class ThreadPrefetcher(Prefetcher):

@@ -31,12 +31,12 @@ class Progress:
     epoch_is_complete: bool = True
     position: Mapping[str, Any] | None = None
 
-    def reaches(self, state: State) -> bool:
-        """Say whether the limits of the last run are reached."""
-        if state.max_iters is not None:
-            ends_here = state.epoch_length is not None and self.iteration == self.epoch_start + state.epoch_length
-            return self.iteration >= state.max_iters and (self.epoch_is_complete or not ends_here)
-        return state.max_epochs is not None and self.epoch >= state.max_epochs and self.epoch_is_complete
+    def reaches(self, max_epochs: int | None, max_iters: int | None, epoch_length: int | None) -> bool:
+        """Say whether a run with these limits is done."""
+        if max_iters is not None:
+            lacks_its_end = not self.epoch_is_complete and self.iteration - self.epoch_start == epoch_length
+            return self.iteration >= max_iters and not lacks_its_end
+        return max_epochs is not None and self.epoch >= max_epochs and self.epoch_is_complete
 
 
 def begin(
@@ -59,19 +59,20 @@ def begin(
     length = length_of(data)
     if length == 0:
         raise ValueError(f"the data has length 0 ({type(data).__qualname__}): pass data that has batches")
-    is_new = state.max_epochs is None and state.max_iters is None
-    if not is_new:
-        state.max_epochs = max_epochs or state.max_epochs
-        state.max_iters = max_iters or state.max_iters
-    if is_new or progress.reaches(state):
+    if state.max_epochs is None and state.max_iters is None:
+        return _begin_anew(state, data, max_epochs, max_iters, epoch_length or length)
+    limits = max_epochs or state.max_epochs, max_iters or state.max_iters
+    if progress.reaches(*limits, state.epoch_length):
         return _begin_anew(state, data, max_epochs, max_iters, epoch_length or length)
     if epoch_length is not None and state.epoch_length not in (None, epoch_length):
         raise ValueError(
-            f"epoch_length={epoch_length} was given, but the run to be resumed has epochs of {state.epoch_length} iterations: leave it"
-            " out, or set engine.state.max_epochs = engine.state.max_iters = None to begin anew"
+            f"epoch_length={epoch_length} was given, but the run to be resumed has epochs of {state.epoch_length}"
+            " iterations: leave it out, or set engine.state.max_epochs = engine.state.max_iters = None to begin anew"
         )
-    state.epoch_length = state.epoch_length or epoch_length or length
-    _check_length(state.epoch_length, data)
+    epoch_length = state.epoch_length or epoch_length or length
+    _check_length(epoch_length, data)
+    state.max_epochs, state.max_iters = limits
+    state.epoch_length = epoch_length
     state.iteration, state.epoch, state.epoch_start = progress.iteration, progress.epoch, progress.epoch_start
     return progress
 

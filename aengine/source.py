@@ -13,6 +13,8 @@ from enum import Enum
 from types import AsyncGeneratorType, FunctionType
 from typing import Any, Final, NoReturn, Protocol, runtime_checkable
 
+import anyio
+
 from aengine.host import Host
 from aengine.prefetch import Buffer, Fetched, Position, Prefetcher, TaskPrefetcher, ThreadPrefetcher
 
@@ -54,7 +56,8 @@ class Source:
         self.name = _shown(data)
         self.has_ended = False
         self.host: Host | None = None  # the run on an event loop; without one nothing is awaited
-        self.entered: Any = _NOT_ENTERED if hasattr(data, "__aenter__") else data
+        self._is_manager = _has(data, "__aenter__")
+        self.entered: Any = _NOT_ENTERED if self._is_manager else data
         self.is_one_shot = _is_one_shot(data)
         self._logger = logger
         self._origin = 0  # the count of completed iterations at which this pass over the data began
@@ -81,6 +84,8 @@ class Source:
         self._taken = position["batches"]
         self._after = position["state"]
         self._length = self._length or position["length"]
+        if position["state"] is None and position["batches"] == self._length and not self.is_one_shot:
+            self.has_ended, self.take = True, _raise_stop  # nothing to wind to: the next fetch meets the end
 
     def end(self, completed: int) -> None:
         """The end of the data was seen: from now on only `restart` gives more."""
@@ -95,6 +100,10 @@ class Source:
         self._origin = completed
         self._taken = 0
         self._before = self._after = None
+
+    def forget(self) -> None:
+        """Drop what was fetched and not stepped on: the data begins again."""
+        self._left.clear()
 
     def position(self, completed: int) -> dict[str, Any]:
         """Return the position after the batch of the last completed step: what `resume_at` takes."""
@@ -132,7 +141,7 @@ class Source:
             return None
         made = data() if _is_factory(data) else data
         self._stateful = made if isinstance(made, Stateful) else None
-        if hasattr(made, "__aiter__"):
+        if _has(made, "__aiter__"):
             self._to_wind = self._resume()
             self._iterator = aiter(made)
             self.take = _pending
@@ -199,7 +208,7 @@ class Source:
             self.take = self._take_left
         elif self._prefetcher is not None:
             self.take, self.arrival = self._take_ahead, self._arrival_ahead
-        elif hasattr(self._iterator, "__anext__"):
+        elif _has(self._iterator, "__anext__"):
             self.take = _pending
             self.arrival = self._iterator.__anext__ if self._stateful is None else self._arrival_of_stateful
         else:
@@ -232,8 +241,8 @@ class Source:
     # Ahead of the step
 
     def _pull_ahead(self, host: Host) -> Prefetcher:
-        buffer = Buffer(host.prefetch, host.home, host.can_use)
-        if not hasattr(self._iterator, "__anext__"):
+        buffer = Buffer(host.prefetch, host.home, lambda waiting: host.can_use(self._origin + self._taken + waiting))
+        if not _has(self._iterator, "__anext__"):
             return ThreadPrefetcher(buffer, self._own_position, host.home, self._iterator, host.settings)
         prefetcher = TaskPrefetcher(buffer, self._own_position, host.home, self._iterator)
         host.spawn(prefetcher.pull)
@@ -260,21 +269,26 @@ class Source:
     @property
     def must_be_awaited(self) -> bool:
         """Whether stopping or closing this takes an await."""
-        return (
-            self._prefetcher is not None
-            or self.entered is not self.data
-            or (self._is_ours and hasattr(self._iterator, "aclose"))
-        )
+        return self._prefetcher is not None or self._is_manager or (self._is_ours and hasattr(self._iterator, "aclose"))
 
-    async def suspend(self) -> None:
+    async def suspend(self, completed: int) -> None:
         """Stop pulling ahead, but stay where the data stands. Waits for the fetch under way. Cancellable."""
         if self._prefetcher is not None:
             await self._prefetcher.stop()
         if self._prefetcher is not None and not self._buffer.has_ended:
             self._keep_what_was_pulled()
             self.take = self._take_after_suspension
-        if self.entered is not self.data:  # it leaves the run's task group, and enters that of the next
-            self._iterator, self.entered = None, _NOT_ENTERED
+        is_async = self._is_ours and hasattr(self._iterator, "aclose")
+        if is_async and (self._can_wind or self._stateful is not None):
+            # The event loop may end before the next run, and an async generator with it: begin again, by position.
+            position = self.position(completed)
+            await self.aclose()
+            self.forget()
+            self.restart(completed)
+            self.resume_at(position, completed)
+        if self._is_manager:  # it leaves the run's task group, and enters that of the next
+            await self.aclose()
+            self.entered = _NOT_ENTERED
             self.take, self.arrival = self._open_and_take, self._open_and_wait
 
     def _take_after_suspension(self) -> Any:
@@ -285,11 +299,27 @@ class Source:
         self._left.extend(self._buffer.left())
         self._prefetcher = None
 
-    async def aclose(self) -> None:
-        """Stop pulling ahead, and close the iterator if the engine opened it. The caller shields and bounds this."""
+    async def aclose(self, *, gently: bool = False) -> None:
+        """Stop pulling ahead, and close the iterator if the engine opened it. The caller shields and bounds this.
+
+        Args:
+            gently: let the fetch under way end if giving it up would end an async generator that the user has, and may
+                go on with. It is given half of the grace.
+        """
         prefetcher = self._prefetcher
+        if isinstance(prefetcher, TaskPrefetcher):
+            if (
+                gently
+                and self.host is not None
+                and not self._is_ours
+                and isinstance(self._iterator, AsyncGeneratorType)
+            ):
+                with anyio.move_on_after(self.host.grace / 2):
+                    await prefetcher.stop()
+            await prefetcher.cancel()
+        elif prefetcher is not None:
+            await prefetcher.stop()
         if prefetcher is not None:
-            await (prefetcher.cancel() if isinstance(prefetcher, TaskPrefetcher) else prefetcher.stop())
             self._keep_what_was_pulled()
         if self._is_ours and hasattr(self._iterator, "aclose"):
             iterator, self._iterator = self._iterator, None
@@ -315,7 +345,7 @@ class Source:
 
 def check(data: Any) -> None:
     """Raise TypeError, saying what to pass instead, for what cannot be the data of a run."""
-    if data is None or hasattr(data, "__aiter__") or hasattr(data, "__aenter__") or _is_iterable(data):
+    if data is None or needs_event_loop(data) or _is_iterable(data):
         return
     if not callable(data):
         raise TypeError(
@@ -336,6 +366,12 @@ def check(data: Any) -> None:
         return
 
 
+def check_prefetch(prefetch: Any) -> None:
+    """Raise ValueError for what is no number of batches to pull ahead."""
+    if type(prefetch) is not int or prefetch < 0:
+        raise ValueError(f"prefetch= must be a whole number from 0 on, got {prefetch!r}")
+
+
 def length_of(data: Any) -> int | None:
     """Return `len(data)`, None where there is none (torch's DataLoader over an iterable dataset raises TypeError)."""
     try:
@@ -344,19 +380,28 @@ def length_of(data: Any) -> int | None:
         return None
 
 
+def needs_event_loop(data: Any) -> bool:
+    """Say whether this is async data."""
+    return _has(data, "__aiter__") or _has(data, "__aenter__")
+
+
+def _has(data: Any, method: str) -> bool:
+    return hasattr(type(data), method)  # as Python itself looks it up: a class is not what its instances are
+
+
 def _is_iterable(data: Any) -> bool:
-    return hasattr(data, "__iter__") or hasattr(data, "__getitem__")
+    return _has(data, "__iter__") or _has(data, "__getitem__")
 
 
 def _is_factory(data: Any) -> bool:
-    return callable(data) and not hasattr(data, "__aiter__") and not _is_iterable(data)
+    return callable(data) and not _has(data, "__aiter__") and not _is_iterable(data)
 
 
 def _is_one_shot(data: Any) -> bool:
     """Say whether this is its own iterator, and no `__iter__` in Python could make it begin again."""
     for again, following in (("__iter__", "__next__"), ("__aiter__", "__anext__")):
-        if hasattr(data, following) and hasattr(data, again):
-            return not isinstance(getattr(type(data), again, None), FunctionType)
+        if _has(data, following) and _has(data, again):
+            return not isinstance(getattr(type(data), again), FunctionType)
     return False
 
 

@@ -15,6 +15,9 @@ class StopReason(Enum):
     CANCELLED = "cancelled"
     FAILED = "failed"
 
+    def __str__(self) -> str:
+        return self.value
+
 
 # The counters that filters of these events look at. Any other event counts its own firings.
 COUNTERS: Mapping[str, str] = {

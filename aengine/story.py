@@ -22,5 +22,21 @@ class Signal(Enum):
 Story: TypeAlias = Generator[Awaitable[Any] | Signal, Any, None]
 
 
+class Arrival:
+    """The next batch, awaited. A type of its own: it is the one wait that `terminate()` cuts short."""
+
+    __slots__ = ("awaitable",)
+
+    def __init__(self, awaitable: Awaitable[Any]) -> None:
+        self.awaitable = awaitable
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        return self.awaitable.__await__()
+
+    def close(self) -> None:
+        """Give it up unawaited."""
+        getattr(self.awaitable, "close", lambda: None)()
+
+
 class Woken(Exception):
     """Stop waiting for data: something was asked."""

@@ -7,7 +7,8 @@ loop has been checked, bound and flattened there.
 
 from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator, Mapping
 from threading import RLock
-from time import perf_counter, time
+from operator import length_hint
+from time import perf_counter
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
@@ -56,7 +57,7 @@ class Listener:
             self._wants_last = False
             return True
         exact = condition.next_due(count) == count
-        self.due = condition.next_due(count + 1)
+        self.due = condition.next_due(count)  # not later: some counters stand still between two firings
         if exact and condition.test is not None:
             exact = bool(condition.test(engine, count))
         if exact and condition.interval is not None:
@@ -101,10 +102,14 @@ class Outlet(Listener):
         self.snapshot = snapshot
 
 
+Awaited: TypeAlias = tuple[InlineHandler, Awaitable[Any]]
+_NO_MORE: Iterator[InlineHandler] = iter(())
+
+
 class Publisher:
     """What all topics of an engine share: the order of its events, and the clock of its run."""
 
-    __slots__ = ("home", "last_event_name", "lock", "name", "sequence", "stopwatch", "wall_clock")
+    __slots__ = ("home", "last_event_name", "lock", "name", "next_due", "sequence", "stopwatch", "told")
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -112,19 +117,31 @@ class Publisher:
         self.lock = RLock()  # re-entrant: a signal handler may emit while its own thread does
         self.home: Home | None = None
         self.stopwatch = Stopwatch()
-        self.wall_clock = time() - perf_counter()
         self.last_event_name: str | None = None
+        self.told: BaseException | None = None  # an error from beside the loop, which is noted where it was raised
+        self.next_due = ALWAYS  # the least count at which the loop has to look closer; found anew by the loop
 
     def start_clock(self) -> None:
         """A run begins, or goes on."""
         self.stopwatch = Stopwatch()
-        self.wall_clock = time() - perf_counter()
+        self.next_due = ALWAYS
 
 
 class Topic:
     """One event of one engine, and its listeners."""
 
-    __slots__ = ("_is_plain", "_publisher", "_takes_snapshots", "count", "due", "fired", "inline", "name", "outlets")
+    __slots__ = (
+        "_calls",
+        "_is_plain",
+        "_publisher",
+        "_takes_snapshots",
+        "count",
+        "due",
+        "fired",
+        "inline",
+        "name",
+        "outlets",
+    )
 
     def __init__(self, name: str, publisher: Publisher) -> None:
         self.name = name
@@ -136,6 +153,7 @@ class Topic:
             NEVER_FIRED  # of the last firing in this run, whoever listened; the loop's hot path does not keep it
         )
         self._publisher = publisher
+        self._calls: tuple[Callable[..., Any], ...] = ()
         self._is_plain = True  # no filters: all are due each time
         self._takes_snapshots = False
 
@@ -181,6 +199,8 @@ class Topic:
         listeners = (*self.inline, *self.outlets)
         self.due = min((one.due for one in listeners), default=NEVER)
         self._is_plain = all(one.filter is None for one in listeners)
+        self._calls = tuple(one.call for one in self.inline) if self._is_plain else ()
+        self._publisher.next_due = ALWAYS
         self._takes_snapshots = any(one.snapshot is not None for one in self.outlets)
 
     def next_count(self) -> int:
@@ -197,8 +217,13 @@ class Topic:
         publisher, outlets = self._publisher, self.outlets  # what is added meanwhile, listens from the next time on
         publisher.last_event_name = self.name
         if self.inline:
-            handlers = iter(self.inline) if self._is_plain else self._due(engine, count)
-            awaited = self._call(handlers, engine, payload)
+            is_quick = self._is_plain and not payload and not publisher.stopwatch.weight
+            handlers: Iterator[InlineHandler]
+            if is_quick:
+                handlers, awaited = self._call_quickly(engine)
+            else:
+                handlers = iter(self.inline) if self._is_plain else self._due(engine, count)
+                awaited = self._call(handlers, engine, payload)
             if awaited is not None:
                 return self._await_the_rest(awaited, handlers, engine, count, payload, outlets)
         if outlets:
@@ -211,33 +236,41 @@ class Topic:
             self._find_due()
         return None
 
-    def _call(
-        self, handlers: Iterator[InlineHandler], engine: Any, payload: tuple[Any, ...]
-    ) -> tuple[InlineHandler, Awaitable[Any]] | None:
+    def _call_quickly(self, engine: Any) -> tuple[Iterator[InlineHandler], Awaited | None]:
+        """Call handlers, none of which is filtered or timed, until there is one to be awaited. Returns those left."""
+        calls = self._calls
+        left = iter(calls)
+        inline = self.inline
+        try:
+            for call in left:
+                result = call(engine)
+                if result is not None and is_awaitable(result):
+                    at = len(inline) - length_hint(left)
+                    return iter(inline[at:]), (inline[at - 1], result)
+        except Exception as error:
+            self._blame(error, f"handler {inline[-1 - length_hint(left)].name!r}", engine)
+            raise
+        return _NO_MORE, None
+
+    def _call(self, handlers: Iterator[InlineHandler], engine: Any, payload: tuple[Any, ...]) -> Awaited | None:
         """Call handlers until there is one to be awaited."""
         weight = self._publisher.stopwatch.weight
-        is_timed = weight or not self._is_plain  # filtered ones are rare enough to time each call
-        began = 0.0
-        handler: InlineHandler | None = None
-        try:
-            for handler in handlers:
-                if is_timed:
-                    began = perf_counter()
-                result = handler.call(engine, *payload) if payload else handler.call(engine)
+        for handler in handlers:
+            began = perf_counter()
+            try:
+                result = handler.call(engine, *payload)
                 if result is not None and is_awaitable(result):
                     return handler, result
-                if is_timed:
-                    handler.seconds += (perf_counter() - began) * (weight if handler.filter is None else 1)
-        except Exception as error:
-            if handler is not None and is_timed:
-                handler.seconds += perf_counter() - began
-            self._blame(error, "a filter" if handler is None else f"handler {handler.name!r}", engine)
-            raise
+            except Exception as error:
+                self._blame(error, f"handler {handler.name!r}", engine)
+                raise
+            finally:  # those that are filtered are rare enough to time each call
+                handler.seconds += (perf_counter() - began) * (weight if handler.filter is None else 1)
         return None
 
     def _await_the_rest(
         self,
-        awaited: tuple[InlineHandler, Awaitable[Any]] | None,
+        awaited: Awaited | None,
         handlers: Iterator[InlineHandler],
         engine: Any,
         count: int,
@@ -258,14 +291,21 @@ class Topic:
 
     def _due(self, engine: Any, count: int) -> Iterator[InlineHandler]:
         for handler in self.inline:
-            if handler.due <= count and (handler.filter is None or handler.admits(engine, count)):
+            if handler.due <= count and self._admits(handler, handler.name, engine, count):
                 yield handler
+
+    def _admits(self, listener: Listener, name: str, engine: Any, count: int) -> bool:
+        try:
+            return listener.filter is None or listener.admits(engine, count)
+        except Exception as error:
+            self._blame(error, f"the filter of {name!r}", engine)
+            raise
 
     def _send_due(self, engine: Any, count: int, outlets: tuple[Outlet, ...]) -> Dispatch:
         due = [
             outlet
             for outlet in outlets
-            if outlet.due <= count and (outlet.filter is None or outlet.admits(engine, count))
+            if outlet.due <= count and self._admits(outlet, outlet.inbox.name, engine, count)
         ]
         if due:
             snapshots = yield from self._take_snapshots(engine, due)
@@ -294,16 +334,30 @@ class Topic:
         Raises:
             InboxOverflow: an inbox with that policy is full. All others have got the event.
         """
-        publisher, full, overflow = self._publisher, None, None
+        publisher, full, overflow, metrics = self._publisher, None, None, state.metrics
         event, last = None, None
         publisher.lock.acquire()  # so that every inbox gets events in the order of their sequence numbers
         try:
             publisher.sequence = sequence = publisher.sequence + 1
-            now = perf_counter()
             for outlet in due:
-                take = outlet.snapshot
-                if event is None or take is not last:
-                    event, last = record(self.name, publisher, sequence, state, now, snapshots[take]), take
+                if event is None or outlet.snapshot is not last:
+                    last = outlet.snapshot
+                    event = new_event(
+                        Event,
+                        (
+                            self.name,
+                            publisher.name,
+                            sequence,
+                            state.iteration,
+                            state.epoch,
+                            state.epoch_length,
+                            state.max_epochs,
+                            state.output,
+                            MappingProxyType(dict(metrics)) if metrics else NO_METRICS,
+                            perf_counter(),
+                            snapshots[last],
+                        ),
+                    )
                 try:
                     if not outlet.inbox.put_nowait(event):
                         full = [outlet.inbox] if full is None else [*full, outlet.inbox]
@@ -316,11 +370,8 @@ class Topic:
         return full
 
     def _wait_for_room(self, full: list[Inbox]) -> Dispatch:
-        publisher = self._publisher
         for inbox in full:
-            began = perf_counter()
-            yield Room(inbox, publisher.home)
-            publisher.stopwatch.back_pressure += perf_counter() - began
+            yield Room(inbox, self._publisher.home)
 
     def parts(self) -> list["Topic"]:
         """Return one topic for each listener: what fails in one does not keep the event from the others."""
@@ -347,29 +398,9 @@ class Topic:
     def _blame(self, error: Exception, what: str, engine: Any) -> None:
         """Note on an error where it was raised."""
         refuse_stop_iteration(error, what)
+        if error is self._publisher.told:
+            return
         state = engine.state
         error.add_note(
             f"in {what} of {self.name}, engine {self._publisher.name!r}, epoch {state.epoch}, iteration {state.iteration}"
         )
-
-
-def record(name: str, publisher: Publisher, sequence: int, state: State, now: float, snapshot: Any) -> Event:
-    """Return the event that is happening, as a fact."""
-    metrics = state.metrics
-    return new_event(
-        Event,
-        (
-            name,
-            publisher.name,
-            sequence,
-            state.iteration,
-            state.epoch,
-            state.epoch_length,
-            state.max_epochs,
-            state.output,
-            MappingProxyType(dict(metrics)) if metrics else NO_METRICS,
-            now,
-            now + publisher.wall_clock,
-            snapshot,
-        ),
-    )
