@@ -83,6 +83,7 @@ class Driver:
         self._outcome: BaseException | None = None  # what the story ended with, if that is an error
         self._reported: BaseException | None = None  # a failure beside the loop that it was not told of yet
         self._changed: Bell | None = None
+        self._room: Room | None = None  # what the loop waits for
         self._worker: Worker | None = None
         self._slice: Slice | None = None
         self._borrowed: ExitStack | None = None
@@ -101,9 +102,8 @@ class Driver:
         if cancelled not in loop.cancellations:
             loop.cancellations += (cancelled,)
         loop.breathes = not self._threaded
-        loop.source.host = Host(
-            self._home, self.spawn, self.fail, self._settings, self._prefetch, loop.can_use, self._grace
-        )
+        host = Host(self._home, self.spawn, self.fail, self._settings, self._prefetch, loop.can_use, self._grace)
+        loop.source.move_to(host)
         bus.home = self._home
         self._control.on_change = partial(self._home.call, self._look_at_requests)
         ending: BaseException | None = None
@@ -453,9 +453,12 @@ class Driver:
 
     async def _await_room(self, room: Room) -> None:
         began = perf_counter()
+        self._room = room
+        self._look_at_requests()
         try:
             await room
         finally:
+            self._room = None
             self._bus.stopwatch.back_pressure += perf_counter() - began
 
     async def _until_resumed(self) -> None:
@@ -468,6 +471,8 @@ class Driver:
     def _look_at_requests(self) -> None:
         if self._changed is not None:
             self._changed.ring()
+        if self._room is not None and not self._control.asked.isdisjoint({Request.TERMINATE, Request.INTERRUPT}):
+            self._room.give_up()
         if (
             Request.TERMINATE in self._control.asked
             and self._loop.waits_for_data

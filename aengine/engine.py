@@ -139,13 +139,8 @@ class Engine(Publishing, Generic[Batch, Output]):
         """
         if runs_in_event_loop():
             raise RuntimeError("run_sync() would block the event loop that runs here: write  await engine.run(...)")
-        if (
-            self._is_async
-            or prefetch
-            or self._bus.subscribers
-            or hasattr(data, "__aiter__")
-            or hasattr(data, "__aenter__")
-        ):
+        check_prefetch(prefetch)
+        if self._is_async or prefetch or self._bus.must_await or needs_event_loop(data):
             return anyio.run(partial(self.run, data, max_epochs, max_iters, epoch_length, prefetch=prefetch))
         with self._busy():
             loop, story = self._begin(data, max_epochs, max_iters, epoch_length)

@@ -5,7 +5,7 @@ natively. Here an item leaves in a stretch of code without an await, so no cance
 """
 
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from enum import Enum
 from typing import Any
 
@@ -179,15 +179,23 @@ class Inbox:
             await bell.wait()
         self._bell = None
 
-    async def room(self, home: Home) -> None:
-        """Wait until an event put now would not have to wait, or the inbox is closed."""
-        if len(self._waiting) > self._capacity and not self.closed:
+    async def room(self, home: Home, is_given_up: Callable[[], bool] = lambda: False) -> None:
+        """Wait until an event put now would not have to wait, the inbox is closed, or the wait is given up."""
+
+        def must_wait() -> bool:
+            return len(self._waiting) > self._capacity and not self.closed and not is_given_up()
+
+        if must_wait():
             await checkpoint()
-        while len(self._waiting) > self._capacity and not self.closed:
+        while must_wait():
             bell = Bell(home)
             self._rooms.append(bell)
-            if len(self._waiting) > self._capacity and not self.closed:
+            if must_wait():
                 await bell.wait()
+
+    def wake_emitters(self) -> None:
+        """Have those that wait for room look again."""
+        self._ring(self._rooms)
 
     async def settled(self, sequence: int, home: Home) -> None:
         """Wait until every event up to this sequence number is handled, dropped or discarded. At the reader's home."""
@@ -223,11 +231,18 @@ class Inbox:
 class Room:
     """What is awaited for back-pressure. A type of its own, so that who must not wait can tell it from a handler."""
 
-    __slots__ = ("home", "inbox")
+    __slots__ = ("_is_given_up", "home", "inbox")
 
     def __init__(self, inbox: Inbox, home: Home | None) -> None:
         self.inbox = inbox
         self.home = home
+        self._is_given_up = False
+
+    def give_up(self) -> None:
+        """End the wait: the event was accepted, and something else matters more."""
+        self._is_given_up = True
+        self.inbox.wake_emitters()
 
     def __await__(self) -> Generator[Any, Any, None]:
-        return self.inbox.room(self.home or Home()).__await__()
+        home = Home() if self.home is None else self.home
+        return self.inbox.room(home, lambda: self._is_given_up).__await__()

@@ -66,10 +66,9 @@ class Iteration:
         self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None
     ) -> None:
         self._is_left = True
-        if isinstance(error, Exception) and not self._is_over:
-            self._error = error  # raised inside the run, where the loop waits
-        elif error is None and not self._is_over:
-            self._terminate()
+        if (error is None or isinstance(error, Exception)) and not self._is_over:
+            self._error = error  # raised inside the run, where the loop waits for the caller
+            self._terminate()  # where it waits for something else, such as data
         elif error is not None:
             self._group.cancel_scope.cancel()
         self._next.set()
@@ -77,8 +76,8 @@ class Iteration:
             await self._group.__aexit__(None, None, None)
         finally:
             self._handle.remove()
-        if error is None:
-            await self._end()
+        if error is None or (self._error is not None and self._error is not error):
+            await self._end()  # beside an error of the body, it is a group of both
 
     async def _run_beside(self) -> None:
         try:
@@ -93,12 +92,19 @@ class Iteration:
     async def _give_way(self) -> None:
         """Inline, when an iteration is completed: let the caller's body run before the next."""
         if self._is_left:
+            self._leave()
             return
         self._event, self._next = self._record(), anyio.Event()
         self._turn.set()
         await self._next.wait()
+        if self._is_left:
+            self._leave()
+
+    def _leave(self) -> None:
+        """The caller's block was left: end the run as it was left."""
         if self._error is not None:
             raise self._error
+        self._terminate()
 
     async def _end(self) -> None:
         error, self._error = self._error, None

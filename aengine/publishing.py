@@ -6,7 +6,7 @@ from typing import Any, TypeVar, cast, overload
 
 from aengine.binding import name_of
 from aengine.bus import Bus, Stream, Subscriber
-from aengine.control import Control
+from aengine.control import Control, Request
 from aengine.driver import Driver
 from aengine.emission import async_handler_message, emit, emit_here, emit_nowait, no_room
 from aengine.events import AnyEvent, Event, EventEnum, Events, event_name, selectors
@@ -167,6 +167,8 @@ class Publishing:
             self._bus.add_subscriber(subscriber)
             if self._driver is not None:
                 self._driver.start(subscriber)
+            elif self._loop is not None:  # driven without an event loop, until now
+                self._control.ask(Request.HALT)
             return RemovableEventHandle(partial(self._bus.remove_subscriber, subscriber))
 
         if handler is not None:

@@ -17,6 +17,7 @@ import anyio
 
 from aengine.host import Host
 from aengine.prefetch import Buffer, Fetched, Position, Prefetcher, TaskPrefetcher, ThreadPrefetcher
+from aengine.worker import Home
 
 
 class Pending(Enum):
@@ -72,6 +73,7 @@ class Source:
         self._after: Position = None
         self._taken = 0
         self._to_wind = 0
+        self._begun_at: Home | None = None  # where an async iterator was begun that outlives a run
         self.arrival: Callable[[], Awaitable[Any]] = self._open_and_wait
         self.take: Callable[[], Any] = self._open_and_take
 
@@ -85,7 +87,8 @@ class Source:
         self._after = position["state"]
         self._length = self._length or position["length"]
         if position["state"] is None and position["batches"] == self._length and not self.is_one_shot:
-            self.has_ended, self.take = True, _raise_stop  # nothing to wind to: the next fetch meets the end
+            self._resume_at = None  # nothing to wind to: the next fetch meets the end
+            self.has_ended, self.take = True, _raise_stop
 
     def end(self, completed: int) -> None:
         """The end of the data was seen: from now on only `restart` gives more."""
@@ -98,6 +101,7 @@ class Source:
         self.has_ended = False
         self.take, self.arrival = self._open_and_take, self._open_and_wait
         self._origin = completed
+        self._resume_at = None
         self._taken = 0
         self._before = self._after = None
 
@@ -286,10 +290,25 @@ class Source:
             self.forget()
             self.restart(completed)
             self.resume_at(position, completed)
+        elif is_async and self.host is not None:
+            self._begun_at = self.host.home
         if self._is_manager:  # it leaves the run's task group, and enters that of the next
             await self.aclose()
             self.entered = _NOT_ENTERED
             self.take, self.arrival = self._open_and_take, self._open_and_wait
+
+    def move_to(self, host: Host) -> None:
+        """A run begins, or goes on.
+
+        Raises:
+            RuntimeError: the data was begun in another event loop, which has ended and an async generator with it.
+        """
+        if self._begun_at is not None and not self._begun_at.is_same(host.home):
+            raise RuntimeError(
+                f"the data ({self.name}) was begun in another event loop: an interrupted run of async data of unknown length"
+                " goes on in the same one; terminate() instead of interrupt() lets it be resumed anywhere"
+            )
+        self.host = host
 
     def _take_after_suspension(self) -> Any:
         self._start()

@@ -25,6 +25,8 @@ def drive_here(story: Story, control: Control, failures: list[BaseException]) ->
             wanted = next(story)
             if wanted is Signal.SUSPEND:
                 return SUSPENDED
+            if wanted is Signal.HALT:  # a subscriber has come, who needs an event loop
+                return wanted
             if wanted is Signal.PAUSE:
                 _wait_while_paused(control, changed)
             elif type(wanted) is not Signal:

@@ -6,8 +6,8 @@ loop has been checked, bound and flattened there.
 """
 
 from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator, Mapping
-from threading import RLock
 from operator import length_hint
+from threading import RLock
 from time import perf_counter
 from types import MappingProxyType
 from typing import Any, TypeAlias

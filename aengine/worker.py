@@ -30,6 +30,10 @@ class Home:
         self._context = copy_context()  # of here: a callback has the context of its poster, where no event loop runs
         self.thread = threading.get_ident()
 
+    def is_same(self, other: "Home") -> bool:
+        """Say whether the other one is the same event loop."""
+        return self._post == other._post
+
     def call(self, function: Callable[[], object]) -> None:
         """Call `function` on the event loop's thread: now if this is it, else soon. Never waits, never raises."""
         if threading.get_ident() == self.thread:
@@ -229,13 +233,20 @@ class ThreadState:
     def _enter(self, torch: Any, entered: ExitStack) -> None:
         if self._cuda is not None:
             entered.enter_context(torch.cuda.device(self._cuda))
-        if self._device != torch.get_default_device():
-            entered.enter_context(self._device)
+        before = torch.get_default_device()
+        if self._device != before:
+            torch.set_default_device(self._device)
+        entered.callback(_restore_device, torch, before)
         # Each of these restores, on leaving, also what a step has left behind.
         entered.enter_context(torch.inference_mode(self._inference))
         entered.enter_context(torch.set_grad_enabled(self._grad))
         for kind, dtype, enabled in self._autocast:
             entered.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=self._caches))
+
+
+def _restore_device(torch: Any, before: Any) -> None:
+    if torch.get_default_device() != before:
+        torch.set_default_device(None if before.type == "cpu" else before)
 
 
 def release_idle_threads() -> None:

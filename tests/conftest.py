@@ -1,0 +1,43 @@
+"""What holds for every test: three event loops, and nothing left behind."""
+
+import gc
+import logging
+import threading
+from collections.abc import Iterator
+
+import hypothesis
+import pytest
+from backends import BACKENDS, Backend
+
+hypothesis.settings.register_profile("aengine", deadline=None)  # the machines are shared: a slow example is no finding
+hypothesis.settings.load_profile("aengine")
+
+
+def pytest_collection_finish() -> None:
+    """Leave what importing made out of every later collection: torch's modules alone take 0.1 s to walk."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="module", params=BACKENDS)
+def anyio_backend(request: pytest.FixtureRequest) -> Backend:
+    backend: Backend = request.param
+    return backend
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Fail the test that leaves a thread, a coroutine never awaited, or an exception never retrieved."""
+    before = threading.enumerate()
+    yield
+    # What was dropped speaks up when it is collected: here, so that the right test fails. pytest makes an error of
+    # what a finalizer raises or warns of; asyncio only logs it.
+    gc.collect()
+    records = [*caplog.get_records("call"), *caplog.get_records("teardown")]
+    complaints = [r.getMessage() for r in records if r.name == "asyncio" and r.levelno >= logging.ERROR]
+    assert not complaints
+
+    threads = [each for each in threading.enumerate() if each.name.startswith("aengine") and each not in before]
+    for thread in threads:
+        thread.join(timeout=5)  # one that is on its way out may go
+    assert not [thread.name for thread in threads if thread.is_alive()]

@@ -1,0 +1,82 @@
+"""The house rules that no linter holds."""
+
+import inspect
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import aengine
+import aengine.errors
+
+ROOT = Path(__file__).parents[1]
+MODULES = sorted((ROOT / "aengine").rglob("*.py"))
+FOLDERS = ("aengine", "benchmarks", "examples", "tests", ".ci", ".github")
+
+# Run by a new interpreter: what the first `import aengine` costs and brings along. CPU time, since the clock on the
+# wall also counts whoever shares the machine.
+IMPORT = """
+import json, sys, threading, time
+before = set(sys.modules)
+started = time.process_time()
+import aengine
+seconds = time.process_time() - started
+loaded = {name.partition(".")[0] for name in set(sys.modules) - before} - sys.stdlib_module_names
+print(json.dumps({"seconds": seconds, "loaded": sorted(loaded), "threads": threading.active_count()}))
+"""
+
+
+def import_aengine() -> dict[str, Any]:
+    done = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, check=True)
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_module_fits_in_400_lines(path: Path) -> None:
+    lines = path.read_text(encoding="utf-8").count("\n")
+    assert lines <= 400
+
+
+def test_import_brings_anyio_and_the_standard_library_only() -> None:
+    assert set(import_aengine()["loaded"]) <= {"aengine", "anyio", "sniffio"}  # anyio looks for sniffio
+
+
+def test_import_starts_no_thread() -> None:
+    assert import_aengine()["threads"] == 1
+
+
+@pytest.mark.slow
+def test_import_is_quick() -> None:
+    """The aim is 0.05 s; three times that tells a heavy import apart from a slow machine."""
+    seconds = min(import_aengine()["seconds"] for _ in range(5))
+    assert seconds < 0.15, "the fastest of five"
+
+
+def test_public_names_are_the_promised_ones() -> None:
+    promised = {
+        "Engine", "EngineStatistics", "Event", "EventEnum", "Events", "EventsList", "Overflow", "RemovableEventHandle",
+        "State", "StopReason", "stop_on_signals",
+    }  # fmt: skip
+    errors = {name for name, _ in inspect.getmembers(aengine.errors, inspect.isclass)}
+    assert set(aengine.__all__) == promised | errors
+    assert all(hasattr(aengine, name) for name in aengine.__all__)
+
+
+def test_no_path_of_somebodys_machine_is_committed() -> None:
+    """Nor a home directory, nor a work tree: whoever reads this has others."""
+    path_of_a_machine = re.compile(r"/(?:home|root|Users|work)/")
+    files = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.is_file()]
+    files += [path for pattern in ("*.md", "*.toml", "*.txt", "*.yaml") for path in ROOT.glob(pattern)]
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {line}"
+        for path in files
+        if "__pycache__" not in path.parts
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
+        if path_of_a_machine.search(line)
+    ]
+    assert not found

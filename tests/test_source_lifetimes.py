@@ -1,0 +1,617 @@
+"""Data that is closed, that fails, that hangs, and that lives in a task of the run."""
+
+import gc
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any, TypeAlias
+
+import anyio
+import anyio.abc
+import anyio.to_thread
+import pytest
+from anyio.lowlevel import checkpoint
+
+from aengine import Engine, Events, HandlerTimeout, StopReason
+
+Thread: TypeAlias = bool | None
+
+both_threads = pytest.mark.parametrize("thread", [None, False], ids=["worker", "loop"])
+prefetches = pytest.mark.parametrize("prefetch", [0, 1, 4])
+
+
+def step(engine: Engine[Any, Any], batch: Any) -> Any:
+    return batch
+
+
+class Opened:
+    """Counts the generators that are open."""
+
+    def __init__(self) -> None:
+        self.opened = self.closed = 0
+
+    def generate(self) -> Iterator[int]:
+        self.opened += 1
+        try:
+            yield from range(10)
+        finally:
+            self.closed += 1
+
+    async def generate_async(self) -> AsyncIterator[int]:
+        self.opened += 1
+        try:
+            for batch in range(10):
+                yield batch
+                await checkpoint()
+        finally:
+            with anyio.CancelScope(shield=True):
+                await checkpoint()  # closing may have to wait
+            self.closed += 1
+
+
+kinds = pytest.mark.parametrize("kind", ["generate", "generate_async"], ids=["sync", "async"])
+
+
+async def complete(engine: Engine[Any, Any], data: Any, prefetch: int) -> None:
+    await engine.run(data, max_epochs=2, prefetch=prefetch)
+
+
+async def reach_max_iters(engine: Engine[Any, Any], data: Any, prefetch: int) -> None:
+    await engine.run(data, max_iters=13, prefetch=prefetch)
+
+
+async def terminate(engine: Engine[Any, Any], data: Any, prefetch: int) -> None:
+    engine.add_event_handler(Events.ITERATION_COMPLETED(once=3), engine.terminate)
+    await engine.run(data, prefetch=prefetch)
+
+
+async def terminate_epoch(engine: Engine[Any, Any], data: Any, prefetch: int) -> None:
+    engine.add_event_handler(Events.ITERATION_COMPLETED(once=3), engine.terminate_epoch)
+    await engine.run(data, max_epochs=2, epoch_length=10, prefetch=prefetch)
+
+
+async def fail(engine: Engine[Any, Any], data: Any, prefetch: int) -> None:
+    engine.add_event_handler(Events.ITERATION_COMPLETED(once=3), lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        await engine.run(data, prefetch=prefetch)
+
+
+async def fail_beside(engine: Engine[Any, Any], data: Any, prefetch: int) -> None:
+    engine.subscribe(Events.ITERATION_COMPLETED(once=3), lambda event: 1 / 0)
+    engine.add_event_handler(Events.ITERATION_COMPLETED, checkpoint)
+    with pytest.raises(ZeroDivisionError):
+        await engine.run(data, max_epochs=10**6, prefetch=prefetch)
+
+
+async def cancel(engine: Engine[Any, Any], data: Any, prefetch: int) -> None:
+    with anyio.CancelScope() as scope:
+
+        async def cancel_here() -> None:
+            scope.cancel()
+            await checkpoint()
+
+        engine.add_event_handler(Events.ITERATION_COMPLETED(once=3), cancel_here)
+        await engine.run(data, prefetch=prefetch)
+    assert scope.cancelled_caught
+
+
+async def change_data(engine: Engine[Any, Any], data: Any, prefetch: int) -> None:
+    engine.add_event_handler(Events.ITERATION_COMPLETED(once=3), engine.set_data, range(10))
+    await engine.run(data, prefetch=prefetch, epoch_length=10)
+
+
+async def interrupt_and_go_on(engine: Engine[Any, Any], data: Any, prefetch: int) -> None:
+    engine.add_event_handler(Events.ITERATION_COMPLETED(once=3), engine.interrupt)
+    await engine.run(data, prefetch=prefetch)
+    await engine.run()
+
+
+WAYS_OUT = [
+    complete,
+    reach_max_iters,
+    terminate,
+    terminate_epoch,
+    fail,
+    fail_beside,
+    cancel,
+    change_data,
+    interrupt_and_go_on,
+]
+
+
+@both_threads
+@kinds
+@prefetches
+@pytest.mark.parametrize("way", WAYS_OUT)
+async def test_what_the_engine_opened_it_closes_on_every_way_out(
+    thread: Thread, kind: str, prefetch: int, way: Callable[..., Any]
+) -> None:
+    data = Opened()
+    await way(Engine(step, thread=thread), getattr(data, kind), prefetch)
+    assert data.opened > 0
+    assert data.closed == data.opened
+
+
+@both_threads
+@prefetches
+async def test_an_interrupted_engine_that_is_dropped_closes_its_data(
+    thread: Thread, prefetch: int
+) -> None:
+    data = Opened()
+    engine = Engine(step, thread=thread)
+    engine.add_event_handler(Events.ITERATION_COMPLETED(once=3), engine.interrupt)
+    await engine.run(data.generate, prefetch=prefetch)
+    assert (data.opened, data.closed) == (1, 0)
+    del engine
+    gc.collect()
+    assert (data.opened, data.closed) == (1, 1)
+
+
+@both_threads
+@kinds
+@prefetches
+@pytest.mark.parametrize("way", [reach_max_iters, terminate, fail, interrupt_and_go_on])
+async def test_what_the_user_passed_stays_open(
+    thread: Thread, kind: str, prefetch: int, way: Callable[..., Any]
+) -> None:
+    data = Opened()
+    passed = getattr(data, kind)()
+
+    async def run(engine: Engine[Any, Any]) -> None:
+        if way is reach_max_iters:
+            await engine.run(passed, max_iters=3, epoch_length=10, prefetch=prefetch)
+        elif way is interrupt_and_go_on:
+            engine.add_event_handler(Events.ITERATION_COMPLETED(once=3), engine.interrupt)
+            await engine.run(passed, prefetch=prefetch)
+        else:
+            await way(engine, passed, prefetch)
+
+    await run(Engine(step, thread=thread))
+    assert (data.opened, data.closed) == (1, 0)
+    if kind == "generate":
+        passed.close()
+    else:
+        assert await anext(passed) in range(3, 9)
+        await passed.aclose()
+
+
+# Errors
+
+
+@both_threads
+@prefetches
+@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
+async def test_an_error_of_the_data_names_the_data_and_the_batch(
+    thread: Thread, prefetch: int, is_async: Any
+) -> None:
+    error = OSError("the disk is gone")
+    seen: list[int] = []
+
+    def batches() -> Iterator[int]:
+        yield 0
+        yield 1
+        raise error
+
+    async def async_batches() -> AsyncIterator[int]:
+        for batch in batches():
+            yield batch
+
+    def noting(engine: Engine[Any, None], batch: int) -> None:
+        seen.append(batch)
+
+    engine = Engine(noting, thread=thread, name="trainer")
+    with pytest.raises(OSError, match="the disk is gone") as caught:
+        await engine.run(async_batches if is_async else batches, prefetch=prefetch)
+    assert caught.value is error
+    assert seen == [0, 1]
+    notes = "\n".join(error.__notes__)
+    for part in ("in the data", "batches", "fetching batch 3", "'trainer'", "epoch 1"):
+        assert part in notes
+    assert engine.state.iteration == 2
+    assert engine.state.stop_reason is StopReason.FAILED
+
+
+@both_threads
+@prefetches
+async def test_an_error_in_opening_the_data_is_one_of_the_data(
+    thread: Thread, prefetch: int
+) -> None:
+    class Broken:
+        def __iter__(self) -> Iterator[int]:
+            raise OSError("no such file")
+
+    def factory() -> Any:
+        raise OSError("no such file")
+
+    for data in (Broken(), factory):
+        with pytest.raises(OSError, match="no such file") as caught:
+            await Engine(step, thread=thread).run(data, prefetch=prefetch)
+        assert "in the data" in caught.value.__notes__[0]
+
+
+async def test_a_callable_that_makes_no_data_says_what_it_returned() -> None:
+    with pytest.raises(TypeError, match=r"data\(\) returned 3, .*return or yield batches"):
+        await Engine(step).run(lambda: 3)
+
+
+async def test_what_cannot_be_data_is_refused_before_anything_is_fired() -> None:
+    engine = Engine(step)
+    fired: list[str] = []
+    engine.add_event_handler(Events.STARTED, fired.append, "started")
+
+    async def coroutine_function() -> None: ...
+
+    def with_arguments(path: str) -> Any: ...
+
+    for data, message in (
+        (3, "data must be an iterable"),
+        (coroutine_function, "make it an async generator"),
+        (with_arguments, "wrap it, as in lambda"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            await engine.run(data)
+    assert not fired
+
+
+@both_threads
+@prefetches
+async def test_an_error_in_closing_the_data_is_raised(thread: Thread, prefetch: int) -> None:
+    def batches() -> Iterator[int]:
+        try:
+            yield from range(10)
+        finally:
+            raise OSError("could not close")
+
+    with pytest.raises(OSError, match="could not close") as caught:
+        await Engine(step, thread=thread).run(batches, max_iters=3, epoch_length=10, prefetch=prefetch)
+    assert "closing the data" in caught.value.__notes__[0]
+
+
+# Data that hangs
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for what another thread does, until nothing here has anything to do either."""
+    while not condition():
+        await checkpoint()
+    await anyio.wait_all_tasks_blocked()
+
+
+class Hanging:
+    """Gives two batches, and then nothing more until it is let go."""
+
+    def __init__(self) -> None:
+        self.hangs = anyio.Event()
+        self.was_cancelled = False
+
+    async def __aiter__(self) -> AsyncIterator[int]:
+        yield 0
+        yield 1
+        self.hangs.set()
+        try:
+            await anyio.sleep_forever()
+        except anyio.get_cancelled_exc_class():
+            self.was_cancelled = True
+            raise
+
+
+@both_threads
+@prefetches
+async def test_waiting_for_data_that_hangs_can_be_cancelled(thread: Thread, prefetch: int) -> None:
+    engine, data = Engine(step, thread=thread), Hanging()
+    async with anyio.create_task_group() as group:
+
+        async def cancel() -> None:
+            await data.hangs.wait()
+            await until(lambda: engine.state.iteration == 2)
+            group.cancel_scope.cancel()
+
+        group.start_soon(cancel)
+        await engine.run(data, prefetch=prefetch)
+    assert data.was_cancelled
+    assert engine.state.stop_reason is StopReason.CANCELLED
+    assert engine.state.iteration == 2
+
+
+@both_threads
+@prefetches
+async def test_terminate_ends_the_wait_for_data_that_hangs(thread: Thread, prefetch: int) -> None:
+    engine, data = Engine(step, thread=thread), Hanging()
+    names: list[str] = []
+    for event in (Events.TERMINATE, Events.COMPLETED, Events.EXCEPTION_RAISED, Events.CANCELLED):
+        engine.add_event_handler(event, names.append, event.name)
+
+    async def terminate() -> None:
+        await data.hangs.wait()
+        await until(lambda: engine.state.iteration == 2)
+        engine.terminate()
+
+    with anyio.fail_after(10):
+        async with anyio.create_task_group() as group:
+            group.start_soon(terminate)
+            await engine.run(data, prefetch=prefetch)
+    assert data.was_cancelled
+    assert names == ["TERMINATE", "COMPLETED"]
+    assert engine.state.stop_reason is StopReason.TERMINATED
+    assert engine.state.iteration == 2
+
+
+@both_threads
+@prefetches
+async def test_terminate_from_a_thread_ends_the_wait_too(thread: Thread, prefetch: int) -> None:
+    engine, data = Engine(step, thread=thread), Hanging()
+
+    async def terminate() -> None:
+        await data.hangs.wait()
+        await until(lambda: engine.state.iteration == 2)
+        await anyio.to_thread.run_sync(engine.terminate)
+
+    with anyio.fail_after(10):
+        async with anyio.create_task_group() as group:
+            group.start_soon(terminate)
+            await engine.run(data, prefetch=prefetch)
+    assert engine.state.stop_reason is StopReason.TERMINATED
+
+
+@both_threads
+async def test_interrupt_while_the_data_hangs_takes_effect_when_the_batch_has_come(
+    thread: Thread,
+) -> None:
+    engine = Engine(step, thread=thread)
+    gate = anyio.Event()
+
+    async def batches() -> AsyncIterator[int]:
+        yield 0
+        engine.interrupt()
+        group.start_soon(open_gate)
+        await gate.wait()
+        yield 1
+        yield 2
+
+    async def open_gate() -> None:
+        await anyio.wait_all_tasks_blocked()
+        gate.set()
+
+    async with anyio.create_task_group() as group:
+        await engine.run(batches, epoch_length=3)
+        assert engine.state.stop_reason is StopReason.INTERRUPTED
+        await engine.run()
+    assert engine.state.iteration == 3
+
+
+@both_threads
+async def test_plain_data_that_hangs_in_its_thread_does_not_keep_a_termination(
+    thread: Thread,
+) -> None:
+    """The wait ends at once; the end of the run waits for the fetch, as long as grace allows."""
+    gate, hangs = threading.Event(), threading.Event()
+    engine = Engine(step, thread=thread)
+
+    def batches() -> Iterator[int]:
+        yield 0
+        hangs.set()
+        gate.wait()
+        yield 1
+
+    async def terminate() -> None:
+        await anyio.to_thread.run_sync(hangs.wait)
+        await until(lambda: engine.state.iteration == 1)
+        engine.terminate()
+
+    engine.add_event_handler(Events.COMPLETED, gate.set)
+    async with anyio.create_task_group() as group:
+        group.start_soon(terminate)
+        await engine.run(batches, prefetch=1)
+    assert engine.state.stop_reason is StopReason.TERMINATED
+    assert engine.state.iteration == 1
+
+
+async def test_plain_data_that_hangs_for_ever_is_left_behind_and_said_so() -> None:
+    gate, hangs = threading.Event(), threading.Event()
+    engine = Engine(step, name="trainer", grace=0.05)
+
+    def batches() -> Iterator[int]:
+        yield 0
+        hangs.set()
+        gate.wait()
+
+    async def terminate() -> None:
+        await anyio.to_thread.run_sync(hangs.wait)
+        engine.terminate()
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(terminate)
+        with pytest.raises(HandlerTimeout, match="clean-up of engine 'trainer'"):
+            await engine.run(batches, prefetch=1)
+    gate.set()
+
+
+# Data that is an async context manager
+
+
+class Broker:
+    """A source with tasks of its own."""
+
+    def __init__(self, length: int = 5) -> None:
+        self.length = length
+        self.log: list[str] = []
+        self.fail = anyio.Event()
+        self.error = OSError("the connection is lost")
+        self.group: anyio.abc.TaskGroup
+
+    async def __aenter__(self) -> None:
+        self.log.append("enter")
+        self.group = await anyio.create_task_group().__aenter__()
+        self.group.start_soon(self.heartbeat)
+
+    async def heartbeat(self) -> None:
+        await self.fail.wait()
+        raise self.error
+
+    async def __aexit__(self, *error: Any) -> None:
+        self.group.cancel_scope.cancel()
+        try:
+            await self.group.__aexit__(*error)
+        finally:
+            self.log.append("exit")
+
+    async def __aiter__(self) -> AsyncIterator[int]:
+        for batch in range(self.length):
+            await checkpoint()
+            yield batch
+
+
+@both_threads
+@prefetches
+async def test_a_source_is_entered_once_and_left_at_the_end_of_the_run(
+    thread: Thread, prefetch: int
+) -> None:
+    engine, broker = Engine(step, thread=thread), Broker()
+    engine.add_event_handler(Events.COMPLETED, broker.log.append, "completed")
+    await engine.run(broker, max_epochs=3, prefetch=prefetch)
+    assert broker.log == ["enter", "completed", "exit"]
+    assert engine.state.iteration == 15
+
+
+@both_threads
+@prefetches
+@pytest.mark.parametrize("way", [terminate, fail, cancel])
+async def test_a_source_is_left_on_every_way_out(
+    thread: Thread, prefetch: int, way: Callable[..., Any]
+) -> None:
+    engine, broker = Engine(step, thread=thread), Broker()
+    await way(engine, broker, prefetch)
+    assert broker.log == ["enter", "exit"]
+
+
+@both_threads
+@prefetches
+async def test_an_interrupted_run_leaves_its_source_and_the_next_enters_it_again(
+    thread: Thread, prefetch: int
+) -> None:
+    engine, broker = Engine(step, thread=thread), Broker()
+    engine.add_event_handler(Events.ITERATION_COMPLETED(once=2), engine.interrupt)
+    await engine.run(broker, epoch_length=5, prefetch=prefetch)
+    assert broker.log == ["enter", "exit"]
+    await engine.run(prefetch=prefetch)
+    assert broker.log == ["enter", "exit"] * 2
+    assert engine.state.iteration == 5
+
+
+@both_threads
+@prefetches
+async def test_a_task_of_the_source_that_fails_while_the_loop_waits_for_data_fails_the_run(
+    thread: Thread, prefetch: int
+) -> None:
+    class Silent(Broker):
+        async def __aiter__(self) -> AsyncIterator[int]:
+            yield 0
+            self.fail.set()
+            await anyio.sleep_forever()
+
+    engine, broker = Engine(step, thread=thread), Silent()
+    told: list[BaseException] = []
+
+    @engine.on(Events.EXCEPTION_RAISED)
+    def tell(engine: Engine[Any, Any], error: BaseException) -> None:
+        told.append(error)
+
+    with anyio.fail_after(10), pytest.raises(OSError, match="connection") as caught:
+        await engine.run(broker, prefetch=prefetch)
+    assert caught.value is broker.error
+    assert told == [broker.error]
+    assert any("Silent" in note for note in broker.error.__notes__)
+    assert broker.log == ["enter", "exit"]
+
+
+@both_threads
+async def test_a_task_of_the_source_that_fails_while_the_loop_steps_fails_the_run(
+    thread: Thread,
+) -> None:
+    engine, broker = Engine(step, thread=thread), Broker(10**9)
+
+    @engine.on(Events.ITERATION_COMPLETED(once=3))
+    async def lose_connection() -> None:
+        broker.fail.set()
+
+    with anyio.fail_after(10), pytest.raises(OSError, match="connection") as caught:
+        await engine.run(broker)
+    assert caught.value is broker.error
+    assert broker.log == ["enter", "exit"]
+
+
+async def test_a_source_that_cannot_be_entered_fails_the_run_with_its_very_error() -> None:
+    class Refused(Broker):
+        async def __aenter__(self) -> None:
+            await checkpoint()
+            raise self.error
+
+    broker = Refused()
+    with pytest.raises(OSError, match="connection") as caught:
+        await Engine(step).run(broker)
+    assert caught.value is broker.error
+    assert "in the data" in broker.error.__notes__[0]
+    assert broker.log == []
+
+
+async def test_a_source_whose_exit_fails_fails_the_run_with_its_very_error() -> None:
+    class Stuck(Broker):
+        async def __aexit__(self, *error: Any) -> None:
+            await super().__aexit__(*error)
+            raise self.error
+
+    engine, broker = Engine(step), Stuck()
+    with pytest.raises(OSError, match="connection") as caught:
+        await engine.run(broker)
+    assert caught.value is broker.error
+    assert engine.state.iteration == 5
+
+
+async def test_a_source_is_entered_and_left_in_one_task() -> None:
+    """As cancel scopes and task groups must be."""
+
+    class Scoped(Broker):
+        async def __aenter__(self) -> None:
+            self.task = anyio.get_current_task()
+            await super().__aenter__()
+
+        async def __aexit__(self, *error: Any) -> None:
+            assert anyio.get_current_task() == self.task
+            await super().__aexit__(*error)
+
+    engine, broker = Engine(step), Scoped()
+    await engine.run(broker, prefetch=2)
+    assert broker.log == ["enter", "exit"]
+
+
+async def test_a_source_that_hangs_in_its_exit_is_cancelled_when_its_grace_is_over() -> None:
+    class Hangs(Broker):
+        async def __aexit__(self, *error: Any) -> None:
+            try:
+                await anyio.sleep_forever()
+            finally:
+                await super().__aexit__(*error)
+
+    engine, broker = Engine(step, grace=0.05), Hangs()
+    with anyio.fail_after(10):
+        await engine.run(broker)
+    assert broker.log == ["enter", "exit"]
+
+
+async def test_entering_a_source_can_be_cancelled() -> None:
+    class Slow(Broker):
+        async def __aenter__(self) -> None:
+            entering.set()
+            await anyio.sleep_forever()
+
+    entering = anyio.Event()
+    engine, broker = Engine(step), Slow()
+    async with anyio.create_task_group() as group:
+
+        async def cancel() -> None:
+            await entering.wait()
+            group.cancel_scope.cancel()
+
+        group.start_soon(cancel)
+        with anyio.fail_after(10):
+            await engine.run(broker)
+    assert engine.state.stop_reason is StopReason.CANCELLED
