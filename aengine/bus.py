@@ -120,6 +120,8 @@ class Subscriber(Listening):
                 await self._consume(home)
         except Exception as error:  # noqa: BLE001 -- handed over
             fail(error)
+        except (KeyboardInterrupt, SystemExit) as error:  # asyncio would leave its loop with them at once
+            fail(error)
         except BaseException as error:
             # Not by us, or the scope would have kept it: a handler let out somebody else's cancellation.
             stray = RuntimeError(

@@ -102,10 +102,13 @@ class Driver:
         if cancelled not in loop.cancellations:
             loop.cancellations += (cancelled,)
         loop.breathes = not self._threaded
-        host = Host(self._home, self.spawn, self.fail, self._settings, self._prefetch, loop.can_use, self._grace)
+        host = Host(
+            self._home, self.spawn, self._fail_of_data, self._settings, self._prefetch, loop.can_use, self._grace
+        )
         loop.source.move_to(host)
         bus.home = self._home
-        self._control.on_change = partial(self._home.call, self._look_at_requests)
+        # Posted, even from the loop's own thread: a signal handler runs inside its select(), which goes back to sleep.
+        self._control.on_change = partial(self._home.post, self._look_at_requests)
         ending: BaseException | None = None
         try:
             async with anyio.create_task_group() as self._group:
@@ -178,6 +181,10 @@ class Driver:
             self._control.asked.add(Request.HALT)
             self._scope.cancel()
 
+    def _fail_of_data(self, error: BaseException) -> None:
+        self._loop.note(error, f"the data ({self._loop.source.name})")
+        self.fail(error)
+
     async def _main(self) -> None:
         self._task = anyio.get_current_task().id
         _current.set(self)
@@ -239,11 +246,21 @@ class Driver:
         if not self.is_suspended:
             self._bus.end_streams()
         if self._loop.source.host is not None:
-            await self._loop.source.host.leave(deadline)
+            await self._leave_data(deadline)
         if self._borrowed is not None:
             await self._on_worker(self._borrowed.close)
         elif self._worker is not None:
             self._worker.stop() if self._slice is None else self._worker.abandon()
+
+    async def _leave_data(self, deadline: float) -> None:
+        """Leave what the story did not: after an interruption, or if it was given up."""
+        host = self._loop.source.host
+        try:
+            with anyio.CancelScope(deadline=deadline):
+                if host is not None:
+                    await host.leave()
+        except Exception as error:  # noqa: BLE001 -- raised by run(), beside what else went wrong
+            self._failures.append(error)
 
     async def _flush(self) -> None:
         """Wait until the subscribers have handled all that they have accepted, and what they send each other meanwhile.

@@ -326,6 +326,11 @@ class Engine(Publishing, Generic[Batch, Output]):
         self._loop.set_data(Source(data, self.logger))
 
     @property
+    def is_running(self) -> bool:
+        """Whether a run is under way."""
+        return self._is_running
+
+    @property
     def should_terminate(self) -> bool:
         """Whether `terminate()` was called of the run under way, or of the last one."""
         return Request.TERMINATE in self._control.asked

@@ -62,17 +62,25 @@ class Host:
             raise guest.error
         return manager if guest.value is None else guest.value
 
-    async def leave(self, deadline: float) -> None:
-        """Have it exit, until the deadline; then cancel it."""
+    async def leave(self) -> None:
+        """Have it exit, and wait for that; a cancellation makes it exit now.
+
+        Raises:
+            BaseException: what exiting it raised.
+        """
         guest, self._guest = self._guest, None
         if guest is None:
             return
         guest.release.ring()
-        with anyio.CancelScope(deadline=deadline):
+        try:
             await guest.gone.wait()
-            return
-        guest.scope.cancel()
-        await guest.gone.wait()
+        except BaseException:
+            guest.scope.cancel()
+            with anyio.CancelScope(shield=True):
+                await guest.gone.wait()
+            raise
+        if guest.error is not None:
+            raise guest.error
 
 
 class _Guest:
@@ -90,17 +98,16 @@ class _Guest:
                 async with self._manager as self.value:
                     self.entered.ring()
                     await self.release.wait()
-        except Exception as error:  # noqa: BLE001 -- handed over
+        except (Exception, KeyboardInterrupt, SystemExit) as error:  # noqa: BLE001 -- handed over
             self._hand_over(_only(error))
         finally:
             self.entered.ring()
             self.gone.ring()
 
     def _hand_over(self, error: BaseException) -> None:
-        if self.entered.is_rung:
-            error.add_note(f"in the data, an async context manager ({type(self._manager).__qualname__})")
+        if self.entered.is_rung and not self.release.is_rung:
             self._fail(error)
-        else:
+        else:  # somebody waits for it
             self.error = error
 
 

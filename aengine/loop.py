@@ -76,6 +76,7 @@ class Loop:
         self._first = progress.iteration
         self._batch: Any = _END  # fetched and not yet stepped on, else _END
         self._untold: DataExhausted | None = None
+        self._is_closed = False
         self._next_breath = perf_counter() + BUDGET
         # Of what steps return, the types that are not awaitable: asking `inspect` costs as much as a whole iteration.
         self._plain_types: set[type] = set()
@@ -107,14 +108,17 @@ class Loop:
                 yield from self._bus.topic("COMPLETED").finish(self._engine, state.epoch)
                 state.times["COMPLETED"] = perf_counter() - began
             yield Signal.FLUSH
+            yield from self._close(gently=True)
         except GeneratorExit:  # an interrupted engine is given up: nobody is there to await anything
             self.source.close()
             raise
         except BaseException as error:
             yield from self._tell_of(error)
-            yield from self._close(gently=not isinstance(error, self.cancellations))
+            try:
+                yield from self._close(gently=not isinstance(error, self.cancellations))
+            except Exception as another:  # noqa: BLE001 -- raised with the first
+                self.also_raised.append(another)
             raise
-        yield from self._close(gently=True)
 
     def _epoch(self) -> Story:
         state, control, began = self._state, self._control, perf_counter()
@@ -220,7 +224,7 @@ class Loop:
                         output = yield output
                 except Exception as error:
                     refuse_stop_iteration(error, "the step")
-                    self._note(error, "the step")
+                    self.note(error, "the step")
                     raise
                 if is_timed:
                     watch.step += (perf_counter() - mark) * watch.weight
@@ -363,7 +367,7 @@ class Loop:
         if isinstance(error, Woken):
             yield from self._attend()  # which ends the run: nothing else wakes
         elif isinstance(error, Exception):
-            self._note(error, f"the data ({self.source.name}), fetching batch {self.completed + 1}")
+            self.note(error, f"the data ({self.source.name}), fetching batch {self.completed + 1}")
 
     def _meet_end_of_data(self) -> Generator[Awaitable[Any] | Signal, Any, bool]:
         """Restart the data, or return True if its end is the end of an epoch of unknown length."""
@@ -441,18 +445,22 @@ class Loop:
 
     def _close(self, *, gently: bool) -> Story:
         self._control.phase = Phase.IDLE
-        if self._batch is not _END:
-            self.source.put_back(self._batch)
-            self._batch = _END
+        if self._is_closed:  # and that is what failed
+            return
+        self._is_closed = True
+        batch, self._batch = self._batch, _END
+        if batch is not _END:
+            self.source.put_back(batch)
         try:
             if self.source.must_be_awaited:
                 yield Signal.SHIELD
                 yield self.source.aclose(gently=gently)
+                yield self.source.leave()
             else:
                 self.source.close()
-        except Exception as error:  # noqa: BLE001 -- raised by whoever drives, beside what else went wrong
-            self._note(error, f"closing the data ({self.source.name})")
-            self.also_raised.append(error)
+        except Exception as error:
+            self.note(error, f"closing the data ({self.source.name})")
+            raise
 
     def can_use(self, fetched: int) -> bool:
         """Say whether this run can use another batch, when it has fetched so many of its iterations'."""
@@ -478,7 +486,8 @@ class Loop:
     def _exhaustion(self) -> str:
         return tell_exhaustion(self._state, self.source, self.completed, self._first)
 
-    def _note(self, error: BaseException, where: str) -> None:
+    def note(self, error: BaseException, where: str) -> None:
+        """Note on an error where it was raised, unless it came from beside the loop, where that was noted."""
         state = self._state
         if error is self._bus.told:
             return

@@ -177,7 +177,7 @@ class TaskPrefetcher(Prefetcher):
                     del batch
         except StopAsyncIteration:
             buffer.end_nowait(StopIteration())
-        except Exception as error:  # noqa: BLE001 -- raised where it is taken
+        except (Exception, KeyboardInterrupt, SystemExit) as error:  # noqa: BLE001 -- raised where it is taken
             buffer.end_nowait(error)
         finally:
             self._ended()

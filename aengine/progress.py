@@ -135,7 +135,7 @@ def tell_exhaustion(state: State, source: Source, done: int, began_with: int) ->
         why, what = f"it is a one-shot iterator ({source.data!r})", "the function itself, or a fresh iterator"
     else:
         why, what = f"begun again, it gave nothing ({source.name})", "data that can be iterated again"
-    if done == began_with:
+    if not done or (source.is_one_shot and done == began_with):
         return f"the data is empty, or was used up before: {why}. Pass {what}"
     length, epochs, iterations = state.epoch_length, state.max_epochs, state.max_iters
     if iterations is not None:

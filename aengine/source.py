@@ -345,6 +345,11 @@ class Source:
             await iterator.aclose()
         self.close()
 
+    async def leave(self) -> None:
+        """Exit the async context manager that the data is. Cancellable, which makes it exit at once."""
+        if self.host is not None:
+            await self.host.leave()
+
     def close(self) -> None:
         """Close the iterator if the engine opened it; where nothing must be awaited for that."""
         if self._is_ours and hasattr(self._iterator, "close"):

@@ -155,7 +155,8 @@ async def test_an_event_is_still_right_three_steps_later() -> None:
         assert event.metrics == {"loss": event.iteration * 100}
         assert event.epoch == (1 if event.iteration <= 10 else 2)
         assert (event.epoch_length, event.max_epochs) == (10, 2)
-        assert (event.engine, event.name) == ("counter", Events.ITERATION_COMPLETED)
+        assert event.engine == "counter"
+        assert event.name == "ITERATION_COMPLETED"
         assert event.snapshot is None
 
     await engine.run(range(10), max_epochs=2)

@@ -488,7 +488,7 @@ async def test_flush_in_a_subscriber_says_that_it_would_wait_for_itself() -> Non
     async def flush(event: Event) -> None:
         await engine.flush()
 
-    with pytest.raises(RuntimeError, match="waits for every subscriber.*call it from"):
+    with pytest.raises(RuntimeError, match=r"waits for every subscriber.*call it from"):
         await engine.run([1])
 
 

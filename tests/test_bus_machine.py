@@ -1,7 +1,6 @@
 """Random programs of subscribe, emit, handle, close and flush, on a real run, against a model of a few lines."""
 
 from collections import deque
-from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -216,7 +215,7 @@ class BusMachine(RuleBasedStateMachine):
 
 
 def test_the_bus_agrees_with_a_model(anyio_backend: Backend) -> None:
-    machine: Callable[[], RuleBasedStateMachine] = type(
+    machine: type[RuleBasedStateMachine] = type(
         "Machine", (BusMachine,), {"backend": anyio_backend}
     )
     run_state_machine_as_test(

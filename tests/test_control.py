@@ -197,7 +197,7 @@ async def test_paused_and_resumed_at_once_it_goes_on() -> None:
 
 
 async def test_pauses_and_resumes_of_many_threads_leave_it_going() -> None:
-    engine = Engine(lambda engine, batch: batch)
+    engine: Engine[int, int] = Engine(lambda engine, batch: batch)
     over = threading.Event()
 
     def toggle() -> None:
@@ -217,7 +217,7 @@ async def test_pauses_and_resumes_of_many_threads_leave_it_going() -> None:
 
 
 async def test_calls_without_a_run_do_nothing_to_the_next() -> None:
-    engine = Engine(lambda engine, batch: batch)
+    engine: Engine[int, int] = Engine(lambda engine, batch: batch)
     engine.terminate()
     engine.interrupt()
     engine.terminate_epoch()

@@ -184,7 +184,7 @@ async def test_a_handler_that_turns_out_to_be_async_is_refused_too() -> None:
 
     async def handler() -> None: ...
 
-    engine.add_event_handler(Backprop.BACKWARD_STARTED, lambda: handler())
+    engine.add_event_handler(Backprop.BACKWARD_STARTED, lambda: handler())  # noqa: PLW0108 -- plain to look at
     with pytest.raises(RuntimeError, match=r"await engine\.emit\('BACKWARD_STARTED'\)"):
         await engine.run([1])
 

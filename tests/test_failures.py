@@ -547,7 +547,7 @@ async def test_a_hung_subscriber_stops_the_loop_when_its_inbox_is_full_and_termi
             group.start_soon(terminate)
             with pytest.raises(HandlerTimeout, match="hang"):
                 await rig.engine.run(range(1000))
-    assert rig.fired[-1] == "COMPLETED"
+    assert rig.fired[-3:] == ["TERMINATE", "COMPLETED", "EXCEPTION_RAISED"]
     assert rig.stepped == [0, 1, 2, 3], "one is in hand, two wait, and one is over the bound"
     rig.check_nothing_is_left()
 
@@ -1000,3 +1000,478 @@ async def test_system_exit_wins_over_another_failure(step: str) -> None:
     assert caught.value is leave
     assert "CANCELLED" in rig.fired
     rig.check_nothing_is_left()
+
+
+# While an event is being dispatched
+
+
+@each_step
+@is_or_is_not_async
+async def test_handlers_added_and_removed_during_a_dispatch_are_so_from_the_next_one_on(
+    step: str, is_async: bool
+) -> None:
+    rig, called = Rig(step), []
+    engine, event = rig.engine, Events.ITERATION_COMPLETED
+
+    def turn(engine: Any) -> None:
+        called.append("turn")
+        if engine.state.iteration == 2:
+            itself.remove()
+            following.remove()
+            engine.add_event_handler(event, called.append, "added")
+
+    async def turn_async(engine: Any) -> None:
+        await checkpoint()
+        turn(engine)
+
+    engine.add_event_handler(event, called.append, "before")
+    itself = engine.add_event_handler(event, turn_async if is_async else turn)
+    following = engine.add_event_handler(event, called.append, "following")
+    engine.add_event_handler(event, called.append, "after")
+    await rig.goes_on(DATA)
+    first = ["before", "turn", "following", "after"]
+    assert called == [*first, *first, *["before", "after", "added"] * 2]
+
+
+@each_step
+async def test_subscribers_added_and_removed_during_a_dispatch_are_so_from_the_next_one_on(step: str) -> None:
+    rig, engine, event = Rig(step), None, Events.ITERATION_COMPLETED
+    engine = rig.engine
+    seen: dict[str, list[int]] = {"leaves": [], "comes": []}
+
+    async def leaves(event: Event) -> None:
+        seen["leaves"].append(event.iteration)
+
+    async def comes(event: Event) -> None:
+        seen["comes"].append(event.iteration)
+
+    handle = engine.subscribe(event, leaves)
+
+    @engine.on(event(once=2))
+    def turn(engine: Engine[Any, Any]) -> None:
+        handle.remove()
+        engine.subscribe(event, comes)
+
+    await rig.goes_on(DATA)
+    assert seen["leaves"][:1] == [1]
+    assert seen["leaves"] in ([1], [1, 2]), "the one under way may or may not reach it, none after it does"
+    assert seen["comes"] in ([2, 3, 4], [3, 4])
+
+
+@each_step
+async def test_a_handler_that_fires_its_own_event_sees_each_firing_in_order(step: str) -> None:
+    rig, seen = Rig(step), []
+    rig.engine.register_events(*Own)
+
+    @rig.engine.on(Own.MOVED)
+    def again(engine: Engine[Any, Any]) -> None:
+        seen.append(len(seen))
+        if len(seen) % 5:
+            engine.fire_event(Own.MOVED)
+
+    @rig.engine.on(Events.ITERATION_COMPLETED)
+    def fire(engine: Engine[Any, Any]) -> None:
+        engine.fire_event(Own.MOVED)
+
+    await rig.goes_on(DATA)
+    assert seen == list(range(5 * len(DATA)))
+
+
+# Subscribers that emit
+
+
+class Ring(EventEnum):
+    A = "a"
+    B = "b"
+    C = "c"
+
+
+@each_step
+@is_or_is_not_async
+@pytest.mark.parametrize("members", [1, 2, 3])
+async def test_subscribers_that_emit_in_a_circle_of_full_inboxes_get_stuck_never(
+    step: str, is_async: bool, members: int
+) -> None:
+    """Each takes an event, and emits two of the next one's: inboxes of one are full at once, all round."""
+    rig = Rig(step)
+    engine, ring = rig.engine, list(Ring)[:members]
+    engine.register_events(*ring)
+    handled = dict.fromkeys(ring, 0)
+    emitted = dict.fromkeys(ring, 0)
+
+    def wants_more(event: EventEnum) -> bool:
+        if emitted[event] < 20:
+            emitted[event] += 1
+            return True
+        return False
+
+    def join(event: EventEnum, following: EventEnum) -> None:
+        async def handle_async(one: Event) -> None:
+            handled[event] += 1
+            for _ in range(2):
+                if wants_more(following):
+                    await engine.emit(following)
+
+        def handle(one: Event) -> None:
+            handled[event] += 1
+            for _ in range(2):
+                if wants_more(following):
+                    engine.fire_event(following)
+
+        engine.subscribe(event, handle_async if is_async else handle, buffer=1, name=event.name)
+
+    for event, following in zip(ring, ring[1:] + ring[:1], strict=True):
+        join(event, following)
+
+    @engine.on(Events.ITERATION_COMPLETED)
+    async def begin(engine: Engine[Any, Any]) -> None:
+        if wants_more(ring[0]):
+            await engine.emit(ring[0])
+
+    await rig.goes_on(DATA)
+    assert handled == emitted
+    assert set(emitted.values()) == {20}
+    assert all(one.discarded == one.dropped == 0 for one in engine.statistics().listeners)
+
+
+@each_step
+async def test_a_handler_that_emits_into_a_full_inbox_waits_for_its_reader(step: str) -> None:
+    rig, sizes = Rig(step), []
+    engine = rig.engine
+    engine.register_events(*Own)
+
+    @engine.subscribe(Own.MOVED, buffer=2)
+    async def read(event: Event) -> None:
+        await checkpoint()
+
+    @engine.on(Events.ITERATION_COMPLETED(once=1))
+    async def emit(engine: Engine[Any, Any]) -> None:
+        for _ in range(50):
+            await engine.emit(Own.MOVED)
+            sizes.append(engine.statistics().listeners[0].depth)
+
+    await rig.goes_on(DATA)
+    assert max(sizes) <= 2
+    assert engine.statistics().listeners[0].handled == 50
+
+
+@pytest.mark.parametrize("step", ["worker", "here"])
+async def test_a_step_that_fires_into_a_full_inbox_is_held_back_and_never_stuck(step: str) -> None:
+    depths: list[int] = []
+
+    def fire(engine: Engine[int, None], batch: int) -> None:
+        for _ in range(10):
+            engine.fire_event(Own.MOVED)
+        depths.append(engine.statistics().listeners[0].depth)
+
+    engine = Engine(fire, name="tried", thread=step == "worker")
+    engine.register_events(*Own)
+
+    @engine.subscribe(Own.MOVED, buffer=2)
+    async def read(event: Event) -> None:
+        await checkpoint()
+
+    with anyio.fail_after(30):
+        await engine.run(range(20))
+    statistics = engine.statistics().listeners[0]
+    assert statistics.handled == statistics.accepted == 200
+    assert max(depths) <= (2 if step == "worker" else 10), "off the worker it is the loop that waits, after the step"
+
+
+# A run within a run
+
+
+@pytest.mark.parametrize("step", ["worker", "here", "async"])
+async def test_another_engine_in_an_async_inline_handler_borrows_the_thread(step: str) -> None:
+    threads: dict[str, set[int]] = {"outer": set(), "inner": set()}
+    outer, inner = Rig(step), Rig("worker")
+    for name, rig in (("outer", outer), ("inner", inner)):
+        rig.engine.add_event_handler(
+            Events.ITERATION_COMPLETED, lambda name=name: threads[name].add(threading.get_ident())
+        )
+
+    @outer.engine.on(Events.EPOCH_COMPLETED)
+    async def evaluate(engine: Any) -> None:
+        await inner.engine.run([7, 8])
+
+    await outer.goes_on(DATA * 2, max_epochs=2)
+    assert inner.stepped == [7, 8] * 2
+    assert (threads["inner"] == threads["outer"]) == (step == "worker")
+    assert (threading.get_ident() in threads["inner"]) is False
+    inner.check_nothing_is_left()
+
+
+@pytest.mark.parametrize("has_subscriber", [False, True])
+async def test_another_engine_in_a_plain_inline_handler_runs_on_its_thread(has_subscriber: bool) -> None:
+    threads, seen = set(), []
+    outer, inner = Rig("worker"), Rig("worker")
+
+    async def see(event: Event) -> None:
+        seen.append(event.iteration)
+
+    if has_subscriber:
+        inner.engine.subscribe(Events.ITERATION_COMPLETED, see)
+    else:
+        inner.engine.add_event_handler(Events.ITERATION_COMPLETED, lambda: threads.add(threading.get_ident()))
+
+    @outer.engine.on(Events.EPOCH_COMPLETED)
+    def evaluate(engine: Any) -> None:
+        inner.engine.run_sync([7, 8])
+        threads.add(threading.get_ident())
+
+    await outer.goes_on(DATA * 2, max_epochs=2)
+    assert inner.stepped == [7, 8] * 2
+    assert len(threads) == 1
+    assert seen == ([1, 2] * 2 if has_subscriber else [])
+    inner.check_nothing_is_left()
+
+
+async def test_another_engine_in_a_subscriber_has_a_thread_of_its_own() -> None:
+    threads: dict[str, set[int]] = {"outer": set(), "inner": set()}
+    outer, inner = Rig("worker"), Rig("worker")
+    for name, rig in (("outer", outer), ("inner", inner)):
+        rig.engine.add_event_handler(
+            Events.ITERATION_COMPLETED, lambda name=name: threads[name].add(threading.get_ident())
+        )
+
+    @outer.engine.subscribe(Events.EPOCH_COMPLETED)
+    async def evaluate(event: Event) -> None:
+        await inner.engine.run([7, 8])
+
+    await outer.goes_on(DATA * 2, max_epochs=2)
+    assert inner.stepped == [7, 8] * 2
+    assert not threads["inner"] & threads["outer"]
+
+
+@each_step
+async def test_what_fails_in_a_run_within_a_run_comes_out_of_both(step: str) -> None:
+    outer, inner = Rig(step), Rig(step)
+    inner.fail_at = 8
+
+    @outer.engine.on(Events.EPOCH_COMPLETED)
+    async def evaluate(engine: Any) -> None:
+        await inner.engine.run([7, 8])
+
+    with anyio.fail_after(30), pytest.raises(Boom) as caught:
+        await outer.engine.run(DATA)
+    assert caught.value is inner.error
+    assert inner.told == outer.told == [inner.error]
+    assert "the step" in inner.error.__notes__[0]
+    assert "evaluate" in inner.error.__notes__[1]
+    assert len(inner.error.__notes__) == 2
+    for rig in (outer, inner):
+        rig.check_nothing_is_left()
+
+
+@each_step
+@pytest.mark.parametrize("where", ["handler", "subscriber"])
+async def test_running_the_same_engine_within_its_run_is_refused(step: str, where: str) -> None:
+    rig, refused = Rig(step), []
+
+    async def again(_: Any) -> None:
+        with pytest.raises(EngineBusy, match="'tried' is running") as caught:
+            await rig.engine.run(DATA)
+        refused.append(caught.value)
+
+    listen = rig.engine.on if where == "handler" else rig.engine.subscribe
+    listen(Events.ITERATION_COMPLETED(once=2))(again)
+    await rig.goes_on(DATA)
+    assert len(refused) == 1
+
+
+@pytest.mark.parametrize("step", ["worker", "here"])
+async def test_running_the_same_engine_in_its_step_is_refused(step: str) -> None:
+    rig, refused = Rig(step), []
+
+    @rig.engine.on(Events.ITERATION_STARTED(once=2))
+    def again(engine: Engine[Any, Any]) -> None:
+        with pytest.raises(RuntimeError) as caught:  # an EngineBusy, or, off the worker: an event loop runs here
+            engine.run_sync(DATA)
+        refused.append(isinstance(caught.value, EngineBusy))
+
+    await rig.goes_on(DATA)
+    assert refused == [step == "worker"]
+
+
+@each_step
+async def test_a_second_run_beside_the_first_is_refused_and_harms_it_not(step: str) -> None:
+    rig, begun = Rig(step), anyio.Event()
+
+    @rig.engine.on(Events.ITERATION_COMPLETED(once=2))
+    async def wait(engine: Any) -> None:
+        begun.set()
+        await refused.wait()
+
+    refused = anyio.Event()
+
+    async def second() -> None:
+        await begun.wait()
+        with pytest.raises(EngineBusy):
+            await rig.engine.run(DATA)
+        refused.set()
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(second)
+        await rig.goes_on(DATA)
+
+
+# Engines side by side
+
+
+@each_step
+async def test_of_two_engines_in_one_loop_one_fails_and_the_other_goes_on(step: str) -> None:
+    bad, good = Rig(step), Rig(step)
+    bad.fail_at = 2
+    has_failed = anyio.Event()
+    seen: list[int] = []
+
+    async def fail() -> None:
+        with pytest.raises(Boom):
+            await bad.engine.run(DATA)
+        has_failed.set()
+
+    @good.engine.on(Events.ITERATION_COMPLETED(once=1))
+    async def wait(engine: Any) -> None:
+        await has_failed.wait()
+
+    @good.engine.subscribe(Events.ITERATION_COMPLETED)
+    async def see(event: Event) -> None:
+        seen.append(event.iteration)
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(fail)
+        await good.goes_on(list(range(100)), data=range(100))
+    assert seen == list(range(1, 101))
+    assert bad.told == [bad.error]
+    assert not good.told
+
+
+# A `for` of one's own
+
+
+@each_step
+async def test_what_the_body_of_iterate_raises_comes_out(step: str) -> None:
+    rig, error = Rig(step), Boom()
+    with anyio.fail_after(30), pytest.raises(Boom) as caught:
+        async with rig.engine.iterate(DATA) as iterations:
+            async for event in iterations:
+                if event.iteration == 2:
+                    raise error
+    assert caught.value is error
+    assert rig.told == [error]
+    assert rig.stepped == [1, 2]
+    assert rig.engine.state.stop_reason is StopReason.FAILED
+    rig.check_nothing_is_left()
+    await rig.goes_on(DATA)
+
+
+@each_step
+async def test_what_the_step_raises_comes_out_of_iterate(step: str) -> None:
+    rig = Rig(step)
+    rig.fail_at = 3
+    seen = []
+    with anyio.fail_after(30), pytest.raises(Boom) as caught:
+        async with rig.engine.iterate(DATA) as iterations:
+            async for event in iterations:
+                seen.append(event.output)
+    assert caught.value is rig.error
+    assert rig.told == [rig.error]
+    assert seen == [1, 2]
+    rig.check_nothing_is_left()
+
+
+@each_step
+async def test_leaving_iterate_early_terminates(step: str) -> None:
+    rig = Rig(step)
+    with anyio.fail_after(30):
+        async with rig.engine.iterate(DATA) as iterations:
+            async for event in iterations:
+                if event.iteration == 2:
+                    break
+    assert rig.stepped == [1, 2]
+    assert rig.engine.state.stop_reason is StopReason.TERMINATED
+    rig.check_nothing_is_left()
+    await rig.goes_on(DATA)
+
+
+# Nothing keeps an engine alive
+
+
+def everything_on(engine: Engine[Any, Any]) -> None:
+    async def handle(event: Event) -> None:
+        await checkpoint()
+
+    async def wait(engine: Any) -> None:
+        await checkpoint()
+
+    engine.on(Events.ITERATION_COMPLETED)(wait)
+    engine.on(Events.EPOCH_COMPLETED(every=1))(lambda engine: None)
+    engine.subscribe(Events.ITERATION_COMPLETED, handle, snapshot=lambda engine: 1)
+    engine.subscribe(Events.EPOCH_COMPLETED, lambda event: None)
+
+
+ENDINGS = ["completed", "terminated", "failed", "subscriber failed", "data failed", "cancelled", "interrupted"]
+
+
+@each_step
+@pytest.mark.parametrize("prefetch", [0, 2])
+@pytest.mark.parametrize("ending", ENDINGS)
+async def test_an_engine_is_freed_by_reference_count_after_its_run(ending: str, prefetch: int, step: str) -> None:
+    async def run() -> "weakref.ref[Engine[Any, Any]]":
+        fails = ending == "failed"
+
+        def plain(engine: Any, batch: int) -> int:
+            if fails and batch == 3:
+                raise Boom
+            return batch
+
+        async def awaiting(engine: Any, batch: int) -> int:
+            await checkpoint()
+            return plain(engine, batch)
+
+        engine: Engine[Any, Any] = Engine(
+            awaiting if step == "async" else plain, thread=False if step == "here" else None
+        )
+        everything_on(engine)
+        scope = anyio.CancelScope()
+        if ending == "terminated":
+            engine.on(Events.ITERATION_COMPLETED(once=2))(lambda engine: engine.terminate())
+        elif ending == "interrupted":
+            engine.on(Events.ITERATION_COMPLETED(once=2))(lambda engine: engine.interrupt())
+        elif ending == "cancelled":
+            engine.add_event_handler(Events.ITERATION_COMPLETED(once=2), cancel_and_wait, scope)
+        elif ending == "subscriber failed":
+            engine.subscribe(Events.ITERATION_COMPLETED(once=2), lambda event: raise_it(Boom()))
+        data: Any = FaultyAsyncIterable("next" if ending == "data failed" else "", Boom())
+        try:
+            with anyio.fail_after(30), scope:
+                await engine.run(data, prefetch=prefetch)
+        except Boom:
+            assert "failed" in ending
+        return weakref.ref(engine)
+
+    gc.collect()
+    gc.disable()
+    try:
+        engine = await run()
+        await checkpoint()  # asyncio lets go of what ran last in its next turn
+        assert engine() is None
+    finally:
+        gc.enable()
+
+
+def test_an_engine_is_freed_by_reference_count_after_run_sync() -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        engine: Engine[Any, Any] = Engine(plain_step)
+        engine.run_sync(DATA)
+        gone = weakref.ref(engine)
+        del engine
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def plain_step(engine: Any, batch: Any) -> Any:
+    return batch

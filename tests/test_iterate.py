@@ -39,7 +39,7 @@ async def test_the_body_sees_every_iteration_and_the_loop_waits_for_it(thread: T
             seen.append((event.epoch, event.iteration, event.output))
     assert seen == [(1 + n // 5, n + 1, n % 5 * 10) for n in range(10)]
     assert names == ["COMPLETED"]
-    assert engine.state.stop_reason is StopReason.COMPLETED
+    assert engine.state.stop_reason == StopReason.COMPLETED
 
 
 @both_threads
@@ -66,12 +66,12 @@ async def test_break_terminates_and_the_run_can_be_resumed(thread: Thread) -> No
             if event.iteration == 2:
                 break
     assert names == ["TERMINATE", "COMPLETED"]
-    assert engine.state.stop_reason is StopReason.TERMINATED
+    assert engine.state.stop_reason == StopReason.TERMINATED
     assert engine.state.iteration == 2
     async with engine.iterate(range(5)) as iterations:
         rest = [event.output async for event in iterations]
     assert rest == [20, 30, 40]
-    assert engine.state.stop_reason is StopReason.COMPLETED
+    assert engine.state.stop_reason == StopReason.COMPLETED
 
 
 @both_threads
@@ -92,7 +92,7 @@ async def test_an_error_in_the_body_fails_the_run(thread: Thread) -> None:
     assert caught.value is error
     assert raised == [error]
     assert names == ["EXCEPTION_RAISED"]
-    assert engine.state.stop_reason is StopReason.FAILED
+    assert engine.state.stop_reason == StopReason.FAILED
     await engine.run(range(5))
     assert engine.state.iteration == 5
 
@@ -174,7 +174,7 @@ async def test_cancelled_in_the_body_the_run_is_cancelled(thread: Thread) -> Non
                     await checkpoint()
     assert scope.cancelled_caught
     assert names == ["CANCELLED"]
-    assert engine.state.stop_reason is StopReason.CANCELLED
+    assert engine.state.stop_reason == StopReason.CANCELLED
     await engine.run(range(5))
     assert engine.state.iteration == 5
 
@@ -230,14 +230,14 @@ async def test_terminated_or_interrupted_in_the_body_the_for_ends(thread: Thread
             if event.iteration == 2:
                 engine.interrupt()
     assert seen == [1, 2]
-    assert engine.state.stop_reason is StopReason.INTERRUPTED
+    assert engine.state.stop_reason == StopReason.INTERRUPTED
     async with engine.iterate() as iterations:
         async for event in iterations:
             seen.append(event.iteration)
             if event.iteration == 4:
                 engine.terminate()
     assert seen == [1, 2, 3, 4]
-    assert engine.state.stop_reason is StopReason.TERMINATED
+    assert engine.state.stop_reason == StopReason.TERMINATED
 
 
 async def test_what_run_refuses_it_refuses() -> None:

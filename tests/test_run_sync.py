@@ -35,7 +35,7 @@ def test_plain_things_need_neither_an_event_loop_nor_a_thread() -> None:
     def note(*_: Any) -> None:
         seen.append((threading.get_ident(), is_in_event_loop()))
 
-    engine = Engine(lambda engine, batch: note())
+    engine: Engine[int, None] = Engine(lambda engine, batch: note())
     engine.add_event_handler(Events.ITERATION_COMPLETED, note)
 
     def data() -> Iterator[int]:
@@ -184,7 +184,7 @@ def test_ctrl_c_in_a_step_comes_out_and_the_run_can_be_resumed() -> None:
 
 def test_what_one_way_began_the_other_goes_on_with() -> None:
     seen: list[int] = []
-    engine = Engine(lambda engine, batch: seen.append(batch))
+    engine: Engine[int, None] = Engine(lambda engine, batch: seen.append(batch))
     engine.add_event_handler(Events.ITERATION_COMPLETED(every=2), engine.interrupt)
     engine.run_sync(range(5))
     assert seen == [0, 1]
@@ -232,7 +232,7 @@ def test_an_engine_in_its_own_handler_is_busy() -> None:
 
 def test_own_events_reach_plain_handlers_and_subscribers() -> None:
     seen: list[str] = []
-    engine = Engine(lambda engine, batch: engine.fire_event("NEWS"))
+    engine: Engine[int, None] = Engine(lambda engine, batch: engine.fire_event("NEWS"))
     engine.register_events("NEWS")
     engine.add_event_handler("NEWS", seen.append, "inline")
     engine.run_sync(range(2))

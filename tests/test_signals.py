@@ -169,7 +169,7 @@ async def test_a_cancellation_from_elsewhere_goes_through_the_block() -> None:
 async def test_a_signal_before_the_run_is_not_forgotten() -> None:
     """A container that is stopped while the data is being loaded."""
     seen: list[int] = []
-    engine = Engine(lambda engine, batch: seen.append(batch))
+    engine: Engine[int, None] = Engine(lambda engine, batch: seen.append(batch))
     with anyio.fail_after(20), stop_on_signals(engine) as stop:
         signal.raise_signal(signal.SIGTERM)
         await engine.run(range(10**4))

@@ -447,7 +447,7 @@ class Broker:
         await self.fail.wait()
         raise self.error
 
-    async def __aexit__(self, *error: Any) -> None:
+    async def __aexit__(self, *error: object) -> None:
         self.group.cancel_scope.cancel()
         try:
             await self.group.__aexit__(*error)
@@ -555,7 +555,7 @@ async def test_a_source_that_cannot_be_entered_fails_the_run_with_its_very_error
 
 async def test_a_source_whose_exit_fails_fails_the_run_with_its_very_error() -> None:
     class Stuck(Broker):
-        async def __aexit__(self, *error: Any) -> None:
+        async def __aexit__(self, *error: object) -> None:
             await super().__aexit__(*error)
             raise self.error
 
@@ -574,7 +574,7 @@ async def test_a_source_is_entered_and_left_in_one_task() -> None:
             self.task = anyio.get_current_task()
             await super().__aenter__()
 
-        async def __aexit__(self, *error: Any) -> None:
+        async def __aexit__(self, *error: object) -> None:
             assert anyio.get_current_task() == self.task
             await super().__aexit__(*error)
 
@@ -585,14 +585,14 @@ async def test_a_source_is_entered_and_left_in_one_task() -> None:
 
 async def test_a_source_that_hangs_in_its_exit_is_cancelled_when_its_grace_is_over() -> None:
     class Hangs(Broker):
-        async def __aexit__(self, *error: Any) -> None:
+        async def __aexit__(self, *error: object) -> None:
             try:
                 await anyio.sleep_forever()
             finally:
                 await super().__aexit__(*error)
 
     engine, broker = Engine(step, grace=0.05), Hangs()
-    with anyio.fail_after(10):
+    with anyio.fail_after(10), pytest.raises(HandlerTimeout, match="grace"):
         await engine.run(broker)
     assert broker.log == ["enter", "exit"]
 

@@ -202,11 +202,11 @@ async def test_reading_is_a_cancellation_point() -> None:
 
 async def test_reading_outside_of_the_block_says_how_to() -> None:
     stream = Engine(step).stream(Events.STARTED)
-    with pytest.raises(RuntimeError, match="async with engine.stream"):
+    with pytest.raises(RuntimeError, match=r"async with engine\.stream"):
         await anext(stream)
     async with stream:
         pass
-    with pytest.raises(RuntimeError, match="async with engine.stream"):
+    with pytest.raises(RuntimeError, match=r"async with engine\.stream"):
         await anext(stream)
 
 

@@ -1,12 +1,12 @@
 """The worker: one thread for what blocks, its own or borrowed, and an event loop that stays free."""
 
-import os
 import subprocess
 import sys
 import threading
 import weakref
 from collections.abc import Iterator
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -121,7 +121,7 @@ async def test_other_steps_run_on_the_loops_thread_and_start_none(is_async: Any)
 def test_thread_true_insists_on_a_plain_step() -> None:
     async def step(engine: Engine[int, None], batch: int) -> None: ...
 
-    with pytest.raises(TypeError, match="thread=True puts a plain step on the worker.*leave"):
+    with pytest.raises(TypeError, match=r"thread=True puts a plain step on the worker.*leave"):
         Engine(step, thread=True)
 
 
@@ -437,6 +437,9 @@ def test_a_run_without_torch_loads_none() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="GNU's OpenMP, and /proc")
 async def test_a_run_releases_the_idle_threads_of_its_caller() -> None:
+    def count_threads() -> int:
+        return len([*Path("/proc/self/task").iterdir()])
+
     def in_parallel() -> float:
         return float(torch.ones(1_000_000).add_(1).sum())
 
@@ -444,11 +447,11 @@ async def test_a_run_releases_the_idle_threads_of_its_caller() -> None:
     torch.set_num_threads(2)
     try:
         assert in_parallel() == 2_000_000
-        team = len(os.listdir("/proc/self/task"))
+        team = count_threads()
         counts: list[int] = []
 
         def step(engine: Engine[int, float], batch: int) -> float:
-            counts.append(len(os.listdir("/proc/self/task")))
+            counts.append(count_threads())
             return in_parallel()
 
         engine = Engine(step)

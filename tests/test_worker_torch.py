@@ -91,7 +91,8 @@ async def test_the_settings_of_the_caller_hold_in_its_run(
         yield 1
         yield 2
 
-    engine, nested = Engine(step), Engine(lambda engine, batch: see("nested step"))
+    engine = Engine(step)
+    nested: Engine[int, None] = Engine(lambda engine, batch: see("nested step"))
     engine.add_event_handler(Events.STARTED, see, "handler")
 
     @engine.on(Events.ITERATION_COMPLETED(once=1))
@@ -178,8 +179,8 @@ async def test_what_a_step_leaves_behind_changes_nobody_elses(
         assert settings() != before
 
     changing = Engine(change)
-    outer = Engine(lambda engine, batch: seen.update(outer=settings()))
-    beside = Engine(lambda engine, batch: seen.update(beside=settings()))
+    outer: Engine[int, None] = Engine(lambda engine, batch: seen.update(outer=settings()))
+    beside: Engine[int, None] = Engine(lambda engine, batch: seen.update(beside=settings()))
 
     @outer.on(Events.ITERATION_COMPLETED)
     async def nest() -> None:
@@ -221,7 +222,7 @@ async def test_a_training_step_on_the_worker_learns_what_a_plain_loop_learns() -
         loss = (model(batch) - 3 * batch).square().mean()
         loss.backward()
         optimizer.step()
-        return loss.item()
+        return float(loss.item())
 
     def build() -> tuple[torch.nn.Linear, torch.optim.Optimizer]:
         torch.manual_seed(0)

@@ -4,7 +4,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterable
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, Self
 
 import anyio
 
@@ -21,7 +21,9 @@ class stop_on_signals:  # noqa: N801 -- used as a function is, like contextlib.s
         if stop.received: ...
 
     The handlers that were there before come back at the end of the block. Around `run_sync()`, where no event loop
-    runs, the second signal raises KeyboardInterrupt.
+    runs, the second signal raises KeyboardInterrupt. A first signal while no engine runs, as when data is still being
+    loaded, acts as a second one: there is nothing to end cleanly. After a second one the code behind the block goes on:
+    look at `engine.state`, not at what `run()` would have returned.
 
     Args:
         engines: those to terminate.
@@ -44,29 +46,36 @@ class stop_on_signals:  # noqa: N801 -- used as a function is, like contextlib.s
         self._scope: anyio.CancelScope | None = None
         self._cancel: Callable[[], None] | None = None
 
-    def __enter__(self) -> "stop_on_signals":
+    def __enter__(self) -> Self:
         if threading.current_thread() is not threading.main_thread():
             raise RuntimeError(
-                "stop_on_signals() works in the main thread only, where Python delivers signals: call engine.terminate() instead"
+                "stop_on_signals() works in the main thread only, where Python delivers signals: call engine.terminate()"
             )
+        try:
+            for one in self._signals:
+                self._before[one] = signal.signal(one, self._handle)
+        except (OSError, ValueError):
+            self._restore()
+            raise
         if runs_in_event_loop():
             home, scope = Home(), anyio.CancelScope()
             scope.__enter__()
             self._scope, self._cancel = scope, lambda: home.post(scope.cancel)
-        for one in self._signals:
-            self._before[one] = signal.signal(one, self._handle)
         return self
+
+    def _restore(self) -> None:
+        for one, before in self._before.items():
+            signal.signal(one, before)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool | None:
-        for one, before in self._before.items():
-            signal.signal(one, before)
+        self._restore()
         return None if self._scope is None else self._scope.__exit__(kind, error, trace)
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         self.received.append(signal.Signals(number))
-        if len(self.received) == 1:
+        if len(self.received) == 1 and any(engine.is_running for engine in self._engines):
             for engine in self._engines:
                 engine.terminate()
         elif self._cancel is None:
