@@ -117,7 +117,7 @@ class Driver:
             ending = error
         finally:
             self._control.on_change = bus.home = None
-            loop.source.host = None
+            loop.source.host = bus.told = None
         try:
             self._raise(ending)
         finally:
@@ -324,6 +324,7 @@ class Driver:
                 close_unawaited(self._wanted)
                 self._wanted = None
                 self._next = (self._story.throw, thrown)
+            del thrown
 
     def _why_cancelled(self) -> BaseException | None:
         if self._deadline is not None:

@@ -221,8 +221,8 @@ class Engine(Publishing, Generic[Batch, Output]):
     def _give_up(self) -> None:
         """Begin anew, or elsewhere: what was interrupted will not be gone on with."""
         if self._loop is not None and self._story is not None:
-            self._keep_left(self._loop.source)
             self._story.close()
+            self._keep_left(self._loop.source)
         self._loop = self._story = None
 
     def _refuse_other_arguments(

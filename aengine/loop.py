@@ -110,6 +110,9 @@ class Loop:
             yield Signal.FLUSH
             yield from self._close(gently=True)
         except GeneratorExit:  # an interrupted engine is given up: nobody is there to await anything
+            if self._batch is not _END:
+                self.source.put_back(self._batch)
+                self._batch = _END
             self.source.close()
             raise
         except BaseException as error:
@@ -206,7 +209,9 @@ class Loop:
                         if (rest := got.publish(engine, iteration)) is not None:
                             yield from rest
                         if control.asked:
+                            self._batch = batch
                             yield from self._attend()
+                            self._batch = _END
 
                 state.iteration = iteration = iteration + 1
                 if is_busy:
@@ -214,7 +219,9 @@ class Loop:
                         if (rest := started.publish(engine, iteration)) is not None:
                             yield from rest
                         if control.asked:
+                            self._batch = batch
                             yield from self._attend()
+                            self._batch = _END
                     if is_timed:
                         mark = perf_counter()
                 try:
@@ -291,7 +298,7 @@ class Loop:
         control, state = self._control, self._state
         yield from self._dispatch("INTERRUPT")
         if self.source.must_be_awaited:
-            yield self.source.suspend(self.completed)
+            yield self.source.suspend(self.completed + (self._batch is not _END))
         yield Signal.FLUSH
         state.stop_reason = StopReason.INTERRUPTED
         phase, control.phase = control.phase, Phase.IDLE

@@ -48,7 +48,12 @@ class Buffer:
         with self._condition:
             if not self._batches:
                 if self._error is not None:
-                    raise self._error
+                    # Each taken anew: an error that stays here would hold its traceback, and so the engine.
+                    error, self._error = self._error, StopIteration()
+                    try:
+                        raise error
+                    finally:
+                        del error
                 return None
             fetched = self._batches.popleft()
             self._make_room()

@@ -140,7 +140,10 @@ class Slice:
                 break
             cancellation = await self._answer(cancellation)
         if cancellation is not None:
-            raise cancellation
+            try:
+                raise cancellation
+            finally:
+                del cancellation  # whose traceback holds this frame
 
     async def _answer(self, cancellation: BaseException | None) -> BaseException | None:
         wanted, answers, self._bell = self._wanted, self._answers, Bell(self._home)

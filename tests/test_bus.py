@@ -254,9 +254,7 @@ async def test_never_more_than_the_buffer_and_the_emitters_wait(thread: Thread) 
         ("drop_new", [1, 2, 3, 4], 6),
     ],
 )
-async def test_overflow_policies_drop_and_count_and_never_wait(
-    overflow: str, handled: list[int], dropped: int
-) -> None:
+async def test_overflow_policies_drop_and_count_and_never_wait(overflow: str, handled: list[int], dropped: int) -> None:
     begun, gate = anyio.Event(), anyio.Event()
 
     async def step(engine: Engine[int, None], batch: int) -> None:
@@ -291,9 +289,7 @@ async def test_latest_keeps_one_of_each_of_several_events() -> None:
     engine = Engine(step)
     seen: list[str] = []
 
-    @engine.subscribe(
-        Events.STARTED | Events.EPOCH_STARTED | Events.ITERATION_COMPLETED, overflow="latest"
-    )
+    @engine.subscribe(Events.STARTED | Events.EPOCH_STARTED | Events.ITERATION_COMPLETED, overflow="latest")
     async def slow(event: Event) -> None:
         begun.set()
         await gate.wait()
@@ -368,9 +364,7 @@ async def test_a_full_inbox_that_raises_keeps_the_event_from_nobody_else() -> No
 
 @pytest.mark.parametrize("overflow", ["latest", "drop_oldest", "drop_new"])
 @both_threads
-async def test_a_subscriber_that_hangs_does_not_delay_the_step(
-    thread: Thread, overflow: str
-) -> None:
+async def test_a_subscriber_that_hangs_does_not_delay_the_step(thread: Thread, overflow: str) -> None:
     engine = Engine(step, thread=thread)
     gate = anyio.Event()
 

@@ -1,4 +1,4 @@
-"""Subscribers that come, go, fail, hang or wait for one another; and the barriers: flush and the end of the run."""
+"""Subscribers that come, go, fail, hang or wait for one another; and the end of a run."""
 
 import gc
 import logging
@@ -12,7 +12,6 @@ import pytest
 from anyio.lowlevel import checkpoint
 
 from aengine import Engine, Event, Events, HandlerTimeout, StopReason
-from aengine.worker import Home
 
 Thread: TypeAlias = bool | None
 
@@ -36,9 +35,7 @@ async def ignore(event: Event) -> None: ...
 
 @both_threads
 @pytest.mark.parametrize("plain", [True, False], ids=["plain", "async"])
-async def test_an_error_fails_the_run_as_the_very_object_with_a_note(
-    thread: Thread, plain: Any
-) -> None:
+async def test_an_error_fails_the_run_as_the_very_object_with_a_note(thread: Thread, plain: Any) -> None:
     engine = Engine(step, thread=thread, name="trainer")
     error = ValueError("no disk")
 
@@ -119,9 +116,7 @@ async def test_a_run_after_a_failed_one_is_served_again() -> None:
 
 
 @pytest.mark.parametrize("plain", [True, False], ids=["plain", "async"])
-async def test_an_isolated_subscriber_logs_counts_and_goes_on(
-    plain: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_an_isolated_subscriber_logs_counts_and_goes_on(plain: Any, caplog: pytest.LogCaptureFixture) -> None:
     engine = Engine(step)
     seen: list[int] = []
 
@@ -197,9 +192,7 @@ async def test_subscribed_from_another_task_or_thread_it_is_served() -> None:
 
     @engine.on(Events.ITERATION_COMPLETED(once=2))
     async def subscribe_elsewhere() -> None:
-        thread = threading.Thread(
-            target=engine.subscribe, args=(Events.EPOCH_COMPLETED, listener("thread"))
-        )
+        thread = threading.Thread(target=engine.subscribe, args=(Events.EPOCH_COMPLETED, listener("thread")))
         thread.start()
         thread.join()
         async with anyio.create_task_group() as group:
@@ -357,9 +350,7 @@ async def test_a_handler_that_hangs_is_named_when_its_grace_is_over() -> None:
     async def hang(event: Event) -> None:
         await anyio.sleep_forever()
 
-    with pytest.raises(
-        HandlerTimeout, match=r"'trainer'.*'uploader' of ITERATION_COMPLETED.*iteration 1.*2 more"
-    ):
+    with pytest.raises(HandlerTimeout, match=r"'trainer'.*'uploader' of ITERATION_COMPLETED.*iteration 1.*2 more"):
         await engine.run(range(3))
     (listener,) = engine.statistics().listeners
     assert (listener.accepted, listener.handled, listener.discarded) == (3, 0, 3)
@@ -401,177 +392,6 @@ async def test_a_cancelled_run_still_handles_what_was_sent() -> None:
     assert seen[:4] == [1, 2, 3, 4]
 
 
-# flush
-
-
-async def test_flush_in_an_inline_handler_waits_for_everything_before_it() -> None:
-    engine = Engine(step)
-    seen: list[int] = []
-    counts: list[int] = []
-
-    @engine.subscribe(Events.ITERATION_COMPLETED)
-    async def slow(event: Event) -> None:
-        for _ in range(5):
-            await checkpoint()
-        seen.append(event.iteration)
-
-    @engine.on(Events.EPOCH_COMPLETED)
-    async def barrier() -> None:
-        await engine.flush()
-        counts.append(len(seen))
-
-    await engine.run(range(7), max_epochs=3)
-    assert counts == [7, 14, 21]
-
-
-async def test_flush_from_outside_waits_for_the_event_in_hand_and_not_for_later_ones() -> None:
-    engine = Engine(async_step)
-    gate, begun = anyio.Event(), anyio.Event()
-    flushed: list[int] = []
-    handled = 0
-
-    @engine.subscribe(Events.ITERATION_COMPLETED, buffer=2)
-    async def slow(event: Event) -> None:
-        nonlocal handled
-        begun.set()
-        await gate.wait()
-        await checkpoint()
-        handled += 1
-
-    async def flush() -> None:
-        await begun.wait()
-        await anyio.wait_all_tasks_blocked()
-        sent = engine.statistics().listeners[0].accepted
-        group.start_soon(open_when_flush_waits)
-        await engine.flush()
-        flushed.extend((sent, handled))
-
-    async def open_when_flush_waits() -> None:
-        await anyio.wait_all_tasks_blocked()
-        assert not flushed
-        gate.set()
-
-    async with anyio.create_task_group() as group:
-        group.start_soon(flush)
-        await engine.run(range(200))
-    sent, handled_then = flushed
-    assert sent <= handled_then < 200
-    assert handled == 200
-
-
-async def test_flush_is_cancellable_and_loses_nothing() -> None:
-    engine = Engine(async_step)
-    gate = anyio.Event()
-    seen: list[int] = []
-
-    @engine.subscribe(Events.ITERATION_COMPLETED)
-    async def slow(event: Event) -> None:
-        await gate.wait()
-        seen.append(event.iteration)
-
-    @engine.on(Events.EPOCH_COMPLETED)
-    async def flush_in_vain() -> None:
-        with anyio.move_on_after(0.01) as scope:
-            await engine.flush()
-        assert scope.cancelled_caught
-        gate.set()
-        await engine.flush()
-        assert seen == [1, 2, 3]
-
-    await engine.run(range(3))
-
-
-async def test_flush_in_a_subscriber_says_that_it_would_wait_for_itself() -> None:
-    engine = Engine(step)
-
-    @engine.subscribe(Events.COMPLETED)
-    async def flush(event: Event) -> None:
-        await engine.flush()
-
-    with pytest.raises(RuntimeError, match=r"waits for every subscriber.*call it from"):
-        await engine.run([1])
-
-
-async def test_flush_of_another_engine_in_a_subscriber_is_fine() -> None:
-    """A concurrent validation: another engine runs in a subscriber of the first."""
-    trainer = Engine(step)
-    validator = Engine(step)
-    order: list[str] = []
-
-    @validator.subscribe(Events.ITERATION_COMPLETED)
-    async def note(event: Event) -> None:
-        await checkpoint()
-        order.append("noted")
-
-    @validator.on(Events.COMPLETED)
-    async def flush() -> None:
-        await validator.flush()
-        order.append("flushed")
-
-    @trainer.subscribe(Events.EPOCH_COMPLETED)
-    async def validate(event: Event) -> None:
-        await validator.run([1, 2])
-
-    await trainer.run([1])
-    assert order == ["noted", "noted", "flushed"]
-
-
-async def test_flush_waits_for_what_a_removed_subscriber_was_sent() -> None:
-    engine = Engine(step)
-    seen: list[int] = []
-
-    async def slow(event: Event) -> None:
-        for _ in range(20):
-            await checkpoint()
-        seen.append(event.iteration)
-
-    handle = engine.subscribe(Events.ITERATION_COMPLETED, slow)
-
-    @engine.on(Events.ITERATION_COMPLETED(once=3))
-    async def remove_and_flush() -> None:
-        handle.remove()
-        await engine.flush()
-        assert seen[:2] == [1, 2]
-
-    await engine.run(range(3))
-
-
-async def test_flush_without_a_run_returns_at_once_or_says_why_it_cannot() -> None:
-    engine = Engine(step)
-    engine.register_events("NEWS")
-    engine.subscribe("NEWS", ignore, name="reader")
-    await engine.flush()
-    await engine.emit("NEWS")
-    with pytest.raises(RuntimeError, match=r"wait for ever.*reader"):
-        await engine.flush()
-    await engine.run([1])
-    await engine.flush()
-
-
-@both_threads
-async def test_a_flush_that_waits_when_the_run_fails_comes_back(thread: Thread) -> None:
-    engine = Engine(step, thread=thread)
-    waits = anyio.Event()
-    home = Home()
-
-    @engine.subscribe(Events.ITERATION_COMPLETED)
-    async def fail(event: Event) -> None:
-        await waits.wait()
-        raise ValueError("failed")
-
-    async def flush() -> None:
-        home.post(waits.set)
-        await engine.flush()
-
-    @engine.on(Events.ITERATION_COMPLETED(once=1))
-    async def start() -> None:
-        group.start_soon(flush)
-
-    async with anyio.create_task_group() as group:
-        with pytest.raises(ValueError, match="failed"):
-            await engine.run(range(10))
-
-
 # Bad input
 
 
@@ -584,9 +404,7 @@ async def test_a_flush_that_waits_when_the_run_fails_comes_back(thread: Thread) 
         ({"snapshot": 3}, TypeError, "snapshot= must be a callable"),
     ],
 )
-def test_wrong_options_are_refused(
-    arguments: dict[str, Any], error: type[Exception], message: str
-) -> None:
+def test_wrong_options_are_refused(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     engine = Engine(step)
     with pytest.raises(error, match=message):
         engine.subscribe(Events.STARTED, ignore, **arguments)

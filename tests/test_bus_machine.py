@@ -114,9 +114,7 @@ class BusMachine(RuleBasedStateMachine):
         consumer = Consumer(capacity, overflow)
 
         async def subscribe() -> None:
-            consumer.handle = self.engine.subscribe(
-                "NEWS", consumer.on_event, buffer=capacity, overflow=overflow
-            )
+            consumer.handle = self.engine.subscribe("NEWS", consumer.on_event, buffer=capacity, overflow=overflow)
 
         self.portal.call(subscribe)
         self.consumers.append(consumer)
@@ -215,9 +213,5 @@ class BusMachine(RuleBasedStateMachine):
 
 
 def test_the_bus_agrees_with_a_model(anyio_backend: Backend) -> None:
-    machine: type[RuleBasedStateMachine] = type(
-        "Machine", (BusMachine,), {"backend": anyio_backend}
-    )
-    run_state_machine_as_test(
-        machine, settings=settings(max_examples=60, stateful_step_count=30, deadline=None)
-    )
+    machine: type[RuleBasedStateMachine] = type("Machine", (BusMachine,), {"backend": anyio_backend})
+    run_state_machine_as_test(machine, settings=settings(max_examples=60, stateful_step_count=30, deadline=None))

@@ -182,9 +182,7 @@ async def test_inline_handlers_come_before_the_snapshot() -> None:
     engine = Engine(step)
     seen: list[Any] = []
 
-    @engine.subscribe(
-        Events.EPOCH_COMPLETED, snapshot=lambda engine: dict(engine.state.metrics)
-    )
+    @engine.subscribe(Events.EPOCH_COMPLETED, snapshot=lambda engine: dict(engine.state.metrics))
     async def keep(event: Event) -> None:
         seen.append((event.snapshot, dict(event.metrics)))
 
@@ -200,12 +198,8 @@ async def test_inline_handlers_come_before_the_snapshot() -> None:
 
 
 @both_threads
-@pytest.mark.parametrize(
-    ("length", "expected"), [(10, [4, 8, 10]), (8, [4, 8]), (3, [3]), (4, [4])]
-)
-async def test_at_end_adds_the_last_iteration_once(
-    thread: Thread, length: int, expected: list[int]
-) -> None:
+@pytest.mark.parametrize(("length", "expected"), [(10, [4, 8, 10]), (8, [4, 8]), (3, [3]), (4, [4])])
+async def test_at_end_adds_the_last_iteration_once(thread: Thread, length: int, expected: list[int]) -> None:
     engine = Engine(step, thread=thread)
     seen: list[Any] = []
 

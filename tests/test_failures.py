@@ -1181,14 +1181,16 @@ async def test_a_step_that_fires_into_a_full_inbox_is_held_back_and_never_stuck(
 # A run within a run
 
 
+def note_thread(engine: Any, threads: set[int]) -> None:
+    threads.add(threading.get_ident())
+
+
 @pytest.mark.parametrize("step", ["worker", "here", "async"])
 async def test_another_engine_in_an_async_inline_handler_borrows_the_thread(step: str) -> None:
     threads: dict[str, set[int]] = {"outer": set(), "inner": set()}
     outer, inner = Rig(step), Rig("worker")
     for name, rig in (("outer", outer), ("inner", inner)):
-        rig.engine.add_event_handler(
-            Events.ITERATION_COMPLETED, lambda name=name: threads[name].add(threading.get_ident())
-        )
+        rig.engine.add_event_handler(Events.ITERATION_COMPLETED, note_thread, threads[name])
 
     @outer.engine.on(Events.EPOCH_COMPLETED)
     async def evaluate(engine: Any) -> None:
@@ -1230,9 +1232,7 @@ async def test_another_engine_in_a_subscriber_has_a_thread_of_its_own() -> None:
     threads: dict[str, set[int]] = {"outer": set(), "inner": set()}
     outer, inner = Rig("worker"), Rig("worker")
     for name, rig in (("outer", outer), ("inner", inner)):
-        rig.engine.add_event_handler(
-            Events.ITERATION_COMPLETED, lambda name=name: threads[name].add(threading.get_ident())
-        )
+        rig.engine.add_event_handler(Events.ITERATION_COMPLETED, note_thread, threads[name])
 
     @outer.engine.subscribe(Events.EPOCH_COMPLETED)
     async def evaluate(event: Event) -> None:
@@ -1397,67 +1397,91 @@ async def test_leaving_iterate_early_terminates(step: str) -> None:
 # Nothing keeps an engine alive
 
 
-def everything_on(engine: Engine[Any, Any]) -> None:
-    async def handle(event: Event) -> None:
+async def handle(event: Event) -> None:
+    await checkpoint()
+
+
+async def fail(event: Event) -> None:
+    await checkpoint()
+    raise Boom
+
+
+def batches() -> Iterator[int]:
+    yield from DATA
+
+
+def batches_that_fail() -> Iterator[int]:
+    yield 1
+    raise Boom
+
+
+async def run_and_forget(ending: str, prefetch: int, step: str) -> "weakref.ref[Engine[Any, Any]]":
+    def plain(engine: Any, batch: int) -> int:
+        if ending == "failed" and batch == 3:
+            raise Boom
+        return batch
+
+    async def awaiting(engine: Any, batch: int) -> int:
         await checkpoint()
+        return plain(engine, batch)
 
     async def wait(engine: Any) -> None:
         await checkpoint()
 
+    engine: Engine[Any, Any] = Engine(awaiting if step == "async" else plain, thread=False if step == "here" else None)
     engine.on(Events.ITERATION_COMPLETED)(wait)
     engine.on(Events.EPOCH_COMPLETED(every=1))(lambda engine: None)
     engine.subscribe(Events.ITERATION_COMPLETED, handle, snapshot=lambda engine: 1)
     engine.subscribe(Events.EPOCH_COMPLETED, lambda event: None)
-
-
-ENDINGS = ["completed", "terminated", "failed", "subscriber failed", "data failed", "cancelled", "interrupted"]
+    scope = anyio.CancelScope()
+    if ending == "terminated":
+        engine.on(Events.ITERATION_COMPLETED(once=2))(lambda engine: engine.terminate())
+    elif ending == "cancelled":
+        engine.add_event_handler(Events.ITERATION_COMPLETED(once=2), cancel_and_wait, scope)
+    elif ending == "subscriber failed":
+        engine.subscribe(Events.ITERATION_COMPLETED(once=2), fail)
+    try:
+        with anyio.fail_after(30), scope:
+            await engine.run(batches_that_fail if ending == "data failed" else batches, prefetch=prefetch)
+    except Boom:
+        assert "failed" in ending
+    return weakref.ref(engine)
 
 
 @each_step
 @pytest.mark.parametrize("prefetch", [0, 2])
-@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize(
+    "ending", ["completed", "terminated", "failed", "subscriber failed", "data failed", "cancelled"]
+)
 async def test_an_engine_is_freed_by_reference_count_after_its_run(ending: str, prefetch: int, step: str) -> None:
-    async def run() -> "weakref.ref[Engine[Any, Any]]":
-        fails = ending == "failed"
-
-        def plain(engine: Any, batch: int) -> int:
-            if fails and batch == 3:
-                raise Boom
-            return batch
-
-        async def awaiting(engine: Any, batch: int) -> int:
-            await checkpoint()
-            return plain(engine, batch)
-
-        engine: Engine[Any, Any] = Engine(
-            awaiting if step == "async" else plain, thread=False if step == "here" else None
-        )
-        everything_on(engine)
-        scope = anyio.CancelScope()
-        if ending == "terminated":
-            engine.on(Events.ITERATION_COMPLETED(once=2))(lambda engine: engine.terminate())
-        elif ending == "interrupted":
-            engine.on(Events.ITERATION_COMPLETED(once=2))(lambda engine: engine.interrupt())
-        elif ending == "cancelled":
-            engine.add_event_handler(Events.ITERATION_COMPLETED(once=2), cancel_and_wait, scope)
-        elif ending == "subscriber failed":
-            engine.subscribe(Events.ITERATION_COMPLETED(once=2), lambda event: raise_it(Boom()))
-        data: Any = FaultyAsyncIterable("next" if ending == "data failed" else "", Boom())
-        try:
-            with anyio.fail_after(30), scope:
-                await engine.run(data, prefetch=prefetch)
-        except Boom:
-            assert "failed" in ending
-        return weakref.ref(engine)
-
     gc.collect()
     gc.disable()
     try:
-        engine = await run()
-        await checkpoint()  # asyncio lets go of what ran last in its next turn
+        engine = await run_and_forget(ending, prefetch, step)
+        for _ in range(100):  # event loops and pools of threads let go of what ran last a little later
+            if engine() is None:
+                break
+            await anyio.sleep(0.001)
         assert engine() is None
     finally:
         gc.enable()
+
+
+@each_step
+async def test_an_interrupted_engine_that_is_dropped_closes_its_data(step: str) -> None:
+    """In the middle of its run it holds itself, so it is the collector that finds it."""
+    data = FaultyIterable("", Boom())
+    rig = Rig(step)
+    rig.engine.add_event_handler(Events.ITERATION_COMPLETED(once=2), rig.engine.interrupt)
+    await rig.engine.run(data)
+    assert rig.engine.state.stop_reason is StopReason.INTERRUPTED
+    rig.check_nothing_is_left()
+    assert data.open == 1
+    engine = weakref.ref(rig.engine)
+    del rig
+    gc.collect()
+    assert engine() is None
+    assert data.open == 0
 
 
 def test_an_engine_is_freed_by_reference_count_after_run_sync() -> None:

@@ -176,9 +176,7 @@ async def test_an_epoch_may_be_shorter_or_longer_than_the_data(kind: str) -> Non
     for make, prefetch in ALL:
         for epoch_length, max_epochs in ((3, 4), (7, 2)):
             seen: list[Any] = []
-            await make(seen).run(
-                RESTARTABLE[kind](), max_epochs, epoch_length=epoch_length, prefetch=prefetch
-            )
+            await make(seen).run(RESTARTABLE[kind](), max_epochs, epoch_length=epoch_length, prefetch=prefetch)
             expected = [n % LENGTH for n in range(epoch_length * max_epochs)]
             assert seen == expected, (make, prefetch, epoch_length)
 
@@ -191,6 +189,11 @@ ONE_SHOT: dict[str, Callable[[], Any]] = {
     "iterator": lambda: iter(range(LENGTH)),
     "map": lambda: map(int, "01234"),
 }
+
+
+def why(engine: Engine[Any, Any]) -> StopReason | None:
+    """Ask in a call: a type checker would take two attributes for the same."""
+    return engine.state.stop_reason
 
 
 async def close(data: Any) -> None:
@@ -258,13 +261,13 @@ async def test_an_interrupted_run_goes_on_with_the_next_batch(kind: str) -> None
         engine.add_event_handler(Events.ITERATION_COMPLETED(every=2), engine.interrupt)
         await engine.run(data, prefetch=prefetch)
         assert seen == [0, 1], (make, prefetch)
-        assert engine.state.stop_reason is StopReason.INTERRUPTED
+        assert why(engine) is StopReason.INTERRUPTED
         if kind.startswith("__aenter__"):  # left, and entered again: what it gives then is its own
             continue
         await engine.run(data, prefetch=prefetch)
         await engine.run(prefetch=prefetch)
         assert seen == [*range(LENGTH)], (make, prefetch)
-        assert engine.state.stop_reason is StopReason.COMPLETED
+        assert why(engine) is StopReason.COMPLETED
 
 
 @pytest.mark.parametrize("kind", ONE_SHOT)
@@ -275,19 +278,18 @@ async def test_a_one_shot_iterator_that_ends_early_says_what_to_pass(kind: str) 
         with pytest.warns(DataExhaustedWarning, match=r"after 5 of 15 iterations.*Pass the func"):
             await engine.run(ONE_SHOT[kind](), max_epochs=3, prefetch=prefetch)
         assert seen == [*range(LENGTH)], (make, prefetch)
-        assert engine.state.stop_reason is StopReason.DATA_EXHAUSTED
+        assert why(engine) is StopReason.DATA_EXHAUSTED
 
 
 @pytest.mark.parametrize(
     "empty",
-    [{}, [], lambda: [], list,  # noqa: PIE807 -- a lambda and a class
-     lambda: iter([]), lambda: (_ for _ in ())],
-    ids=["dict", "list", "lambda", "class", "lambda of an iterator", "lambda of a generator"],
+    [{}, [], list, lambda: iter([]), lambda: (_ for _ in ())],
+    ids=["dict", "list", "class", "lambda of an iterator", "lambda of a generator"],
 )
 async def test_empty_data_is_refused(empty: Any) -> None:
     for make, prefetch in ALL:
         engine = make([])
-        with pytest.raises(ValueError, match="has length 0|the data is empty"):
+        with pytest.raises(ValueError, match=r"has length 0|the data is empty"):
             await engine.run(empty, prefetch=prefetch)
         with pytest.raises(DataExhausted, match=r"the data is empty.*one-shot"):
             await engine.run(iter([]), prefetch=prefetch)
@@ -317,9 +319,7 @@ async def test_without_data_the_step_gets_none() -> None:
 @pytest.mark.parametrize("prefetch", [0, 2])
 async def test_a_loader_starts_its_workers_from_our_thread(prefetch: int) -> None:
     data = TensorDataset(torch.arange(12))
-    loader = DataLoader(
-        data, batch_size=3, num_workers=2, multiprocessing_context=forkserver(), timeout=30
-    )
+    loader = DataLoader(data, batch_size=3, num_workers=2, multiprocessing_context=forkserver(), timeout=30)
     seen: list[Any] = []
     await plain_on_worker(seen).run(loader, max_epochs=2, prefetch=prefetch)
     assert [batch.tolist() for (batch,) in seen] == [
@@ -332,9 +332,7 @@ async def test_a_loader_starts_its_workers_from_our_thread(prefetch: int) -> Non
 
 @pytest.mark.slow
 async def test_a_loader_whose_run_is_cancelled_ends_its_workers() -> None:
-    loader = DataLoader(
-        TensorDataset(torch.arange(1000)), num_workers=2, multiprocessing_context=forkserver()
-    )
+    loader = DataLoader(TensorDataset(torch.arange(1000)), num_workers=2, multiprocessing_context=forkserver())
     engine = plain_on_worker([])
     with anyio.CancelScope() as scope:
 

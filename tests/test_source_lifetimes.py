@@ -133,9 +133,7 @@ async def test_what_the_engine_opened_it_closes_on_every_way_out(
 
 @both_threads
 @prefetches
-async def test_an_interrupted_engine_that_is_dropped_closes_its_data(
-    thread: Thread, prefetch: int
-) -> None:
+async def test_an_interrupted_engine_that_is_dropped_closes_its_data(thread: Thread, prefetch: int) -> None:
     data = Opened()
     engine = Engine(step, thread=thread)
     engine.add_event_handler(Events.ITERATION_COMPLETED(once=3), engine.interrupt)
@@ -180,9 +178,7 @@ async def test_what_the_user_passed_stays_open(
 @both_threads
 @prefetches
 @pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
-async def test_an_error_of_the_data_names_the_data_and_the_batch(
-    thread: Thread, prefetch: int, is_async: Any
-) -> None:
+async def test_an_error_of_the_data_names_the_data_and_the_batch(thread: Thread, prefetch: int, is_async: Any) -> None:
     error = OSError("the disk is gone")
     seen: list[int] = []
 
@@ -212,9 +208,7 @@ async def test_an_error_of_the_data_names_the_data_and_the_batch(
 
 @both_threads
 @prefetches
-async def test_an_error_in_opening_the_data_is_one_of_the_data(
-    thread: Thread, prefetch: int
-) -> None:
+async def test_an_error_in_opening_the_data_is_one_of_the_data(thread: Thread, prefetch: int) -> None:
     class Broken:
         def __iter__(self) -> Iterator[int]:
             raise OSError("no such file")
@@ -450,7 +444,7 @@ class Broker:
     async def __aexit__(self, *error: object) -> None:
         self.group.cancel_scope.cancel()
         try:
-            await self.group.__aexit__(*error)
+            await self.group.__aexit__(*error)  # type: ignore[arg-type]  # an exit's three
         finally:
             self.log.append("exit")
 
@@ -462,9 +456,7 @@ class Broker:
 
 @both_threads
 @prefetches
-async def test_a_source_is_entered_once_and_left_at_the_end_of_the_run(
-    thread: Thread, prefetch: int
-) -> None:
+async def test_a_source_is_entered_once_and_left_at_the_end_of_the_run(thread: Thread, prefetch: int) -> None:
     engine, broker = Engine(step, thread=thread), Broker()
     engine.add_event_handler(Events.COMPLETED, broker.log.append, "completed")
     await engine.run(broker, max_epochs=3, prefetch=prefetch)
@@ -475,9 +467,7 @@ async def test_a_source_is_entered_once_and_left_at_the_end_of_the_run(
 @both_threads
 @prefetches
 @pytest.mark.parametrize("way", [terminate, fail, cancel])
-async def test_a_source_is_left_on_every_way_out(
-    thread: Thread, prefetch: int, way: Callable[..., Any]
-) -> None:
+async def test_a_source_is_left_on_every_way_out(thread: Thread, prefetch: int, way: Callable[..., Any]) -> None:
     engine, broker = Engine(step, thread=thread), Broker()
     await way(engine, broker, prefetch)
     assert broker.log == ["enter", "exit"]
@@ -485,9 +475,7 @@ async def test_a_source_is_left_on_every_way_out(
 
 @both_threads
 @prefetches
-async def test_an_interrupted_run_leaves_its_source_and_the_next_enters_it_again(
-    thread: Thread, prefetch: int
-) -> None:
+async def test_an_interrupted_run_leaves_its_source_and_the_next_enters_it_again(thread: Thread, prefetch: int) -> None:
     engine, broker = Engine(step, thread=thread), Broker()
     engine.add_event_handler(Events.ITERATION_COMPLETED(once=2), engine.interrupt)
     await engine.run(broker, epoch_length=5, prefetch=prefetch)

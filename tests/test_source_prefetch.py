@@ -87,9 +87,7 @@ async def test_an_epoch_begins_its_data_after_the_handlers_of_its_start(
     await engine.run(kind(3, log.append), max_epochs=3, prefetch=prefetch)
     pulls = ["begin", "pull 0", "pull 1", "pull 2"]
     assert [entry for entry in log if entry != "end"] == [
-        entry
-        for epoch in (1, 2, 3)
-        for entry in (f"epoch {epoch}", "seeded", *pulls, "completed")
+        entry for epoch in (1, 2, 3) for entry in (f"epoch {epoch}", "seeded", *pulls, "completed")
     ]
     assert log.count("end") == 3
 
@@ -97,9 +95,7 @@ async def test_an_epoch_begins_its_data_after_the_handlers_of_its_start(
 @both_threads
 @kinds
 @prefetches
-async def test_it_never_pulls_further_ahead_than_it_may(
-    thread: Thread, kind: type[Told], prefetch: int
-) -> None:
+async def test_it_never_pulls_further_ahead_than_it_may(thread: Thread, kind: type[Told], prefetch: int) -> None:
     engine = Engine(step, thread=thread)
     pulled = furthest = 0
 
@@ -117,9 +113,7 @@ async def test_it_never_pulls_further_ahead_than_it_may(
 @both_threads
 @kinds
 @pytest.mark.parametrize("prefetch", [1, 4])
-async def test_it_pulls_ahead_while_the_step_works(
-    thread: Thread, kind: type[Told], prefetch: int
-) -> None:
+async def test_it_pulls_ahead_while_the_step_works(thread: Thread, kind: type[Told], prefetch: int) -> None:
     """Each step waits until as many batches are ahead of it as may be."""
     pulled = threading.Semaphore(0)
 
@@ -187,9 +181,7 @@ async def test_a_limit_that_is_raised_in_the_run_is_seen(prefetch: int) -> None:
 async def test_plain_data_is_pulled_in_one_thread_of_its_own(thread: Thread) -> None:
     threads: set[str] = set()
     engine = Engine(step, thread=thread)
-    await engine.run(
-        Told(20, lambda what: threads.add(threading.current_thread().name)), prefetch=2
-    )
+    await engine.run(Told(20, lambda what: threads.add(threading.current_thread().name)), prefetch=2)
     assert threads == {"aengine-prefetch"}
 
 
@@ -200,9 +192,7 @@ async def test_without_prefetch_plain_data_is_pulled_where_the_step_runs(thread:
     def note(engine: Engine[Any, None], batch: int) -> None:
         threads.add(threading.get_ident())
 
-    await Engine(note, thread=thread).run(
-        Told(20, lambda what: threads.add(threading.get_ident()))
-    )
+    await Engine(note, thread=thread).run(Told(20, lambda what: threads.add(threading.get_ident())))
     assert len(threads) == 1
     assert (threading.get_ident() in threads) is (thread is False)
 
@@ -325,9 +315,7 @@ async def test_the_position_is_that_of_the_last_step_and_not_of_the_last_pull(
 @both_threads
 @stateful_kinds
 @prefetches
-async def test_stateful_data_is_put_back_to_the_last_step(
-    thread: Thread, kind: type[Stateful], prefetch: int
-) -> None:
+async def test_stateful_data_is_put_back_to_the_last_step(thread: Thread, kind: type[Stateful], prefetch: int) -> None:
     for stop in (1, 3, 4, 5, 7):
         seen: list[int] = []
 
@@ -348,9 +336,7 @@ async def test_stateful_data_is_put_back_to_the_last_step(
 
 @stateful_kinds
 @prefetches
-async def test_a_step_that_failed_gets_its_batch_again(
-    kind: type[Stateful], prefetch: int
-) -> None:
+async def test_a_step_that_failed_gets_its_batch_again(kind: type[Stateful], prefetch: int) -> None:
     seen: list[int] = []
 
     def fail_once(engine: Engine[Any, None], batch: int) -> None:

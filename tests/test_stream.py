@@ -1,4 +1,5 @@
 """Streams: events for whoever reads them, however slowly and for however long."""
+# ruff: noqa: PERF401, PT012 -- an `async for`, or a block with its `async with`, is what is under test
 
 import gc
 import threading
@@ -158,9 +159,7 @@ async def test_a_reader_in_another_event_loop_is_fed(anyio_backend: Any) -> None
                 seen.append(event.iteration)
 
     def train() -> None:
-        anyio.run(
-            engine.run, range(100), backend=anyio_backend[0], backend_options=anyio_backend[1]
-        )
+        anyio.run(engine.run, range(100), backend=anyio_backend[0], backend_options=anyio_backend[1])
 
     async with anyio.create_task_group() as group:
         await group.start(read)
@@ -283,9 +282,7 @@ async def test_a_reader_that_is_cancelled_lets_go_of_the_loop() -> None:
 
     async def read(*, task_status: Any) -> None:
         with scope:
-            async with engine.stream(
-                Events.ITERATION_COMPLETED, buffer=1, overflow="wait"
-            ) as events:
+            async with engine.stream(Events.ITERATION_COMPLETED, buffer=1, overflow="wait") as events:
                 task_status.started()
                 async for event in events:
                     if event.iteration == 3:

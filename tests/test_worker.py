@@ -106,13 +106,9 @@ async def test_other_steps_run_on_the_loops_thread_and_start_none(is_async: Any)
         threads.append(threading.current_thread())
 
     engine = Engine(async_step) if is_async else Engine(step, thread=False)
-    engine.add_event_handler(
-        Events.ITERATION_COMPLETED, lambda: threads.append(threading.current_thread())
-    )
+    engine.add_event_handler(Events.ITERATION_COMPLETED, lambda: threads.append(threading.current_thread()))
     before = threading.active_count()
-    engine.add_event_handler(
-        Events.COMPLETED, lambda: threads.append(threading.current_thread())
-    )
+    engine.add_event_handler(Events.COMPLETED, lambda: threads.append(threading.current_thread()))
     await engine.run(range(3))
     assert set(threads) == {threading.current_thread()}
     assert threading.active_count() == before

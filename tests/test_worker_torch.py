@@ -106,9 +106,7 @@ async def test_the_settings_of_the_caller_hold_in_its_run(
         expected = settings()
         await engine.run(data)
         await Engine(step).run(data, prefetch=1)
-    assert seen == dict.fromkeys(
-        ["data", "step 1", "step 2", "handler", "async handler", "nested step"], expected
-    )
+    assert seen == dict.fromkeys(["data", "step 1", "step 2", "handler", "async handler", "nested step"], expected)
     assert settings() != expected or context is nullcontext
 
 
@@ -237,9 +235,7 @@ async def test_a_training_step_on_the_worker_learns_what_a_plain_loop_learns() -
     model, optimizer = build()
     seen: list[float] = []
     engine: Engine[torch.Tensor, float] = Engine(train)
-    engine.add_event_handler(
-        Events.ITERATION_COMPLETED, lambda engine: seen.append(engine.state.output)
-    )
+    engine.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: seen.append(engine.state.output))
     await engine.run(batches, max_epochs=3)
     assert seen == losses
     assert torch.equal(model.weight, expected)
