@@ -26,7 +26,7 @@ def name_of(function: Any) -> str:
 def refuse_stop_iteration(error: Exception, what: str) -> None:
     """Raise a RuntimeError, with its cause, for an error that Python would take for the end of an iteration."""
     if isinstance(error, StopIteration | StopAsyncIteration):
-        raise RuntimeError(
+        raise RuntimeError(  # noqa: TRY004 -- what Python itself makes of it
             f"{what} raised {type(error).__name__}, which would look like the end of the data"
         ) from error
 
@@ -43,7 +43,7 @@ def bind(
     try:
         signature = inspect.signature(handler)
     except ValueError:  # some built-ins have none; then it takes the engine, as handlers do
-        signature = inspect.signature(lambda *args, **kwargs: None)
+        signature = inspect.Signature([inspect.Parameter("anything", inspect.Parameter.VAR_POSITIONAL)])
     forms, payload = (_FORMS[event_name], (_ANY,)) if event_name in _FORMS else (_PLAIN, ())
     for form in forms:
         first, named = form(_ANY, payload)
@@ -67,7 +67,8 @@ def refuse_generators(function: Any, what: str) -> None:
         raise TypeError(f"{what} must be callable, got {function!r}")
     if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
         raise TypeError(
-            f"{what} must be a plain or an async function, but {name_of(function)} has a yield in it: calling it runs nothing"
+            f"{what} must be a plain or an async function, but {name_of(function)} has a yield in it:"
+            " calling it runs nothing"
         )
 
 

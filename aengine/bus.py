@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Hashable, Iterable
 from functools import partial
 from time import perf_counter
-from typing import Any, TypeAlias
+from typing import Any, Self, TypeAlias, cast
 
 import anyio
 import anyio.lowlevel
@@ -42,7 +42,7 @@ class Listening:
         if snapshot is not None and not callable(snapshot):
             raise TypeError(f"snapshot= must be a callable of the engine, got {snapshot!r}")
         if not isinstance(snapshot, Hashable):
-            snapshot = partial(snapshot)  # shared by those that were given the very same one
+            snapshot = partial(cast(Snapshot, snapshot))  # shared by those that were given the very same one
         self.name = name
         self.errors = 0
         self._busy = 0.0
@@ -144,7 +144,7 @@ class Subscriber(Listening):
                             await handler(event)
                         else:
                             await self._handle_in_thread(event)
-                    except Exception as error:
+                    except Exception as error:  # noqa: BLE001 -- raised again there, or logged and counted
                         self._meet_error(error, event)
                     turn += 1
                     if turn % 32 == 0 and perf_counter() - self._turn_began > _TURN:
@@ -191,7 +191,10 @@ class Subscriber(Listening):
 
 
 class Stream(Listening):
-    """Events for whoever reads them: `async with engine.stream(event) as events: async for event in events: ...`
+    """Events for whoever reads them.
+
+        async with engine.stream(event) as events:
+            async for event in events: ...
 
     It owns no task, so it can be dropped anywhere. It begins with the `async with`, and ends when the run under way,
     or else the next one, ends; what is left can still be read then. Its reader is one task.
@@ -208,7 +211,7 @@ class Stream(Listening):
         self._home: Home | None = None
         self._taken = 0
 
-    async def __aenter__(self) -> "Stream":
+    async def __aenter__(self) -> Self:
         self._home = Home()
         self.inbox.reopen_nowait()
         self._bus.streams += (self,)
@@ -228,7 +231,8 @@ class Stream(Listening):
         home = self._home
         if home is None:
             raise RuntimeError(
-                "a stream is read inside its block: async with engine.stream(...) as events: async for event in events: ..."
+                "a stream is read inside its block:"
+                " async with engine.stream(...) as events: async for event in events: ..."
             )
         if self._taken % _STREAM_TURN == _STREAM_TURN - 1:
             await anyio.lowlevel.checkpoint()
@@ -336,8 +340,8 @@ class Bus(Publisher):
         me = reading.get()
         if any(one.inbox is me for one in self.subscribers):
             raise RuntimeError(
-                "flush() waits for every subscriber, and so for the one that calls it here: call it from the step, from an"
-                " inline handler, or from outside"
+                "flush() waits for every subscriber, and so for the one that calls it here: call it from the step, from"
+                " an inline handler, or from outside"
             )
 
     def end_streams(self) -> None:

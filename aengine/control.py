@@ -70,8 +70,8 @@ class Control:
         """
         if self.phase is Phase.BETWEEN_EPOCHS:
             raise RuntimeError(
-                "terminate_epoch() ends the iterations of an epoch, and none has begun at STARTED and EPOCH_STARTED: call it from"
-                " GET_BATCH_STARTED on, or call terminate() to end the run"
+                "terminate_epoch() ends the iterations of an epoch, and none has begun at STARTED and EPOCH_STARTED:"
+                " call it from GET_BATCH_STARTED on, or call terminate() to end the run"
             )
         if self.phase is Phase.ITERATING:
             self.skip_epoch_completed = skip_epoch_completed

@@ -12,7 +12,7 @@ from contextvars import ContextVar
 from functools import partial
 from time import perf_counter
 from types import CoroutineType
-from typing import Any
+from typing import Any, cast
 
 import anyio
 import anyio.abc
@@ -126,7 +126,7 @@ class Driver:
     def _raise(self, ending: BaseException | None) -> None:
         failures = [*self._failures, *self._loop.also_raised]
         if isinstance(ending, BaseExceptionGroup):  # an error of ours, in a task: not to be hidden
-            failures += ending.exceptions
+            failures += cast(BaseExceptionGroup[BaseException], ending).exceptions
             ending = None
         cancellation = ending or self._cancellation
         if cancellation is not None and self._failures_before is not None:
@@ -336,13 +336,16 @@ class Driver:
         self._bus.told = reported
         return reported or (Woken() if was_woken and self._loop.waits_for_data else None)
 
-    async def _advance_here(self) -> None:
+    async def _advance_here(self) -> None:  # noqa: C901 -- an await a turn: each call more would be felt
         """Advance the story on the event loop's own thread, until it is over or the scope must be another."""
-        send, throw = self._story.send, self._story.throw
+        send: Callable[[Any], Any] = self._story.send
+        throw: Callable[[Any], Any] = self._story.throw
+        wanted: Any
+        resume: Callable[[Any], Any]
         resume, value = self._next
         while True:
             try:
-                wanted = resume(value)
+                wanted = resume(cast(Any, value))
             except StopIteration:
                 self._is_over = True
                 return
@@ -351,7 +354,7 @@ class Driver:
                 return
             resume = send
             try:
-                kind = type(wanted)
+                kind: Any = type(wanted)
                 if kind is CoroutineType:
                     value = await wanted
                 elif kind is Signal:
@@ -370,7 +373,7 @@ class Driver:
                     if self._is_woken:
                         self._next = (send, value)
                         return
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 -- thrown into the story, where it was awaited
                 resume, value = throw, error
 
     async def _advance_on_worker(self) -> None:

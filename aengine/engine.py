@@ -1,7 +1,7 @@
 """Engine: the face. What users construct, listen to, run and stop."""
 
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Mapping
 from contextlib import AbstractAsyncContextManager, contextmanager
 from functools import partial
 from time import perf_counter
@@ -182,10 +182,11 @@ class Engine(Publishing, Generic[Batch, Output]):
         )
 
     @contextmanager
-    def _busy(self) -> Iterator[None]:
+    def _busy(self) -> Generator[None]:
         if self._is_running:
             raise EngineBusy(
-                f"engine {self.name!r} is running: one engine runs one loop at a time. Await the run under way, or make another engine"
+                f"engine {self.name!r} is running: one engine runs one loop at a time. Await the run under way, or make"
+                " another engine"
             )
         self._is_running = True
         try:
@@ -239,8 +240,8 @@ class Engine(Publishing, Generic[Batch, Output]):
             other.append("other data")
         if other:
             raise ValueError(
-                f"engine {self.name!r} was interrupted and goes on where it was, so it cannot take {', '.join(other)}: call run() with what it"
-                " was called with, or without arguments; set_data() changes the data"
+                f"engine {self.name!r} was interrupted and goes on where it was, so it cannot take {', '.join(other)}:"
+                " call run() with what it was called with, or without arguments; set_data() changes the data"
             )
 
     async def _drive(self, loop: Loop, story: Story, prefetch: int, wanted: Any = None) -> State:
@@ -351,7 +352,7 @@ class Engine(Publishing, Generic[Batch, Output]):
         """Return where the engine stands, after the last step that completed: plain values, to be saved.
 
         Holds the counters and limits, the position of the data (and the data's own `state_dict`, where it has one),
-        the counts of events that count their firings, and the attributes of the state that `state_dict_user_keys` names.
+        the counts of events that count their firings, and the state's attributes that `state_dict_user_keys` names.
         """
         progress = self._progress if self._loop is None else self._loop.progress()
         fired = {topic.name: topic.fired for topic in self._bus.topics if topic.fired}

@@ -42,7 +42,7 @@ class DataExhaustedWarning(UserWarning):
 
 
 def raise_failures(name: str, failures: list[BaseException], cancellation: BaseException | None = None) -> None:
-    """Raise a single failure as the very object it is, several as a group; without any, the cancellation, if there is one."""
+    """Raise a single failure as the very object it is, several as a group; without any, the cancellation, if any."""
     failures = list({id(error): error for error in failures}.values())
     try:
         for index, error in enumerate(failures):

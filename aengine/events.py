@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from enum import Enum
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias, cast
 
 Test: TypeAlias = Callable[[Any, int], bool]
 """A filter of one's own: given the engine and the event's counter, says whether to fire."""
@@ -108,7 +108,7 @@ class FilteredEvent(_Named):
         return self.name if self.filter is None else f"{self.name}({describe(self.filter)})"
 
 
-class EventEnum(_Named, Enum):
+class EventEnum(_Named, Enum):  # pyright: ignore[reportIncompatibleMethodOverride]  # an Enum's own name
     """What one's own events derive from, to be registered with `engine.register_events(*MyEvents)`.
 
     class BackpropEvents(EventEnum):
@@ -168,6 +168,7 @@ class NamedEvent(Protocol):
     @property
     def name(self) -> str:
         """The event's name."""
+        ...
 
 
 AnyEvent: TypeAlias = str | NamedEvent | Iterable[NamedEvent]
@@ -236,7 +237,7 @@ class Event(NamedTuple):
         )
 
 
-new_event = tuple.__new__
+new_event: Callable[[type[Event], tuple[Any, ...]], Event] = tuple.__new__
 """Makes an Event of its fields in order, without the cost of its Python constructor."""
 
 NO_METRICS: Mapping[str, Any] = MappingProxyType({})
@@ -267,11 +268,11 @@ def _selector(event: Any) -> Selector:
         )
     condition = getattr(event, "filter", None)
     if callable(condition):  # an event of ignite's
-        condition = Filter(test=condition)
+        condition = Filter(test=cast(Test, condition))
     return Selector(name, condition)
 
 
-def _filter(
+def _filter(  # noqa: C901 -- a branch an argument
     test: Test | None,
     every: int | timedelta | None,
     once: int | Iterable[int] | None,

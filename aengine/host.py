@@ -1,7 +1,7 @@
 """Host: what a source needs of the run that uses it: where to pull ahead, and a task to live in."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import anyio
 
@@ -43,7 +43,7 @@ class Host:
         """Enter an async context manager in a task of its own, and stay there until `leave()`.
 
         A task of its own, because tasks that it starts may fail: then its own task is cancelled and raises, and the run
-        is told, wherever the loop stands. Returns what is to be iterated: what it gave, or, if that was nothing, itself.
+        is told, wherever the loop stands. Returns what is to be iterated: what it gave, or, if nothing, itself.
 
         Raises:
             BaseException: what entering it raised.
@@ -113,6 +113,9 @@ class _Guest:
 
 def _only(error: BaseException) -> BaseException:
     """Unwrap what a task group made of a single error."""
-    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
-        error = error.exceptions[0]
+    while isinstance(error, BaseExceptionGroup):
+        inner = cast(BaseExceptionGroup[BaseException], error).exceptions
+        if len(inner) != 1:
+            break
+        error = inner[0]
     return error

@@ -34,13 +34,15 @@ class Overflow(Enum):
 class Inbox:
     """Events on their way to one listener, in the order of their sequence numbers.
 
-    Many emit, from any thread, each holding the bus's lock; one reads, at home, and needs none: each step it takes is one
-    atomic operation on the deque, and whoever is about to wait looks once more after it has hung up its bell. At any time
+    Many emit, from any thread, each holding the bus's lock; one reads, at home, and needs none: each step it takes is
+    one atomic operation on the deque, and whoever is about to wait looks once more after hanging up its bell. Always
     `accepted == handled + dropped + discarded + len(inbox) (+ 1 while one is in hand)`.
     """
 
-    __slots__ = ("_bell", "_capacity", "_limit", "_lock", "_overflow", "_rooms", "_settled", "_waiting", "accepted", "closed",
-                 "discarded", "dropped", "handled", "in_hand", "name", "reader_waits_for")  # fmt: skip
+    __slots__ = (
+        "_bell", "_capacity", "_limit", "_lock", "_overflow", "_rooms", "_settled", "_waiting",
+        "accepted", "closed", "discarded", "dropped", "handled", "in_hand", "name", "reader_waits_for",
+    )  # fmt: skip
 
     def __init__(self, name: str, capacity: int, overflow: Overflow, lock: Any) -> None:
         self.name = name
@@ -84,9 +86,8 @@ class Inbox:
                 return has_room
         waiting.append(event)
         if self._bell is not None:
-            bell, self._bell = self._bell, None
-            if bell is not None:
-                bell.ring()
+            self._bell.ring()
+            self._bell = None
         return has_room
 
     def _make_room(self, event: Event) -> tuple[bool, bool]:

@@ -81,7 +81,7 @@ class Loop:
         # Of what steps return, the types that are not awaitable: asking `inspect` costs as much as a whole iteration.
         self._plain_types: set[type] = set()
 
-    def tell(self) -> Story:
+    def tell(self) -> Story:  # noqa: PLR0915 -- the story
         """Tell the whole story. Yields what must be awaited; raises what fails the run."""
         state, began = self._state, perf_counter()
         state.stop_reason = None
@@ -162,14 +162,15 @@ class Loop:
         yield from self._attend()
         control.phase = Phase.BETWEEN_EPOCHS
 
-    def _iterations(self) -> Story:
-        """The hot path: fetch, step, next. An iteration is quiet if nobody listens to it and the clock need not be read."""
+    # One story in one go: told in parts, the calls between them would cost more than the parts.
+    def _iterations(self) -> Story:  # noqa: C901, PLR0912, PLR0915
+        """The hot path: fetch, step, next. One number says whether an iteration is busy: whether anybody listens."""
         engine, state, step, control, bus = self._engine, self._state, self._step, self._control, self._bus
         watch, plain_types, coroutine = bus.stopwatch, self._plain_types, CoroutineType
         getting, got, started, completed = self._topics_of_an_iteration()
         end = min(self._end_of_epoch, NEVER if state.max_iters is None else state.max_iters)
         watch.weight = 0
-        is_timed, batch = False, _END
+        is_timed, mark, batch = False, 0.0, _END
         try:
             while (iteration := state.iteration) < end:
                 state.batch = None  # so that its memory is free before the next one comes
@@ -226,7 +227,7 @@ class Loop:
                         mark = perf_counter()
                 try:
                     output = step(engine, state.batch)
-                    kind = type(output)
+                    kind: Any = type(output)
                     if kind is coroutine or (kind not in plain_types and self._is_awaitable(output)):
                         output = yield output
                 except Exception as error:
@@ -238,7 +239,7 @@ class Loop:
                 state.output = output
                 batch = _END
                 self.completed = iteration
-                if iteration > bus.next_due and iteration >= completed.due:
+                if iteration > bus.next_due and iteration >= completed.due:  # noqa: SIM102 -- as above
                     if (rest := completed.publish(engine, iteration)) is not None:
                         yield from rest
                 if control.asked:
@@ -267,7 +268,7 @@ class Loop:
         if count >= topic.due:
             yield from topic.publish(self._engine, count, *payload) or ()
 
-    def _attend(self) -> Story:
+    def _attend(self) -> Story:  # noqa: C901 -- a branch a request
         """See to what was asked, until nothing is asked that keeps the loop from going on."""
         control = self._control
         asked = control.asked

@@ -1,4 +1,4 @@
-"""Prefetching: batches pulled ahead beside the step, into a bounded buffer. Async data in a task, sync data in a thread.
+"""Prefetching: batches pulled ahead beside the step, into a bounded buffer; async data in a task, plain in a thread.
 
 One prefetcher serves one pass over the data, from where its iterator stands to its end: it never asks for more once the
 data has ended, so the next pass begins when the loop asks for it, after the handlers of EPOCH_STARTED.

@@ -103,13 +103,13 @@ def _check_limit(
         return
     if other_set is not None:
         raise ValueError(
-            f"{name}={given} was given, but the engine counts by {other}={other_set}: set engine.state.{other} = None first, which"
-            " begins anew"
+            f"{name}={given} was given, but the engine counts by {other}={other_set}: set engine.state.{other} = None"
+            " first, which begins anew"
         )
     if now is not None and given < done:
         raise ValueError(
-            f"{name}={given} was given, but the engine has done {done} already: give more, or set engine.state.{name} = None first,"
-            " which begins anew"
+            f"{name}={given} was given, but the engine has done {done} already: give more, or set engine.state.{name} ="
+            " None first, which begins anew"
         )
 
 
@@ -180,8 +180,8 @@ def from_state_dict(saved: Mapping[str, Any], state: State, user_keys: Sequence[
     counters = [name for name in ("iteration", "epoch") if name in saved]
     if "epoch_length" not in saved or len(limits) != 1 or len(counters) != 1:
         raise ValueError(
-            'the state_dict of an engine has "epoch_length", either "iteration" or "epoch", and either "max_epochs" or "max_iters";'
-            f" this one has {sorted(saved)}"
+            'the state_dict of an engine has "epoch_length", either "iteration" or "epoch", and either "max_epochs" or'
+            f' "max_iters"; this one has {sorted(saved)}'
         )
     absent = [key for key in user_keys if key not in saved]
     if absent:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, TypeVar, cast, overload
+from typing import Any, Self, TypeVar, cast, overload
 
 from aengine.binding import name_of
 from aengine.bus import Bus, Stream, Subscriber
@@ -30,7 +30,7 @@ class RemovableEventHandle:
         if remove is not None:
             remove()
 
-    def __enter__(self) -> "RemovableEventHandle":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -71,9 +71,9 @@ class Publishing:
         """Add an inline handler: it runs between two steps, in order of registration, and the loop waits for it.
 
         It is called as `handler(engine, *args, **kwargs)`, without the engine if it does not take it; for
-        EXCEPTION_RAISED with the exception after the engine; for TERMINATE_SINGLE_EPOCH with `iter_counter=` if it takes
-        that. A plain `def` runs where the step runs, an `async def` is awaited on the event loop. What it raises fails
-        the run.
+        EXCEPTION_RAISED with the exception after the engine; for TERMINATE_SINGLE_EPOCH with `iter_counter=` if it
+        takes that. A plain `def` runs where the step runs, an `async def` is awaited on the event loop. What it raises
+        fails the run. Inline handlers run before the event is sent to subscribers and streams.
 
         Raises:
             TypeError: the handler cannot be called so.
@@ -92,12 +92,12 @@ class Publishing:
         for selector in self._selectors(event):
             if not self._bus.remove_inline(handler, selector):
                 raise ValueError(
-                    f"handler {name_of(handler)} does not listen to {selector}: a handler is removed by the very event it was added with,"
-                    " its filter included"
+                    f"handler {name_of(handler)} does not listen to {selector}: a handler is removed by the very event"
+                    " it was added with, its filter included"
                 )
 
     def has_event_handler(self, handler: Callable[..., Any], event: AnyEvent | None = None) -> bool:
-        """Say whether an inline handler listens: to anything; to an event, filtered or not; or with that very filter."""
+        """Say whether an inline handler listens: to anything; to an event, or, filtered, with that very filter."""
         if event is None:
             return bool(self._bus.find_inline(handler, None))
         return any(self._bus.find_inline(handler, selector) for selector in selectors(event))
@@ -145,7 +145,7 @@ class Publishing:
             event: what to listen to; several with `|` share one inbox.
             handler: `handler(event)`; a plain `def` runs in a thread.
             buffer: how many events may wait in its inbox.
-            overflow: what happens when more come: "wait" (the loop waits), "latest", "drop_oldest", "drop_new", "error".
+            overflow: what happens when more come: "wait" (the loop does), "latest", "drop_oldest", "drop_new", "error".
             on_error: "raise" fails the run with what the handler raised; "log" logs and counts it, and goes on.
             snapshot: `snapshot(engine)` is called inline, between steps, once for all that share it; what it returns
                 travels in `event.snapshot`.
@@ -188,7 +188,7 @@ class Publishing:
         overflow: Overflow | str = "drop_oldest",
         snapshot: Snapshot | None = None,
     ) -> Stream:
-        """Return events to be read: `async with engine.stream(event) as events: async for event in events: ...`
+        """Return events to be read, as in the class `Stream`.
 
         It ends with the run. The arguments are those of `subscribe`. A slow reader loses the oldest events, which are
         counted, and never slows the loop, unless it asks for that by `overflow="wait"`.
@@ -230,8 +230,8 @@ class Publishing:
         an inbox's bound are accepted, and the loop waits in its place before the next step.
 
         Raises:
-            RuntimeError: the event has an async inline handler, which cannot be awaited here; or an inbox is full, and no
-                run is under way in which it could be emptied.
+            RuntimeError: the event has an async inline handler, which cannot be awaited here; or an inbox is full, and
+                no run is under way in which it could be emptied.
             ValueError: the event is not registered.
         """
         topic, count = self._topic_to_fire(event)
@@ -280,7 +280,8 @@ class Publishing:
         for selector in chosen:
             if selector.name not in self._registered:
                 raise ValueError(
-                    f"engine {self.name!r} has no event {selector.name!r}: register_events() makes one. It has {', '.join(self._registered)}"
+                    f"engine {self.name!r} has no event {selector.name!r}: register_events() makes one. It has"
+                    f" {', '.join(self._registered)}"
                 )
         return chosen
 

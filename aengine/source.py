@@ -8,10 +8,10 @@ a list costs one call of its iterator and nothing of ours.
 import inspect
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Mapping
 from enum import Enum
 from types import AsyncGeneratorType, FunctionType
-from typing import Any, Final, NoReturn, Protocol, runtime_checkable
+from typing import Any, Final, NoReturn, Protocol, cast, runtime_checkable
 
 import anyio
 
@@ -143,11 +143,11 @@ class Source:
         if data is None:
             self.take = _no_batch
             return None
-        made = data() if _is_factory(data) else data
+        made: Any = data() if _is_factory(data) else data
         self._stateful = made if isinstance(made, Stateful) else None
         if _has(made, "__aiter__"):
             self._to_wind = self._resume()
-            self._iterator = aiter(made)
+            self._iterator = aiter(cast(AsyncIterable[Any], made))
             self.take = _pending
             return PENDING
         if not _is_iterable(made):
@@ -155,7 +155,7 @@ class Source:
                 f"data() returned {made!r}, which is no iterable and no async iterable: return or yield batches"
             )
         to_wind = self._resume()
-        self._iterator = iter(made)
+        self._iterator = iter(cast(Iterable[Any], made))
         for fetched in range(to_wind):
             if next(self._iterator, _END) is _END:
                 raise self._too_short(fetched, to_wind)
@@ -305,8 +305,8 @@ class Source:
         """
         if self._begun_at is not None and not self._begun_at.is_same(host.home):
             raise RuntimeError(
-                f"the data ({self.name}) was begun in another event loop: an interrupted run of async data of unknown length"
-                " goes on in the same one; terminate() instead of interrupt() lets it be resumed anywhere"
+                f"the data ({self.name}) was begun in another event loop: an interrupted run of async data of unknown"
+                " length goes on in the same one; terminate() instead of interrupt() lets it be resumed anywhere"
             )
         self.host = host
 
@@ -383,8 +383,8 @@ def check(data: Any) -> None:
         inspect.signature(data).bind()
     except TypeError:
         raise TypeError(
-            f"data is the callable {_shown(data)}{inspect.signature(data)}, but it is called without arguments: wrap it, as in"
-            " lambda: f(...)"
+            f"data is the callable {_shown(data)}{inspect.signature(data)}, but it is called without arguments: wrap"
+            " it, as in lambda: f(...)"
         ) from None
     except ValueError:  # a built-in without a signature: it will show
         return

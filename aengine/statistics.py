@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from time import perf_counter
 
 SHORT = 50e-6
-"""Seconds. Reading the clock five times costs 0.25 µs: iterations shorter than this are not all timed."""
+"""In seconds: reading the clock five times costs 0.25 µs: iterations shorter than this are not all timed."""
 
 SAMPLE = 16
 """Of short iterations one in so many is timed, and stands for all of them."""
@@ -13,8 +13,9 @@ SAMPLE = 16
 
 @dataclass(frozen=True, slots=True)
 class ListenerStatistics:
-    """What became of the events that one subscriber or stream was sent. All that was accepted is accounted for:
+    """What became of the events that one subscriber or stream was sent.
 
+    All that was accepted is accounted for:
     `accepted == handled + dropped + discarded + depth (+ 1 while one is being handled)`
 
     Attributes:
@@ -78,8 +79,10 @@ class EngineStatistics:
 
 
 class Stopwatch:
-    """Times what the loop does. While iterations are long each is timed; when they are short one in sixteen, which
-    then counts sixteenfold: `weight` is how many iterations the present one stands for, 0 if it is not timed.
+    """Times what the loop does.
+
+    While iterations are long each is timed; when they are short one in sixteen, which then counts sixteenfold:
+    `weight` is how many iterations the present one stands for, 0 if it is not timed.
     """
 
     __slots__ = (

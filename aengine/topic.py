@@ -381,7 +381,7 @@ class Topic:
         for part, outlet in zip(parts[len(self.inline) :], self.outlets, strict=True):
             part.outlets = (outlet,)
         for part in parts:
-            part._find_due()
+            part._find_due()  # noqa: SLF001 -- another of this class
         return parts
 
     def finish(self, engine: Any, count: int) -> Dispatch:
@@ -402,5 +402,6 @@ class Topic:
             return
         state = engine.state
         error.add_note(
-            f"in {what} of {self.name}, engine {self._publisher.name!r}, epoch {state.epoch}, iteration {state.iteration}"
+            f"in {what} of {self.name}, engine {self._publisher.name!r}, epoch {state.epoch},"
+            f" iteration {state.iteration}"
         )

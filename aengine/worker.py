@@ -7,7 +7,7 @@ the next. Whoever waits for a slice is not let go before the slice has ended, fo
 import ctypes
 import sys
 import threading
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Generator
 from contextlib import ExitStack, contextmanager
 from contextvars import Context, copy_context
 from functools import cache, partial
@@ -32,7 +32,7 @@ class Home:
 
     def is_same(self, other: "Home") -> bool:
         """Say whether the other one is the same event loop."""
-        return self._post == other._post
+        return self._post == other._post  # noqa: SLF001 -- another of this class
 
     def call(self, function: Callable[[], object]) -> None:
         """Call `function` on the event loop's thread: now if this is it, else soon. Never waits, never raises."""
@@ -226,7 +226,7 @@ class ThreadState:
             self._caches = torch.is_autocast_cache_enabled()
 
     @contextmanager
-    def entered(self) -> Iterator[None]:
+    def entered(self) -> Generator[None]:
         """Make the present thread's settings these for a while; then what they were before."""
         with ExitStack() as entered:
             if self._torch is not None:

@@ -105,17 +105,18 @@ def before_each_step(tick: Act) -> Iterator[set[Any]]:
 class Countdown:
     """Acts at the n-th tick, and, if wished, once more at a later one."""
 
-    def __init__(self, n: int, act: Act, *, again_after: int | None = None) -> None:
+    def __init__(self, n: int, act: Act | None = None, *, again_after: int | None = None) -> None:
         self.ticks = 0
         self.acted = 0
+        self.act = act
         self._at = {n} if again_after is None else {n, n + again_after}
-        self._act = act
 
     def tick(self) -> None:
         self.ticks += 1
         if self.ticks in self._at:
             self.acted += 1
-            self._act()
+            assert self.act is not None
+            self.act()
 
 
 # Every call of the user's code
@@ -214,7 +215,7 @@ class EnteredBatches(AsyncBatches):
         self._group.start_soon(anyio.sleep_forever)
         self.open += 1
 
-    async def __aexit__(self, *error: Any) -> None:
+    async def __aexit__(self, *_: object) -> None:
         self.open -= 1
         try:
             self.touch()
@@ -556,13 +557,12 @@ def needs_asyncio(backend: Backend) -> None:
         pytest.skip("asyncio's own cancellation")
 
 
-async def cancel_task_before_step(
-    case: Case, n: int, *, again_after: int | None = None, run: Run = Rig.run
-) -> bool:
+async def cancel_task_before_step(case: Case, n: int, *, again_after: int | None = None, run: Run = Rig.run) -> bool:
     rig = Rig(case)
-    countdown = Countdown(n, lambda: task.cancel(), again_after=again_after)
+    countdown = Countdown(n, again_after=again_after)
     with anyio.fail_after(30), before_each_step(countdown.tick) as alive:
         task = asyncio.ensure_future(run(rig))
+        countdown.act = task.cancel
         await asyncio.wait([task])
         await checkpoint()
     assert not alive
@@ -631,11 +631,15 @@ async def test_task_cancelled_in_each_call_of_the_users_code(case: Case, times: 
 async def test_timeout_of_asyncio_around_a_run_is_a_timeout(case: Case, anyio_backend: Backend) -> None:
     needs_asyncio(anyio_backend)
     rig = Rig(case)
-    with pytest.raises(TimeoutError):
+
+    async def run() -> None:
         async with asyncio.timeout(None) as timeout:
             rig.touch.at = 12
             rig.touch.act = lambda: timeout.reschedule(0)
             await rig.run()
+
+    with pytest.raises(TimeoutError):
+        await run()
     assert cancelling() == 0
     rig.check_nothing_is_left()
     rig.check_it_was_told()
@@ -655,10 +659,13 @@ async def test_a_sibling_in_a_task_group_of_asyncio_that_fails_cancels_the_run(
         await fail.wait()
         raise OSError("the sibling")
 
-    with pytest.raises(ExceptionGroup) as caught:
+    async def both() -> None:
         async with asyncio.TaskGroup() as group:
-            group.create_task(rig.run())  # type: ignore[arg-type]  # it wants a coroutine, not any awaitable
+            group.create_task(rig.run())
             group.create_task(sibling())
+
+    with pytest.raises(ExceptionGroup) as caught:
+        await both()
     assert [str(error) for error in caught.value.exceptions] == ["the sibling"]
     rig.check_nothing_is_left()
     rig.check_it_was_told()
@@ -694,7 +701,7 @@ async def test_every_task_of_a_run_cancelled_natively_ends_it(case: Case, anyio_
 
 async def terminate_before_step(case: Case, n: int) -> bool:
     rig = Rig(case)
-    countdown = Countdown(n, lambda: rig.engine.terminate())
+    countdown = Countdown(n, rig.engine.terminate)
     with anyio.fail_after(30), before_each_step(countdown.tick) as alive:
         async with anyio.create_task_group() as group:
             group.start_soon(rig.run)
@@ -716,7 +723,7 @@ async def test_terminated_before_each_step_of_each_task(case: Case) -> None:
 
 async def interrupt_before_step(case: Case, n: int, uninterrupted: list[str]) -> bool:
     rig = Rig(case)
-    countdown = Countdown(n, lambda: rig.engine.interrupt())
+    countdown = Countdown(n, rig.engine.interrupt)
     with anyio.fail_after(30), before_each_step(countdown.tick) as alive:
         async with anyio.create_task_group() as group:
             group.start_soon(rig.run)
@@ -799,9 +806,7 @@ async def test_scope_cancelled_before_each_step_of_nested_runs(step: str) -> Non
 
 
 @pytest.mark.parametrize("step", STEPS)
-async def test_a_stream_loses_no_event_when_its_reader_is_cancelled_natively(
-    step: str, anyio_backend: Backend
-) -> None:
+async def test_a_stream_loses_no_event_when_its_reader_is_cancelled_natively(step: str, anyio_backend: Backend) -> None:
     needs_asyncio(anyio_backend)
 
     async def attempt(n: int) -> bool:
@@ -814,9 +819,10 @@ async def test_a_stream_loses_no_event_when_its_reader_is_cancelled_natively(
                 await checkpoint()
 
         async with rig.engine.stream(Events.ITERATION_COMPLETED, overflow="wait", buffer=1) as events:
-            countdown = Countdown(n, lambda: reader.cancel())
+            countdown = Countdown(n)
             with before_each_step(countdown.tick):
                 reader = asyncio.ensure_future(read())
+            countdown.act = reader.cancel
             running = asyncio.ensure_future(rig.run())
             await asyncio.wait([reader])
             if countdown.acted:
@@ -855,7 +861,7 @@ async def test_the_time_of_a_hanging_cancelled_handler_is_the_grace(
 
 @pytest.mark.parametrize("native", [False, True], ids=["scope", "native"])
 async def test_the_time_of_a_hanging_subscriber_is_the_grace_also_under_cancellation(
-    native: bool, anyio_backend: Backend, caplog: pytest.LogCaptureFixture
+    anyio_backend: Backend, caplog: pytest.LogCaptureFixture, *, native: bool
 ) -> None:
     if native:
         needs_asyncio(anyio_backend)

@@ -49,7 +49,8 @@ class stop_on_signals:  # noqa: N801 -- used as a function is, like contextlib.s
     def __enter__(self) -> Self:
         if threading.current_thread() is not threading.main_thread():
             raise RuntimeError(
-                "stop_on_signals() works in the main thread only, where Python delivers signals: call engine.terminate()"
+                "stop_on_signals() works in the main thread only, where Python delivers signals; call"
+                " engine.terminate()"
             )
         try:
             for one in self._signals:
