@@ -85,9 +85,10 @@ class Inbox:
             if not is_accepted:
                 return has_room
         waiting.append(event)
-        if self._bell is not None:
-            self._bell.ring()
-            self._bell = None
+        bell = self._bell
+        if bell is not None:
+            self._bell = None  # before it is rung: whoever it wakes may hang up the next
+            bell.ring()
         return has_room
 
     def _make_room(self, event: Event) -> tuple[bool, bool]:

@@ -171,13 +171,14 @@ class Loop:
         end = min(self._end_of_epoch, NEVER if state.max_iters is None else state.max_iters)
         watch.weight = 0
         is_timed, mark, batch = False, 0.0, _END
+        usual: type | None = None  # what the step has returned last, if that is not to be awaited
         try:
             while (iteration := state.iteration) < end:
                 state.batch = None  # so that its memory is free before the next one comes
                 if is_busy := iteration >= bus.next_due:
                     if is_timed := iteration >= watch.next_reading:
                         watch.read(iteration)
-                        bus.next_due = min(watch.next_reading, getting.due, got.due, started.due - 1, completed.due - 1)
+                        bus.next_due = min(watch.next_reading, getting.due, got.due, started.due - 1)
                     if iteration >= getting.due:
                         if (rest := getting.publish(engine, iteration)) is not None:
                             yield from rest
@@ -186,7 +187,10 @@ class Loop:
                     if is_timed:
                         mark = perf_counter()
                 try:
-                    batch = self.source.take()
+                    take = (
+                        self.source.take
+                    )  # a local: Python does not specialise calls of an attribute that is no method
+                    batch = take()
                     if batch is PENDING:
                         batch = _END
                         self.waits_for_data = True
@@ -227,9 +231,12 @@ class Loop:
                         mark = perf_counter()
                 try:
                     output = step(engine, state.batch)
-                    kind: Any = type(output)
-                    if kind is coroutine or (kind not in plain_types and self._is_awaitable(output)):
-                        output = yield output
+                    kind = type(output)
+                    if kind is not usual:
+                        if kind is coroutine or (kind not in plain_types and self._is_awaitable(output)):
+                            output = yield output
+                        elif kind in plain_types:
+                            usual = kind
                 except Exception as error:
                     refuse_stop_iteration(error, "the step")
                     self.note(error, "the step")
@@ -239,7 +246,7 @@ class Loop:
                 state.output = output
                 batch = _END
                 self.completed = iteration
-                if iteration > bus.next_due and iteration >= completed.due:  # noqa: SIM102 -- as above
+                if iteration >= completed.due:  # noqa: SIM102 -- as above
                     if (rest := completed.publish(engine, iteration)) is not None:
                         yield from rest
                 if control.asked:
