@@ -145,7 +145,8 @@ class Subscriber(Listening):
                         else:
                             await self._handle_in_thread(event)
                     except Exception as error:  # noqa: BLE001 -- raised again there, or logged and counted
-                        self._meet_error(error, event)
+                        if not self._isolates(error, event):
+                            raise
                     turn += 1
                     if turn % 32 == 0 and perf_counter() - self._turn_began > _TURN:
                         self._rest()
@@ -167,14 +168,15 @@ class Subscriber(Listening):
         if since is not None:
             self._busy += perf_counter() - since
 
-    def _meet_error(self, error: Exception, event: Event) -> None:
+    def _isolates(self, error: Exception, event: Event) -> bool:
+        """Note on an error where it was raised. Says whether it was logged, and the handler goes on."""
         self.errors += 1
         error.add_note(f"in subscriber {self.name!r} of {event.name}, {_place(event)}")
-        if not self._isolated:
-            raise error
-        self._logger.error(
-            "subscriber %r of %s failed, going on (%s)", self.name, event.name, _place(event), exc_info=error
-        )
+        if self._isolated:
+            self._logger.error(
+                "subscriber %r of %s failed, going on (%s)", self.name, event.name, _place(event), exc_info=error
+            )
+        return self._isolated
 
     async def _handle_in_thread(self, event: Event) -> None:
         def call() -> tuple[Any]:  # wrapped: trio refuses a coroutine that comes out of a thread

@@ -85,9 +85,9 @@ class Inbox:
             if not is_accepted:
                 return has_room
         waiting.append(event)
-        bell = self._bell
-        if bell is not None:
-            self._bell = None  # before it is rung: whoever it wakes may hang up the next
+        bell = self._bell  # which only the reader hangs up and takes down: he may be doing so right now
+        if bell is not None and not bell.is_called:
+            bell.is_called = True
             bell.ring()
         return has_room
 
@@ -160,9 +160,8 @@ class Inbox:
                 self._waiting.clear()
                 self.in_hand = None
                 self._settle()
-            bell, self._bell = self._bell, None
-            if bell is not None:
-                bell.ring()
+            if self._bell is not None:
+                self._bell.ring()
             self._ring(self._rooms)
 
     def reopen_nowait(self) -> None:
@@ -177,9 +176,11 @@ class Inbox:
         if self._waiting or self.closed:
             return
         bell = self._bell = Bell(home)
-        if not self._waiting and not self.closed:
-            await bell.wait()
-        self._bell = None
+        try:
+            if not self._waiting and not self.closed:
+                await bell.wait()
+        finally:
+            self._bell = None
 
     async def room(self, home: Home, is_given_up: Callable[[], bool] = lambda: False) -> None:
         """Wait until an event put now would not have to wait, the inbox is closed, or the wait is given up."""

@@ -50,9 +50,10 @@ class Home:
 class Bell:
     """A one-shot event: rung from any thread, waited for at home."""
 
-    __slots__ = ("_event", "_home")
+    __slots__ = ("_event", "_home", "is_called")
 
     def __init__(self, home: Home) -> None:
+        self.is_called = False  # for who rings often: once is enough
         self._home = home
         self._event = anyio.Event()
 
