@@ -144,7 +144,7 @@ class Subscriber(Listening):
                             await handler(event)
                         else:
                             await self._handle_in_thread(event)
-                    except Exception as error:  # noqa: BLE001 -- raised again there, or logged and counted
+                    except Exception as error:
                         if not self._isolates(error, event):
                             raise
                     turn += 1
