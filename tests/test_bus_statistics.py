@@ -285,6 +285,7 @@ async def test_a_handlers_time_counts_though_it_raised() -> None:
     assert sum(statistics.handlers.values()) >= 2e-3
 
 
+@pytest.mark.slow
 @both_threads
 async def test_the_account_adds_up_at_any_time_from_any_thread(thread: Thread) -> None:
     engine = Engine(step, thread=thread)

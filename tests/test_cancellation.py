@@ -575,7 +575,7 @@ async def cancel_task_before_step(case: Case, n: int, *, again_after: int | None
     return countdown.acted > 0
 
 
-@pytest.mark.parametrize("case", cases(FEW, ALL))
+@pytest.mark.parametrize("case", cases(FEW[::2], ALL))
 async def test_task_cancelled_before_each_step_of_each_task(case: Case, anyio_backend: Backend) -> None:
     needs_asyncio(anyio_backend)
     await at_each(lambda n: cancel_task_before_step(case, n))
@@ -692,6 +692,7 @@ async def cancel_every_task_before_step(case: Case, n: int) -> bool:
 
 @pytest.mark.parametrize("case", cases(FEW[1::3], SOME))
 @pytest.mark.xfail(strict=False, reason="asyncio cancels tasks that have not begun: a few points still end late")
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")  # anyio's own, of one cancelled before it began
 async def test_every_task_of_a_run_cancelled_natively_ends_it(case: Case, anyio_backend: Backend) -> None:
     needs_asyncio(anyio_backend)
     await at_each(lambda n: cancel_every_task_before_step(case, n))
@@ -967,7 +968,7 @@ print(json.dumps(reports))
 """
 
 
-@pytest.mark.parametrize("case", cases([FEW[1], FEW[4]], FEW))
+@pytest.mark.parametrize("case", cases(FEW[1:2], FEW))
 def test_ctrl_c_in_each_call_of_the_users_code(case: Case, anyio_backend: Backend) -> None:
     """The step in flight is waited for, CANCELLED is told, KeyboardInterrupt comes out, and the run can be resumed."""
     arguments = json.dumps([case, 1, *anyio_backend])
