@@ -52,9 +52,9 @@ def test_import_starts_no_thread() -> None:
 
 @pytest.mark.slow
 def test_import_is_quick() -> None:
-    """The aim is 0.05 s; three times that tells a heavy import apart from a slow machine."""
+    """The aim is 0.05 s; ten times that tells a heavy import apart from a slow machine."""
     seconds = min(import_aengine()["seconds"] for _ in range(5))
-    assert seconds < 0.15, "the fastest of five"
+    assert seconds < 0.5, "the fastest of five"
 
 
 def test_public_names_are_the_promised_ones() -> None:
