@@ -26,7 +26,7 @@ from aengine.host import Host
 from aengine.inbox import Room
 from aengine.loop import Loop
 from aengine.story import Arrival, Signal, Story, Woken
-from aengine.worker import Bell, Home, Slice, ThreadState, Worker, context_for_thread, release_idle_threads
+from aengine.worker import Bell, Home, Slice, ThreadState, Turns, Worker, context_for_thread, release_idle_threads
 
 _TURNS = 4
 """Turns of the event loop to give away in a row: one is not enough for a socket to be served."""
@@ -55,6 +55,8 @@ class Driver:
     ) -> None:
         self.is_suspended = False
         self._home = Home()
+        self._turns = Turns.here()
+        self._turn = self._turns.look()
         self._loop = loop
         self._story = story
         self._bus = bus
@@ -436,11 +438,9 @@ class Driver:
         """Do what the story signals. Returns False if it is to be gone on with in another scope, or not at all."""
         began = perf_counter()
         if signal is Signal.BREATHE:
-            for _ in range(_TURNS):
-                await checkpoint()
-            watch = self._bus.stopwatch
-            watch.lag = max(watch.lag, perf_counter() - began)
-            watch.event_loop += perf_counter() - began
+            if self._turns.look() == self._turn:  # else it has waited for something, and others had their turn
+                await self._breathe()
+            self._turn = self._turns.look()
         elif signal is Signal.PAUSE:
             await self._until_resumed()
             self._bus.stopwatch.event_loop += perf_counter() - began
@@ -459,6 +459,14 @@ class Driver:
             self.is_suspended = self._is_over = True
             return False
         return True
+
+    async def _breathe(self) -> None:
+        began = perf_counter()
+        for _ in range(_TURNS):
+            await checkpoint()
+        watch = self._bus.stopwatch
+        watch.lag = max(watch.lag, perf_counter() - began)
+        watch.event_loop += perf_counter() - began
 
     def _throw_reported(self) -> bool:
         reported, self._reported = self._reported, None

@@ -5,7 +5,7 @@ natively. Here an item leaves in a stretch of code without an await, so no cance
 """
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
 from enum import Enum
 from typing import Any
@@ -99,6 +99,16 @@ class Inbox:
 
     # What happens at the limit: each says whether there is room for another event.
 
+    @staticmethod
+    def _policy(overflow: Overflow) -> "Callable[[Inbox, Event], bool]":
+        return {
+            Overflow.WAIT: Inbox._wait,
+            Overflow.LATEST: Inbox._keep_latest,
+            Overflow.DROP_OLDEST: Inbox._drop_oldest,
+            Overflow.DROP_NEW: Inbox._drop_new,
+            Overflow.ERROR: Inbox._refuse,
+        }[overflow]
+
     def _discard(self, _: Event) -> bool:
         self.discarded += 1
         return True
@@ -190,7 +200,7 @@ class Inbox:
         self.closed = False
         # At so many waiting events one more is no plain matter: it looks for its like, or is one too many, or too late.
         self._limit = 0 if self._overflow is Overflow.LATEST else self._capacity
-        self._put_at_limit = _AT_LIMIT[self._overflow]
+        self._put_at_limit = self._policy(self._overflow)
 
     async def arrival(self, home: Home) -> None:
         """Wait until an event waits or the inbox is closed. For its one reader."""
@@ -252,15 +262,6 @@ class Inbox:
     def _ring(bells: list[Bell]) -> None:
         while bells:
             bells.pop().ring()
-
-
-_AT_LIMIT: Mapping[Overflow, Callable[[Inbox, Event], bool]] = {
-    Overflow.WAIT: Inbox._wait,  # noqa: SLF001 -- the policies, which the class above chooses from
-    Overflow.LATEST: Inbox._keep_latest,  # noqa: SLF001
-    Overflow.DROP_OLDEST: Inbox._drop_oldest,  # noqa: SLF001
-    Overflow.DROP_NEW: Inbox._drop_new,  # noqa: SLF001
-    Overflow.ERROR: Inbox._refuse,  # noqa: SLF001
-}
 
 
 class Room:

@@ -11,10 +11,10 @@ from contextlib import ExitStack, contextmanager
 from contextvars import Context, copy_context
 from functools import cache, partial
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, Self, cast
 
 import anyio
-from anyio.lowlevel import current_token
+from anyio.lowlevel import RunVar, current_token
 
 
 class Home:
@@ -45,6 +45,39 @@ class Home:
             self._post(partial(self._context.copy().run, function))
         except RuntimeError:  # that event loop has ended (trio's RunFinishedError is one too): nobody listens there
             return
+
+
+class Turns:
+    """Counts the turns of the event loop, from one look to the next. One for each event loop, for all its engines."""
+
+    @classmethod
+    def here(cls) -> Self:
+        """Return the one of the event loop that runs here."""
+        try:
+            return cast(Self, _turns.get())
+        except LookupError:
+            turns = cls()
+            _turns.set(turns)
+            return turns
+
+    def __init__(self) -> None:
+        self._home = Home()
+        self._passed = 0
+        self._is_counting = False
+
+    def look(self) -> int:
+        """Return a number that will be another one when a turn has passed. At home."""
+        if not self._is_counting:
+            self._is_counting = True
+            self._home.post(self._pass)
+        return self._passed
+
+    def _pass(self) -> None:
+        self._is_counting = False
+        self._passed += 1
+
+
+_turns: RunVar[Turns] = RunVar("aengine_turns")
 
 
 class Bell:
