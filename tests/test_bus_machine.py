@@ -129,9 +129,9 @@ class BusMachine(RuleBasedStateMachine):
             outcomes = [(one.put(self.number), one) for one in self.open_ones]
             self.portal.call(anyio.wait_all_tasks_blocked)
             if any(outcome == "raise" for outcome, _ in outcomes):
-                assert isinstance(emitting.exception(timeout=5), InboxOverflow)
+                assert isinstance(emitting.exception(timeout=60), InboxOverflow)
             elif plain:
-                assert emitting.exception(timeout=5) is None
+                assert emitting.exception(timeout=60) is None
             else:
                 full = [one for outcome, one in outcomes if outcome == "wait"]
                 self.emitters.append((emitting, full))
@@ -206,10 +206,10 @@ class BusMachine(RuleBasedStateMachine):
                 while consumer.in_hand is not None:
                     assert not self.run.done()
                     self.let_handle(consumer)
-            self.run.result(timeout=5)
+            self.run.result(timeout=60)
             self.handled_in_order()
             for waiting, _ in [*self.emitters, *self.flushes]:
-                waiting.result(timeout=5)
+                waiting.result(timeout=60)
 
 
 def test_the_bus_agrees_with_a_model(anyio_backend: Backend) -> None:

@@ -85,7 +85,7 @@ async def test_a_call_from_a_thread_reaches_a_run_between_any_two_steps(thread: 
         engine = Engine(step, thread=thread)
 
         def terminate() -> None:
-            begun.wait(20)  # noqa: B023 -- likewise
+            begun.wait(60)  # noqa: B023 -- likewise
             engine.terminate()  # noqa: B023
 
         async with anyio.create_task_group() as group:
@@ -123,7 +123,7 @@ async def test_a_paused_run_waits_until_it_is_resumed(thread: Thread, caller: st
         else:
             await anyio.to_thread.run_sync(engine.resume)
 
-    with anyio.fail_after(20):
+    with anyio.fail_after(60):
         async with anyio.create_task_group() as group:
             group.start_soon(resume)
             await engine.run(range(5))
@@ -147,7 +147,7 @@ async def test_a_paused_run_can_be_cancelled_and_resumed_afterwards(thread: Thre
         await idle()
         group.cancel_scope.cancel()
 
-    with anyio.fail_after(20):
+    with anyio.fail_after(60):
         async with anyio.create_task_group() as group:
             group.start_soon(cancel)
             await engine.run(range(5))
@@ -175,7 +175,7 @@ async def test_a_paused_run_can_be_stopped(thread: Thread, call: str) -> None:
         await idle()
         await anyio.to_thread.run_sync(getattr(engine, call))
 
-    with anyio.fail_after(20):
+    with anyio.fail_after(60):
         async with anyio.create_task_group() as group:
             group.start_soon(stop)
             await engine.run(range(5))
@@ -189,7 +189,7 @@ async def test_paused_and_resumed_at_once_it_goes_on() -> None:
         engine.resume()
 
     engine = Engine(step)
-    with anyio.fail_after(20):
+    with anyio.fail_after(60):
         await engine.run(range(100))
     assert engine.state.iteration == 100
 
@@ -207,7 +207,7 @@ async def test_pauses_and_resumes_of_many_threads_leave_it_going() -> None:
         for _ in range(3):
             group.start_soon(anyio.to_thread.run_sync, toggle)
         try:
-            with anyio.fail_after(20):
+            with anyio.fail_after(60):
                 await engine.run(range(2000))
         finally:
             over.set()

@@ -60,7 +60,7 @@ def test_streaming_ends_cleanly_at_ctrl_c(tmp_path: Path, backend: str) -> None:
             assert process.stdout is not None
             assert process.stdout.readline().startswith("iteration")
             process.send_signal(signal.SIGINT)
-            output, errors = process.communicate(timeout=30)
+            output, errors = process.communicate(timeout=60)
         finally:
             process.kill()
     assert process.returncode == 0

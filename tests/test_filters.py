@@ -256,27 +256,47 @@ def test_filter_holds_for_a_counter_that_stands_still(arguments: dict[str, Any])
 # Time
 
 
-def test_every_so_much_time_fires_only_when_it_has_passed() -> None:
-    assert counts(Events.ITERATION_COMPLETED(every=timedelta(days=1))) == []
-    assert counts(Events.ITERATION_COMPLETED(every=timedelta(microseconds=1)), max_epochs=1) == [1, 2, 3, 4]
+class Clock:
+    """Goes on when it is told to."""
+
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
 
 
-def test_every_so_much_time_begins_again_with_each_run() -> None:
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr("aengine.topic.perf_counter", clock)
+    return clock
+
+
+def seconds_apart(clock: Clock, seconds: float) -> Any:
+    for batch in range(6):
+        clock.now += seconds
+        yield batch
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"), [(1, []), (4, [3, 6]), (9, [2, 4, 6]), (10, [1, 2, 3, 4, 5, 6]), (30, [1, 2, 3, 4, 5, 6])]
+)
+def test_every_so_much_time_fires_only_when_it_has_passed(clock: Clock, seconds: int, expected: list[int]) -> None:
+    event = Events.ITERATION_COMPLETED(every=timedelta(seconds=10))
+    assert counts(event, max_epochs=1, data=seconds_apart(clock, seconds)) == expected
+
+
+def test_every_so_much_time_begins_again_with_each_run(clock: Clock) -> None:
     engine = Engine(double)
     fired: list[int] = []
-    clock = engine.add_event_handler(
-        Events.ITERATION_COMPLETED(every=timedelta(milliseconds=20)),
+    engine.add_event_handler(
+        Events.ITERATION_COMPLETED(every=timedelta(seconds=10)),
         lambda engine: fired.append(engine.state.iteration),
     )
-
-    @engine.on(Events.ITERATION_STARTED)
-    def wait_until_it_fired(engine: AnyEngine) -> None:
-        if fired:
-            engine.terminate()
-
-    engine.run_sync(lambda: iter(int, 1))
-    assert fired[0] > 1
-    clock.remove()
+    for _ in range(2):
+        clock.now += 1000
+        engine.run_sync(lambda: seconds_apart(clock, 4))
+    assert fired == [3, 6, 3, 6]
 
 
 # at_end

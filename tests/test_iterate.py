@@ -161,7 +161,7 @@ async def test_a_subscriber_that_fails_ends_the_for(thread: Thread) -> None:
     async def fail(event: Event) -> None:
         raise error
 
-    with anyio.fail_after(10), pytest.raises(ValueError, match="of the subs") as caught:
+    with anyio.fail_after(60), pytest.raises(ValueError, match="of the subs") as caught:
         async with engine.iterate(range(10**6)) as iterations:
             async for _ in iterations:
                 await checkpoint()

@@ -122,14 +122,14 @@ async def test_it_pulls_ahead_while_the_step_works(thread: Thread, kind: type[To
             await checkpoint()
 
     def waiting_in_thread(engine: Engine[Any, None], batch: int) -> None:
-        assert batch >= 20 - prefetch or pulled.acquire(timeout=20)
+        assert batch >= 20 - prefetch or pulled.acquire(timeout=60)
 
     def tell(what: str) -> None:
         if what.startswith("pull") and int(what.split()[1]) >= prefetch:
             pulled.release()
 
     engine = Engine(waiting if thread is False else waiting_in_thread)
-    with anyio.fail_after(20):
+    with anyio.fail_after(60):
         await engine.run(kind(20, tell), prefetch=prefetch)
     assert engine.state.iteration == 20
 
@@ -243,7 +243,7 @@ async def test_a_slow_producer_and_a_slow_step_overlap(thread: Thread, kind: typ
     engine = Engine(on_loop if thread is False else plain)
     pull_begun[10].set()
     data = (Slow if kind is Told else SlowAsync)(10, str)
-    with anyio.fail_after(30):
+    with anyio.fail_after(60):
         await engine.run(data, prefetch=1)
     assert engine.state.iteration == 10
 

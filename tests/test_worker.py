@@ -142,7 +142,7 @@ async def test_the_event_loop_stays_free_while_a_step_blocks() -> None:
 
 
 async def test_many_engines_step_at_once() -> None:
-    barrier = threading.Barrier(8, timeout=20)
+    barrier = threading.Barrier(8, timeout=60)
 
     def step(engine: Engine[int, None], batch: int) -> None:
         barrier.wait()
@@ -251,7 +251,7 @@ async def test_a_run_in_an_async_handler_borrows_the_idle_thread() -> None:
 
 async def test_two_runs_at_once_in_one_handler_do_not_share_it() -> None:
     threads: set[int] = set()
-    barrier = threading.Barrier(2, timeout=20)
+    barrier = threading.Barrier(2, timeout=60)
 
     def meet(engine: Engine[int, None], batch: int) -> None:
         threads.add(threading.get_ident())
@@ -271,7 +271,7 @@ async def test_two_runs_at_once_in_one_handler_do_not_share_it() -> None:
 
 async def test_a_run_in_a_subscriber_has_a_thread_of_its_own() -> None:
     """It runs beside the step: sharing its thread, it would wait for it."""
-    met = threading.Barrier(2, timeout=20)
+    met = threading.Barrier(2, timeout=60)
 
     def meet(engine: Engine[int, None], batch: int) -> None:
         if batch == 1:
