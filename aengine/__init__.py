@@ -26,6 +26,7 @@ from aengine.errors import (
     EngineBusy,
     HandlerTimeout,
     InboxOverflow,
+    StrayCancellation,
 )
 from aengine.events import Event, EventEnum, Events, EventsList
 from aengine.handlers.signals import stop_on_signals
@@ -53,5 +54,6 @@ __all__ = [
     "RemovableEventHandle",
     "State",
     "StopReason",
+    "StrayCancellation",
     "stop_on_signals",
 ]

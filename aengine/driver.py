@@ -16,12 +16,12 @@ from typing import Any, cast
 
 import anyio
 import anyio.abc
-from anyio.lowlevel import checkpoint
+from anyio.lowlevel import checkpoint, checkpoint_if_cancelled
 
 from aengine.bus import Bus, Subscriber
 from aengine.control import Control, Request
 from aengine.emission import close_unawaited
-from aengine.errors import HandlerTimeout, raise_failures
+from aengine.errors import HandlerTimeout, StrayCancellation, raise_failures
 from aengine.host import Host
 from aengine.inbox import Room
 from aengine.loop import Loop
@@ -74,7 +74,6 @@ class Driver:
             self._next = (lambda _: wanted, None)
         self._scope = anyio.CancelScope()
         self._is_over = False
-        self._is_closed = False
         self._is_woken = False
         self._deadline: float | None = None  # of the clean-up, once it has begun
         self._cancellation: BaseException | None = None
@@ -112,7 +111,11 @@ class Driver:
         ending: BaseException | None = None
         try:
             async with anyio.create_task_group() as self._group:
-                self._group.start_soon(self._main, name=f"aengine {bus.name}")
+                self._home.start(self._group, self._main, self._never_begin, name=f"aengine {bus.name}")
+            if self._cancellation is not None:
+                # It hit the task of the loop. If it is the caller's as well, he gets one of his own: under trio each
+                # belongs to the scope that it was raised in. A native one belongs to nobody, and goes on as it is.
+                await checkpoint_if_cancelled()
         except BaseException as error:  # noqa: BLE001 -- raised below, unless something worse was
             ending = error
         finally:
@@ -129,23 +132,32 @@ class Driver:
             failures += cast(BaseExceptionGroup[BaseException], ending).exceptions
             ending = None
         cancellation = ending or self._cancellation
-        if cancellation is not None and self._failures_before is not None:
-            # The cancellation goes on, always; what failed in its wake is told here.
-            for error in failures[self._failures_before :]:
-                if error is not self._outcome:
-                    self._bus.logger.error("engine %r failed while it was cancelled", self._bus.name, exc_info=error)
-            failures = failures[: self._failures_before] + [one for one in (self._outcome,) if one is not None]
+        before = len(failures) if self._failures_before is None else self._failures_before
+        raised: list[BaseException] = []
+        for index, error in enumerate(failures):
+            # The cancellation goes on, always; what failed in its wake is told here. Ctrl-C is no failure, wherever it
+            # was raised: it is the cause of the cancellation, and wins.
+            if cancellation is None or isinstance(error, KeyboardInterrupt | SystemExit):
+                raised.append(error)
+            elif isinstance(error, StrayCancellation):  # nor is the same cancellation in another task of the run
+                continue
+            elif index < before or error is self._outcome:
+                raised.append(error)
+            else:
+                self._bus.logger.error("engine %r failed while it was cancelled", self._bus.name, exc_info=error)
+            del error
         try:
-            raise_failures(self._bus.name, failures, cancellation)
+            raise_failures(self._bus.name, raised, cancellation)
         finally:
             failures.clear()
+            raised.clear()
             del cancellation, ending
 
     # What the run owns
 
-    def spawn(self, function: Callable[[], Any]) -> None:
-        """Start a task of this run's. From any thread."""
-        self._home.call(partial(self._group.start_soon, function))
+    def spawn(self, function: Callable[[], Any], lost: Callable[[], Any]) -> None:
+        """Start a task of this run's. From any thread. `lost` is called if it is cancelled before it begins."""
+        self._home.call(lambda: self._home.start(self._group, function, lost))
 
     def start(self, subscriber: Subscriber) -> None:
         """Have a subscriber handle what it is sent, from now to the end of the run. From any thread."""
@@ -154,18 +166,23 @@ class Driver:
     def _start(self, subscriber: Subscriber) -> None:
         if not self._is_over and subscriber not in self._consumers:
             subscriber.inbox.reopen_nowait()
-            subscriber.has_begun = False
             self._consumers[subscriber] = Bell(self._home)
-            self._group.start_soon(self._consume, subscriber)
+            self._home.start(self._group, partial(self._consume, subscriber), partial(self._lose, subscriber))
 
     async def _consume(self, subscriber: Subscriber) -> None:
         try:
-            if not self._is_closed:
-                await subscriber.consume(self._home, self.fail)
+            await subscriber.consume(self._home, self.fail)
         finally:
-            self._consumers[subscriber].ring()
-            if subscriber not in self._bus.subscribers:  # a run may last for days, and see many come and go
-                del self._consumers[subscriber]
+            self._has_ended(subscriber)
+
+    def _lose(self, subscriber: Subscriber) -> None:
+        subscriber.lose(self.fail)
+        self._has_ended(subscriber)
+
+    def _has_ended(self, subscriber: Subscriber) -> None:
+        self._consumers[subscriber].ring()
+        if subscriber not in self._bus.subscribers:  # a run may last for days, and see many come and go
+            del self._consumers[subscriber]
 
     async def flush(self) -> None:
         """Wait until every event published so far is handled. Cancellable."""
@@ -194,10 +211,21 @@ class Driver:
             if self._threaded:
                 await self._find_worker()
             await self._drive()
+        except self._loop.cancellations as error:
+            self._cancelled_by(error)
         finally:
             self._is_over = True
             with anyio.CancelScope(shield=True):
                 await self._close()
+
+    def _never_begin(self) -> None:
+        self._failures.append(StrayCancellation(f"the run of engine {self._bus.name!r} was cancelled from outside"))
+
+    def _cancelled_by(self, error: BaseException) -> None:
+        if not isinstance(error, KeyboardInterrupt | SystemExit):
+            self._cancellation = error
+        elif not any(error is one for one in self._failures):
+            self._failures.append(error)
 
     async def _find_worker(self) -> None:
         lender = self._lender
@@ -240,25 +268,33 @@ class Driver:
 
     async def _close(self) -> None:
         deadline = self._deadline or anyio.current_time() + self._grace
-        await self._end_consumers(deadline)
+        await self._insist(self._let_consumers_finish, deadline)
+        await self._insist(self._end_consumers)
         for subscriber in self._bus.subscribers:  # what is emitted between runs waits for the next one
             subscriber.inbox.reopen_nowait()
         if not self.is_suspended:
             self._bus.end_streams()
-        if self._loop.source.host is not None:
-            await self._leave_data(deadline)
+            if self._slice is None:
+                await self._insist(self._leave, self._loop.source.aclose, deadline)
+        await self._insist(self._leave, self._loop.source.leave, deadline)
         if self._borrowed is not None:
-            await self._on_worker(self._borrowed.close)
+            await self._insist(self._on_worker, self._borrowed.close)
         elif self._worker is not None:
             self._worker.stop() if self._slice is None else self._worker.abandon()
 
-    async def _leave_data(self, deadline: float) -> None:
-        """Leave what the story did not: after an interruption, or if it was given up."""
-        host = self._loop.source.host
+    async def _insist(self, part: Callable[..., Awaitable[None]], *arguments: Any) -> None:
+        """Have a part of the clean-up done, though this task be cancelled natively, against which no shield holds."""
+        while True:
+            try:
+                return await part(*arguments)
+            except self._loop.cancellations as error:
+                self._cancelled_by(error)
+
+    async def _leave(self, part: Callable[[], Awaitable[None]], deadline: float) -> None:
+        """Do what the story did not: after an interruption, or if it was given up, or cancelled in its clean-up."""
         try:
             with anyio.CancelScope(deadline=deadline):
-                if host is not None:
-                    await host.leave()
+                await part()
         except Exception as error:  # noqa: BLE001 -- raised by run(), beside what else went wrong
             self._failures.append(error)
 
@@ -275,27 +311,21 @@ class Driver:
         raise self._bus.give_up(late, self._grace)
 
     async def _until_idle(self) -> None:
-        for _ in range(2):  # a task that was just spawned begins one or two turns later
-            if not all(one.has_begun for one in self._consumers):
-                await checkpoint()
-        while not all(one.inbox.is_idle for one in self._consumers if one.has_begun):
+        while not all(one.inbox.is_idle for one in self._consumers):
             await self.flush()
 
-    async def _end_consumers(self, deadline: float) -> None:
-        """Let the subscribers finish until the deadline, then cancel those that have not."""
-        for _ in range(2):  # trio begins a new task one or two turns later
-            await checkpoint()
-        # Whatever task was spawned has begun by now, or never will: cancelled natively before its first step.
+    async def _let_consumers_finish(self, deadline: float) -> None:
+        """Let the subscribers handle what they have accepted until the deadline, then cancel those that have not."""
         with anyio.CancelScope(deadline=deadline):
             await self._until_idle()
-        late = [one for one in self._consumers if one.has_begun and not one.inbox.is_idle]
+        late = [one for one in self._consumers if not one.inbox.is_idle]
         if late:
             self._failures.append(self._bus.give_up(late, self._grace))
+
+    async def _end_consumers(self) -> None:
         for subscriber, done in dict(self._consumers).items():
-            subscriber.inbox.close_nowait(discard=not subscriber.has_begun)
-            if subscriber.has_begun:
-                await done.wait()
-        self._is_closed = True
+            subscriber.inbox.close_nowait()
+            await done.wait()
 
     # Driving
 
@@ -316,7 +346,8 @@ class Driver:
                 if self._scope.cancelled_caught:
                     thrown = self._why_cancelled()
             if self._is_over:
-                self._cancellation = thrown if isinstance(thrown, self._loop.cancellations) else self._cancellation
+                if isinstance(thrown, self._loop.cancellations):
+                    self._cancelled_by(thrown)
             elif thrown is not None and self._wanted is Signal.SHIELD:  # it has been told before, and is ending
                 self._begin_clean_up()
                 self._wanted, self._next = None, (self._story.send, None)

@@ -9,22 +9,24 @@ import threading
 from collections.abc import Awaitable, Callable, Generator
 from contextlib import ExitStack, contextmanager
 from contextvars import Context, copy_context
-from functools import cache, partial
+from functools import cache, partial, wraps
 from queue import SimpleQueue
 from typing import Any
 
 import anyio
+import anyio.abc
 from anyio.lowlevel import current_token
 
 
 class Home:
     """An event loop and its thread, as seen from any thread."""
 
-    __slots__ = ("_context", "_post", "thread")
+    __slots__ = ("_context", "_is_asyncio", "_post", "thread")
 
     def __init__(self) -> None:
         native: Any = current_token().native_token
-        self._post: Callable[..., object] = getattr(native, "call_soon_threadsafe", None) or native.run_sync_soon
+        self._is_asyncio = hasattr(native, "call_soon_threadsafe")
+        self._post: Callable[..., object] = native.call_soon_threadsafe if self._is_asyncio else native.run_sync_soon
         self._context = copy_context()  # of here: a callback has the context of its poster, where no event loop runs
         self.thread = threading.get_ident()
 
@@ -45,6 +47,34 @@ class Home:
             self._post(partial(self._context.copy().run, function))
         except RuntimeError:  # that event loop has ended (trio's RunFinishedError is one too): nobody listens there
             return
+
+    def start(
+        self,
+        group: anyio.abc.TaskGroup,
+        function: Callable[[], Awaitable[object]],
+        lost: Callable[[], object],
+        *,
+        name: str | None = None,
+    ) -> None:
+        """Start a task, at home. If it is cancelled natively before its first step, `lost` is called in its place.
+
+        Such a task runs not a line, so that nobody who waits for it would ever hear of its end.
+        """
+        has_begun = False
+
+        @wraps(function)
+        async def task() -> None:
+            nonlocal has_begun
+            has_begun = True
+            await function()
+
+        def look() -> None:
+            if not has_begun:
+                lost()
+
+        group.start_soon(task, name=name)
+        if self._is_asyncio:  # which takes a task's first step before what is posted after it; trio begins every task
+            self.post(look)
 
 
 class Bell:
@@ -125,24 +155,24 @@ class Slice:
         and goes on when the call has ended, not before.
         """
         cancellation: BaseException | None = None
-        while True:
-            try:
-                with anyio.CancelScope(shield=cancellation is not None):
-                    await self._bell.wait()
-            except BaseException as error:
-                if cancellation is not None:  # a second Ctrl-C: the user no longer wants to wait
-                    raise
-                cancellation = error
-                on_cancel()
-                continue
-            if self.done:
-                break
-            cancellation = await self._answer(cancellation)
-        if cancellation is not None:
-            try:
+        try:
+            while True:
+                try:
+                    with anyio.CancelScope(shield=cancellation is not None):
+                        await self._bell.wait()
+                except BaseException as error:
+                    if cancellation is not None:  # a second Ctrl-C: the user no longer wants to wait
+                        raise
+                    cancellation = error
+                    on_cancel()
+                    continue
+                if self.done:
+                    break
+                cancellation = await self._answer(cancellation)
+            if cancellation is not None:
                 raise cancellation
-            finally:
-                del cancellation  # whose traceback holds this frame
+        finally:
+            del cancellation  # whose traceback holds this frame
 
     async def _answer(self, cancellation: BaseException | None) -> BaseException | None:
         wanted, answers, self._bell = self._wanted, self._answers, Bell(self._home)
