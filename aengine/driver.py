@@ -13,6 +13,7 @@ from functools import partial
 from time import perf_counter
 from types import CoroutineType
 from typing import Any, cast
+from weakref import WeakMethod
 
 import anyio
 import anyio.abc
@@ -107,7 +108,8 @@ class Driver:
         loop.source.move_to(host)
         bus.home = self._home
         # Posted, even from the loop's own thread: a signal handler runs inside its select(), which goes back to sleep.
-        self._control.on_change = partial(self._home.post, self._look_at_requests)
+        # Held weakly: what was posted is let go of a turn later, and would keep the engine until then.
+        self._control.on_change = partial(self._home.post, partial(_call_if_alive, WeakMethod(self._look_at_requests)))
         ending: BaseException | None = None
         try:
             async with anyio.create_task_group() as self._group:
@@ -534,3 +536,8 @@ class Driver:
         ):
             self._is_woken = True
             self._scope.cancel()
+
+
+def _call_if_alive(method: "WeakMethod[Callable[[], None]]") -> None:
+    if (call := method()) is not None:
+        call()

@@ -1543,7 +1543,6 @@ async def test_an_interrupted_engine_that_is_dropped_closes_its_data(step: str) 
     assert data.open == 1
     engine = weakref.ref(rig.engine)
     del rig
-    await anyio.wait_all_tasks_blocked()  # what was posted to the event loop, it holds until it has run
     gc.collect()
     assert engine() is None
     assert data.open == 0
