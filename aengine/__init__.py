@@ -10,6 +10,7 @@
 #   emission     driving a dispatch              publishing   the half of the face that is about events
 #   bus          topics, subscribers, streams    engine       Engine: the face
 #   control      what is asked of the loop       handlers/    ready-made: signals
+#   consumers    the subscribers' tasks
 """The training-loop engine for async Python.
 
 from aengine import Engine, Events

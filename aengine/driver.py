@@ -20,6 +20,7 @@ import anyio.abc
 from anyio.lowlevel import checkpoint, checkpoint_if_cancelled
 
 from aengine.bus import Bus, Subscriber
+from aengine.consumers import Consumers
 from aengine.control import Control, Request
 from aengine.emission import close_unawaited
 from aengine.errors import HandlerTimeout, StrayCancellation, raise_failures
@@ -87,7 +88,7 @@ class Driver:
         self._worker: Worker | None = None
         self._slice: Slice | None = None
         self._borrowed: ExitStack | None = None
-        self._consumers: dict[Subscriber, Bell] = {}
+        self._consumers = Consumers(bus, self._home, grace)
         self._group: anyio.abc.TaskGroup
 
     async def run(self) -> None:
@@ -166,31 +167,12 @@ class Driver:
         self._home.call(partial(self._start, subscriber))
 
     def _start(self, subscriber: Subscriber) -> None:
-        if not self._is_over and subscriber not in self._consumers:
-            subscriber.inbox.reopen_nowait()
-            self._consumers[subscriber] = Bell(self._home)
-            self._home.start(self._group, partial(self._consume, subscriber), partial(self._lose, subscriber))
-
-    async def _consume(self, subscriber: Subscriber) -> None:
-        try:
-            await subscriber.consume(self._home, self.fail)
-        finally:
-            self._has_ended(subscriber)
-
-    def _lose(self, subscriber: Subscriber) -> None:
-        subscriber.lose(self.fail)
-        self._has_ended(subscriber)
-
-    def _has_ended(self, subscriber: Subscriber) -> None:
-        self._consumers[subscriber].ring()
-        if subscriber not in self._bus.subscribers:  # a run may last for days, and see many come and go
-            del self._consumers[subscriber]
+        if not self._is_over:
+            self._consumers.start(subscriber, self._group, self.fail)
 
     async def flush(self) -> None:
         """Wait until every event published so far is handled. Cancellable."""
-        sequence, home = self._bus.sequence, Home()
-        for subscriber in {*self._consumers, *self._bus.subscribers}:  # those that were removed have work left, too
-            await subscriber.inbox.settled(sequence, home)
+        await self._consumers.flush()
 
     def fail(self, error: BaseException) -> None:
         """Something beside the loop has failed: the loop is told of it where it stands, and ends. At home."""
@@ -270,64 +252,33 @@ class Driver:
 
     async def _close(self) -> None:
         deadline = self._deadline or anyio.current_time() + self._grace
-        await self._insist(self._let_consumers_finish, deadline)
-        await self._insist(self._end_consumers)
+        await self._insist(partial(self._consumers.finish, deadline))
+        await self._insist(self._consumers.end)
         for subscriber in self._bus.subscribers:  # what is emitted between runs waits for the next one
             subscriber.inbox.reopen_nowait()
         if not self.is_suspended:
             self._bus.end_streams()
-            if self._slice is None:
-                await self._insist(self._leave, self._loop.source.aclose, deadline)
-        await self._insist(self._leave, self._loop.source.leave, deadline)
+            if self._slice is None:  # the story has done so, unless it was given up, or cancelled in its clean-up
+                await self._insist(self._loop.source.aclose, deadline)
+        await self._insist(self._loop.source.leave, deadline)
         if self._borrowed is not None:
-            await self._insist(self._on_worker, self._borrowed.close)
+            await self._insist(partial(self._on_worker, self._borrowed.close))
         elif self._worker is not None:
             self._worker.stop() if self._slice is None else self._worker.abandon()
 
-    async def _insist(self, part: Callable[..., Awaitable[None]], *arguments: Any) -> None:
+    async def _insist(self, part: Callable[[], Awaitable[None]], deadline: float = math.inf) -> None:
         """Have a part of the clean-up done, though this task be cancelled natively, against which no shield holds."""
         while True:
             try:
-                return await part(*arguments)
+                with anyio.CancelScope(deadline=deadline):
+                    await part()
             except self._loop.cancellations as error:
                 self._cancelled_by(error)
-
-    async def _leave(self, part: Callable[[], Awaitable[None]], deadline: float) -> None:
-        """Do what the story did not: after an interruption, or if it was given up, or cancelled in its clean-up."""
-        try:
-            with anyio.CancelScope(deadline=deadline):
-                await part()
-        except Exception as error:  # noqa: BLE001 -- raised by run(), beside what else went wrong
-            self._failures.append(error)
-
-    async def _flush(self) -> None:
-        """Wait until the subscribers have handled all that they have accepted, and what they send each other meanwhile.
-
-        Raises:
-            HandlerTimeout: that took longer than `grace` seconds.
-        """
-        with anyio.move_on_after(self._grace):
-            await self._until_idle()
-            return
-        late = [one for one in self._consumers if not one.inbox.is_idle]
-        raise self._bus.give_up(late, self._grace)
-
-    async def _until_idle(self) -> None:
-        while not all(one.inbox.is_idle for one in self._consumers):
-            await self.flush()
-
-    async def _let_consumers_finish(self, deadline: float) -> None:
-        """Let the subscribers handle what they have accepted until the deadline, then cancel those that have not."""
-        with anyio.CancelScope(deadline=deadline):
-            await self._until_idle()
-        late = [one for one in self._consumers if not one.inbox.is_idle]
-        if late:
-            self._failures.append(self._bus.give_up(late, self._grace))
-
-    async def _end_consumers(self) -> None:
-        for subscriber, done in dict(self._consumers).items():
-            subscriber.inbox.close_nowait()
-            await done.wait()
+            except Exception as error:  # noqa: BLE001 -- raised by run(), beside what else went wrong
+                self._failures.append(error)
+                return
+            else:
+                return
 
     # Driving
 
@@ -478,7 +429,7 @@ class Driver:
             await self._until_resumed()
             self._bus.stopwatch.event_loop += perf_counter() - began
         elif signal is Signal.FLUSH:
-            await self._flush()
+            await self._consumers.finish(anyio.current_time() + self._grace)
             if self._reported is not None:  # it failed at the very last, and all is handled nevertheless
                 return self._throw_reported()
         elif signal is Signal.SHIELD:

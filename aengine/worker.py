@@ -50,7 +50,7 @@ class Home:
 
     def start(
         self,
-        group: anyio.abc.TaskGroup,
+        group: "anyio.abc.TaskGroup",  # whose module loads others when it is asked for it
         function: Callable[[], Awaitable[object]],
         lost: Callable[[], object],
         *,
