@@ -4,6 +4,8 @@ A running engine owns one worker. The loop is advanced on it a slice at a time: 
 the next. Whoever waits for a slice is not let go before the slice has ended, for nothing can stop a torch step.
 """
 
+import os
+import signal
 import sys
 import threading
 from collections.abc import Awaitable, Callable, Generator
@@ -21,10 +23,11 @@ from anyio.lowlevel import current_token
 class Home:
     """An event loop and its thread, as seen from any thread."""
 
-    __slots__ = ("_context", "_is_asyncio", "_post", "thread")
+    __slots__ = ("_context", "_is_asyncio", "_native", "_post", "thread")
 
     def __init__(self) -> None:
         native: Any = current_token().native_token
+        self._native = native
         self._is_asyncio = hasattr(native, "call_soon_threadsafe")
         self._post: Callable[..., object] = native.call_soon_threadsafe if self._is_asyncio else native.run_sync_soon
         self._context = copy_context()  # of here: a callback has the context of its poster, where no event loop runs
@@ -75,6 +78,34 @@ class Home:
         group.start_soon(task, name=name)
         if self._is_asyncio:  # which takes a task's first step before what is posted after it; trio begins every task
             self.post(look)
+
+    @contextmanager
+    def woken_by_signals(self) -> Generator[None]:
+        """See that a signal wakes this event loop, so that its handler is called. At home, in the main thread.
+
+        One that comes just before `select()` does not interrupt it. trio and uvloop have a wake-up fd for that; asyncio
+        has one on Windows, and elsewhere from its first `add_signal_handler()` on.
+        """
+        before = signal.set_wakeup_fd(-1) if self._is_asyncio else None
+        if before != -1:
+            if before is not None:
+                signal.set_wakeup_fd(before)
+            yield
+            return
+        heard, rung = os.pipe()
+        os.set_blocking(heard, False)
+        os.set_blocking(rung, False)
+        self._native.add_reader(heard, os.read, heard, 4096)
+        signal.set_wakeup_fd(rung, warn_on_full_buffer=False)
+        try:
+            yield
+        finally:
+            last = signal.set_wakeup_fd(-1)
+            if last != rung:  # somebody has put his own in its place
+                signal.set_wakeup_fd(last)
+            self._native.remove_reader(heard)
+            os.close(heard)
+            os.close(rung)
 
 
 class Bell:
