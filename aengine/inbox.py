@@ -6,7 +6,6 @@ natively. Here an item leaves in a stretch of code without an await, so no cance
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from contextlib import suppress
 from enum import Enum
 from typing import Any
 
@@ -86,11 +85,6 @@ class Inbox:
             self._call_reader()
         return True
 
-    def _add(self, event: Event) -> None:
-        self._waiting.append(event)
-        if self._bell is not None:
-            self._call_reader()
-
     def _call_reader(self) -> None:
         bell = self._bell  # which only the reader hangs up and takes down: he may be doing so right now
         if bell is not None and not bell.is_called:
@@ -114,7 +108,8 @@ class Inbox:
         return True
 
     def _wait(self, event: Event) -> bool:
-        self._add(event)
+        self._waiting.append(event)
+        self._call_reader()
         return False
 
     def _drop_new(self, _: Event) -> bool:
@@ -129,28 +124,33 @@ class Inbox:
         )
 
     def _drop_oldest(self, event: Event) -> bool:
-        with suppress(IndexError):  # the reader was faster
+        try:  # suppress() costs as much as all the rest, here and below
             self._waiting.popleft()
-            self._dropped()
-        self._add(event)
-        return True
+            self.dropped += 1
+        except IndexError:  # the reader was faster
+            pass
+        return self._take_the_place(event)
 
     def _keep_latest(self, event: Event) -> bool:
         waiting = self._waiting
-        with suppress(IndexError, ValueError):  # the reader was faster
+        try:
             if waiting and waiting[-1].name == event.name:  # as it is wherever one event alone is listened to
                 waiting.pop()
-                self._dropped()
+                self.dropped += 1
             elif old := [one for one in tuple(waiting) if one.name == event.name]:
                 waiting.remove(old[0])
-                self._dropped()
-        self._add(event)
-        return True
+                self.dropped += 1
+        except (IndexError, ValueError):  # the reader was faster
+            pass
+        return self._take_the_place(event)
 
-    def _dropped(self) -> None:
-        self.dropped += 1
+    def _take_the_place(self, event: Event) -> bool:
         if self._settled:
             self._settle()
+        self._waiting.append(event)
+        if self._bell is not None:
+            self._call_reader()
+        return True
 
     def take_nowait(self) -> Event | None:
         """Take the next event; None if none waits. The one before is thereby handled, this one is in hand."""
