@@ -224,7 +224,7 @@ class Topic:
             handlers = iter(inline)
             awaited = self._call(handlers, engine, payload)
             if awaited is not None:
-                return self._await_the_rest(awaited, handlers, engine, payload, partial(self._send, inboxes=inboxes))
+                return self._await_the_rest(awaited, handlers, engine, payload, self._sending(inboxes))
         else:
             left = iter(calls)
             try:
@@ -233,7 +233,7 @@ class Topic:
                     if result is not None and is_awaitable(result):
                         at = len(calls) - length_hint(left)
                         awaited, handlers = (inline[at - 1], result), iter(inline[at:])
-                        return self._await_the_rest(awaited, handlers, engine, (), partial(self._send, inboxes=inboxes))
+                        return self._await_the_rest(awaited, handlers, engine, (), self._sending(inboxes))
             except Exception as error:
                 self._blame(error, f"handler {inline[-1 - length_hint(left)].name!r}", engine)
                 raise
@@ -276,7 +276,7 @@ class Topic:
         handlers: Iterator[InlineHandler],
         engine: Any,
         payload: tuple[Any, ...],
-        send: Callable[[Any], Dispatch | None],
+        send: Callable[[Any], Dispatch | None] | None,
     ) -> Dispatch:
         while awaited is not None:
             handler, result = awaited
@@ -288,7 +288,8 @@ class Topic:
                 raise
             handler.seconds += perf_counter() - began
             awaited = self._call(handlers, engine, payload)
-        yield from send(engine) or ()
+        if send is not None:
+            yield from send(engine) or ()
 
     def _due(self, engine: Any, count: int) -> Iterator[InlineHandler]:
         for handler in self.inline:
@@ -301,6 +302,9 @@ class Topic:
         except Exception as error:
             self._blame(error, f"the filter of {name!r}", engine)
             raise
+
+    def _sending(self, inboxes: tuple[Inbox, ...]) -> Callable[[Any], Dispatch | None] | None:
+        return partial(self._send, inboxes=inboxes) if inboxes else None
 
     def _send_due(self, engine: Any, count: int, outlets: tuple[Outlet, ...]) -> Dispatch:
         due = [
