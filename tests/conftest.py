@@ -5,6 +5,7 @@ import logging
 import threading
 import zlib
 from collections.abc import Iterator
+from typing import Any
 
 import hypothesis
 import pytest
@@ -12,7 +13,7 @@ from backends import BACKENDS, Backend
 
 # The machines are shared, so a slow example is no finding; and what fails here failed before, since the examples are
 # always the same. To look for new ones: --hypothesis-profile=explore.
-PATIENT = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
+PATIENT: dict[str, Any] = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
 hypothesis.settings.register_profile("explore", max_examples=1000, print_blob=True, **PATIENT)
 hypothesis.settings.register_profile("aengine", derandomize=True, database=None, **PATIENT)
 hypothesis.settings.load_profile("aengine")
