@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import os
 import threading
 import zlib
 from collections.abc import Iterator
@@ -38,6 +39,9 @@ def pytest_collection_finish() -> None:
     """Leave what importing made out of every later collection: torch's modules alone take 0.1 s to walk."""
     gc.collect()
     gc.freeze()
+    # Development mode is for this process: in one that a test starts, asyncio would complain on stderr of each callback
+    # that took 0.1 s, as any may on a busy machine. Not before now, for pytest's workers inherit it.
+    os.environ.pop("PYTHONDEVMODE", None)
 
 
 @pytest.hookimpl(tryfirst=True)
