@@ -10,6 +10,7 @@
 #   emission     driving a dispatch              publishing   the half of the face that is about events
 #   bus          topics, subscribers, streams    engine       Engine: the face
 #   control      what is asked of the loop       handlers/    ready-made: signals
+#   consumers    the subscribers' tasks
 """The training-loop engine for async Python.
 
 from aengine import Engine, Events
@@ -26,6 +27,7 @@ from aengine.errors import (
     EngineBusy,
     HandlerTimeout,
     InboxOverflow,
+    StrayCancellation,
 )
 from aengine.events import Event, EventEnum, Events, EventsList
 from aengine.handlers.signals import stop_on_signals
@@ -53,5 +55,6 @@ __all__ = [
     "RemovableEventHandle",
     "State",
     "StopReason",
+    "StrayCancellation",
     "stop_on_signals",
 ]

@@ -12,7 +12,7 @@ import anyio.to_thread
 
 from aengine.binding import is_async_callable, is_awaitable, name_of, refuse_generators
 from aengine.emission import reading
-from aengine.errors import HandlerTimeout
+from aengine.errors import HandlerTimeout, StrayCancellation
 from aengine.events import AnyEvent, Event, Selector, selectors
 from aengine.inbox import Inbox, Overflow
 from aengine.state import State
@@ -105,14 +105,12 @@ class Subscriber(Listening):
         self._scope: anyio.CancelScope | None = None
         self._limiter: anyio.CapacityLimiter | None = None
         self._turn_began = 0.0
-        self.has_begun = False  # in this run: a task that is cancelled before its first step runs not a line
 
     async def consume(self, home: Home, fail: Fail) -> None:
         """Handle what arrives until the inbox is closed and empty. Errors go to `fail`, not to the task group.
 
         Shielded: what was accepted before a cancellation is still handled. `give_up()` ends it all the same.
         """
-        self.has_begun = True
         reading.set(self.inbox)
         self._limiter = anyio.CapacityLimiter(1)  # not the application's: a slow handler takes none of its threads
         try:
@@ -122,16 +120,20 @@ class Subscriber(Listening):
             fail(error)
         except (KeyboardInterrupt, SystemExit) as error:  # asyncio would leave its loop with them at once
             fail(error)
-        except BaseException as error:
-            # Not by us, or the scope would have kept it: a handler let out somebody else's cancellation.
-            stray = RuntimeError(
-                f"subscriber {self.name!r} was cancelled from outside the run, or let a cancellation out"
-            )
-            stray.__cause__ = error
-            fail(stray)
-            raise
+        except BaseException as error:  # noqa: BLE001 -- handed over; our own cancellation the scope would have kept
+            self.lose(fail, error)
         finally:
+            self._scope = None
             self.inbox.close_nowait(discard=True)  # who is dead must block nobody
+
+    def lose(self, fail: Fail, cancellation: BaseException | None = None) -> None:
+        """Its task was cancelled from outside, in its midst or before its first step."""
+        stray = StrayCancellation(
+            f"subscriber {self.name!r} was cancelled from outside the run, or let a cancellation out"
+        )
+        stray.__cause__ = cancellation
+        self.inbox.close_nowait(discard=True)
+        fail(stray)
 
     async def _consume(self, home: Home) -> None:
         inbox, handler, is_async, turn = self.inbox, self.handler, self._is_async, 0
@@ -188,7 +190,9 @@ class Subscriber(Listening):
 
     def give_up(self) -> None:
         """Cancel the handler: its time is over."""
-        if self._scope is not None:
+        if self._scope is None:  # its task has not taken its first step, and will find nothing to do
+            self.inbox.close_nowait(discard=True)
+        else:
             self._scope.cancel()
 
 

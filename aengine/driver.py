@@ -13,20 +13,22 @@ from functools import partial
 from time import perf_counter
 from types import CoroutineType
 from typing import Any, cast
+from weakref import WeakMethod
 
 import anyio
 import anyio.abc
-from anyio.lowlevel import checkpoint
+from anyio.lowlevel import checkpoint, checkpoint_if_cancelled
 
 from aengine.bus import Bus, Subscriber
+from aengine.consumers import Consumers
 from aengine.control import Control, Request
 from aengine.emission import close_unawaited
-from aengine.errors import HandlerTimeout, raise_failures
+from aengine.errors import HandlerTimeout, StrayCancellation, raise_failures
 from aengine.host import Host
 from aengine.inbox import Room
 from aengine.loop import Loop
 from aengine.story import Arrival, Signal, Story, Woken
-from aengine.worker import Bell, Home, Slice, ThreadState, Worker, context_for_thread, release_idle_threads
+from aengine.worker import Bell, Home, Slice, ThreadState, Turns, Worker, context_for_thread, release_idle_threads
 
 _TURNS = 4
 """Turns of the event loop to give away in a row: one is not enough for a socket to be served."""
@@ -55,6 +57,8 @@ class Driver:
     ) -> None:
         self.is_suspended = False
         self._home = Home()
+        self._turns = Turns.here()
+        self._turn = self._turns.look()
         self._loop = loop
         self._story = story
         self._bus = bus
@@ -74,7 +78,6 @@ class Driver:
             self._next = (lambda _: wanted, None)
         self._scope = anyio.CancelScope()
         self._is_over = False
-        self._is_closed = False
         self._is_woken = False
         self._deadline: float | None = None  # of the clean-up, once it has begun
         self._cancellation: BaseException | None = None
@@ -87,7 +90,7 @@ class Driver:
         self._worker: Worker | None = None
         self._slice: Slice | None = None
         self._borrowed: ExitStack | None = None
-        self._consumers: dict[Subscriber, Bell] = {}
+        self._consumers = Consumers(bus, self._home, grace)
         self._group: anyio.abc.TaskGroup
 
     async def run(self) -> None:
@@ -108,11 +111,16 @@ class Driver:
         loop.source.move_to(host)
         bus.home = self._home
         # Posted, even from the loop's own thread: a signal handler runs inside its select(), which goes back to sleep.
-        self._control.on_change = partial(self._home.post, self._look_at_requests)
+        # Held weakly: what was posted is let go of a turn later, and would keep the engine until then.
+        self._control.on_change = partial(self._home.post, partial(_call_if_alive, WeakMethod(self._look_at_requests)))
         ending: BaseException | None = None
         try:
             async with anyio.create_task_group() as self._group:
-                self._group.start_soon(self._main, name=f"aengine {bus.name}")
+                self._home.start(self._group, self._main, self._never_begin, name=f"aengine {bus.name}")
+            if self._cancellation is not None:
+                # It hit the task of the loop. If it is the caller's as well, he gets one of his own: under trio each
+                # belongs to the scope that it was raised in. A native one belongs to nobody, and goes on as it is.
+                await checkpoint_if_cancelled()
         except BaseException as error:  # noqa: BLE001 -- raised below, unless something worse was
             ending = error
         finally:
@@ -129,49 +137,44 @@ class Driver:
             failures += cast(BaseExceptionGroup[BaseException], ending).exceptions
             ending = None
         cancellation = ending or self._cancellation
-        if cancellation is not None and self._failures_before is not None:
-            # The cancellation goes on, always; what failed in its wake is told here.
-            for error in failures[self._failures_before :]:
-                if error is not self._outcome:
-                    self._bus.logger.error("engine %r failed while it was cancelled", self._bus.name, exc_info=error)
-            failures = failures[: self._failures_before] + [one for one in (self._outcome,) if one is not None]
+        before = len(failures) if self._failures_before is None else self._failures_before
+        raised: list[BaseException] = []
+        for index, error in enumerate(failures):
+            # The cancellation goes on, always; what failed in its wake is told here. Ctrl-C is no failure, wherever it
+            # was raised: it is the cause of the cancellation, and wins.
+            if cancellation is None or isinstance(error, KeyboardInterrupt | SystemExit):
+                raised.append(error)
+            elif isinstance(error, StrayCancellation):  # nor is the same cancellation in another task of the run
+                continue
+            elif index < before or error is self._outcome:
+                raised.append(error)
+            else:
+                self._bus.logger.error("engine %r failed while it was cancelled", self._bus.name, exc_info=error)
+            del error
         try:
-            raise_failures(self._bus.name, failures, cancellation)
+            raise_failures(self._bus.name, raised, cancellation)
         finally:
             failures.clear()
+            raised.clear()
             del cancellation, ending
 
     # What the run owns
 
-    def spawn(self, function: Callable[[], Any]) -> None:
-        """Start a task of this run's. From any thread."""
-        self._home.call(partial(self._group.start_soon, function))
+    def spawn(self, function: Callable[[], Any], lost: Callable[[], Any]) -> None:
+        """Start a task of this run's. From any thread. `lost` is called if it is cancelled before it begins."""
+        self._home.call(lambda: self._home.start(self._group, function, lost))
 
     def start(self, subscriber: Subscriber) -> None:
         """Have a subscriber handle what it is sent, from now to the end of the run. From any thread."""
         self._home.call(partial(self._start, subscriber))
 
     def _start(self, subscriber: Subscriber) -> None:
-        if not self._is_over and subscriber not in self._consumers:
-            subscriber.inbox.reopen_nowait()
-            subscriber.has_begun = False
-            self._consumers[subscriber] = Bell(self._home)
-            self._group.start_soon(self._consume, subscriber)
-
-    async def _consume(self, subscriber: Subscriber) -> None:
-        try:
-            if not self._is_closed:
-                await subscriber.consume(self._home, self.fail)
-        finally:
-            self._consumers[subscriber].ring()
-            if subscriber not in self._bus.subscribers:  # a run may last for days, and see many come and go
-                del self._consumers[subscriber]
+        if not self._is_over:
+            self._consumers.start(subscriber, self._group, self.fail)
 
     async def flush(self) -> None:
         """Wait until every event published so far is handled. Cancellable."""
-        sequence, home = self._bus.sequence, Home()
-        for subscriber in {*self._consumers, *self._bus.subscribers}:  # those that were removed have work left, too
-            await subscriber.inbox.settled(sequence, home)
+        await self._consumers.flush()
 
     def fail(self, error: BaseException) -> None:
         """Something beside the loop has failed: the loop is told of it where it stands, and ends. At home."""
@@ -194,10 +197,21 @@ class Driver:
             if self._threaded:
                 await self._find_worker()
             await self._drive()
+        except self._loop.cancellations as error:
+            self._cancelled_by(error)
         finally:
             self._is_over = True
             with anyio.CancelScope(shield=True):
                 await self._close()
+
+    def _never_begin(self) -> None:
+        self._failures.append(StrayCancellation(f"the run of engine {self._bus.name!r} was cancelled from outside"))
+
+    def _cancelled_by(self, error: BaseException) -> None:
+        if not isinstance(error, KeyboardInterrupt | SystemExit):
+            self._cancellation = error
+        elif not any(error is one for one in self._failures):
+            self._failures.append(error)
 
     async def _find_worker(self) -> None:
         lender = self._lender
@@ -240,62 +254,33 @@ class Driver:
 
     async def _close(self) -> None:
         deadline = self._deadline or anyio.current_time() + self._grace
-        await self._end_consumers(deadline)
+        await self._insist(partial(self._consumers.finish, deadline))
+        await self._insist(self._consumers.end)
         for subscriber in self._bus.subscribers:  # what is emitted between runs waits for the next one
             subscriber.inbox.reopen_nowait()
         if not self.is_suspended:
             self._bus.end_streams()
-        if self._loop.source.host is not None:
-            await self._leave_data(deadline)
+            if self._slice is None:  # the story has done so, unless it was given up, or cancelled in its clean-up
+                await self._insist(self._loop.source.aclose, deadline)
+        await self._insist(self._loop.source.leave, deadline)
         if self._borrowed is not None:
-            await self._on_worker(self._borrowed.close)
+            await self._insist(partial(self._on_worker, self._borrowed.close))
         elif self._worker is not None:
             self._worker.stop() if self._slice is None else self._worker.abandon()
 
-    async def _leave_data(self, deadline: float) -> None:
-        """Leave what the story did not: after an interruption, or if it was given up."""
-        host = self._loop.source.host
-        try:
-            with anyio.CancelScope(deadline=deadline):
-                if host is not None:
-                    await host.leave()
-        except Exception as error:  # noqa: BLE001 -- raised by run(), beside what else went wrong
-            self._failures.append(error)
-
-    async def _flush(self) -> None:
-        """Wait until the subscribers have handled all that they have accepted, and what they send each other meanwhile.
-
-        Raises:
-            HandlerTimeout: that took longer than `grace` seconds.
-        """
-        with anyio.move_on_after(self._grace):
-            await self._until_idle()
-            return
-        late = [one for one in self._consumers if not one.inbox.is_idle]
-        raise self._bus.give_up(late, self._grace)
-
-    async def _until_idle(self) -> None:
-        for _ in range(2):  # a task that was just spawned begins one or two turns later
-            if not all(one.has_begun for one in self._consumers):
-                await checkpoint()
-        while not all(one.inbox.is_idle for one in self._consumers if one.has_begun):
-            await self.flush()
-
-    async def _end_consumers(self, deadline: float) -> None:
-        """Let the subscribers finish until the deadline, then cancel those that have not."""
-        for _ in range(2):  # trio begins a new task one or two turns later
-            await checkpoint()
-        # Whatever task was spawned has begun by now, or never will: cancelled natively before its first step.
-        with anyio.CancelScope(deadline=deadline):
-            await self._until_idle()
-        late = [one for one in self._consumers if one.has_begun and not one.inbox.is_idle]
-        if late:
-            self._failures.append(self._bus.give_up(late, self._grace))
-        for subscriber, done in dict(self._consumers).items():
-            subscriber.inbox.close_nowait(discard=not subscriber.has_begun)
-            if subscriber.has_begun:
-                await done.wait()
-        self._is_closed = True
+    async def _insist(self, part: Callable[[], Awaitable[None]], deadline: float = math.inf) -> None:
+        """Have a part of the clean-up done, though this task be cancelled natively, against which no shield holds."""
+        while True:
+            try:
+                with anyio.CancelScope(deadline=deadline):
+                    await part()
+            except self._loop.cancellations as error:
+                self._cancelled_by(error)
+            except Exception as error:  # noqa: BLE001 -- raised by run(), beside what else went wrong
+                self._failures.append(error)
+                return
+            else:
+                return
 
     # Driving
 
@@ -316,7 +301,8 @@ class Driver:
                 if self._scope.cancelled_caught:
                     thrown = self._why_cancelled()
             if self._is_over:
-                self._cancellation = thrown if isinstance(thrown, self._loop.cancellations) else self._cancellation
+                if isinstance(thrown, self._loop.cancellations):
+                    self._cancelled_by(thrown)
             elif thrown is not None and self._wanted is Signal.SHIELD:  # it has been told before, and is ending
                 self._begin_clean_up()
                 self._wanted, self._next = None, (self._story.send, None)
@@ -436,16 +422,14 @@ class Driver:
         """Do what the story signals. Returns False if it is to be gone on with in another scope, or not at all."""
         began = perf_counter()
         if signal is Signal.BREATHE:
-            for _ in range(_TURNS):
-                await checkpoint()
-            watch = self._bus.stopwatch
-            watch.lag = max(watch.lag, perf_counter() - began)
-            watch.event_loop += perf_counter() - began
+            if self._turns.look() == self._turn:  # else it has waited for something, and others had their turn
+                await self._breathe()
+            self._turn = self._turns.look()
         elif signal is Signal.PAUSE:
             await self._until_resumed()
             self._bus.stopwatch.event_loop += perf_counter() - began
         elif signal is Signal.FLUSH:
-            await self._flush()
+            await self._consumers.finish(anyio.current_time() + self._grace)
             if self._reported is not None:  # it failed at the very last, and all is handled nevertheless
                 return self._throw_reported()
         elif signal is Signal.SHIELD:
@@ -459,6 +443,14 @@ class Driver:
             self.is_suspended = self._is_over = True
             return False
         return True
+
+    async def _breathe(self) -> None:
+        began = perf_counter()
+        for _ in range(_TURNS):
+            await checkpoint()
+        watch = self._bus.stopwatch
+        watch.lag = max(watch.lag, perf_counter() - began)
+        watch.event_loop += perf_counter() - began
 
     def _throw_reported(self) -> bool:
         reported, self._reported = self._reported, None
@@ -503,3 +495,8 @@ class Driver:
         ):
             self._is_woken = True
             self._scope.cancel()
+
+
+def _call_if_alive(method: "WeakMethod[Callable[[], None]]") -> None:
+    if (call := method()) is not None:
+        call()

@@ -4,7 +4,8 @@
     ├── EngineBusy (RuntimeError)      run() of an engine that is running
     ├── DataExhausted (ValueError)     the data gave nothing when more was asked of it
     ├── HandlerTimeout (TimeoutError)  a concurrent handler outlived the grace period
-    └── InboxOverflow (RuntimeError)   an inbox with overflow="error" was full
+    ├── InboxOverflow (RuntimeError)   an inbox with overflow="error" was full
+    └── StrayCancellation (RuntimeError)  a task of the run was cancelled from outside of it
 
     DataExhaustedWarning (UserWarning) the data ended before the run was complete
 
@@ -35,6 +36,14 @@ class HandlerTimeout(AengineError, TimeoutError):
 
 class InboxOverflow(AengineError, RuntimeError):
     """An event met a full inbox whose policy is `overflow="error"`."""
+
+
+class StrayCancellation(AengineError, RuntimeError):
+    """A task of the run was cancelled, and not by the run: natively, as `asyncio.run()` does to what is left.
+
+    A handler that lets out the cancellation of something that it awaited is one, too. A cancellation of the run itself
+    takes its place.
+    """
 
 
 class DataExhaustedWarning(UserWarning):

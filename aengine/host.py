@@ -5,6 +5,7 @@ from typing import Any, cast
 
 import anyio
 
+from aengine.errors import StrayCancellation
 from aengine.worker import Bell, Home, ThreadState
 
 
@@ -13,7 +14,7 @@ class Host:
 
     Attributes:
         home: the run's event loop.
-        spawn: starts a task of the run's, from any thread.
+        spawn: starts a task of the run's, from any thread; given also what to call if the task never begins.
         settings: torch's settings of the thread that called `run()`.
         prefetch: how many batches to pull ahead; 0 for none.
         grace: seconds that clean-up may take.
@@ -23,7 +24,7 @@ class Host:
     def __init__(
         self,
         home: Home,
-        spawn: Callable[[Callable[[], Any]], None],
+        spawn: Callable[[Callable[[], Any], Callable[[], Any]], None],
         fail: Callable[[BaseException], None],
         settings: ThreadState,
         prefetch: int,
@@ -49,7 +50,7 @@ class Host:
             BaseException: what entering it raised.
         """
         guest = self._guest = _Guest(manager, self.home, self._fail)
-        self.spawn(guest.stay)
+        self.spawn(guest.stay, guest.stay_away)
         try:
             await guest.entered.wait()
         except BaseException:
@@ -59,7 +60,8 @@ class Host:
             self._guest = None
             raise
         if guest.error is not None:
-            raise guest.error
+            self._guest = None  # it has not entered, so there is nothing to exit
+        guest.raise_error()
         return manager if guest.value is None else guest.value
 
     async def leave(self) -> None:
@@ -79,8 +81,7 @@ class Host:
             with anyio.CancelScope(shield=True):
                 await guest.gone.wait()
             raise
-        if guest.error is not None:
-            raise guest.error
+        guest.raise_error()
 
 
 class _Guest:
@@ -100,15 +101,38 @@ class _Guest:
                     await self.release.wait()
         except (Exception, KeyboardInterrupt, SystemExit) as error:  # noqa: BLE001 -- handed over
             self._hand_over(_only(error))
+        except BaseException as error:  # noqa: BLE001 -- likewise; its own cancellation its scope would have kept
+            stray = _stray()
+            stray.__cause__ = error
+            self._hand_over(stray)
+            del stray
         finally:
             self.entered.ring()
             self.gone.ring()
+
+    def stay_away(self) -> None:
+        self._hand_over(_stray())
+        self.entered.ring()
+        self.gone.ring()
+
+    def raise_error(self) -> None:
+        # Taken out: an error that stays here would hold its traceback, and so the engine.
+        error, self.error = self.error, None
+        try:
+            if error is not None:
+                raise error
+        finally:
+            del error
 
     def _hand_over(self, error: BaseException) -> None:
         if self.entered.is_rung and not self.release.is_rung:
             self._fail(error)
         else:  # somebody waits for it
             self.error = error
+
+
+def _stray() -> StrayCancellation:
+    return StrayCancellation("the task in which the data is entered was cancelled from outside the run")
 
 
 def _only(error: BaseException) -> BaseException:

@@ -40,16 +40,13 @@ class Inbox:
     """
 
     __slots__ = (
-        "_bell", "_capacity", "_limit", "_lock", "_overflow", "_rooms", "_settled", "_waiting",
+        "_bell", "_capacity", "_limit", "_lock", "_overflow", "_put_at_limit", "_rooms", "_settled", "_waiting",
         "accepted", "closed", "discarded", "dropped", "handled", "in_hand", "name", "reader_waits_for",
     )  # fmt: skip
 
     def __init__(self, name: str, capacity: int, overflow: Overflow, lock: Any) -> None:
         self.name = name
         self.accepted = self.handled = self.dropped = self.discarded = 0
-        self.closed = False
-        # At so many waiting events one more is no plain matter: it looks for its like, or is one too many, or too late.
-        self._limit = 0 if overflow is Overflow.LATEST else capacity
         self.in_hand: Event | None = None
         self.reader_waits_for: list[Inbox] = []  # where this inbox's reader waits for room, to see a circle
         self._capacity = capacity
@@ -59,6 +56,8 @@ class Inbox:
         self._bell: Bell | None = None
         self._rooms: list[Bell] = []
         self._settled: list[tuple[int, Bell]] = []
+        self._put_at_limit: Callable[[Inbox, Event], bool]
+        self.reopen_nowait()
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -79,48 +78,79 @@ class Inbox:
         """
         self.accepted += 1
         waiting = self._waiting
-        has_room = True
         if len(waiting) >= self._limit:
-            is_accepted, has_room = self._make_room(event)
-            if not is_accepted:
-                return has_room
+            return self._put_at_limit(self, event)
         waiting.append(event)
+        if self._bell is not None:
+            self._call_reader()
+        return True
+
+    def _call_reader(self) -> None:
         bell = self._bell  # which only the reader hangs up and takes down: he may be doing so right now
         if bell is not None and not bell.is_called:
             bell.is_called = True
             bell.ring()
-        return has_room
 
-    def _make_room(self, event: Event) -> tuple[bool, bool]:
-        """Say whether the event is accepted, and whether there is room for another."""
-        overflow = self._overflow
-        if self.closed:
-            self.discarded += 1
-            return False, True
-        if overflow is Overflow.WAIT:
-            return True, False
-        if overflow is Overflow.DROP_NEW or overflow is Overflow.ERROR:
+    # What happens at the limit: each says whether there is room for another event.
+
+    @staticmethod
+    def _policy(overflow: Overflow) -> "Callable[[Inbox, Event], bool]":
+        return {
+            Overflow.WAIT: Inbox._wait,
+            Overflow.LATEST: Inbox._keep_latest,
+            Overflow.DROP_OLDEST: Inbox._drop_oldest,
+            Overflow.DROP_NEW: Inbox._drop_new,
+            Overflow.ERROR: Inbox._refuse,
+        }[overflow]
+
+    def _discard(self, _: Event) -> bool:
+        self.discarded += 1
+        return True
+
+    def _wait(self, event: Event) -> bool:
+        self._waiting.append(event)
+        self._call_reader()
+        return False
+
+    def _drop_new(self, _: Event) -> bool:
+        self.dropped += 1
+        return True
+
+    def _refuse(self, event: Event) -> bool:
+        self.dropped += 1
+        raise InboxOverflow(
+            f"the inbox of {self.name!r} is full: {self._capacity} events wait and {event} came. Make its handler"
+            ' faster, its buffer= larger, or choose another overflow=, such as "wait"'
+        )
+
+    def _drop_oldest(self, event: Event) -> bool:
+        try:  # suppress() costs as much as all the rest, here and below
+            self._waiting.popleft()
             self.dropped += 1
-        else:
-            self._drop_old(event)
-        if overflow is Overflow.ERROR:
-            raise InboxOverflow(
-                f"the inbox of {self.name!r} is full: {self._capacity} events wait and {event} came. Make its handler"
-                ' faster, its buffer= larger, or choose another overflow=, such as "wait"'
-            )
-        return overflow is not Overflow.DROP_NEW, True
+        except IndexError:  # the reader was faster
+            pass
+        return self._take_the_place(event)
 
-    def _drop_old(self, event: Event) -> None:
+    def _keep_latest(self, event: Event) -> bool:
         waiting = self._waiting
         try:
-            if self._overflow is Overflow.DROP_OLDEST:
-                waiting.popleft()
-            else:
-                waiting.remove(next(old for old in tuple(waiting) if old.name == event.name))
-        except (IndexError, ValueError, StopIteration):  # there is none, or the reader was faster
-            return
-        self.dropped += 1
-        self._settle()
+            if waiting and waiting[-1].name == event.name:  # as it is wherever one event alone is listened to
+                waiting.pop()
+                self.dropped += 1
+            elif old := [one for one in tuple(waiting) if one.name == event.name]:
+                waiting.remove(old[0])
+                self.dropped += 1
+        except (IndexError, ValueError):  # the reader was faster
+            pass
+        return self._take_the_place(event)
+
+    def _take_the_place(self, event: Event) -> bool:
+        if self._settled:
+            self._settle()
+        self._waiting.append(event)
+        if self._bell is not None:
+            self._call_reader()
+        return True
 
     def take_nowait(self) -> Event | None:
         """Take the next event; None if none waits. The one before is thereby handled, this one is in hand."""
@@ -129,12 +159,9 @@ class Inbox:
     def taken(self) -> Iterator[Event]:
         """Take one event after another, until none waits. The one before is thereby handled, each time."""
         waiting, capacity = self._waiting, self._capacity
+        if self.in_hand is not None:
+            self.done_nowait()
         while True:
-            if self.in_hand is not None:
-                self.in_hand = None
-                self.handled += 1
-                if self._settled:
-                    self._settle()
             try:
                 self.in_hand = event = waiting.popleft()
             except IndexError:
@@ -142,6 +169,10 @@ class Inbox:
             if self._rooms and len(waiting) <= capacity:
                 self._ring(self._rooms)
             yield event
+            self.in_hand = None
+            self.handled += 1
+            if self._settled:
+                self._settle()
 
     def done_nowait(self) -> None:
         """Say that the event in hand has been handled."""
@@ -154,7 +185,7 @@ class Inbox:
         """Accept no more. What waits can still be taken, unless it is discarded."""
         with self._lock:
             self.closed = True
-            self._limit = 0
+            self._limit, self._put_at_limit = 0, Inbox._discard
             if discard:
                 self.discarded += len(self._waiting) + (self.in_hand is not None)
                 self._waiting.clear()
@@ -167,7 +198,9 @@ class Inbox:
     def reopen_nowait(self) -> None:
         """Accept again: another run begins."""
         self.closed = False
+        # At so many waiting events one more is no plain matter: it looks for its like, or is one too many, or too late.
         self._limit = 0 if self._overflow is Overflow.LATEST else self._capacity
+        self._put_at_limit = self._policy(self._overflow)
 
     async def arrival(self, home: Home) -> None:
         """Wait until an event waits or the inbox is closed. For its one reader."""

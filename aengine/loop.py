@@ -273,7 +273,7 @@ class Loop:
         topic = self._bus.topic(name)
         count = self._bus.next_count(topic)
         if count >= topic.due:
-            yield from topic.publish(self._engine, count, *payload) or ()
+            yield from topic.publish(self._engine, count, payload) or ()
 
     def _attend(self) -> Story:  # noqa: C901 -- a branch a request
         """See to what was asked, until nothing is asked that keeps the loop from going on."""
@@ -320,7 +320,10 @@ class Loop:
         has_data = self.source.data is not None
         getting = bus.topic("GET_BATCH_STARTED") if has_data else nobody
         got = bus.topic("GET_BATCH_COMPLETED") if has_data else nobody
-        return getting, got, bus.topic("ITERATION_STARTED"), bus.topic("ITERATION_COMPLETED")
+        topics = getting, got, bus.topic("ITERATION_STARTED"), bus.topic("ITERATION_COMPLETED")
+        for topic in topics:
+            topic.look_ahead(self._state.iteration)
+        return topics
 
     def _finish_listeners(self) -> Story:
         """Give those that asked for it their last event, if it did not come by itself."""
@@ -453,7 +456,7 @@ class Loop:
         count = self._bus.next_count(topic)
         for part in topic.parts():
             try:
-                yield from part.publish(self._engine, count, *(() if is_cancellation else (error,))) or ()
+                yield from part.publish(self._engine, count, () if is_cancellation else (error,)) or ()
             except Exception as another:  # noqa: BLE001 -- the others are to be told too; it is raised with the first
                 if another is not error:
                     self.also_raised.append(another)

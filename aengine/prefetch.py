@@ -10,8 +10,8 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any, NamedTuple, TypeAlias
 
 import anyio
-from anyio.lowlevel import checkpoint
 
+from aengine.errors import StrayCancellation
 from aengine.worker import Bell, Home, ThreadState, context_for_thread
 
 Position: TypeAlias = Any
@@ -74,9 +74,10 @@ class Buffer:
             self._arrived()
 
     def end_nowait(self, error: BaseException) -> None:
-        """No more comes: the data ended, or failed."""
+        """No more comes: the data failed, or, with a StopIteration, ended."""
         with self._condition:
-            self._error = error
+            # The traceback of an end says nothing, and would hold who pulled, and so the engine.
+            self._error = StopIteration() if isinstance(error, StopIteration) else error
             self._arrived()
 
     def _arrived(self) -> None:
@@ -101,6 +102,15 @@ class Buffer:
             left = list(self._batches)
             self._batches.clear()
             return left
+
+    def untold(self) -> BaseException | None:
+        """Take the error of the data that nobody has met, if there is one."""
+        with self._condition:
+            error = self._error
+            if error is None or isinstance(error, StopIteration):
+                return None
+            self._error = StopIteration()
+            return error
 
     async def arrival(self) -> None:
         """Wait until a batch or the end has come. Cancellable; nothing is lost."""
@@ -185,18 +195,29 @@ class TaskPrefetcher(Prefetcher):
             buffer.end_nowait(StopIteration())
         except (Exception, KeyboardInterrupt, SystemExit) as error:  # noqa: BLE001 -- raised where it is taken
             buffer.end_nowait(error)
+        except BaseException as error:  # noqa: BLE001 -- likewise; its own cancellation its scope would have kept
+            stray = _stray()
+            stray.__cause__ = error
+            buffer.end_nowait(stray)
+            del stray
         finally:
             self._ended()
+
+    def never_pull(self) -> None:
+        """The task was cancelled natively before its first step."""
+        self.buffer.end_nowait(_stray())
+        self._ended()
 
     async def cancel(self) -> None:
         """Stop now, also within a fetch. An async generator does not survive that."""
         self._is_cancelled = True
-        if self._scope is None:
-            for _ in range(2):  # it has begun then, or never will: cancelled natively before its first step
-                await checkpoint()
         if self._scope is not None:
             self._scope.cancel()
-            await self.stop()
+        await self.stop()
+
+
+def _stray() -> StrayCancellation:
+    return StrayCancellation("the task that pulls batches ahead was cancelled from outside the run")
 
 
 class ThreadPrefetcher(Prefetcher):

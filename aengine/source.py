@@ -8,13 +8,14 @@ a list costs one call of its iterator and nothing of ours.
 import inspect
 import logging
 from collections import deque
-from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterable, Awaitable, Callable, Generator, Iterable, Mapping
 from enum import Enum
 from types import AsyncGeneratorType, FunctionType
 from typing import Any, Final, NoReturn, Protocol, cast, runtime_checkable
 
 import anyio
 
+from aengine.errors import StrayCancellation
 from aengine.host import Host
 from aengine.prefetch import Buffer, Fetched, Position, Prefetcher, TaskPrefetcher, ThreadPrefetcher
 from aengine.worker import Home
@@ -250,7 +251,7 @@ class Source:
         if not _has(self._iterator, "__anext__"):
             return ThreadPrefetcher(buffer, self._own_position, host.home, self._iterator, host.settings)
         prefetcher = TaskPrefetcher(buffer, self._own_position, host.home, self._iterator)
-        host.spawn(prefetcher.pull)
+        host.spawn(prefetcher.pull, prefetcher.never_pull)
         return prefetcher
 
     def _take_ahead(self) -> Any:
@@ -294,9 +295,14 @@ class Source:
         elif is_async and self.host is not None:
             self._begun_at = self.host.home
         if self._is_manager:  # it leaves the run's task group, and enters that of the next
+            is_ahead = self._prefetcher is not None and self._buffer.has_ended
+            error = self._buffer.untold() if is_ahead else None
             await self.aclose()
             self.entered = _NOT_ENTERED
             self.take, self.arrival = self._open_and_take, self._open_and_wait
+            if is_ahead or self.has_ended:  # so it goes on with what was pulled, then the end; a restart enters it anew
+                self._iterator = _end_of_data(error)
+                self._choose()
 
     def move_to(self, host: Host) -> None:
         """A run begins, or goes on.
@@ -317,6 +323,10 @@ class Source:
 
     def _keep_what_was_pulled(self) -> None:
         self._left.extend(self._buffer.left())
+        untold = self._buffer.untold()
+        if untold is not None and not isinstance(untold, StrayCancellation):
+            self._logger.error("the data (%s) failed, ahead of the last step", self.name, exc_info=untold)
+        del untold
         self._prefetcher = None
 
     async def aclose(self, *, gently: bool = False) -> None:
@@ -353,9 +363,9 @@ class Source:
 
     def close(self) -> None:
         """Close the iterator if the engine opened it; where nothing must be awaited for that."""
-        if self._is_ours and hasattr(self._iterator, "close"):
-            self._iterator.close()
-        self._iterator = None
+        is_ours, iterator, self._iterator = self._is_ours, self._iterator, None
+        if is_ours and hasattr(iterator, "close"):
+            iterator.close()
 
     @property
     def can_be_woken(self) -> bool:
@@ -436,6 +446,12 @@ def _shown(data: Any) -> str:
 
 _END = object()
 _NOT_ENTERED = object()
+
+
+def _end_of_data(error: BaseException | None) -> Generator[NoReturn]:
+    if error is not None:
+        raise error
+    yield from ()
 
 
 def _pending() -> Pending:

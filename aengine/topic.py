@@ -6,6 +6,7 @@ loop has been checked, bound and flattened there.
 """
 
 from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator, Mapping
+from functools import partial
 from operator import length_hint
 from threading import RLock
 from time import perf_counter
@@ -16,14 +17,11 @@ from aengine.binding import bind, is_async_callable, is_awaitable, name_of, refu
 from aengine.errors import InboxOverflow
 from aengine.events import ALWAYS, NEVER, NO_METRICS, Event, Filter, Selector, new_event
 from aengine.inbox import Inbox, Room
-from aengine.state import State
 from aengine.statistics import Stopwatch
 from aengine.worker import Home
 
 Snapshot: TypeAlias = Callable[[Any], Any]
 NEVER_FIRED = ALWAYS
-Snapshots: TypeAlias = dict[Snapshot | None, Any]
-_NO_SNAPSHOTS: Snapshots = {None: None}
 Dispatch: TypeAlias = Generator[Awaitable[Any], Any, None]
 """Yields what must be awaited, and is sent the result or thrown the exception."""
 
@@ -56,8 +54,8 @@ class Listener:
         if self._wants_last:
             self._wants_last = False
             return True
-        exact = condition.next_due(count) == count
-        self.due = condition.next_due(count)  # not later: some counters stand still between two firings
+        exact = self.due == count or condition.next_due(count) == count
+        self.due = condition.next_due(count + 1)
         if exact and condition.test is not None:
             exact = bool(condition.test(engine, count))
         if exact and condition.interval is not None:
@@ -103,7 +101,9 @@ class Outlet(Listener):
 
 
 Awaited: TypeAlias = tuple[InlineHandler, Awaitable[Any]]
-_NO_MORE: Iterator[InlineHandler] = iter(())
+Publish: TypeAlias = Callable[..., "Dispatch | None"]
+Quick: TypeAlias = tuple[tuple[Callable[..., Any], ...], tuple[InlineHandler, ...], tuple[Inbox, ...]]
+"""The calls of inline handlers, those handlers, and the inboxes, where none has to be asked whether it is due."""
 
 
 class Publisher:
@@ -128,20 +128,18 @@ class Publisher:
 
 
 class Topic:
-    """One event of one engine, and its listeners."""
+    """One event of one engine, and its listeners.
 
-    __slots__ = (
-        "_calls",
-        "_is_plain",
-        "_publisher",
-        "_takes_snapshots",
-        "count",
-        "due",
-        "fired",
-        "inline",
-        "name",
-        "outlets",
-    )
+    Attributes:
+        due: the least count at which somebody listens.
+        publish: `publish(engine, count, payload=())` calls what is due inline, in order of registration, then sends
+            what is due to the inboxes. It goes as far as it can without waiting; what is left, if something must be
+            awaited, is returned to be driven. Exchanged as listeners come and go.
+        count: of the last firing in this run, whoever listened; the loop's hot path does not keep it.
+        fired: how often it was fired, if it counts that itself.
+    """
+
+    __slots__ = ("_publisher", "_quick", "count", "due", "fired", "inline", "name", "outlets", "publish")
 
     def __init__(self, name: str, publisher: Publisher) -> None:
         self.name = name
@@ -149,13 +147,11 @@ class Topic:
         self.outlets: tuple[Outlet, ...] = ()
         self.due = NEVER
         self.fired = 0
-        self.count = (
-            NEVER_FIRED  # of the last firing in this run, whoever listened; the loop's hot path does not keep it
-        )
+        self.count = NEVER_FIRED
+        self.publish: Publish = self._publish_to_all
         self._publisher = publisher
-        self._calls: tuple[Callable[..., Any], ...] = ()
-        self._is_plain = True  # no filters: all are due each time
-        self._takes_snapshots = False
+        # What is called and sent to each time, all of one instant.
+        self._quick: Quick = (), (), ()
 
     def listen(self, listener: InlineHandler | Outlet, count: int) -> None:
         """Add a listener, from the next dispatch on."""
@@ -165,14 +161,14 @@ class Topic:
                 self.inline += (listener,)
             else:
                 self.outlets += (listener,)
-            self._find_due()
+            self._arrange()
 
     def leave(self, listeners: list[InlineHandler] | list[Outlet]) -> None:
         """Remove listeners, from the next dispatch on."""
         with self._publisher.lock:
             self.inline = tuple(one for one in self.inline if one not in listeners)
             self.outlets = tuple(one for one in self.outlets if one not in listeners)
-            self._find_due()
+            self._arrange()
 
     def rewind(self, count: int) -> None:
         """A run begins, at this count."""
@@ -182,26 +178,36 @@ class Topic:
                 listener.rewind(count)
             for handler in self.inline:
                 handler.seconds = 0.0
-            self._find_due()
+            self._arrange()
 
     def fire_at(self, count: int) -> int:
-        """Take note of the count of a firing. One that is less than before makes the filters look ahead anew."""
-        if count < self.count:
+        """Take note of the count of a firing, which may be the last one's or less: some counters stand still."""
+        self.count = count
+        self.look_ahead(count)
+        return count
+
+    def look_ahead(self, count: int) -> None:
+        """Have the filters find when they are due from this count on, whatever they have seen."""
+        if self.publish == self._publish_to_due:
             with self._publisher.lock:
                 for listener in (*self.inline, *self.outlets):
                     if listener.filter is not None:
                         listener.due = listener.filter.next_due(count)
                 self._find_due()
-        self.count = count
-        return count
+
+    def _arrange(self) -> None:
+        listeners = (*self.inline, *self.outlets)
+        inboxes = tuple(one.inbox for one in self.outlets)
+        self._quick = tuple(one.call for one in self.inline), self.inline, inboxes
+        if any(one.filter for one in listeners) or any(one.snapshot for one in self.outlets):
+            self.publish = self._publish_to_due
+        else:
+            self.publish = self._publish_to_all if self.inline else self._send
+        self._find_due()
 
     def _find_due(self) -> None:
-        listeners = (*self.inline, *self.outlets)
-        self.due = min((one.due for one in listeners), default=NEVER)
-        self._is_plain = all(one.filter is None for one in listeners)
-        self._calls = tuple(one.call for one in self.inline) if self._is_plain else ()
+        self.due = min([one.due for one in self.inline] + [one.due for one in self.outlets], default=NEVER)
         self._publisher.next_due = ALWAYS
-        self._takes_snapshots = any(one.snapshot is not None for one in self.outlets)
 
     def next_count(self) -> int:
         """Count a firing of an event that counts its own."""
@@ -209,54 +215,49 @@ class Topic:
             self.fired += 1
             return self.fired
 
-    def publish(self, engine: Any, count: int, *payload: Any) -> Dispatch | None:
-        """Call what is due inline, in order of registration; then send what is due to the inboxes.
-
-        It goes as far as it can without waiting. What is left, if something must be awaited, is returned to be driven.
-        """
-        publisher, outlets = self._publisher, self.outlets  # what is added meanwhile, listens from the next time on
+    def _publish_to_all(self, engine: Any, _: int, payload: tuple[Any, ...] = ()) -> Dispatch | None:
+        """Publish where nobody has to be asked whether he is due. Times the handlers if the iteration is timed."""
+        publisher = self._publisher
         publisher.last_event_name = self.name
-        if self.inline:
-            is_quick = self._is_plain and not payload and not publisher.stopwatch.weight
-            handlers: Iterator[InlineHandler]
-            if is_quick:
-                handlers, awaited = self._call_quickly(engine)
-            else:
-                handlers = iter(self.inline) if self._is_plain else self._due(engine, count)
-                awaited = self._call(handlers, engine, payload)
+        calls, inline, inboxes = self._quick  # what is added or removed meanwhile counts from the next time on
+        if payload or publisher.stopwatch.weight:
+            handlers = iter(inline)
+            awaited = self._call(handlers, engine, payload)
             if awaited is not None:
-                return self._await_the_rest(awaited, handlers, engine, count, payload, outlets)
-        if outlets:
-            if self._takes_snapshots or not self._is_plain:
-                return self._send_due(engine, count, outlets)
-            full = self._send(engine.state, outlets, _NO_SNAPSHOTS)
-            if full is not None:
-                return self._wait_for_room(full)
-        elif not self._is_plain:
-            self._find_due()
-        return None
+                return self._await_the_rest(awaited, handlers, engine, payload, partial(self._send, inboxes=inboxes))
+        else:
+            left = iter(calls)
+            try:
+                for call in left:
+                    result = call(engine)
+                    if result is not None and is_awaitable(result):
+                        at = len(calls) - length_hint(left)
+                        awaited, handlers = (inline[at - 1], result), iter(inline[at:])
+                        return self._await_the_rest(awaited, handlers, engine, (), partial(self._send, inboxes=inboxes))
+            except Exception as error:
+                self._blame(error, f"handler {inline[-1 - length_hint(left)].name!r}", engine)
+                raise
+        return self._send(engine, inboxes=inboxes) if inboxes else None
 
-    def _call_quickly(self, engine: Any) -> tuple[Iterator[InlineHandler], Awaited | None]:
-        """Call handlers, none of which is filtered or timed, until there is one to be awaited. Returns those left."""
-        calls = self._calls
-        left = iter(calls)
-        inline = self.inline
-        try:
-            for call in left:
-                result = call(engine)
-                if result is not None and is_awaitable(result):
-                    at = len(inline) - length_hint(left)
-                    return iter(inline[at:]), (inline[at - 1], result)
-        except Exception as error:
-            self._blame(error, f"handler {inline[-1 - length_hint(left)].name!r}", engine)
-            raise
-        return _NO_MORE, None
+    def _publish_to_due(self, engine: Any, count: int, payload: tuple[Any, ...] = ()) -> Dispatch | None:
+        """Publish where listeners have to be asked whether they are due, or for a snapshot."""
+        self._publisher.last_event_name = self.name
+        outlets, handlers = self.outlets, self._due(engine, count)
+        awaited = self._call(handlers, engine, payload)
+        sending = partial(self._send_due, count=count, outlets=outlets)
+        if awaited is not None:
+            return self._await_the_rest(awaited, handlers, engine, payload, sending)
+        if outlets:
+            return sending(engine)
+        self._find_due()
+        return None
 
     def _call(self, handlers: Iterator[InlineHandler], engine: Any, payload: tuple[Any, ...]) -> Awaited | None:
         """Call handlers until there is one to be awaited."""
         weight = self._publisher.stopwatch.weight
+        now = perf_counter()
         for handler in handlers:
-            began = perf_counter()
+            began = now
             try:
                 result = handler.call(engine, *payload)
                 if result is not None and is_awaitable(result):
@@ -265,7 +266,8 @@ class Topic:
                 self._blame(error, f"handler {handler.name!r}", engine)
                 raise
             finally:  # those that are filtered are rare enough to time each call
-                handler.seconds += (perf_counter() - began) * (weight if handler.filter is None else 1)
+                now = perf_counter()
+                handler.seconds += (now - began) * (weight if handler.filter is None else 1)
         return None
 
     def _await_the_rest(
@@ -273,9 +275,8 @@ class Topic:
         awaited: Awaited | None,
         handlers: Iterator[InlineHandler],
         engine: Any,
-        count: int,
         payload: tuple[Any, ...],
-        outlets: tuple[Outlet, ...],
+        send: Callable[[Any], Dispatch | None],
     ) -> Dispatch:
         while awaited is not None:
             handler, result = awaited
@@ -287,11 +288,11 @@ class Topic:
                 raise
             handler.seconds += perf_counter() - began
             awaited = self._call(handlers, engine, payload)
-        yield from self._send_due(engine, count, outlets)
+        yield from send(engine) or ()
 
     def _due(self, engine: Any, count: int) -> Iterator[InlineHandler]:
         for handler in self.inline:
-            if handler.due <= count and self._admits(handler, handler.name, engine, count):
+            if handler.filter is None or (handler.due <= count and self._admits(handler, handler.name, engine, count)):
                 yield handler
 
     def _admits(self, listener: Listener, name: str, engine: Any, count: int) -> bool:
@@ -308,14 +309,15 @@ class Topic:
             if outlet.due <= count and self._admits(outlet, outlet.inbox.name, engine, count)
         ]
         if due:
-            snapshots = yield from self._take_snapshots(engine, due)
-            full = self._send(engine.state, due, snapshots)
-            if full is not None:
-                yield from self._wait_for_room(full)
+            taken = yield from self._take_snapshots(engine, due)
+            snapshots = {outlet.inbox: taken[outlet.snapshot] for outlet in due}
+            yield from self._send(engine, inboxes=[one.inbox for one in due], snapshots=snapshots) or ()
         self._find_due()
 
-    def _take_snapshots(self, engine: Any, due: Iterable[Outlet]) -> Generator[Awaitable[Any], Any, Snapshots]:
-        taken: Snapshots = {None: None}
+    def _take_snapshots(
+        self, engine: Any, due: Iterable[Outlet]
+    ) -> Generator[Awaitable[Any], Any, dict[Snapshot | None, Any]]:
+        taken: dict[Snapshot | None, Any] = {None: None}
         for outlet in due:
             take = outlet.snapshot
             if take is not None and take not in taken:
@@ -328,46 +330,55 @@ class Topic:
                     raise
         return taken
 
-    def _send(self, state: State, due: Iterable[Outlet], snapshots: Snapshots) -> list[Inbox] | None:
-        """Put an event into the inboxes. Returns those that are to be waited for.
+    def _send(
+        self,
+        engine: Any,
+        _count: int = 0,
+        _payload: tuple[Any, ...] = (),
+        inboxes: Iterable[Inbox] | None = None,
+        snapshots: Mapping[Inbox, Any] | None = None,
+    ) -> Dispatch | None:
+        """Put an event into the inboxes. This is `publish` itself where nobody but plain inboxes listens.
 
         Raises:
             InboxOverflow: an inbox with that policy is full. All others have got the event.
         """
-        publisher, full, overflow, metrics = self._publisher, None, None, state.metrics
-        event, last = None, None
-        publisher.lock.acquire()  # so that every inbox gets events in the order of their sequence numbers
+        publisher, state, full, overflow = self._publisher, engine.state, None, None
+        publisher.last_event_name = self.name
+        metrics = state.metrics
+        lock = publisher.lock
+        lock.acquire()  # so that every inbox gets events in the order of their sequence numbers
         try:
             publisher.sequence = sequence = publisher.sequence + 1
-            for outlet in due:
-                if event is None or outlet.snapshot is not last:
-                    last = outlet.snapshot
-                    event = new_event(
-                        Event,
-                        (
-                            self.name,
-                            publisher.name,
-                            sequence,
-                            state.iteration,
-                            state.epoch,
-                            state.epoch_length,
-                            state.max_epochs,
-                            state.output,
-                            MappingProxyType(dict(metrics)) if metrics else NO_METRICS,
-                            perf_counter(),
-                            snapshots[last],
-                        ),
-                    )
+            event = new_event(
+                Event,
+                (
+                    self.name,
+                    publisher.name,
+                    sequence,
+                    state.iteration,
+                    state.epoch,
+                    state.epoch_length,
+                    state.max_epochs,
+                    state.output,
+                    MappingProxyType(dict(metrics)) if metrics else NO_METRICS,
+                    perf_counter(),
+                    None,
+                ),
+            )
+            for inbox in self._quick[2] if inboxes is None else inboxes:
+                if snapshots is not None:
+                    event = new_event(Event, (*event[:-1], snapshots[inbox]))
                 try:
-                    if not outlet.inbox.put_nowait(event):
-                        full = [outlet.inbox] if full is None else [*full, outlet.inbox]
+                    if not inbox.put_nowait(event):
+                        full = [inbox] if full is None else [*full, inbox]
                 except InboxOverflow as error:
                     overflow = error
         finally:
-            publisher.lock.release()  # a with statement costs twice as much
+            lock.release()  # a with statement costs twice as much
         if overflow is not None:
             raise overflow
-        return full
+        return None if full is None else self._wait_for_room(full)
 
     def _wait_for_room(self, full: list[Inbox]) -> Dispatch:
         for inbox in full:
@@ -381,7 +392,7 @@ class Topic:
         for part, outlet in zip(parts[len(self.inline) :], self.outlets, strict=True):
             part.outlets = (outlet,)
         for part in parts:
-            part._find_due()  # noqa: SLF001 -- another of this class
+            part._arrange()  # noqa: SLF001 -- another of this class
         return parts
 
     def finish(self, engine: Any, count: int) -> Dispatch:
@@ -391,7 +402,7 @@ class Topic:
         last.outlets = tuple(one for one in self.outlets if one.wants_last(count))
         for listener in (*last.inline, *last.outlets):
             listener.due = ALWAYS
-        last._find_due()
+        last._arrange()
         if last.inline or last.outlets:
             yield from last.publish(engine, count) or ()
 

@@ -4,27 +4,32 @@ A running engine owns one worker. The loop is advanced on it a slice at a time: 
 the next. Whoever waits for a slice is not let go before the slice has ended, for nothing can stop a torch step.
 """
 
+import os
+import signal
 import sys
 import threading
 from collections.abc import Awaitable, Callable, Generator
 from contextlib import ExitStack, contextmanager
 from contextvars import Context, copy_context
-from functools import cache, partial
+from functools import cache, partial, wraps
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, Self, cast
 
 import anyio
-from anyio.lowlevel import current_token
+import anyio.abc
+from anyio.lowlevel import RunVar, current_token
 
 
 class Home:
     """An event loop and its thread, as seen from any thread."""
 
-    __slots__ = ("_context", "_post", "thread")
+    __slots__ = ("_context", "_is_asyncio", "_native", "_post", "thread")
 
     def __init__(self) -> None:
         native: Any = current_token().native_token
-        self._post: Callable[..., object] = getattr(native, "call_soon_threadsafe", None) or native.run_sync_soon
+        self._native = native
+        self._is_asyncio = hasattr(native, "call_soon_threadsafe")
+        self._post: Callable[..., object] = native.call_soon_threadsafe if self._is_asyncio else native.run_sync_soon
         self._context = copy_context()  # of here: a callback has the context of its poster, where no event loop runs
         self.thread = threading.get_ident()
 
@@ -45,6 +50,95 @@ class Home:
             self._post(partial(self._context.copy().run, function))
         except RuntimeError:  # that event loop has ended (trio's RunFinishedError is one too): nobody listens there
             return
+
+    def start(
+        self,
+        group: "anyio.abc.TaskGroup",  # whose module loads others when it is asked for it
+        function: Callable[[], Awaitable[object]],
+        lost: Callable[[], object],
+        *,
+        name: str | None = None,
+    ) -> None:
+        """Start a task, at home. If it is cancelled natively before its first step, `lost` is called in its place.
+
+        Such a task runs not a line, so that nobody who waits for it would ever hear of its end.
+        """
+        has_begun = False
+
+        @wraps(function)
+        async def task() -> None:
+            nonlocal has_begun
+            has_begun = True
+            await function()
+
+        def look() -> None:
+            if not has_begun:
+                lost()
+
+        group.start_soon(task, name=name)
+        if self._is_asyncio:  # which takes a task's first step before what is posted after it; trio begins every task
+            self.post(look)
+
+    @contextmanager
+    def woken_by_signals(self) -> Generator[None]:
+        """See that a signal wakes this event loop, so that its handler is called. At home, in the main thread.
+
+        One that comes just before `select()` does not interrupt it. trio and uvloop have a wake-up fd for that; asyncio
+        has one on Windows, and elsewhere from its first `add_signal_handler()` on.
+        """
+        before = signal.set_wakeup_fd(-1) if self._is_asyncio else None
+        if before != -1:
+            if before is not None:
+                signal.set_wakeup_fd(before)
+            yield
+            return
+        heard, rung = os.pipe()
+        os.set_blocking(heard, False)
+        os.set_blocking(rung, False)
+        self._native.add_reader(heard, os.read, heard, 4096)
+        signal.set_wakeup_fd(rung, warn_on_full_buffer=False)
+        try:
+            yield
+        finally:
+            last = signal.set_wakeup_fd(-1)
+            if last != rung:  # somebody has put his own in its place
+                signal.set_wakeup_fd(last)
+            self._native.remove_reader(heard)
+            os.close(heard)
+            os.close(rung)
+
+
+class Turns:
+    """Counts the turns of the event loop, from one look to the next. One for each event loop, for all its engines."""
+
+    @classmethod
+    def here(cls) -> Self:
+        """Return the one of the event loop that runs here."""
+        try:
+            return cast(Self, _turns.get())
+        except LookupError:
+            turns = cls()
+            _turns.set(turns)
+            return turns
+
+    def __init__(self) -> None:
+        self._home = Home()
+        self._passed = 0
+        self._is_counting = False
+
+    def look(self) -> int:
+        """Return a number that will be another one when a turn has passed. At home."""
+        if not self._is_counting:
+            self._is_counting = True
+            self._home.post(self._pass)
+        return self._passed
+
+    def _pass(self) -> None:
+        self._is_counting = False
+        self._passed += 1
+
+
+_turns: RunVar[Turns] = RunVar("aengine_turns")
 
 
 class Bell:
@@ -125,24 +219,24 @@ class Slice:
         and goes on when the call has ended, not before.
         """
         cancellation: BaseException | None = None
-        while True:
-            try:
-                with anyio.CancelScope(shield=cancellation is not None):
-                    await self._bell.wait()
-            except BaseException as error:
-                if cancellation is not None:  # a second Ctrl-C: the user no longer wants to wait
-                    raise
-                cancellation = error
-                on_cancel()
-                continue
-            if self.done:
-                break
-            cancellation = await self._answer(cancellation)
-        if cancellation is not None:
-            try:
+        try:
+            while True:
+                try:
+                    with anyio.CancelScope(shield=cancellation is not None):
+                        await self._bell.wait()
+                except BaseException as error:
+                    if cancellation is not None:  # a second Ctrl-C: the user no longer wants to wait
+                        raise
+                    cancellation = error
+                    on_cancel()
+                    continue
+                if self.done:
+                    break
+                cancellation = await self._answer(cancellation)
+            if cancellation is not None:
                 raise cancellation
-            finally:
-                del cancellation  # whose traceback holds this frame
+        finally:
+            del cancellation  # whose traceback holds this frame
 
     async def _answer(self, cancellation: BaseException | None) -> BaseException | None:
         wanted, answers, self._bell = self._wanted, self._answers, Bell(self._home)

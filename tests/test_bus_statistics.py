@@ -12,6 +12,7 @@ import pytest
 from anyio.lowlevel import checkpoint
 
 from aengine import Engine, EngineStatistics, Event, Events
+from aengine.story import BUDGET
 
 Thread: TypeAlias = bool | None
 
@@ -239,6 +240,31 @@ async def test_a_pause_is_time_of_the_event_loop() -> None:
     async with anyio.create_task_group() as group:
         await engine.run(range(3))
     assert engine.statistics().event_loop >= 5e-3
+
+
+@pytest.mark.parametrize("waits", [False, True])
+async def test_turns_are_given_away_only_where_nobody_had_one(*, waits: bool) -> None:
+    """A step that waits lets the others have their turn by that; one that does not spends the budget of the loop."""
+    turns = 0
+
+    async def step(engine: Engine[int, None], batch: int) -> None:
+        for _ in range(4 * waits):  # trio's next turn but two is the first that is known of
+            await checkpoint()
+        work(2 * BUDGET)
+
+    async def count_turns() -> None:
+        nonlocal turns
+        while True:
+            await checkpoint()
+            turns += 1
+
+    engine = Engine(step)
+    async with anyio.create_task_group() as group:
+        group.start_soon(count_turns)
+        await engine.run(range(20))
+        group.cancel_scope.cancel()
+    assert turns > 10
+    assert (engine.statistics().event_loop == 0) == waits
 
 
 async def test_a_handler_that_blocks_the_loop_shows_as_lag() -> None:

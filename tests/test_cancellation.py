@@ -691,7 +691,6 @@ async def cancel_every_task_before_step(case: Case, n: int) -> bool:
 
 
 @pytest.mark.parametrize("case", cases(FEW[1::3], SOME))
-@pytest.mark.xfail(strict=False, reason="asyncio cancels tasks that have not begun: a few points still end late")
 @pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")  # anyio's own, of one cancelled before it began
 async def test_every_task_of_a_run_cancelled_natively_ends_it(case: Case, anyio_backend: Backend) -> None:
     needs_asyncio(anyio_backend)
@@ -742,7 +741,6 @@ async def interrupt_before_step(case: Case, n: int, uninterrupted: list[str]) ->
 
 
 @pytest.mark.parametrize("case", cases(FEW[1::3], SOME))
-@pytest.mark.xfail(strict=False, reason="a few points of the longest combinations are still open")
 async def test_interrupted_before_each_step_of_each_task(case: Case) -> None:
     plain = Rig(case)
     await plain.run()

@@ -82,6 +82,36 @@ def test_filter_of_the_beginning_and_the_end_looks_at_the_epoch() -> None:
     assert counts(Events.COMPLETED(every=2), "epoch") == []
 
 
+def test_filter_fires_again_at_a_count_that_stands_still() -> None:
+    """An epoch that ends before its first iteration fetches again, after as many iterations as before."""
+    engine = Engine(double)
+    fired: list[tuple[int, int]] = []
+
+    @engine.on(Events.GET_BATCH_STARTED(every=2))
+    def look(engine: AnyEngine) -> None:
+        fired.append((engine.state.epoch, engine.state.iteration))
+        if engine.state.epoch == 2:
+            engine.terminate_epoch()
+
+    engine.run_sync([1, 2], max_epochs=3)
+    assert fired == [(1, 0), (2, 2), (3, 2)]
+
+
+def test_filter_of_ones_own_event_fires_again_at_a_count_that_stands_still() -> None:
+    fired: list[int] = []
+
+    def step(engine: AnyEngine, batch: int) -> None:
+        engine.state.backward = batch
+        for _ in range(2):
+            engine.fire_event(Backward.DONE)
+
+    engine = Engine(step)
+    engine.register_events(*Backward, event_to_attr={Backward.DONE: "backward"})
+    engine.add_event_handler(Backward.DONE(every=2), lambda engine: fired.append(engine.state.backward))
+    engine.run_sync([1, 2, 3, 4, 2])
+    assert fired == [2, 2, 4, 4, 2, 2]
+
+
 def test_filter_begins_anew_with_the_engine() -> None:
     engine = Engine(double)
     fired: list[int] = []

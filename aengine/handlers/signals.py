@@ -3,6 +3,7 @@
 import signal
 import threading
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -42,8 +43,7 @@ class stop_on_signals:  # noqa: N801 -- used as a function is, like contextlib.s
         self.received: list[signal.Signals] = []
         self._engines = engines
         self._signals = tuple(signals)
-        self._before: dict[signal.Signals, Any] = {}
-        self._scope: anyio.CancelScope | None = None
+        self._entered = ExitStack()
         self._cancel: Callable[[], None] | None = None
 
     def __enter__(self) -> Self:
@@ -52,27 +52,21 @@ class stop_on_signals:  # noqa: N801 -- used as a function is, like contextlib.s
                 "stop_on_signals() works in the main thread only, where Python delivers signals; call"
                 " engine.terminate()"
             )
-        try:
+        with ExitStack() as entered:
+            if runs_in_event_loop():
+                home, scope = Home(), anyio.CancelScope()
+                entered.enter_context(scope)
+                entered.enter_context(home.woken_by_signals())
+                self._cancel = lambda: home.post(scope.cancel)
             for one in self._signals:
-                self._before[one] = signal.signal(one, self._handle)
-        except (OSError, ValueError):
-            self._restore()
-            raise
-        if runs_in_event_loop():
-            home, scope = Home(), anyio.CancelScope()
-            scope.__enter__()
-            self._scope, self._cancel = scope, lambda: home.post(scope.cancel)
+                entered.callback(signal.signal, one, signal.signal(one, self._handle))
+            self._entered = entered.pop_all()
         return self
-
-    def _restore(self) -> None:
-        for one, before in self._before.items():
-            signal.signal(one, before)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool | None:
-        self._restore()
-        return None if self._scope is None else self._scope.__exit__(kind, error, trace)
+        return self._entered.__exit__(kind, error, trace)
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         self.received.append(signal.Signals(number))

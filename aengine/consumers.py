@@ -1,0 +1,72 @@
+"""Consumers: the tasks of one run in which its subscribers handle what they are sent, from their start to their end."""
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+import anyio
+
+from aengine.bus import Bus, Fail, Subscriber
+from aengine.worker import Bell, Home
+
+if TYPE_CHECKING:
+    from anyio.abc import TaskGroup
+
+
+class Consumers:
+    """A task for each subscriber, in the run's group. Everything here is called at home."""
+
+    def __init__(self, bus: Bus, home: Home, grace: float) -> None:
+        self._bus = bus
+        self._home = home
+        self._grace = grace
+        self._ends: dict[Subscriber, Bell] = {}
+
+    def start(self, subscriber: Subscriber, group: "TaskGroup", fail: Fail) -> None:
+        """Have a subscriber handle what it is sent, from now to the end of the run. Errors go to `fail`."""
+        if subscriber not in self._ends:
+            subscriber.inbox.reopen_nowait()
+            self._ends[subscriber] = Bell(self._home)
+            self._home.start(group, partial(self._consume, subscriber, fail), partial(self._lose, subscriber, fail))
+
+    async def _consume(self, subscriber: Subscriber, fail: Fail) -> None:
+        try:
+            await subscriber.consume(self._home, fail)
+        finally:
+            self._has_ended(subscriber)
+
+    def _lose(self, subscriber: Subscriber, fail: Fail) -> None:
+        subscriber.lose(fail)
+        self._has_ended(subscriber)
+
+    def _has_ended(self, subscriber: Subscriber) -> None:
+        self._ends[subscriber].ring()
+        if subscriber not in self._bus.subscribers:  # a run may last for days, and see many come and go
+            del self._ends[subscriber]
+
+    async def flush(self) -> None:
+        """Wait until every event published so far is handled. Cancellable."""
+        sequence, home = self._bus.sequence, Home()
+        for subscriber in {*self._ends, *self._bus.subscribers}:  # those that were removed have work left, too
+            await subscriber.inbox.settled(sequence, home)
+
+    async def finish(self, deadline: float) -> None:
+        """Wait until all is handled that was accepted, and what they send each other meanwhile.
+
+        Raises:
+            HandlerTimeout: some were not done at the deadline. They have been cancelled; it says what was lost.
+        """
+        with anyio.CancelScope(deadline=deadline):
+            while self._late:
+                await self.flush()
+        if late := self._late:
+            raise self._bus.give_up(late, self._grace)
+
+    @property
+    def _late(self) -> list[Subscriber]:
+        return [one for one in self._ends if not one.inbox.is_idle]
+
+    async def end(self) -> None:
+        """Let them take no more, and wait for the ends of their tasks."""
+        for subscriber, end in dict(self._ends).items():
+            subscriber.inbox.close_nowait()
+            await end.wait()
