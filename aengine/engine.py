@@ -14,6 +14,7 @@ from aengine.binding import check_step, is_async_callable, name_of
 from aengine.bus import Bus
 from aengine.control import Control, Request
 from aengine.driver import Driver
+from aengine.emission import close_unawaited
 from aengine.errors import EngineBusy, raise_failures
 from aengine.events import Event, Events
 from aengine.iteration import Iteration
@@ -147,7 +148,10 @@ class Engine(Publishing, Generic[Batch, Output]):
             failures: list[BaseException] = []
             wanted = drive_here(story, self._control, failures)
             if wanted is not OVER and wanted is not SUSPENDED:
-                anyio.run(partial(self._drive, loop, story, 0, wanted))
+                try:
+                    anyio.run(partial(self._drive, loop, story, 0, wanted))
+                finally:
+                    close_unawaited(wanted)  # where it was not come to
             else:
                 self._end(loop, story, is_suspended=wanted is SUSPENDED)
                 try:

@@ -31,7 +31,8 @@ class Buffer:
     def __init__(self, size: int, home: Home, wanted: Callable[[int], bool]) -> None:
         self._size = size
         self._home = home
-        self._wanted = wanted  # given how many wait, says whether the run can still use one more
+        self._wanted = wanted  # given how many were put in so far, says whether the run can still use one more
+        self._put = 0
         self._batches: deque[Fetched] = deque()
         self._error: BaseException | None = None
         self._condition = threading.Condition()
@@ -69,6 +70,7 @@ class Buffer:
         """Add a batch. Who pulls has made sure that there is room."""
         with self._condition:
             self._batches.append(fetched)
+            self._put += 1
             self._arrived()
 
     def end_nowait(self, error: BaseException) -> None:
@@ -121,8 +123,7 @@ class Buffer:
 
     @property
     def _has_room(self) -> bool:
-        waiting = len(self._batches)
-        return waiting < self._size and (self._wanted(waiting) or self._arrival is not None)
+        return len(self._batches) < self._size and (self._wanted(self._put) or self._arrival is not None)
 
     async def room(self) -> bool:
         """Wait for room, in a task. False if the buffer was closed."""

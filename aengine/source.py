@@ -246,7 +246,8 @@ class Source:
     # Ahead of the step
 
     def _pull_ahead(self, host: Host) -> Prefetcher:
-        buffer = Buffer(host.prefetch, host.home, lambda waiting: host.can_use(self._origin + self._taken + waiting))
+        fetched = self._origin + self._taken + len(self._left)
+        buffer = Buffer(host.prefetch, host.home, lambda more: host.can_use(fetched + more))
         if not _has(self._iterator, "__anext__"):
             return ThreadPrefetcher(buffer, self._own_position, host.home, self._iterator, host.settings)
         prefetcher = TaskPrefetcher(buffer, self._own_position, host.home, self._iterator)

@@ -2,9 +2,11 @@
 
 import gc
 import logging
+import os
 import threading
 import zlib
 from collections.abc import Iterator
+from typing import Any
 
 import hypothesis
 import pytest
@@ -12,7 +14,7 @@ from backends import BACKENDS, Backend
 
 # The machines are shared, so a slow example is no finding; and what fails here failed before, since the examples are
 # always the same. To look for new ones: --hypothesis-profile=explore.
-PATIENT = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
+PATIENT: dict[str, Any] = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
 hypothesis.settings.register_profile("explore", max_examples=1000, print_blob=True, **PATIENT)
 hypothesis.settings.register_profile("aengine", derandomize=True, database=None, **PATIENT)
 hypothesis.settings.load_profile("aengine")
@@ -37,6 +39,9 @@ def pytest_collection_finish() -> None:
     """Leave what importing made out of every later collection: torch's modules alone take 0.1 s to walk."""
     gc.collect()
     gc.freeze()
+    # Development mode is for this process: in one that a test starts, asyncio would complain on stderr of each callback
+    # that took 0.1 s, as any may on a busy machine. Not before now, for pytest's workers inherit it.
+    os.environ.pop("PYTHONDEVMODE", None)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -147,6 +147,21 @@ async def test_it_pulls_no_more_than_the_run_can_use(thread: Thread, prefetch: i
         data.close()  # type: ignore[attr-defined]  # a generator
 
 
+@both_threads
+@prefetches
+async def test_resumed_it_pulls_no_more_than_the_run_can_use(thread: Thread, prefetch: int) -> None:
+    """What was pulled before, and not stepped on, counts."""
+    engine = Engine(step, thread=thread)
+    log: list[str] = []
+    data = Told(100, log.append).generate()
+    failing = engine.add_event_handler(Events.ITERATION_STARTED(once=2), lambda: 1 / 0)
+    with failing, pytest.raises(ZeroDivisionError):
+        await engine.run(data, max_epochs=2, epoch_length=3, prefetch=prefetch)
+    await engine.run(data, max_epochs=2, epoch_length=3, prefetch=prefetch)
+    assert engine.state.iteration == 6
+    assert log[-1] == "pull 5"
+
+
 @pytest.mark.parametrize("prefetch", [1, 4])
 async def test_it_pulls_no_more_async_data_than_the_run_can_use(prefetch: int) -> None:
     async def async_step(engine: Engine[Any, None], batch: Any) -> None:
