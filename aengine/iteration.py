@@ -74,6 +74,11 @@ class Iteration:
         self._next.set()
         try:
             await self._group.__aexit__(None, None, None)
+        except BaseExceptionGroup as group:  # trio raises Ctrl-C in whatever waits, this task group too
+            interrupts = group.subgroup((KeyboardInterrupt, SystemExit))
+            if interrupts is None:
+                raise
+            raise interrupts.exceptions[0] from None
         finally:
             self._handle.remove()
         if error is None or (self._error is not None and self._error is not error):
@@ -82,7 +87,7 @@ class Iteration:
     async def _run_beside(self) -> None:
         try:
             await self._run()
-        except Exception as error:  # noqa: BLE001 -- raised in the caller's own task
+        except (Exception, KeyboardInterrupt, SystemExit) as error:  # noqa: BLE001 -- raised in the caller's own task
             if error is not self._error:
                 self._error = error
         finally:
