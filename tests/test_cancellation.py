@@ -994,7 +994,7 @@ def test_ctrl_c_in_each_call_of_the_users_code(case: Case, way: str, anyio_backe
 
 
 SECOND_CTRL_C = """
-import json, signal, sys, threading
+import json, signal, sys, threading, time
 import anyio
 from aengine import Engine
 
@@ -1011,6 +1011,9 @@ async def main():
                 home.call_soon_threadsafe(heard.set)
                 assert heard.wait(30)
             signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        while not home.is_closed():  # asyncio sleeps through a signal that comes just before its select()
+            home.call_soon_threadsafe(int)
+            time.sleep(0.01)
         threading.Event().wait()
 
     await Engine(step, name="stuck", grace=0.05).run([1])
