@@ -187,9 +187,7 @@ class Loop:
                     if is_timed:
                         mark = perf_counter()
                 try:
-                    take = (
-                        self.source.take
-                    )  # a local: Python does not specialise calls of an attribute that is no method
+                    take = self.source.take  # calls of a local are specialised, those of such an attribute are not
                     batch = take()
                     if batch is PENDING:
                         batch = _END
@@ -246,9 +244,8 @@ class Loop:
                 state.output = output
                 batch = _END
                 self.completed = iteration
-                if iteration >= completed.due:  # noqa: SIM102 -- as above
-                    if (rest := completed.publish(engine, iteration)) is not None:
-                        yield from rest
+                if iteration >= completed.due and (rest := completed.publish(engine, iteration)) is not None:
+                    yield from rest
                 if control.asked:
                     yield from self._attend()
 
