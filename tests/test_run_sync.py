@@ -99,6 +99,12 @@ def test_a_subscriber_opens_one() -> None:
         seen.clear()
 
 
+def test_data_without_a_signature_is_called() -> None:
+    """As some of what is written in C: nobody can say what it takes, but it can be called without arguments."""
+    with pytest.raises(ValueError, match="the data is empty"):
+        Engine(step).run_sync(dict)
+
+
 def test_a_subscriber_that_comes_in_the_run_handles_what_it_is_sent() -> None:
     seen: list[int] = []
 
@@ -213,9 +219,10 @@ def test_what_was_interrupted_in_an_event_loop_that_is_gone_says_so() -> None:
 def test_pause_holds_it_until_another_thread_resumes() -> None:
     engine = Engine(step)
     resumers: list[threading.Thread] = []
-    here = threading.get_ident()
+    here, begun = threading.get_ident(), threading.Event()
 
     def resume_what_waits() -> None:
+        begun.wait()
         while "wait" not in [frame.f_code.co_name for frame, _ in walk_stack(sys._current_frames()[here])]:
             pass
         assert engine.state.iteration == 2
@@ -225,7 +232,8 @@ def test_pause_holds_it_until_another_thread_resumes() -> None:
     def pause() -> None:
         engine.pause()
         resumers.append(threading.Thread(target=resume_what_waits))
-        resumers[0].start()
+        resumers[0].start()  # which waits, too
+        begun.set()
 
     assert engine.run_sync(range(3)).iteration == 3
     resumers[0].join()
