@@ -368,7 +368,7 @@ def _omp_pause() -> Callable[[], object]:
         ours = [path for path in loaded if "torch" in path] or [path for path in loaded if path.startswith("/usr/lib")]
         openmp = ctypes.CDLL(ours[0], mode=_RTLD_NOLOAD)
         return partial(openmp.omp_pause_resource, _SOFT, openmp.omp_get_initial_device())
-    except (OSError, IndexError, AttributeError):  # another system, another OpenMP, or an old one: nothing to mind
+    except (OSError, IndexError, AttributeError):  # pragma: no cover -- another system, another OpenMP, or an old one
         return lambda: None
 
 

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Awaitable
+from datetime import UTC, datetime, timedelta
 from time import perf_counter
 from typing import TypeAlias
 
@@ -183,6 +184,24 @@ async def test_events_are_frozen() -> None:
     assert event.metrics == {"accuracy": 0.5}
     assert began < event.monotonic < perf_counter()
     assert "COMPLETED" in repr(event)
+
+
+async def test_an_event_tells_the_time_of_day_and_is_equal_to_itself_only() -> None:
+    engine = Engine(step)
+    seen: list[Event] = []
+
+    @engine.subscribe(Events.COMPLETED)
+    async def keep(event: Event) -> None:
+        seen.append(event)
+
+    began = datetime.now(UTC)
+    for _ in range(2):
+        await engine.run([1])
+    one, other = seen
+    slack = timedelta(minutes=1)  # the wall clock may be put right meanwhile
+    assert began - slack < datetime.fromtimestamp(one.time, UTC) < datetime.now(UTC) + slack
+    assert len({one, other, one}) == 2
+    assert one != other
 
 
 # Back-pressure and policies, as users see them

@@ -544,6 +544,8 @@ async def test_emit_outside_of_a_run_refuses_to_wait_for_ever() -> None:
     await engine.emit("NEWS")
     with pytest.raises(RuntimeError, match=r"'reader' is full, and no run is under way.*buffer="):
         await engine.emit("NEWS")
+    with pytest.raises(RuntimeError, match=r"'reader' is full, and no run is under way.*buffer="):
+        engine.fire_event("NEWS")
     await engine.run([1])
     (listener,) = engine.statistics().listeners
     assert listener.handled == listener.accepted

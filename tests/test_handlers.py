@@ -1,5 +1,6 @@
 """Handlers and events: who is called, how, in which order; and how events are told apart. No event loop."""
 
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +25,15 @@ def test_handlers_run_in_the_order_in_which_they_were_added() -> None:
         engine.add_event_handler(Events.STARTED, called.append, number)
     engine.run_sync([1])
     assert called == [0, 1, 2, 3, 4]
+
+
+def test_handler_without_a_signature_is_called_with_the_engine() -> None:
+    """As some of what is written in C: nobody can say what it takes."""
+    engine = Engine(double)
+    called: deque[object] = deque()
+    engine.add_event_handler(Events.STARTED, called.append)
+    engine.run_sync([1])
+    assert called == deque([engine])
 
 
 def test_handler_is_called_with_the_engine_if_it_takes_it() -> None:

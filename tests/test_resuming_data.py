@@ -194,6 +194,17 @@ def test_generator_function_of_unknown_length_is_called_again(how: Way) -> None:
     assert [batch for *_, batch in steps] == [3]
 
 
+def test_shorter_async_data_than_that_of_the_run_is_refused() -> None:
+    async def batches(length: int) -> AsyncIterator[int]:
+        for batch in range(length):
+            yield batch
+
+    engine = engine_that("IC@2/7", terminate)
+    run_and_stop(engine, partial(batches, 4), max_epochs=2)
+    with pytest.raises(ValueError, match=r"cannot resume after 3 batches.*it has only 2.*Pass the same data"):
+        from_state_dict(engine).run_sync(partial(batches, 2))
+
+
 def test_shorter_data_than_that_of_the_run_is_refused() -> None:
     engine = engine_that("IC@1/3", terminate)
     run_and_stop(engine, [1, 2, 3, 4])

@@ -1,8 +1,10 @@
 """run_sync: the same loop where no event loop runs; and where one must be opened after all."""
 
+import sys
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from traceback import walk_stack
 from typing import Any
 
 import anyio
@@ -95,6 +97,12 @@ def test_a_subscriber_opens_one() -> None:
         engine.run_sync(range(3))
         assert seen == [1, 2, 3]
         seen.clear()
+
+
+def test_data_without_a_signature_is_called() -> None:
+    """As some of what is written in C: nobody can say what it takes, but it can be called without arguments."""
+    with pytest.raises(ValueError, match="the data is empty"):
+        Engine(step).run_sync(dict)
 
 
 def test_a_subscriber_that_comes_in_the_run_handles_what_it_is_sent() -> None:
@@ -211,15 +219,45 @@ def test_what_was_interrupted_in_an_event_loop_that_is_gone_says_so() -> None:
 def test_pause_holds_it_until_another_thread_resumes() -> None:
     engine = Engine(step)
     resumers: list[threading.Thread] = []
+    here, begun = threading.get_ident(), threading.Event()
+
+    def resume_what_waits() -> None:
+        begun.wait()
+        while "wait" not in [frame.f_code.co_name for frame, _ in walk_stack(sys._current_frames()[here])]:
+            pass
+        assert engine.state.iteration == 2
+        engine.resume()
 
     @engine.on(Events.ITERATION_COMPLETED(once=2))
     def pause() -> None:
         engine.pause()
-        resumers.append(threading.Thread(target=engine.resume))
-        resumers[0].start()
+        resumers.append(threading.Thread(target=resume_what_waits))
+        resumers[0].start()  # which waits, too
+        begun.set()
 
     assert engine.run_sync(range(3)).iteration == 3
     resumers[0].join()
+
+
+def test_a_step_without_a_signature_gets_engine_and_batch() -> None:
+    """As some of what is written in C: nobody can say what it takes."""
+    assert Engine(getattr, name="of C").run_sync(["name"]).output == "of C"
+
+
+def test_a_subscriber_that_comes_in_the_run_opens_one() -> None:
+    engine = Engine(step)
+    seen: list[int] = []
+
+    async def note(event: Event) -> None:
+        seen.append(event.iteration)
+
+    @engine.on(Events.ITERATION_COMPLETED(once=2))
+    def subscribe() -> None:
+        engine.subscribe(Events.ITERATION_COMPLETED, note)
+
+    engine.run_sync(range(4))
+    assert seen[-2:] == [3, 4]
+    assert engine.state.iteration == 4
 
 
 def test_an_engine_in_its_own_handler_is_busy() -> None:

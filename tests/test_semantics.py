@@ -259,6 +259,11 @@ def test_run_returns_the_state_of_the_engine() -> None:
     assert engine.state is state
 
 
+def test_a_state_is_made_with_attributes_of_ones_own() -> None:
+    state = State(best=0.5, batch=3)
+    assert (state.best, state.batch, state.iteration) == (0.5, 3, 0)
+
+
 def test_last_event_name_is_the_event_that_was_dispatched_last() -> None:
     engine = Engine(double)
     assert engine.last_event_name is None

@@ -106,6 +106,15 @@ def test_flags_tell_what_was_asked_and_has_not_taken_effect() -> None:
     assert not other.should_terminate_single_epoch
     assert not other.should_terminate
 
+    def interrupt(engine: AnyEngine) -> None:
+        engine.interrupt()
+        asked.append(engine.should_interrupt)
+
+    third = engine_that("IC@1/1", interrupt)
+    third.run_sync([1, 2])
+    assert asked == [True, True, True]
+    assert not third.should_interrupt
+
 
 # Ending the epoch
 
