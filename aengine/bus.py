@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Hashable, Iterable
 from functools import partial
+from itertools import islice
 from time import perf_counter
 from typing import Any, Self, TypeAlias, cast
 
@@ -26,9 +27,8 @@ Fail: TypeAlias = Callable[[BaseException], None]
 _TURN = 0.002
 """Seconds that a subscriber whose handler never waits goes on before it lets other tasks have a turn."""
 
-
-_STREAM_TURN = 32
-"""Events that a stream gives without waiting, before it lets other tasks have a turn."""
+_TURN_EVENTS = 32
+"""Events that a subscriber handles from one look at the clock to the next, and that a stream gives in one turn."""
 
 
 class Listening:
@@ -136,11 +136,11 @@ class Subscriber(Listening):
         fail(stray)
 
     async def _consume(self, home: Home) -> None:
-        inbox, handler, is_async, turn = self.inbox, self.handler, self._is_async, 0
+        inbox, handler, is_async = self.inbox, self.handler, self._is_async
         self._begin_work()
         try:
             while True:
-                for event in inbox.taken():
+                for event in islice(inbox.taken(), _TURN_EVENTS):
                     try:
                         if is_async:
                             await handler(event)
@@ -149,12 +149,11 @@ class Subscriber(Listening):
                     except Exception as error:
                         if not self._isolates(error, event):
                             raise
-                    turn += 1
-                    if turn % 32 == 0 and perf_counter() - self._turn_began > _TURN:
-                        self._rest()
-                        await anyio.lowlevel.checkpoint()
-                        self._begin_work()
-                if inbox.closed:
+                if inbox.in_hand is not None:  # and handled: there may be more
+                    inbox.done_nowait()
+                    if perf_counter() - self._turn_began < _TURN:
+                        continue
+                elif inbox.closed:
                     return
                 self._rest()
                 await inbox.arrival(home)
@@ -240,7 +239,7 @@ class Stream(Listening):
                 "a stream is read inside its block:"
                 " async with engine.stream(...) as events: async for event in events: ..."
             )
-        if self._taken % _STREAM_TURN == _STREAM_TURN - 1:
+        if self._taken % _TURN_EVENTS == _TURN_EVENTS - 1:
             await anyio.lowlevel.checkpoint()
         else:
             await anyio.lowlevel.checkpoint_if_cancelled()

@@ -244,8 +244,10 @@ class Loop:
                 state.output = output
                 batch = _END
                 self.completed = iteration
-                if iteration >= completed.due and (rest := completed.publish(engine, iteration)) is not None:
-                    yield from rest
+                if iteration >= completed.due:
+                    publish = completed.publish
+                    if (rest := publish(engine, iteration)) is not None:
+                        yield from rest
                 if control.asked:
                     yield from self._attend()
 
