@@ -364,6 +364,8 @@ class Source:
     def close(self) -> None:
         """Close the iterator if the engine opened it; where nothing must be awaited for that."""
         is_ours, iterator, self._iterator = self._is_ours, self._iterator, None
+        # Let go of it: bound methods of one's own would hold it until the collector runs, and a DataLoader's workers.
+        self.take, self.arrival = _raise_stop, _arrive_never
         if is_ours and hasattr(iterator, "close"):
             iterator.close()
 
@@ -464,3 +466,7 @@ def _no_batch() -> None:
 
 def _raise_stop() -> NoReturn:
     raise StopIteration
+
+
+async def _arrive_never() -> NoReturn:
+    raise StopAsyncIteration

@@ -2,6 +2,7 @@
 
 import gc
 import threading
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any, TypeAlias
 
@@ -603,3 +604,33 @@ async def test_entering_a_source_can_be_cancelled() -> None:
         with anyio.fail_after(60):
             await engine.run(broker)
     assert engine.state.stop_reason is StopReason.CANCELLED
+
+
+@both_threads
+@prefetches
+async def test_an_iterator_is_let_go_of_with_the_run_and_not_with_the_collector(prefetch: int, thread: Thread) -> None:
+    """That of a DataLoader ends its worker processes when it is freed."""
+    iterators: list[weakref.ref[Any]] = []
+
+    class Numbers:
+        def __init__(self) -> None:
+            self.numbers = iter(range(3))
+            iterators.append(weakref.ref(self))
+
+        def __iter__(self) -> "Numbers":
+            return self
+
+        def __next__(self) -> int:
+            return next(self.numbers)
+
+    gc.disable()
+    try:
+        engine = Engine(step, thread=thread)
+        await engine.run(Numbers, max_epochs=2, prefetch=prefetch)
+        for _ in range(100):  # event loops let go of what ran last a turn later
+            if not any(one() for one in iterators):
+                break
+            await checkpoint()
+        assert [one() for one in iterators] == [None, None]
+    finally:
+        gc.enable()
