@@ -12,6 +12,7 @@ import pytest
 from anyio.lowlevel import checkpoint
 
 from aengine import Engine, EngineStatistics, Event, Events
+from aengine.statistics import Stopwatch
 from aengine.story import BUDGET
 
 Thread: TypeAlias = bool | None
@@ -95,6 +96,25 @@ async def test_the_times_add_up_to_the_total(thread: Thread) -> None:
         + statistics.event_loop
     )
     assert parts <= statistics.total
+
+
+@pytest.mark.parametrize(
+    ("seconds", "begins_at", "timed"), [(1e-6, 0, 18), (1e-6, 5000, 18), (90e-6, 0, 168), (1e-3, 0, 1000)]
+)
+def test_timed_iterations_stand_for_themselves_and_those_before_them(
+    seconds: float, begins_at: int, timed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr("aengine.statistics.perf_counter", lambda: now)
+    watch, weights, last = Stopwatch(), [], begins_at
+    for iteration in range(begins_at, begins_at + 1000):
+        if iteration >= watch.next_reading:
+            watch.read(iteration)
+            weights.append(watch.weight)
+            last = iteration
+        now += seconds
+    assert sum(weights) == last - begins_at + 1
+    assert len(weights) == pytest.approx(timed, abs=2)
 
 
 async def test_handlers_are_named_as_they_are_written() -> None:
