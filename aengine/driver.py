@@ -57,8 +57,6 @@ class Driver:
     ) -> None:
         self.is_suspended = False
         self._home = Home()
-        self._turns = Turns.here()
-        self._turn = self._turns.look()
         self._loop = loop
         self._story = story
         self._bus = bus
@@ -104,7 +102,7 @@ class Driver:
         cancelled = anyio.get_cancelled_exc_class()
         if cancelled not in loop.cancellations:
             loop.cancellations += (cancelled,)
-        loop.breathes = not self._threaded
+        loop.others_had_a_turn = None if self._threaded else Turns.here().asker()
         host = Host(
             self._home, self.spawn, self._fail_of_data, self._settings, self._prefetch, loop.can_use, self._grace
         )
@@ -422,9 +420,11 @@ class Driver:
         """Do what the story signals. Returns False if it is to be gone on with in another scope, or not at all."""
         began = perf_counter()
         if signal is Signal.BREATHE:
-            if self._turns.look() == self._turn:  # else it has waited for something, and others had their turn
-                await self._breathe()
-            self._turn = self._turns.look()
+            for _ in range(_TURNS):
+                await checkpoint()
+            watch = self._bus.stopwatch
+            watch.lag = max(watch.lag, perf_counter() - began)
+            watch.event_loop += perf_counter() - began
         elif signal is Signal.PAUSE:
             await self._until_resumed()
             self._bus.stopwatch.event_loop += perf_counter() - began
@@ -443,14 +443,6 @@ class Driver:
             self.is_suspended = self._is_over = True
             return False
         return True
-
-    async def _breathe(self) -> None:
-        began = perf_counter()
-        for _ in range(_TURNS):
-            await checkpoint()
-        watch = self._bus.stopwatch
-        watch.lag = max(watch.lag, perf_counter() - began)
-        watch.event_loop += perf_counter() - began
 
     def _throw_reported(self) -> bool:
         reported, self._reported = self._reported, None

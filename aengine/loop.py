@@ -45,7 +45,8 @@ class Loop:
         completed: iterations whose step has returned. `state.iteration` is one more while a step runs.
         waits_for_data: whether what was yielded last is the next batch.
         also_raised: errors of handlers and of the data that came while a first one was being told of.
-        breathes: whether to yield BREATHE when the time budget is spent; set by the driver.
+        others_had_a_turn: asked when the time budget is spent: if not, BREATHE is yielded. Set by the driver where the
+            loop runs on the event loop's own thread, else None.
         cancellations: the exceptions that are told of as CANCELLED; the driver adds its event loop's own.
     """
 
@@ -64,7 +65,7 @@ class Loop:
         self.completed = progress.iteration
         self.waits_for_data = False
         self.also_raised: list[BaseException] = []
-        self.breathes = False
+        self.others_had_a_turn: Callable[[], bool] | None = None
         self.cancellations: tuple[type[BaseException], ...] = (KeyboardInterrupt, SystemExit)
         self._engine = engine
         self._step = step
@@ -169,6 +170,7 @@ class Loop:
         watch, plain_types, coroutine = bus.stopwatch, self._plain_types, CoroutineType
         getting, got, started, completed = self._topics_of_an_iteration()
         end = min(self._end_of_epoch, NEVER if state.max_iters is None else state.max_iters)
+        had_turn = self.others_had_a_turn
         watch.weight = 0
         is_timed, mark, batch = False, 0.0, _END
         usual: type | None = None  # what the step has returned last, if that is not to be awaited
@@ -178,7 +180,9 @@ class Loop:
                 if is_busy := iteration >= bus.next_due:
                     if is_timed := iteration >= watch.next_reading:
                         watch.read(iteration)
-                        bus.next_due = min(watch.next_reading, getting.due, got.due, started.due - 1)
+                        if (next_due := watch.next_reading) > iteration + 1:
+                            next_due = min(next_due, getting.due, got.due, started.due - 1)
+                        bus.next_due = next_due
                     if iteration >= getting.due:
                         if (rest := getting.publish(engine, iteration)) is not None:
                             yield from rest
@@ -253,8 +257,10 @@ class Loop:
 
                 if is_timed:
                     is_timed, watch.weight = False, 0
-                    if self.breathes and perf_counter() >= self._next_breath:
-                        yield Signal.BREATHE
+                    if had_turn is not None and perf_counter() >= self._next_breath:
+                        if not had_turn():  # else the step has waited for something
+                            yield Signal.BREATHE
+                            had_turn()
                         self._next_breath = perf_counter() + BUDGET
         finally:
             self._batch = batch  # what was fetched and not stepped on is not lost

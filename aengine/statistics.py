@@ -112,13 +112,13 @@ class Stopwatch:
     def read(self, iteration: int) -> None:
         """Begin a timed iteration: set its weight, and say when to read next."""
         now = perf_counter()
-        passed = iteration - self._read_iteration
-        if self._read_iteration < 0 or passed < 1:  # the first one: of how long they are, nothing is known yet
-            self.weight, pause = 1, 1
+        last = self._read_iteration
+        passed = iteration - last if 0 <= last < iteration else 0
+        self.weight = passed or 1
+        if (spent := now - self._read_at) >= PERIOD * passed:  # long ones, or the first, of which nothing is known yet
+            self.next_reading = iteration + 1
         else:
-            self.weight = passed
-            pause = min(SAMPLE, int(PERIOD * passed / max(now - self._read_at, 1e-9)) + 1)
-        self.next_reading = iteration + pause
+            self.next_reading = iteration + min(SAMPLE, int(PERIOD * passed / max(spent, 1e-9)) + 1)
         self._read_at = now
         self._read_iteration = iteration
 

@@ -126,8 +126,18 @@ class Turns:
         self._passed = 0
         self._is_counting = False
 
-    def look(self) -> int:
-        """Return a number that will be another one when a turn has passed. At home."""
+    def asker(self) -> Callable[[], bool]:
+        """Return a function that says whether a turn has passed since it was called before. At home."""
+        seen = self._look()
+
+        def has_one_passed() -> bool:
+            nonlocal seen
+            before, seen = seen, self._look()
+            return seen != before
+
+        return has_one_passed
+
+    def _look(self) -> int:
         if not self._is_counting:
             self._is_counting = True
             self._home.post(self._pass)
