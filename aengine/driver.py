@@ -389,8 +389,8 @@ class Driver:
     async def _perform_slice(self) -> Any:
         assert self._worker is not None, "found before the loop is driven"  # noqa: S101
         one = Slice(self._home, self._context, *self._next)
+        self._slice = one  # before it begins: its step may ask whether it is here
         self._worker.submit(one)
-        self._slice = one
         try:
             await one.wait(partial(self._control.asked.add, Request.HALT))
         finally:
