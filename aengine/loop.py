@@ -14,7 +14,7 @@ from aengine.binding import is_awaitable, refuse_stop_iteration
 from aengine.bus import Bus
 from aengine.control import Control, Phase, Request
 from aengine.errors import DataExhausted, DataExhaustedWarning
-from aengine.events import NEVER
+from aengine.events import ALWAYS, NEVER
 from aengine.progress import Progress, last_iteration, tell_exhaustion
 from aengine.source import PENDING, Source
 from aengine.state import State, StopReason
@@ -171,7 +171,7 @@ class Loop:
         getting, got, started, completed = self._topics_of_an_iteration()
         end = min(self._end_of_epoch, NEVER if state.max_iters is None else state.max_iters)
         had_turn = self.others_had_a_turn
-        watch.weight = 0
+        watch.weight, bus.next_due = 0, ALWAYS  # the epoch before may have ended at this very iteration
         is_timed, mark, batch = False, 0.0, _END
         usual: type | None = None  # what the step has returned last, if that is not to be awaited
         try:
@@ -180,9 +180,7 @@ class Loop:
                 if is_busy := iteration >= bus.next_due:
                     if is_timed := iteration >= watch.next_reading:
                         watch.read(iteration)
-                        if (next_due := watch.next_reading) > iteration + 1:
-                            next_due = min(next_due, getting.due, got.due, started.due - 1)
-                        bus.next_due = next_due
+                        bus.next_due = min(watch.next_reading, getting.due, got.due, started.due - 1)
                     if iteration >= getting.due:
                         if (rest := getting.publish(engine, iteration)) is not None:
                             yield from rest
