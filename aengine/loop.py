@@ -170,7 +170,6 @@ class Loop:
         watch, plain_types, coroutine = bus.stopwatch, self._plain_types, CoroutineType
         getting, got, started, completed = self._topics_of_an_iteration()
         end = min(self._end_of_epoch, NEVER if state.max_iters is None else state.max_iters)
-        had_turn = self.others_had_a_turn
         watch.weight, bus.next_due = 0, ALWAYS  # the epoch before may have ended at this very iteration
         is_timed, mark, batch = False, 0.0, _END
         usual: type | None = None  # what the step has returned last, if that is not to be awaited
@@ -255,7 +254,8 @@ class Loop:
 
                 if is_timed:
                     is_timed, watch.weight = False, 0
-                    if had_turn is not None and perf_counter() >= self._next_breath:
+                    # Asked of anew: the epoch may have begun with another driver.
+                    if (had_turn := self.others_had_a_turn) is not None and perf_counter() >= self._next_breath:
                         if not had_turn():  # else the step has waited for something
                             yield Signal.BREATHE
                             had_turn()

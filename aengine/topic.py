@@ -199,7 +199,7 @@ class Topic:
         listeners = (*self.inline, *self.outlets)
         inboxes = tuple(one.inbox for one in self.outlets)
         self._quick = tuple(one.call for one in self.inline), self.inline, inboxes
-        if any(one.filter for one in listeners) or any(one.snapshot for one in self.outlets):
+        if any(one.filter is not None for one in listeners) or any(one.snapshot is not None for one in self.outlets):
             self.publish = self._publish_to_due
         else:
             self.publish = self._publish_to_all if self.inline else self._send

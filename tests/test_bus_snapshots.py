@@ -301,3 +301,19 @@ async def test_an_interval_has_passed_since_the_event_before() -> None:
     began = perf_counter()
     await engine.run(until_five)
     assert all(time - began >= n * 200e-6 for n, time in enumerate(times, start=1))
+
+
+class Falsy:
+    def __call__(self, engine: Engine[Any, Any]) -> int:
+        return int(engine.state.iteration)
+
+    def __bool__(self) -> bool:
+        return False
+
+
+async def test_a_snapshot_is_taken_by_a_callable_that_is_falsy() -> None:
+    engine: Engine[int, None] = Engine(lambda engine, batch: None)
+    taken: list[int] = []
+    engine.subscribe(Events.ITERATION_COMPLETED, lambda event: taken.append(event.snapshot), snapshot=Falsy())
+    await engine.run([1, 2])
+    assert taken == [1, 2]

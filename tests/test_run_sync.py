@@ -282,3 +282,14 @@ def test_own_events_reach_plain_handlers_and_subscribers() -> None:
     engine.run_sync(range(2))
     assert seen.count("inline") == 4
     assert seen.count("beside") == 2
+
+
+def test_a_loop_that_goes_on_in_an_event_loop_gives_way_to_it_before_its_epoch_ends() -> None:
+    engine: Engine[int, int] = Engine(lambda engine, batch: batch)
+
+    @engine.on(Events.ITERATION_COMPLETED(once=2))
+    def come_later(engine: Engine[int, int]) -> None:
+        engine.subscribe(Events.ITERATION_COMPLETED, lambda event: engine.terminate(), overflow="drop_new")
+
+    engine.run_sync(range(5_000_000))
+    assert 2 < engine.state.iteration < 5_000_000
