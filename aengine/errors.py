@@ -5,9 +5,17 @@
     ├── DataExhausted (ValueError)     the data gave nothing when more was asked of it
     ├── HandlerTimeout (TimeoutError)  a concurrent handler outlived the grace period
     ├── InboxOverflow (RuntimeError)   an inbox with overflow="error" was full
-    └── StrayCancellation (RuntimeError)  a task of the run was cancelled from outside of it
+    ├── StrayCancellation (RuntimeError)  a task of the run was cancelled from outside of it
+    └── CheckpointError (RuntimeError) whatever goes wrong with checkpoints
+        ├── CheckpointNotFound         there is none, or not the one that was asked for
+        ├── CheckpointDamaged          what is on disk does not verify
+        ├── CheckpointMismatch         it is whole, but does not fit what it is to be loaded into
+        ├── CheckpointNotWritten       a save failed; the checkpoints before it are as they were
+        ├── CheckpointLocked           another writer has the directory
+        └── NotSerializable (TypeError)  something in the state could not be loaded back
 
     DataExhaustedWarning (UserWarning) the data ended before the run was complete
+    CheckpointWarning (UserWarning)    a save failed or a checkpoint was damaged, and the run goes on
 
 What a user's own step, handler or data raises is never wrapped: it comes out of `run()` as the very object
 that was raised, with a note that says where. Arguments that are wrong are plain ValueErrors and TypeErrors.
@@ -44,6 +52,38 @@ class StrayCancellation(AengineError, RuntimeError):
     A handler that lets out the cancellation of something that it awaited is one, too. A cancellation of the run itself
     takes its place.
     """
+
+
+class CheckpointError(AengineError, RuntimeError):
+    """The root of what goes wrong with checkpoints. None of it is ever silent."""
+
+
+class CheckpointNotFound(CheckpointError):
+    """There is no checkpoint where one must be, or not the one that was asked for."""
+
+
+class CheckpointDamaged(CheckpointError):
+    """A checkpoint is cut, changed or incomplete, so that nothing of it can be trusted."""
+
+
+class CheckpointMismatch(CheckpointError):
+    """A checkpoint is whole, but was made of something else: other keys, or other shapes."""
+
+
+class CheckpointNotWritten(CheckpointError):
+    """A save failed. Nothing of it is left behind, and the checkpoints before it are as they were."""
+
+
+class CheckpointLocked(CheckpointError):
+    """Another writer has the directory: two would remove each other's checkpoints."""
+
+
+class NotSerializable(CheckpointError, TypeError):
+    """Something in the state could not be loaded back with `weights_only=True`, so it is not saved either."""
+
+
+class CheckpointWarning(UserWarning):
+    """A save failed, or a checkpoint was damaged and set aside, and the run goes on."""
 
 
 class DataExhaustedWarning(UserWarning):
