@@ -1,8 +1,8 @@
 # The house, from the ground up: a module imports from those before it, never from those after.
-#   errors       the exception tree              prefetch     batches pulled ahead, in a task or a thread
-#   state        what the loop knows             host         where a source lives while a run lasts
-#   events       names, filters, Event           source       any data, as the next batch
-#   statistics   where the time went             progress     what is completed, limits, resuming
+#   errors       the exception tree              host         where a source lives while a run lasts
+#   state        what the loop knows             source       any data, as the next batch
+#   events       names, filters, Event           progress     what is completed, limits, resuming
+#   statistics   where the time went             attending    the half of the loop about events and requests
 #   worker       threads, and the way back       loop         the loop itself: a generator that does no I/O
 #   binding      users' functions, at the door   driver       advances the loop; owns its tasks and its thread
 #   inbox        one listener's queue            synchronous  advances the loop without an event loop
@@ -10,7 +10,8 @@
 #   emission     driving a dispatch              publishing   the half of the face that is about events
 #   bus          topics, subscribers, streams    engine       Engine: the face
 #   control      what is asked of the loop       handlers/    ready-made: signals
-#   consumers    the subscribers' tasks
+#   consumers    the subscribers' tasks          checkpoint/  saving while training goes on, and resuming exactly
+#   prefetch     batches pulled ahead, in a task or a thread
 """The training-loop engine for async Python.
 
 from aengine import Engine, Events
@@ -22,11 +23,19 @@ await trainer.run(loader, max_epochs=10)
 from aengine.engine import Engine
 from aengine.errors import (
     AengineError,
+    CheckpointDamaged,
+    CheckpointError,
+    CheckpointLocked,
+    CheckpointMismatch,
+    CheckpointNotFound,
+    CheckpointNotWritten,
+    CheckpointWarning,
     DataExhausted,
     DataExhaustedWarning,
     EngineBusy,
     HandlerTimeout,
     InboxOverflow,
+    NotSerializable,
     StrayCancellation,
 )
 from aengine.events import Event, EventEnum, Events, EventsList
@@ -40,6 +49,13 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AengineError",
+    "CheckpointDamaged",
+    "CheckpointError",
+    "CheckpointLocked",
+    "CheckpointMismatch",
+    "CheckpointNotFound",
+    "CheckpointNotWritten",
+    "CheckpointWarning",
     "DataExhausted",
     "DataExhaustedWarning",
     "Engine",
@@ -51,6 +67,7 @@ __all__ = [
     "EventsList",
     "HandlerTimeout",
     "InboxOverflow",
+    "NotSerializable",
     "Overflow",
     "RemovableEventHandle",
     "State",

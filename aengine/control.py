@@ -4,6 +4,7 @@ Plain calls that take effect before the next step. They only leave a note; the l
 between steps, and so they need no lock: adding to a set is one atomic operation.
 """
 
+from collections import deque
 from collections.abc import Callable
 from enum import Enum, auto
 
@@ -19,6 +20,7 @@ class Request(Enum):
     PAUSE = auto()
     HALT = auto()  # by whoever drives: come back, there is something to throw
     CHANGE_DATA = auto()
+    FIRE = auto()  # an event of the user's, between two steps
     MAKE_ROOM = auto()  # somebody who could not wait has filled an inbox: the loop waits in his place
 
 
@@ -40,6 +42,7 @@ class Control:
         self.skip_completed = False
         self.skip_epoch_completed = False
         self.owed: list[Room] = []
+        self.to_fire: deque[str] = deque()
         self.on_change: Callable[[], None] | None = None  # wakes a driver that waits on the loop's behalf
 
     def ask(self, request: Request) -> None:
@@ -87,6 +90,18 @@ class Control:
         if self.phase is not Phase.IDLE:
             self.ask(Request.INTERRUPT)
 
+    def fire(self, event: str) -> bool:
+        """Ask for an event to be fired between two steps. Returns False where no run is under way that would."""
+        self.to_fire.append(event)  # before the look at the phase: the loop looks the other way round
+        if self.phase is Phase.IDLE:
+            try:
+                self.to_fire.remove(event)
+            except ValueError:  # it has just been fired after all
+                return True
+            return False
+        self.ask(Request.FIRE)
+        return True
+
     def owe(self, rooms: list[Room]) -> None:
         """Have the loop wait for room before its next step."""
         if rooms and self.phase is not Phase.IDLE:
@@ -98,3 +113,4 @@ class Control:
         self.asked &= {Request.PAUSE, Request.HALT}
         self.phase = Phase.BETWEEN_EPOCHS
         self.owed.clear()
+        self.to_fire.clear()

@@ -22,7 +22,7 @@ from aengine.loop import Loop
 from aengine.prefetch import Fetched
 from aengine.progress import Progress, begin, from_state_dict, to_state_dict
 from aengine.publishing import Publishing
-from aengine.source import Source, check, check_prefetch, needs_event_loop
+from aengine.source import Randomness, Source, check, check_prefetch, needs_event_loop
 from aengine.state import State
 from aengine.statistics import EngineStatistics
 from aengine.story import Story
@@ -43,6 +43,12 @@ class Engine(Publishing, Generic[Batch, Output]):
             insist on the worker.
         grace: seconds that clean-up may take: handlers of CANCELLED and EXCEPTION_RAISED, subscribers that are behind,
             closing the data.
+
+    Attributes:
+        state_dict_user_keys: the attributes of the state that are saved and loaded with the engine.
+        randomness: what saves and restores the states of random number generators with the engine, so that a run
+            that is resumed draws what it would have drawn, and shuffled data comes as it came. None for nothing;
+            `aengine.checkpoint` puts one here.
 
     Raises:
         TypeError: the step cannot be called as `step(engine, batch)`, or `thread=True` was given for an async one.
@@ -76,9 +82,11 @@ class Engine(Publishing, Generic[Batch, Output]):
         self._grace = grace
         self._progress = Progress()
         self._left: tuple[Any, list[Fetched]] | None = None
+        self._to_recall: Any = None
         self._story: Story | None = None
         self._is_running = False
         self.state_dict_user_keys: list[str] = []
+        self.randomness: Randomness | None = None
 
     # Running
 
@@ -211,7 +219,7 @@ class Engine(Publishing, Generic[Batch, Output]):
         state = self.state
         progress = begin(state, self._progress, data, max_epochs, max_iters, epoch_length)
         left = self._left[1] if self._left is not None and self._left[0] is data else None
-        source = Source(data, self.logger, left)
+        source = Source(data, self.logger, left, self.randomness)
         if progress.position is not None:
             source.resume_at(progress.position, progress.iteration)
         else:
@@ -220,6 +228,9 @@ class Engine(Publishing, Generic[Batch, Output]):
         self._control.begin()
         self._bus.rewind()
         loop = self._loop = Loop(self, self._step, source, progress, state=state, bus=self._bus, control=self._control)
+        to_recall, self._to_recall = self._to_recall, None
+        if self.randomness is not None and to_recall is not None:
+            loop.to_recall = partial(self.randomness.restore, to_recall, data)
         story = self._story = loop.tell()
         return loop, story
 
@@ -328,7 +339,7 @@ class Engine(Publishing, Generic[Batch, Output]):
             raise RuntimeError(
                 "set_data() changes the data of a run under way, and there is none: pass the data to run()"
             )
-        self._loop.set_data(Source(data, self.logger))
+        self._loop.set_data(Source(data, self.logger, randomness=self.randomness))
 
     @property
     def is_running(self) -> bool:
@@ -356,11 +367,15 @@ class Engine(Publishing, Generic[Batch, Output]):
         """Return where the engine stands, after the last step that completed: plain values, to be saved.
 
         Holds the counters and limits, the position of the data (and the data's own `state_dict`, where it has one),
-        the counts of events that count their firings, and the state's attributes that `state_dict_user_keys` names.
+        the counts of events that count their firings, and the state's attributes that `state_dict_user_keys` names;
+        with `engine.randomness`, also the states of random number generators, as tensors.
         """
         progress = self._progress if self._loop is None else self._loop.progress()
         fired = {topic.name: topic.fired for topic in self._bus.topics if topic.fired}
-        return to_state_dict(progress, self.state, fired, self.state_dict_user_keys)
+        saved = to_state_dict(progress, self.state, fired, self.state_dict_user_keys)
+        if self.randomness is not None:
+            saved["random"] = self.randomness.capture(self.state.dataloader)
+        return saved
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on, at the next `run()`, where a `state_dict` was taken, by this engine or by pytorch-ignite's.
@@ -373,6 +388,7 @@ class Engine(Publishing, Generic[Batch, Output]):
             raise EngineBusy(f"engine {self.name!r} is running: load its state before run()")
         self._progress = from_state_dict(state_dict, self.state, self.state_dict_user_keys)
         self._give_up()
+        self._to_recall = state_dict.get("random")
         fired = state_dict.get("fired", {})
         for topic in {*self._bus.topics, *map(self._bus.topic, fired)}:
             topic.fired = fired.get(topic.name, 0)

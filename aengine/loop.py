@@ -10,6 +10,7 @@ from time import perf_counter
 from types import CoroutineType, GeneratorType
 from typing import Any
 
+from aengine.attending import Attending, EpochTerminated, Terminated
 from aengine.binding import is_awaitable, refuse_stop_iteration
 from aengine.bus import Bus
 from aengine.control import Control, Phase, Request
@@ -22,15 +23,6 @@ from aengine.story import BUDGET, Arrival, Signal, Story, Woken
 from aengine.topic import NEVER_FIRED, Topic
 
 
-class _Terminated(Exception):
-    def __init__(self, reason: StopReason) -> None:
-        self.reason = reason
-
-
-class _EpochTerminated(Exception):
-    pass
-
-
 class _Exhausted(Exception):
     pass
 
@@ -38,13 +30,14 @@ class _Exhausted(Exception):
 _END = object()
 
 
-class Loop:
+class Loop(Attending):
     """One run, from STARTED to COMPLETED, across interruptions.
 
     Attributes:
         completed: iterations whose step has returned. `state.iteration` is one more while a step runs.
         waits_for_data: whether what was yielded last is the next batch.
         also_raised: errors of handlers and of the data that came while a first one was being told of.
+        to_recall: restores the randomness of the run that is gone on with, once all is fired that it did not fire.
         others_had_a_turn: asked when the time budget is spent: if not, BREATHE is yielded. Set by the driver where the
             loop runs on the event loop's own thread, else None.
         cancellations: the exceptions that are told of as CANCELLED; the driver adds its event loop's own.
@@ -61,17 +54,15 @@ class Loop:
         bus: Bus,
         control: Control,
     ) -> None:
+        super().__init__(engine, state, bus, control)
         self.source = source
         self.completed = progress.iteration
         self.waits_for_data = False
         self.also_raised: list[BaseException] = []
+        self.to_recall: Callable[[], object] | None = None
         self.others_had_a_turn: Callable[[], bool] | None = None
         self.cancellations: tuple[type[BaseException], ...] = (KeyboardInterrupt, SystemExit)
-        self._engine = engine
         self._step = step
-        self._state = state
-        self._bus = bus
-        self._control = control
         self._next_source: Source | None = None
         self._epoch_is_complete = progress.epoch_is_complete
         self._first = progress.iteration
@@ -90,10 +81,12 @@ class Loop:
         try:
             try:
                 yield from self._fire("STARTED")
+                if self._epoch_is_complete:
+                    self._recall()
                 while not self._is_done:
                     yield from self._epoch()
                 reason = StopReason.COMPLETED
-            except _Terminated as end:
+            except Terminated as end:
                 reason = end.reason
                 self._control.phase = Phase.ENDING_EPOCH
                 yield from self._dispatch("TERMINATE")
@@ -108,6 +101,7 @@ class Loop:
                 yield from self._dispatch("COMPLETED")
                 yield from self._bus.topic("COMPLETED").finish(self._engine, state.epoch)
                 state.times["COMPLETED"] = perf_counter() - began
+            yield from self._take_no_more_requests()
             yield Signal.FLUSH
             yield from self._close(gently=True)
         except GeneratorExit:  # an interrupted engine is given up: nobody is there to await anything
@@ -134,9 +128,10 @@ class Loop:
         try:
             if state.iteration < self._end_of_epoch:  # else it was resumed, and lacks but its last page
                 yield from self._fire("EPOCH_STARTED")
+            self._recall()
             control.phase = Phase.ITERATING
             yield from self._iterations()
-        except _EpochTerminated:
+        except EpochTerminated:
             control.phase = Phase.ENDING_EPOCH
             self.completed = state.iteration  # at ITERATION_STARTED: begun, never stepped, and gone
             yield from self._dispatch("TERMINATE_SINGLE_EPOCH", state.iteration - state.epoch_start)
@@ -151,6 +146,11 @@ class Loop:
             raise
         else:
             yield from self._complete_epoch(began)
+
+    def _recall(self) -> None:
+        recall, self.to_recall = self.to_recall, None
+        if recall is not None:
+            recall()
 
     def _complete_epoch(self, began: float, *, tell: bool = True) -> Story:
         control, times = self._control, self._state.times
@@ -184,7 +184,7 @@ class Loop:
                         if (rest := getting.publish(engine, iteration)) is not None:
                             yield from rest
                         if control.asked:
-                            yield from self._attend()
+                            yield from self._attend(between_steps=False)
                     if is_timed:
                         mark = perf_counter()
                 try:
@@ -214,7 +214,7 @@ class Loop:
                             yield from rest
                         if control.asked:
                             self._batch = batch
-                            yield from self._attend()
+                            yield from self._attend(between_steps=False)
                             self._batch = _END
 
                 state.iteration = iteration = iteration + 1
@@ -224,7 +224,7 @@ class Loop:
                             yield from rest
                         if control.asked:
                             self._batch = batch
-                            yield from self._attend()
+                            yield from self._attend(between_steps=False)
                             self._batch = _END
                     if is_timed:
                         mark = perf_counter()
@@ -263,56 +263,19 @@ class Loop:
         finally:
             self._batch = batch  # what was fetched and not stepped on is not lost
         if self._end_of_epoch > state.iteration:  # max_iters, inside an epoch
-            raise _Terminated(StopReason.COMPLETED)
+            raise Terminated(StopReason.COMPLETED)
 
-    # Events and requests
-
-    def _fire(self, name: str) -> Story:
-        yield from self._dispatch(name)
-        yield from self._attend()
-
-    def _dispatch(self, name: str, *payload: Any) -> Story:
-        self._bus.stopwatch.weight = 1
-        topic = self._bus.topic(name)
-        count = self._bus.next_count(topic)
-        if count >= topic.due:
-            yield from topic.publish(self._engine, count, payload) or ()
-
-    def _attend(self) -> Story:  # noqa: C901 -- a branch a request
-        """See to what was asked, until nothing is asked that keeps the loop from going on."""
-        control = self._control
-        asked = control.asked
-        while asked:
-            if Request.HALT in asked:
-                asked.discard(Request.HALT)
-                yield Signal.HALT
-            elif Request.CHANGE_DATA in asked:
-                asked.discard(Request.CHANGE_DATA)
-                yield from self._change_data()
-            elif Request.TERMINATE in asked:
-                raise _Terminated(StopReason.TERMINATED)
-            elif Request.TERMINATE_EPOCH in asked:
-                asked.discard(Request.TERMINATE_EPOCH)
-                if control.phase is Phase.ITERATING:
-                    raise _EpochTerminated
-            elif Request.INTERRUPT in asked:
-                asked.discard(Request.INTERRUPT)
-                yield from self._suspend()
-            elif Request.PAUSE in asked:
-                yield Signal.PAUSE
-            elif Request.MAKE_ROOM in asked:
-                asked.discard(Request.MAKE_ROOM)
-                while control.owed:
-                    yield control.owed.pop()
+    # Events
 
     def _suspend(self) -> Story:
         control, state = self._control, self._state
         yield from self._dispatch("INTERRUPT")
         if self.source.must_be_awaited:
             yield self.source.suspend(self.completed + (self._batch is not _END))
+        phase = control.phase
+        yield from self._take_no_more_requests()
         yield Signal.FLUSH
         state.stop_reason = StopReason.INTERRUPTED
-        phase, control.phase = control.phase, Phase.IDLE
         yield Signal.SUSPEND
         control.phase = phase
         state.stop_reason = None
@@ -404,7 +367,8 @@ class Loop:
             return True
         if source.is_one_shot:
             raise _Exhausted
-        yield from self._fire("DATALOADER_STOP_ITERATION")
+        yield from self._dispatch("DATALOADER_STOP_ITERATION")
+        yield from self._attend(between_steps=False)
         yield from self._restart_data()
         return False
 
@@ -452,6 +416,7 @@ class Loop:
         self._state.stop_reason = StopReason.CANCELLED if is_cancellation else StopReason.FAILED
         self._control.phase = Phase.ENDING_EPOCH
         if error is self._untold:
+            yield from self._take_no_more_requests()
             return
         yield Signal.SHIELD
         self._bus.stopwatch.weight = 1
@@ -463,6 +428,10 @@ class Loop:
             except Exception as another:  # noqa: BLE001 -- the others are to be told too; it is raised with the first
                 if another is not error:
                     self.also_raised.append(another)
+        try:
+            yield from self._take_no_more_requests()
+        except Exception as another:  # noqa: BLE001 -- likewise
+            self.also_raised.append(another)
 
     def _close(self, *, gently: bool) -> Story:
         self._control.phase = Phase.IDLE

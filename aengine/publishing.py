@@ -9,9 +9,10 @@ from aengine.bus import Bus, Stream, Subscriber
 from aengine.control import Control, Request
 from aengine.driver import Driver
 from aengine.emission import async_handler_message, emit, emit_here, emit_nowait, no_room
-from aengine.events import AnyEvent, Event, EventEnum, Events, event_name, selectors
+from aengine.events import AnyEvent, Event, EventEnum, Events, Selector, event_name, selectors
 from aengine.inbox import Overflow
 from aengine.loop import Loop
+from aengine.source import Stateful
 from aengine.state import State
 from aengine.topic import Snapshot, Topic
 
@@ -246,6 +247,33 @@ class Publishing:
             raise no_room(owed[0])
         self._control.owe(owed)
 
+    def fire_between_steps(self, event: AnyEvent) -> bool:
+        """Have the loop fire an event before its next step, where the state is that of a completed one.
+
+        From any thread or task, without waiting. Where the loop is paused, it is fired there. Returns False, and does
+        nothing, if no run is under way.
+
+        Raises:
+            ValueError: the event is not registered.
+        """
+        return self._control.fire(self._one_selector(event).name)
+
+    def stateful_listeners(self) -> list[Any]:
+        """Return those who listen, inline or beside the step, and have `state_dict` and `load_state_dict`.
+
+        Of a bound method it is the object. In order of registration, event by event, each once.
+        """
+        handlers = [one.handler for topic in self._bus.topics for one in topic.inline]
+        handlers += [one.handler for one in self._bus.subscribers]
+        found: dict[int, Any] = {}
+        itself: Any = self
+        for handler in handlers:
+            function: Any = handler.func if isinstance(handler, partial) else handler
+            owner = getattr(function, "__self__", function)
+            if isinstance(owner, Stateful) and owner is not itself and not isinstance(owner, type):
+                found[id(owner)] = owner
+        return list(found.values())
+
     async def emit(self, event: AnyEvent) -> None:
         """Fire an event from async code: awaits its inline handlers, and room in the inboxes of its subscribers.
 
@@ -275,7 +303,7 @@ class Publishing:
         self._bus.refuse_to_flush()
         await self._driver.flush()
 
-    def _selectors(self, event: AnyEvent) -> tuple[Any, ...]:
+    def _selectors(self, event: AnyEvent) -> tuple[Selector, ...]:
         chosen = selectors(event)
         for selector in chosen:
             if selector.name not in self._registered:
@@ -285,11 +313,14 @@ class Publishing:
                 )
         return chosen
 
-    def _topic_to_fire(self, event: AnyEvent) -> tuple[Topic, int]:
+    def _one_selector(self, event: AnyEvent) -> Selector:
         chosen = self._selectors(event)
         if len(chosen) != 1:
             raise ValueError(f"one event is fired at a time, got {event!r}")
-        topic = self._bus.topic(chosen[0].name)
+        return chosen[0]
+
+    def _topic_to_fire(self, event: AnyEvent) -> tuple[Topic, int]:
+        topic = self._bus.topic(self._one_selector(event).name)
         return topic, self._bus.next_count(topic)
 
     @property

@@ -42,6 +42,16 @@ class Stateful(Protocol):
         """Go back to where it stood."""
 
 
+class Randomness(Protocol):
+    """What captures the states of random number generators and restores them, to have data come again as it came."""
+
+    def capture(self, data: Any) -> Any:
+        """Return where the generators stand: those that everybody shares, and those that the data has of its own."""
+
+    def restore(self, captured: Any, data: Any) -> None:
+        """Put them back there; with None for the data, only those that everybody shares."""
+
+
 class Source:
     """The data of one run.
 
@@ -53,7 +63,13 @@ class Source:
         has_ended: whether the end was seen, so that only a restart gives more.
     """
 
-    def __init__(self, data: Any, logger: logging.Logger, left: list[Fetched] | None = None) -> None:
+    def __init__(
+        self,
+        data: Any,
+        logger: logging.Logger,
+        left: list[Fetched] | None = None,
+        randomness: Randomness | None = None,
+    ) -> None:
         self.data = data
         self.name = _shown(data)
         self.has_ended = False
@@ -74,6 +90,9 @@ class Source:
         self._after: Position = None
         self._taken = 0
         self._to_wind = 0
+        self._randomness = randomness
+        self._opening: Any = None  # where the generators stood as this pass over the data began
+        self._now: Any = None  # where they stood before it was put back to where it stood
         self._begun_at: Home | None = None  # where an async iterator was begun that outlives a run
         self.arrival: Callable[[], Awaitable[Any]] = self._open_and_wait
         self.take: Callable[[], Any] = self._open_and_take
@@ -86,6 +105,7 @@ class Source:
         self._origin = completed - position["batches"]
         self._taken = position["batches"]
         self._after = position["state"]
+        self._opening = position.get("opening")
         self._length = self._length or position["length"]
         if position["state"] is None and position["batches"] == self._length and not self.is_one_shot:
             self._resume_at = None  # nothing to wind to: the next fetch meets the end
@@ -114,7 +134,8 @@ class Source:
         """Return the position after the batch of the last completed step: what `resume_at` takes."""
         batches = completed - self._origin
         state = self._after if self._taken <= batches else self._before
-        return {"batches": batches, "length": self._length, "state": state}
+        position = {"batches": batches, "length": self._length, "state": state}
+        return position if self._randomness is None else {**position, "opening": self._opening}
 
     def passed(self, completed: int) -> int:
         """Return how many batches of this pass over the data are completed."""
@@ -149,6 +170,8 @@ class Source:
         if _has(made, "__aiter__"):
             self._to_wind = self._resume()
             self._iterator = aiter(cast(AsyncIterable[Any], made))
+            if not self._to_wind:
+                self._recall()
             self.take = _pending
             return PENDING
         if not _is_iterable(made):
@@ -156,10 +179,13 @@ class Source:
                 f"data() returned {made!r}, which is no iterable and no async iterable: return or yield batches"
             )
         to_wind = self._resume()
-        self._iterator = iter(cast(Iterable[Any], made))
-        for fetched in range(to_wind):
-            if next(self._iterator, _END) is _END:
-                raise self._too_short(fetched, to_wind)
+        try:
+            self._iterator = iter(cast(Iterable[Any], made))
+            for fetched in range(to_wind):
+                if next(self._iterator, _END) is _END:
+                    raise self._too_short(fetched, to_wind)
+        finally:
+            self._recall()
         self._start()
         return self.take()
 
@@ -170,9 +196,12 @@ class Source:
             taken = self._open_and_take()
             if taken is not PENDING:
                 return taken
-        for fetched in range(self._to_wind):
-            if await anext(self._iterator, _END) is _END:
-                raise self._too_short(fetched, self._to_wind)
+        try:
+            for fetched in range(self._to_wind):
+                if await anext(self._iterator, _END) is _END:
+                    raise self._too_short(fetched, self._to_wind)
+        finally:
+            self._recall()
         self._start()
         taken = self.take()
         return await self.arrival() if taken is PENDING else taken
@@ -180,8 +209,13 @@ class Source:
     def _resume(self) -> int:
         """Put the data where the run to be resumed stood. Returns how many batches are to be fetched and dropped."""
         position, self._resume_at = self._resume_at, None
+        randomness = self._randomness
         if position is None or not (position["batches"] or position["state"]):
+            if randomness is not None:
+                self._opening = randomness.capture(self.data)
             return 0
+        if randomness is not None:  # to open data may draw from them, which it did before, and not now
+            self._now = randomness.capture(None)
         if self._stateful is not None and position["state"] is not None:
             self._left.clear()
             self._stateful.load_state_dict(position["state"])
@@ -189,6 +223,8 @@ class Source:
         elif self._can_wind:
             self._left.clear()
             to_wind = int(position["batches"])
+            if randomness is not None and self._opening is not None:
+                randomness.restore(self._opening, self.data)
             how = f"is wound forward: {to_wind} batches are fetched and dropped"
         else:
             self._origin += position["batches"]
@@ -196,6 +232,11 @@ class Source:
             how, to_wind = "goes on where it is: it cannot be wound forward", 0
         self._logger.info("resuming: the data (%s) %s", self.name, how)
         return to_wind
+
+    def _recall(self) -> None:
+        now, self._now = self._now, None
+        if now is not None and self._randomness is not None:
+            self._randomness.restore(now, None)
 
     def _too_short(self, length: int, to_wind: int) -> ValueError:
         return ValueError(

@@ -100,6 +100,18 @@ class Outlet(Listener):
         self.snapshot = snapshot
 
 
+class NotYet:
+    """What a snapshot returns that cannot be taken now: this is awaited, and then the snapshot is asked for again.
+
+    So it is taken where the step runs, though what it waits for is awaited on the event loop.
+    """
+
+    __slots__ = ("awaitable",)
+
+    def __init__(self, awaitable: Awaitable[object]) -> None:
+        self.awaitable = awaitable
+
+
 Awaited: TypeAlias = tuple[InlineHandler, Awaitable[Any]]
 Publish: TypeAlias = Callable[..., "Dispatch | None"]
 Quick: TypeAlias = tuple[tuple[Callable[..., Any], ...], tuple[InlineHandler, ...], tuple[Inbox, ...]]
@@ -326,9 +338,9 @@ class Topic:
             take = outlet.snapshot
             if take is not None and take not in taken:
                 try:
-                    taken[take] = value = take(engine)
-                    if value is not None and is_awaitable(value):
-                        taken[take] = yield value
+                    while type(value := take(engine)) is NotYet:
+                        yield value.awaitable
+                    taken[take] = (yield value) if value is not None and is_awaitable(value) else value
                 except Exception as error:
                     self._blame(error, f"snapshot {name_of(take)!r} for {outlet.inbox.name!r}", engine)
                     raise
