@@ -235,6 +235,14 @@ class Driver:
         """Whether the caller runs on the worker, inside a slice of this run."""
         return self._slice is not None and self._worker is not None and self._worker.is_here
 
+    @property
+    def is_inside(self) -> bool:
+        """Whether the caller is the loop itself, here or on the worker."""
+        if self.is_here:
+            return True
+        # Not in the event loop's thread, or in none of its tasks: it is somebody else.
+        return self._home.is_here and anyio.get_current_task().id == self._task
+
     def call_home(self, wanted: Awaitable[Any]) -> Any:
         """On the worker, inside a slice: have something awaited at home, in the task of the run, and wait for it."""
         assert self._slice is not None, "called where is_here"  # noqa: S101

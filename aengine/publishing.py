@@ -313,6 +313,11 @@ class Publishing:
                 )
         return chosen
 
+    @property
+    def is_inside(self) -> bool:
+        """Whether the caller is the run under way itself: its step or an inline handler, which the loop waits for."""
+        return self._driver is not None and self._driver.is_inside
+
     def _one_selector(self, event: AnyEvent) -> Selector:
         chosen = self._selectors(event)
         if len(chosen) != 1:

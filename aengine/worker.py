@@ -37,9 +37,14 @@ class Home:
         """Say whether the other one is the same event loop."""
         return self._post == other._post  # noqa: SLF001 -- another of this class
 
+    @property
+    def is_here(self) -> bool:
+        """Whether this is the event loop's thread."""
+        return threading.get_ident() == self.thread
+
     def call(self, function: Callable[[], object]) -> None:
         """Call `function` on the event loop's thread: now if this is it, else soon. Never waits, never raises."""
-        if threading.get_ident() == self.thread:
+        if self.is_here:
             function()
         else:
             self.post(function)

@@ -1,0 +1,176 @@
+"""Parts: what a checkpoint is made of: the user's state, the engine, its metrics, and handlers that have state.
+
+What users hand in is turned, at the door, into a tree of what has `state_dict` and `load_state_dict`. It is read into
+one tree of plain values and tensors, and loaded from one.
+"""
+
+import logging
+import random
+import sys
+from collections.abc import Mapping
+from typing import Any, TypeAlias, cast
+
+import torch
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from aengine.engine import Engine
+from aengine.errors import CheckpointMismatch
+from aengine.source import Stateful
+
+Parts: TypeAlias = "Stateful | dict[str, Parts]"
+"""One thing with state, or several by name, nested."""
+
+_logger = logging.getLogger("aengine.checkpoint")
+
+
+def parts_of(state: Any, path: str = "state") -> Parts:
+    """Turn what the user hands in into parts: DDP and compiled modules unwrapped, random generators given a state_dict.
+
+    Raises:
+        TypeError: something in it has no state that could be saved and loaded.
+    """
+    state = _unwrap(state)
+    if isinstance(state, torch.Generator):
+        return _TorchGenerator(state)
+    if isinstance(state, random.Random):
+        return _PythonGenerator(state)
+    if (numpy := sys.modules.get("numpy")) and isinstance(state, numpy.random.Generator):
+        return _NumpyGenerator(state)
+    if isinstance(state, Stateful) and not isinstance(state, type):
+        return state
+    if isinstance(state, Mapping):
+        named = cast(Mapping[Any, Any], state)
+        if wrong := [name for name in named if type(name) is not str]:
+            raise TypeError(f"the names in {path} must be strings, got {wrong[0]!r}")
+        return {name: parts_of(one, f"{path}[{name!r}]") for name, one in named.items()}
+    raise TypeError(
+        f"{path} is {_shown(state)}, which has no state_dict() and load_state_dict(): pass a module, an optimizer, a"
+        ' scheduler, anything that has both, or a dictionary of them, such as {"model": model, "optimizer": optimizer}'
+    )
+
+
+def _unwrap(state: Any) -> Any:
+    """Return the module inside DistributedDataParallel, DataParallel and torch.compile: its keys have no prefix."""
+    compiled = sys.modules.get("torch._dynamo.eval_frame")  # where nothing is compiled, it is not loaded for this
+    while True:
+        if isinstance(state, DistributedDataParallel | DataParallel):
+            state = cast(Any, state).module
+        elif compiled is not None and isinstance(state, compiled.OptimizedModule):
+            state = state._orig_mod  # noqa: SLF001 -- it has no public name
+        else:
+            return state
+
+
+def gather(parts: Parts, engine: Engine[Any, Any]) -> dict[str, Any]:
+    """Read all that belongs to one instant. The values are live: to be copied before the next step."""
+    return {
+        "state": _read(parts),
+        "engine": engine.state_dict(),
+        "metrics": dict(engine.state.metrics),
+        "handlers": {name: one.state_dict() for name, one in _listeners(parts, engine).items()},
+    }
+
+
+def scatter(tree: Mapping[str, Any], parts: Parts, engine: Engine[Any, Any], *, strict: bool) -> None:
+    """Load what `gather` read.
+
+    Raises:
+        CheckpointMismatch: it does not fit. What was loaded before stays loaded.
+    """
+    _load(parts, tree["state"], "state", strict=strict)
+    handlers: Any = _listeners(parts, engine)
+    _load(handlers, tree["handlers"], "handlers", strict=strict)
+    _load(engine, tree["engine"], "engine", strict=strict)
+    engine.state.metrics.update(tree["metrics"])
+
+
+def _read(parts: Parts) -> Any:
+    if isinstance(parts, dict):
+        return {name: _read(one) for name, one in parts.items()}
+    return parts.state_dict()
+
+
+def _load(parts: Parts, saved: Any, path: str, *, strict: bool) -> None:
+    if not isinstance(parts, dict):
+        try:
+            parts.load_state_dict(saved)
+        except Exception as error:
+            raise CheckpointMismatch(f"{path} ({_shown(parts)}) does not take what was saved of it: {error}") from error
+        return
+    absent = [name for name in parts if name not in saved]
+    unknown = [name for name in saved if name not in parts]
+    if absent or unknown:
+        said = f"{path} has {list(parts)} here, and {list(saved)} in the checkpoint"
+        if strict:
+            raise CheckpointMismatch(
+                f"{said}. Build the same, handlers attached, before restore(); or leave out what only one side has, by"
+                " restore(..., strict=False)"
+            )
+        _logger.warning("%s: what only one side has is left out", said)
+    for name, one in parts.items():
+        if name in saved:
+            _load(one, saved[name], f"{path}[{name!r}]", strict=strict)
+
+
+def _listeners(parts: Parts, engine: Engine[Any, Any]) -> dict[str, Stateful]:
+    """Return the handlers that have state, by their type and their place among those of one type."""
+    known = set(_ids(parts))
+    found: dict[str, Stateful] = {}
+    for one in engine.stateful_listeners():
+        if id(_unwrap(one)) not in known and not isinstance(one, Engine):
+            kind = type(one).__qualname__
+            number = 1 + sum(type(other).__qualname__ == kind for other in found.values())
+            found[kind if number == 1 else f"{kind}-{number}"] = one
+    return found
+
+
+def _ids(parts: Parts) -> list[int]:
+    return [one for part in parts.values() for one in _ids(part)] if isinstance(parts, dict) else [id(parts)]
+
+
+def _shown(value: Any) -> str:
+    kind = type(value)
+    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+
+
+class _TorchGenerator:
+    def __init__(self, generator: torch.Generator) -> None:
+        self._generator = generator
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"state": self._generator.get_state()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        self._generator.set_state(state_dict["state"])
+
+
+class _PythonGenerator:
+    def __init__(self, generator: random.Random) -> None:
+        self._generator = generator
+
+    def state_dict(self) -> dict[str, Any]:
+        version, internal, gauss = self._generator.getstate()
+        return {"version": version, "state": torch.tensor(internal), "gauss": gauss}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        self._generator.setstate((state_dict["version"], tuple(state_dict["state"].tolist()), state_dict["gauss"]))
+
+
+class _NumpyGenerator:
+    """numpy's own dictionaries: of numbers, for PCG64, its default; for the others, with arrays, as lists."""
+
+    def __init__(self, generator: Any) -> None:
+        self._generator = generator
+
+    def state_dict(self) -> dict[str, Any]:
+        plain: dict[str, Any] = _as_lists(self._generator.bit_generator.state)
+        return plain
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        self._generator.bit_generator.state = state_dict
+
+
+def _as_lists(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _as_lists(one) for name, one in cast(dict[str, Any], value).items()}
+    return value.tolist() if hasattr(value, "tolist") else value

@@ -1,0 +1,87 @@
+"""Random states: python's, numpy's and torch's generators, and a DataLoader's own, captured and put back.
+
+What is captured is tensors and plain numbers, so that it loads with `weights_only=True`.
+"""
+
+import random
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+
+class RandomStates:
+    """What `engine.randomness` is while checkpoints are taken: the generators that everybody shares, and the data's own.
+
+    numpy's legacy generator if numpy is loaded, CUDA's if it is in use. Of data that is a DataLoader, or looks like
+    one: its generator, and those of its samplers. Randomness that is drawn in a DataLoader's workers follows from the
+    seed that the loader draws as it is opened, and so comes again as well.
+    """
+
+    def capture(self, data: Any) -> dict[str, Any]:
+        """Return where the generators stand; those of the data, too, unless it is None."""
+        version, internal, gauss = random.getstate()
+        captured: dict[str, Any] = {
+            "python": {"version": version, "state": torch.tensor(internal), "gauss": gauss},
+            "torch": torch.get_rng_state(),
+        }
+        if numpy := sys.modules.get("numpy"):
+            name, keys, position, has_gauss, cached = numpy.random.get_state()
+            captured["numpy"] = {
+                "name": name,
+                "state": torch.tensor(keys.tolist()),
+                "position": position,
+                "has_gauss": has_gauss,
+                "gauss": cached,
+            }
+        if torch.cuda.is_initialized():
+            captured["cuda"] = torch.cuda.get_rng_state_all()
+        if data is not None:
+            captured["data"] = [generator.get_state() for generator in _generators_of(data)]
+        return captured
+
+    def restore(self, captured: Mapping[str, Any], data: Any) -> None:
+        """Put the generators back; those of the data, too, unless it is None.
+
+        Raises:
+            ValueError: the data has other generators than that of which this was captured.
+        """
+        python = captured["python"]
+        random.setstate((python["version"], tuple(python["state"].tolist()), python["gauss"]))
+        torch.set_rng_state(captured["torch"])
+        numpy = sys.modules.get("numpy")
+        if numpy and (saved := captured.get("numpy")):
+            keys = numpy.array(saved["state"].tolist(), dtype=numpy.uint32)
+            numpy.random.set_state((saved["name"], keys, saved["position"], saved["has_gauss"], saved["gauss"]))
+        if torch.cuda.is_initialized() and (on_devices := captured.get("cuda")):
+            torch.cuda.set_rng_state_all(on_devices[: torch.cuda.device_count()])
+        if data is not None:
+            self._restore_data(captured.get("data", []), data)
+
+    def _restore_data(self, states: list[torch.Tensor], data: Any) -> None:
+        generators = list(_generators_of(data))
+        if len(generators) != len(states):
+            raise ValueError(
+                f"the data ({type(data).__qualname__}) has {len(generators)} generators of its own, and had"
+                f" {len(states)} when its position was saved: build it as it was built then"
+            )
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+
+
+def _generators_of(data: Any) -> Iterator[torch.Generator]:
+    """Yield the generators that a DataLoader's order depends on, each once."""
+    seen: set[int] = set()
+    for path in (
+        ("generator",),
+        ("sampler", "generator"),
+        ("batch_sampler", "generator"),
+        ("batch_sampler", "sampler", "generator"),
+    ):
+        owner = data
+        for name in path:
+            owner = getattr(owner, name, None)
+        if isinstance(owner, torch.Generator) and id(owner) not in seen:
+            seen.add(id(owner))
+            yield owner

@@ -1,0 +1,63 @@
+"""Saving: one write beside the step, in a thread of its own, and all who wait for its end."""
+
+import threading
+from collections.abc import Callable
+
+from aengine.checkpoint.manifest import CheckpointInfo
+from aengine.worker import Bell, Home
+
+
+class Saving:
+    """A save under way: staged, and being written by a thread that ends with it.
+
+    Attributes:
+        info: what was committed, once it is.
+        error: why nothing was.
+        is_told: whether somebody has been given the error.
+    """
+
+    def __init__(self, write: Callable[[Callable[[], bool]], CheckpointInfo], finished: Callable[[], object]) -> None:
+        self.info: CheckpointInfo | None = None
+        self.error: BaseException | None = None
+        self.is_told = False
+        self._write: Callable[[Callable[[], bool]], CheckpointInfo] | None = write
+        self._finished = finished
+        self._is_stopped = False
+        self._is_over = False
+        self._lock = threading.Lock()
+        self._bells: list[Bell] = []
+        # Daemon: a disk that hangs must not keep a process from ending, and what it cuts short is swept later.
+        threading.Thread(target=self._run, name="aengine checkpoint", daemon=True).start()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it was committed or has failed."""
+        return self._is_over
+
+    def _run(self) -> None:
+        write, self._write = self._write, None
+        assert write is not None, "run once"  # noqa: S101
+        try:
+            self.info = write(lambda: self._is_stopped)
+        except BaseException as error:  # noqa: BLE001 -- handed to who waits; none is swallowed
+            self.error = error
+        del write  # with what was staged
+        self._finished()
+        with self._lock:
+            self._is_over = True
+            bells, self._bells = self._bells, []
+        for bell in bells:
+            bell.ring()
+
+    async def wait(self) -> None:
+        """Wait for its end, whatever that is. Cancellable; the write goes on."""
+        bell = Bell(Home())
+        with self._lock:
+            if self._is_over:
+                return
+            self._bells.append(bell)
+        await bell.wait()
+
+    def stop(self) -> None:
+        """Give the write up at its next block: nothing of it stays."""
+        self._is_stopped = True
