@@ -1,0 +1,281 @@
+"""The manifest: what a checkpoint is made of, as JSON that is read as if an enemy had written it. No I/O in here.
+
+A checksum proves integrity, not origin: whoever can change a file of a checkpoint can change its manifest as well. What
+keeps a stranger's checkpoint from doing harm is that nothing in it is ever executed or followed: names are plain base
+names, links are refused, sizes are bounded, and the state is loaded with `weights_only=True`.
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NoReturn
+
+from aengine.errors import CheckpointDamaged
+
+MANIFEST = "manifest.json"
+PINNED = "pinned"
+SUBDIRECTORY = "dcp"
+"""The one directory that a checkpoint may have inside: torch.distributed.checkpoint writes into one of its own."""
+
+SIZE_LIMIT = 1 << 20
+"""Bytes of a manifest. One that is larger is not read: a few hundred bytes a file is what it takes."""
+
+_FORMAT = 1
+_DIRECTORY = re.compile(r"step-([0-9]{10}|[1-9][0-9]{10,})(?:\.([2-9]|[1-9][0-9]+))?")
+_BASE_NAME = r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}"
+_NAME = re.compile(rf"{_BASE_NAME}|{SUBDIRECTORY}/(?:\.metadata|{_BASE_NAME})")
+_RESERVED = {MANIFEST, PINNED, SUBDIRECTORY}
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}  # strict JSON has no numbers for these
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """One file of a checkpoint: its name within, its size in bytes, and the SHA-256 of its content in hexadecimal."""
+
+    name: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointInfo:
+    """A committed checkpoint, as its manifest tells it. That its files are whole is for `Store.verify()` to say.
+
+    Attributes:
+        step: iterations that were completed when it was taken.
+        revision: 1 for the first of its step, 2 for the next that was taken at the same step, and so on.
+        number: the how-manieth of its directory, from 1. A later revision of a step has the number of the one that it
+            stands in for.
+        epoch: epochs begun when it was taken.
+        event: the name of the event at which it was taken.
+        metrics: results by name; any of them may be NaN or infinite.
+        created: seconds since 1970, by the clock of the machine that wrote it.
+        size: bytes of all its files together, without the manifest.
+        path: its directory.
+        pinned: whether it is kept for good, whatever the rules say.
+        files: what it consists of.
+        versions: of what wrote it, by name.
+        world_size: how many processes took part.
+        extra: plain JSON of whoever wrote it, such as the name of the serializer.
+    """
+
+    step: int
+    revision: int
+    number: int
+    epoch: int
+    event: str
+    metrics: Mapping[str, float] = field(hash=False)
+    created: float
+    size: int
+    path: Path
+    pinned: bool
+    files: tuple[FileEntry, ...]
+    versions: Mapping[str, str] = field(hash=False)
+    world_size: int
+    extra: Mapping[str, Any] = field(hash=False)
+
+
+def directory_name(step: int, revision: int = 1) -> str:
+    """Return what the directory of a checkpoint is called."""
+    return f"step-{step:010}" + (f".{revision}" if revision > 1 else "")
+
+
+def step_and_revision(name: str) -> tuple[int, int] | None:
+    """Return what a directory's name says, None if it is none that `directory_name()` would give."""
+    match = _DIRECTORY.fullmatch(name)
+    return (int(match[1]), int(match[2] or 1)) if match else None
+
+
+def file_name(path: Path) -> str:
+    """Return the name by which a manifest calls a file: its base name, with "dcp/" before it if it is in there."""
+    return f"{SUBDIRECTORY}/{path.name}" if path.parent.name == SUBDIRECTORY else path.name
+
+
+def check_step(step: object) -> None:
+    """Raise ValueError if that is no number of iterations."""
+    if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+        raise ValueError(f"step must be a whole number from 0 on, got {step!r}")
+
+
+def check_name(name: str) -> None:
+    """Raise ValueError if a file of a checkpoint cannot be called that.
+
+    Names are joined to the path of the checkpoint, so none may lead out of it.
+    """
+    if not _NAME.fullmatch(name) or ".." in name or name in _RESERVED:
+        raise ValueError(
+            f"{name!r} is no name for a file of a checkpoint: give a plain base name of letters, digits, '.', '_' and"
+            f" '-', or {SUBDIRECTORY}/ and such a name; {', '.join(sorted(_RESERVED))} are taken"
+        )
+
+
+def encode(info: CheckpointInfo) -> bytes:
+    """Return the manifest of a checkpoint. Where it lies and whether it is pinned is not in it: the disk says that.
+
+    Raises:
+        TypeError, ValueError: something in it could not be read back: metrics that are no plain numbers, say.
+    """
+    record = {
+        "format": _FORMAT,
+        "step": info.step,
+        "number": info.number,
+        "epoch": info.epoch,
+        "event": info.event,
+        "metrics": {name: _as_json(value) for name, value in info.metrics.items()},
+        "created": info.created,
+        "files": [{"name": one.name, "size": one.size, "sha256": one.sha256} for one in info.files],
+        "versions": dict(info.versions),
+        "world_size": info.world_size,
+        "extra": dict(info.extra),
+    }
+    data = json.dumps(record, indent=1, allow_nan=False).encode()
+    _parse(data, info.path, pinned=info.pinned)  # what could not be read back is refused before it is written
+    return data
+
+
+def decode(data: bytes, path: Path, *, pinned: bool) -> CheckpointInfo:
+    """Return what the manifest of the checkpoint at `path` says.
+
+    Raises:
+        CheckpointDamaged: anything in it is not as `encode()` writes it, or it is that of another step.
+    """
+    try:
+        return _parse(data, path, pinned=pinned)
+    except (ValueError, OverflowError, RecursionError) as error:
+        raise CheckpointDamaged(f"{path / MANIFEST} is damaged: {error}") from None
+
+
+def _parse(data: bytes, path: Path, *, pinned: bool) -> CheckpointInfo:
+    if not data:
+        raise ValueError("it is empty")
+    if len(data) > SIZE_LIMIT:
+        raise ValueError(f"it is larger than {SIZE_LIMIT} bytes")
+    numbers = step_and_revision(path.name)
+    if numbers is None:
+        raise ValueError(f"it lies in {path.name!r}, which is no name of a checkpoint, such as {directory_name(500)!r}")
+    record = _mapping(json.loads(data, object_pairs_hook=_without_duplicates, parse_constant=_no_number), "it")
+    if type(record.get("format")) is not int or record["format"] != _FORMAT:
+        raise ValueError(
+            f"its format is {record.get('format')!r}, and this version of aengine reads {_FORMAT}: if a newer one wrote"
+            " it, load it with that"
+        )
+    fields = _Fields(record)
+    files = tuple(_file(one) for one in fields.take("files", list, "a list"))
+    info = CheckpointInfo(
+        step=fields.whole("step", 0),
+        revision=numbers[1],
+        number=fields.whole("number", 1),
+        epoch=fields.whole("epoch", 0),
+        event=fields.text("event"),
+        metrics=MappingProxyType(
+            {name: _number(value, f"metrics[{name!r}]") for name, value in fields.mapping("metrics").items()}
+        ),
+        created=_number(fields.take("created", int | float, "a number"), "created"),
+        size=sum(one.size for one in files),
+        path=path,
+        pinned=pinned,
+        files=files,
+        versions=MappingProxyType(
+            {
+                name: _typed(value, str, "text", f"versions[{name!r}]")
+                for name, value in fields.mapping("versions").items()
+            }
+        ),
+        world_size=fields.whole("world_size", 1),
+        extra=MappingProxyType(fields.mapping("extra")),
+    )
+    unknown = set(record) - fields.taken - {"format"}
+    if unknown:
+        raise ValueError(f"it has {sorted(unknown)}, which do not belong there")
+    if len({one.name for one in files}) < len(files):
+        raise ValueError("it names a file twice")
+    if info.step != numbers[0]:
+        raise ValueError(f"it is that of step {info.step}, and lies in {path.name}")
+    return info
+
+
+class _Fields:
+    """The fields of a JSON object, taken out by the type that they must have."""
+
+    def __init__(self, record: Mapping[str, Any]) -> None:
+        self._record = record
+        self.taken: set[str] = set()
+
+    def take(self, name: str, kind: Any, words: str) -> Any:
+        self.taken.add(name)
+        if name not in self._record:
+            raise ValueError(f"{name!r} is missing")
+        return _typed(self._record[name], kind, words, repr(name))
+
+    def whole(self, name: str, least: int) -> int:
+        value: int = self.take(name, int, "a whole number")
+        if value < least:
+            raise ValueError(f"{name!r} must be {least} or more, and is {value}")
+        return value
+
+    def text(self, name: str) -> str:
+        text: str = self.take(name, str, "text")
+        return text
+
+    def mapping(self, name: str) -> dict[str, Any]:
+        return _mapping(self.take(name, dict, "an object"), repr(name))
+
+
+def _file(record: Any) -> FileEntry:
+    fields = _Fields(_mapping(record, "an entry of 'files'"))
+    entry = FileEntry(fields.text("name"), fields.whole("size", 0), fields.text("sha256"))
+    check_name(entry.name)
+    if not _SHA256.fullmatch(entry.sha256):
+        raise ValueError(f"the sha256 of {entry.name} is {_shown(entry.sha256)}, not 64 hexadecimal digits")
+    if set(record) != fields.taken:
+        raise ValueError(
+            f"the entry of {entry.name} has {sorted(set(record) - fields.taken)}, which do not belong there"
+        )
+    return entry
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        value = float(value)
+        return value if math.isfinite(value) else str(value)
+    return value  # no number: reading it back refuses it
+
+
+def _number(value: Any, name: str) -> float:
+    if isinstance(value, str) and value in _NOT_FINITE:
+        return _NOT_FINITE[value]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{name} must be a number, and is {_shown(value)}")
+    return float(value)
+
+
+def _typed(value: Any, kind: Any, words: str, name: str) -> Any:
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise ValueError(f"{name} must be {words}, and is {_shown(value)}")  # noqa: TRY004 -- no argument is wrong
+    return value
+
+
+def _mapping(value: Any, name: str) -> dict[str, Any]:
+    mapping: dict[str, Any] = _typed(value, dict, "an object", name)
+    return mapping
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        raise ValueError("it has the same key twice in one object")
+    return record
+
+
+def _no_number(text: str) -> NoReturn:
+    raise ValueError(f"{text} is not JSON")
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."  # noqa: PLR2004 -- as much as helps to find it
