@@ -1,0 +1,140 @@
+"""Where staged tensors live: in buffers that stay, so that staging is a copy and nothing else.
+
+Writing into fresh memory costs five times as much as into memory that was written before, for each of its pages must
+first be found and cleared.
+"""
+
+import mmap
+import os
+import tempfile
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+# What the allocators of torch align to, and more than any dtype asks for.
+_ALIGNMENT = 64
+
+
+class Memory(Protocol):
+    """Gives out buffers, and gives the same ones again."""
+
+    def regions(self, sizes: Sequence[int], *, pinned: bool) -> list[torch.Tensor]:
+        """Return a flat uint8 tensor for each of the sizes, in bytes, each with a storage of its own.
+
+        Those of an earlier call are given up by that: they are given out again, or freed when nothing refers to them.
+        """
+        ...
+
+
+class PrivateMemory:
+    """Memory of this process, from torch's own allocators."""
+
+    def __init__(self) -> None:
+        self._regions: list[torch.Tensor] = []
+        self._pinned = False
+
+    def regions(self, sizes: Sequence[int], *, pinned: bool) -> list[torch.Tensor]:
+        """Return a buffer for each size. Those that were given out before and have that size come first."""
+        idle: dict[int, list[torch.Tensor]] = defaultdict(list)
+        if pinned == self._pinned:
+            for region in self._regions:
+                idle[region.numel()].append(region)
+        self._regions, self._pinned = [], pinned
+        found = [idle[size].pop() if idle[size] else None for size in sizes]
+        del idle  # what fits no longer is freed before more is allocated
+        self._regions = [
+            torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=pinned) if region is None else region
+            for size, region in zip(sizes, found, strict=True)
+        ]
+        return self._regions
+
+
+class Arena:
+    """One stretch of memory that another process can map. It has no name, so no kill leaves it behind."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.descriptor = _create_file(size)
+        self.buffer = mmap.mmap(self.descriptor, size)
+        self.address = torch.frombuffer(self.buffer, dtype=torch.uint8).data_ptr()
+        self.is_pinned = False
+
+    def pin(self) -> None:
+        """Let a GPU write here by itself."""
+        if not self.is_pinned:
+            torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(self.address, self.size, 0)))
+            self.is_pinned = True
+
+    def region(self, start: int, size: int) -> torch.Tensor:
+        """Return the bytes from `start` on as a tensor whose storage is just these. It keeps the memory mapped."""
+        return torch.frombuffer(self.buffer, dtype=torch.uint8, offset=start, count=size)
+
+    def close(self) -> None:
+        """Give the memory up. It goes when the last tensor in it does, here and in the other process."""
+        if self.is_pinned:
+            torch.cuda.cudart().cudaHostUnregister(self.address)
+            self.is_pinned = False
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
+
+    def __del__(self) -> None:
+        if hasattr(self, "is_pinned"):  # not if it could not be made
+            self.close()
+
+
+class SharedMemory:
+    """Memory that a `WriterProcess` sees as well: nothing is copied on the way to it."""
+
+    def __init__(self) -> None:
+        self.arena: Arena | None = None
+        self._starts: dict[int, tuple[int, int]] = {}  # of each region: its address, then its offset and size
+
+    def regions(self, sizes: Sequence[int], *, pinned: bool) -> list[torch.Tensor]:
+        """Return a buffer for each size, all in one arena. A larger one is made only if they do not fit."""
+        starts: list[int] = []
+        end = 0
+        for size in sizes:
+            starts.append(end)
+            end += -(-size // _ALIGNMENT) * _ALIGNMENT
+        if self.arena is None or self.arena.size < end:
+            self.close()  # before more is asked for
+            self.arena = Arena(max(end, _ALIGNMENT))
+        if pinned:
+            self.arena.pin()
+        self._starts = {
+            self.arena.address + start: (start, size) for start, size in zip(starts, sizes, strict=True)
+        }
+        return [self.arena.region(start, size) for start, size in zip(starts, sizes, strict=True)]
+
+    def find(self, storage: torch.UntypedStorage) -> tuple[int, int] | None:
+        """Return offset and size, in bytes, of the region that has this storage; None if it is not of here."""
+        place = self._starts.get(storage.data_ptr())
+        return place if place is not None and place[1] == storage.nbytes() else None
+
+    def close(self) -> None:
+        """Give the memory up. What was staged in it can be read on by whoever holds it."""
+        if self.arena is not None:
+            self.arena.close()
+        self.arena = None
+        self._starts = {}
+
+
+def _create_file(size: int) -> int:
+    """Return the descriptor of a file in memory that no directory knows."""
+    if hasattr(os, "memfd_create"):
+        descriptor = os.memfd_create("aengine", os.MFD_CLOEXEC)
+    else:  # macOS: a file that is deleted already
+        with tempfile.TemporaryFile(buffering=0) as file:
+            descriptor = os.dup(file.fileno())
+    try:
+        if hasattr(os, "posix_fallocate"):  # now, and with an error: a page that is missing later is a SIGBUS
+            os.posix_fallocate(descriptor, 0, size)
+        else:
+            os.ftruncate(descriptor, size)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor

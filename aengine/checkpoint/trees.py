@@ -1,0 +1,283 @@
+"""What a state may consist of: trees that `torch.load(weights_only=True)` gives back as they were.
+
+That loader knows a few types and takes no others, subclasses included. It says so when a run is to be resumed, which
+is too late; so what it would refuse is refused when it is saved, with the place in the state where it is.
+"""
+
+import dataclasses
+import datetime
+import functools
+import io
+import sys
+import types
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Iterable, Mapping, Set as AbstractSet
+from decimal import Decimal
+from enum import Enum
+from fractions import Fraction
+from pathlib import PurePath
+from typing import Any
+
+import torch
+
+from aengine.errors import NotSerializable
+
+Path = tuple[str, ...]
+
+_IMMUTABLE: frozenset[type] = frozenset(
+    {type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.layout, torch.Size}
+)
+_MAPPINGS: frozenset[type] = frozenset({dict, OrderedDict, Counter})
+_SEQUENCES: frozenset[type] = frozenset({list, tuple, set})
+
+# pickle is recursive and gives up at some 490 levels under Python 3.11's default limit, in a thread that does no more.
+DEEPEST = 300
+
+# The longest that protocol 2 has room for in the opcode that the loader knows: 255 bytes, one bit of them the sign.
+_LARGEST_INTEGER_BITS = 255 * 8 - 1
+
+
+def path_text(path: Iterable[str]) -> str:
+    """Return a path as one writes it: `state['optimizer']['param_groups'][0]['lr']`."""
+    return "state" + "".join(path)
+
+
+def rebuild(tree: Any, replace: Callable[[Any, Path], Any]) -> Any:
+    """Return the same tree in new containers, with `replace(leaf, path)` in the place of every leaf.
+
+    A container that is in the tree twice is in the result twice, as one. The tree must be one that was surveyed, or
+    loaded.
+    """
+    return _Rebuilding(replace).build(tree, ())
+
+
+class _Rebuilding:
+    def __init__(self, replace: Callable[[Any, Path], Any]) -> None:
+        self._replace = replace
+        self._built: dict[int, Any] = {}
+
+    def build(self, value: Any, path: Path) -> Any:
+        kind = type(value)
+        if kind not in _MAPPINGS and kind not in _SEQUENCES:
+            return self._replace(value, path)
+        if id(value) in self._built:
+            return self._built[id(value)]
+        built: Any
+        if kind in _MAPPINGS:
+            built = kind()
+            for key, item in value.items():
+                built[key] = self.build(item, (*path, f"[{key!r}]"))
+            if kind is OrderedDict:
+                for name, item in vars(value).items():
+                    setattr(built, name, self.build(item, (*path, f".{name}")))
+        elif kind is set:
+            built = set(value)  # of what cannot change
+        else:
+            built = kind([self.build(item, (*path, f"[{index}]")) for index, item in enumerate(value)])
+        self._built[id(value)] = built
+        return built
+
+
+class Survey:
+    """Looks at all of a tree before anything of it is copied, and refuses what could not be loaded back.
+
+    Attributes:
+        tensors: every tensor of the tree that holds numbers in memory, once, by its id; of a DTensor its local shard.
+        substitutes: copies of what is neither a container nor such a tensor nor immutable, by the id of the original.
+        shards: each DTensor, by its id, and its local shard, which is among the tensors.
+    """
+
+    def __init__(self, tree: Any) -> None:
+        self.tensors: dict[int, torch.Tensor] = {}
+        self.substitutes: dict[int, Any] = {}
+        self.shards: dict[int, tuple[Any, torch.Tensor]] = {}
+        self._path: list[str] = []
+        self._open: set[int] = set()
+        self._seen: set[int] = set()
+        self._distributed_tensor = _distributed_tensor_type()
+        self._look(tree)
+
+    def _look(self, value: Any) -> None:
+        kind = type(value)
+        if kind in _IMMUTABLE:
+            self._look_at_immutable(value, kind)
+        elif kind in _MAPPINGS or kind in _SEQUENCES:
+            if id(value) in self._seen:
+                return
+            if id(value) in self._open:
+                raise self._refusal("contains itself", "leave that reference out")
+            if len(self._path) >= DEEPEST:
+                raise self._refusal(f"is more than {DEEPEST} levels deep, which pickle cannot write", "flatten it")
+            self._open.add(id(value))
+            for step, item in self._items(value, kind):
+                self._path.append(step)
+                self._look(item)
+                self._path.pop()
+            self._open.remove(id(value))
+            self._seen.add(id(value))
+        elif isinstance(value, torch.Tensor):
+            self._look_at_tensor(value, kind)
+        elif kind is bytearray:
+            self.substitutes[id(value)] = bytearray(value)
+        else:
+            self._look_at_other(value)
+
+    def _items(self, value: Any, kind: type) -> Iterable[tuple[str, Any]]:
+        if kind in _MAPPINGS:
+            for key, item in value.items():
+                self._look_at_key(key, "a key")
+                yield f"[{key!r}]", item
+            if kind is OrderedDict:  # nn.Module.state_dict() keeps the versions of its modules in such an attribute
+                for name, item in vars(value).items():
+                    yield f".{name}", item
+        elif kind is set:
+            for member in value:
+                self._look_at_key(member, "a member")
+        else:
+            for index, item in enumerate(value):
+                yield f"[{index}]", item
+
+    def _look_at_immutable(self, value: Any, kind: type) -> None:
+        if kind is int and value.bit_length() > _LARGEST_INTEGER_BITS:
+            raise self._refusal(f"is an integer of {value.bit_length()} bits", "write hex(x) instead")
+        if kind is bytes and not value:
+            raise self._refusal("is empty bytes", "write bytearray() or None instead")
+
+    def _look_at_key(self, key: Any, role: str) -> None:
+        """Refuse what torch would not load, and what changes or is equal to itself only, as tensors are."""
+        kind = type(key)
+        if kind is tuple:
+            for part in key:
+                self._look_at_key(part, role)
+        elif kind in _IMMUTABLE:
+            self._look_at_immutable(key, kind)
+        else:
+            raise self._refusal(f"has {role} of type {_name(kind)}: {key!r:.80}", _advice(key))
+
+    def _look_at_tensor(self, value: torch.Tensor, kind: type) -> None:
+        if id(value) in self.tensors or id(value) in self.substitutes or id(value) in self.shards:
+            return
+        if self._distributed_tensor is not None and kind is self._distributed_tensor:
+            local: torch.Tensor = value.to_local()  # type: ignore[operator]  # a DTensor
+            self._path.append(".to_local()")
+            self._look_at_tensor(local, type(local))
+            self._path.pop()
+            self.shards[id(value)] = value, local
+        elif kind is not torch.Tensor and kind is not torch.nn.Parameter:
+            self._look_at_other(value)
+        elif value.device.type == "meta":
+            raise self._refusal(
+                "is a tensor on the meta device, which has no numbers", "give its module memory with to_empty(device=...), and fill it"
+            )
+        elif value.layout is torch.strided and not value.is_quantized and not value.is_nested:
+            self.tensors[id(value)] = value
+        elif value.layout is torch._mkldnn:  # type: ignore[attr-defined]  # noqa: SLF001 -- it has no other name
+            raise self._refusal("is a tensor in the layout of mkldnn", "write x.to_dense() instead")
+        else:
+            self.substitutes[id(value)] = _clone(value)
+
+    def _look_at_other(self, value: Any) -> None:
+        kind = type(value)
+        allowed = _allowed_by_user()
+        if not any(each is kind or each is value for each in allowed):
+            raise self._refusal(f"is of type {_name(kind)}: {value!r:.80}", _advice(value))
+        if id(value) in self.substitutes:
+            return
+        try:
+            self.substitutes[id(value)] = _copy_by_saving(value)
+        except Exception as error:
+            raise self._refusal(
+                f"is of type {_name(kind)}, which was allowed, but does not load: {str(error).splitlines()[0]}",
+                "allow the types that it consists of as well, or write what it consists of instead",
+            ) from error
+
+    def _refusal(self, what: str, advice: str) -> NotSerializable:
+        return NotSerializable(
+            f"{path_text(self._path)} {what}. torch.load(weights_only=True) would not give it back, so it is not saved: "
+            f"{advice}."
+        )
+
+
+def _distributed_tensor_type() -> type | None:
+    """Return DTensor, if there can be any: importing it takes a while, so that is left to whoever uses it."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return getattr(module, "DTensor", None)
+
+
+def _allowed_by_user() -> list[Any]:
+    """Return what was given to `torch.serialization.add_safe_globals()`."""
+    return [each[0] if isinstance(each, tuple) else each for each in torch.serialization.get_safe_globals()]
+
+
+def _clone(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a copy on the CPU. For layouts that are rare, and consist of more than one piece of memory."""
+    copy = tensor.detach().to("cpu", copy=True)
+    return copy.requires_grad_(tensor.requires_grad)
+
+
+def _copy_by_saving(value: Any) -> Any:
+    """Return a copy that shares nothing, and has shown that it loads: a type being allowed says little of its parts."""
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _name(kind: type) -> str:
+    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+
+
+_LEAVE_OUT = "leave it out of the state, and give it again when the run is built"
+
+# In this order: an IntEnum is an int, a datetime is a date, a namedtuple is a tuple.
+_ADVICE: tuple[tuple[type | tuple[type, ...], str], ...] = (
+    (Enum, "write x.value or x.name instead"),
+    (torch.nn.parameter.UninitializedTensorMixin, "run a batch through the lazy module before the first save"),
+    (torch.Tensor, "write x.as_subclass(torch.Tensor) instead, or what it consists of"),
+    ((torch.nn.Module, torch.optim.Optimizer), "write x.state_dict() instead"),
+    (torch.Generator, "write x.get_state() instead"),
+    ((torch.UntypedStorage, torch.TypedStorage), "write a tensor of it instead"),
+    (PurePath, "write str(x) instead"),
+    ((datetime.date, datetime.time), "write x.isoformat() instead"),
+    (datetime.timedelta, "write x.total_seconds() instead"),
+    ((Decimal, Fraction), "write str(x) instead"),
+    (str, "write str(x) instead"),
+    (bytes, "write bytes(x) instead"),
+    (bytearray, "write bytearray(x) instead"),
+    (bool, "write bool(x) instead"),
+    (int, "write int(x) instead"),
+    (float, "write float(x) instead"),
+    (complex, "write complex(x) instead"),
+    (Mapping, "write dict(x) instead"),
+    (frozenset, "write set(x) or sorted(x) instead"),
+    (AbstractSet, "write set(x) instead"),
+    (tuple, "write tuple(x) instead"),
+    ((list, deque, range, memoryview, types.GeneratorType), "write list(x) instead"),
+    ((type, types.FunctionType, types.BuiltinFunctionType, types.MethodType, functools.partial), _LEAVE_OUT),
+    (types.ModuleType, _LEAVE_OUT),
+)
+
+
+def _advice(value: Any) -> str:
+    """Say what to write instead of a value."""
+    numpy = sys.modules.get("numpy")
+    if numpy is not None and isinstance(value, numpy.ndarray):
+        return "write torch.from_numpy(x) instead, or x.tolist()"
+    if numpy is not None and isinstance(value, numpy.generic):
+        return f"write {_builtin_of(value)}(x) instead"
+    for kinds, advice in _ADVICE:
+        if isinstance(value, kinds):
+            return advice
+    if dataclasses.is_dataclass(value):
+        return "write dataclasses.asdict(x) instead"
+    if hasattr(value, "state_dict"):
+        return "write x.state_dict() instead"
+    return (
+        "write what it consists of, in numbers, strings, lists and dictionaries; or allow its type with "
+        f"torch.serialization.add_safe_globals([{type(value).__qualname__}]), where it is loaded as well"
+    )
+
+
+def _builtin_of(number: Any) -> str:
+    """Return the name of the builtin type for a scalar of numpy."""
+    return type(number.item()).__name__
