@@ -23,6 +23,8 @@ class Progress:
         epoch_start: iterations completed when that epoch began.
         epoch_is_complete: whether that epoch's end was told.
         position: where the data stands, as `Source.position` gives it; None for its beginning.
+        is_loaded: whether this comes from a `state_dict`. A run that is done then has nothing left but its last event;
+            in memory the engine begins anew.
     """
 
     iteration: int = 0
@@ -30,6 +32,7 @@ class Progress:
     epoch_start: int = 0
     epoch_is_complete: bool = True
     position: Mapping[str, Any] | None = None
+    is_loaded: bool = False
 
     def reaches(self, max_epochs: int | None, max_iters: int | None, epoch_length: int | None) -> bool:
         """Say whether a run with these limits is done."""
@@ -62,7 +65,7 @@ def begin(
     if state.max_epochs is None and state.max_iters is None:
         return _begin_anew(state, data, max_epochs, max_iters, epoch_length or length)
     limits = max_epochs or state.max_epochs, max_iters or state.max_iters
-    if progress.reaches(*limits, state.epoch_length):
+    if progress.reaches(*limits, state.epoch_length) and not progress.is_loaded:
         return _begin_anew(state, data, max_epochs, max_iters, epoch_length or length)
     if epoch_length is not None and state.epoch_length not in (None, epoch_length):
         raise ValueError(
@@ -196,7 +199,7 @@ def from_state_dict(saved: Mapping[str, Any], state: State, user_keys: Sequence[
 
 
 def _progress_of_ours(saved: Mapping[str, Any]) -> Progress:
-    return Progress(iteration=saved["iteration"], position=saved["data"], **saved["progress"])
+    return Progress(iteration=saved["iteration"], position=saved["data"], is_loaded=True, **saved["progress"])
 
 
 def _progress_of_ignite(saved: Mapping[str, Any]) -> Progress:
@@ -216,4 +219,5 @@ def _progress_of_ignite(saved: Mapping[str, Any]) -> Progress:
         epoch_start=complete * length,
         epoch_is_complete=not under_way,
         position={"batches": under_way, "length": length, "state": None},
+        is_loaded=True,
     )

@@ -15,6 +15,8 @@ from resuming import (
     Way,
     fail,
     finish,
+    from_state_dict,
+    in_memory,
     run_and_stop,
     terminate,
     uninterrupted,
@@ -71,6 +73,27 @@ def test_run_stopped_at_the_end_of_its_last_epoch_is_done(stop: str, how: Way) -
     engine = engine_that("EC@2/4", STOPS[stop])
     run_and_stop(engine, [1, 2], max_epochs=2)
     resumed = how(engine)
+    seen = record(resumed)
+    resumed.run_sync([1, 2], max_epochs=2)
+    # The same program, run again after its end, finds nothing left to do; an engine that is kept is used again.
+    assert seen == (PLAIN if how is in_memory else ["S@2/4", "C@2/4"])
+
+
+@HERE_OR_THERE
+def test_run_that_is_done_goes_on_with_more_epochs(how: Way) -> None:
+    engine = engine_that("EC@2/4", terminate)
+    run_and_stop(engine, [1, 2], max_epochs=2)
+    resumed = how(engine)
+    seen = record(resumed, "S ES EC C")
+    resumed.run_sync([1, 2], max_epochs=3)
+    assert seen == ["S@2/4", "ES@3/4", "EC@3/6", "C@3/6"]
+
+
+def test_loaded_run_that_was_done_and_is_run_twice_begins_anew_the_second_time() -> None:
+    engine = engine_that("EC@2/4", terminate)
+    run_and_stop(engine, [1, 2], max_epochs=2)
+    resumed = from_state_dict(engine)
+    resumed.run_sync([1, 2], max_epochs=2)
     seen = record(resumed)
     resumed.run_sync([1, 2], max_epochs=2)
     assert seen == PLAIN
@@ -182,12 +205,9 @@ def test_state_dict_taken_anywhere_inside_a_run_resumes_after_its_last_step(wher
     completed = [one for one in PLAIN[: PLAIN.index(where.replace("step", "IS")) + 1] if one.startswith("IC")]
     assert done == len(completed)
     resumed.run_sync(data)
-    if where in ("EC@2/4", "C@2/4"):  # it was done, so this is a new run
-        assert steps == whole[:2]
-    else:
-        assert steps == whole[done:]
-        passed = [one for one in PLAIN[: PLAIN.index(where.replace("step", "IS")) + 1] if one.startswith("EC")]
-        assert ends == ["EC@1/2", "EC@2/4"][len(passed) :]
+    assert steps == whole[done:]
+    passed = [one for one in PLAIN[: PLAIN.index(where.replace("step", "IS")) + 1] if one.startswith("EC")]
+    assert ends == ["EC@1/2", "EC@2/4"][len(passed) :]
 
 
 def test_stopped_run_may_be_given_a_later_end() -> None:
