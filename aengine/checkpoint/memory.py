@@ -9,7 +9,7 @@ import os
 import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -64,7 +64,8 @@ class Arena:
     def pin(self) -> None:
         """Let a GPU write here by itself."""
         if not self.is_pinned:
-            torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(self.address, self.size, 0)))
+            runtime: Any = torch.cuda.cudart()
+            torch.cuda.check_error(int(runtime.cudaHostRegister(self.address, self.size, 0)))
             self.is_pinned = True
 
     def region(self, start: int, size: int) -> torch.Tensor:
@@ -74,7 +75,8 @@ class Arena:
     def close(self) -> None:
         """Give the memory up. It goes when the last tensor in it does, here and in the other process."""
         if self.is_pinned:
-            torch.cuda.cudart().cudaHostUnregister(self.address)
+            runtime: Any = torch.cuda.cudart()
+            runtime.cudaHostUnregister(self.address)
             self.is_pinned = False
         if self.descriptor >= 0:
             os.close(self.descriptor)
@@ -104,9 +106,7 @@ class SharedMemory:
             self.arena = Arena(max(end, _ALIGNMENT))
         if pinned:
             self.arena.pin()
-        self._starts = {
-            self.arena.address + start: (start, size) for start, size in zip(starts, sizes, strict=True)
-        }
+        self._starts = {self.arena.address + start: (start, size) for start, size in zip(starts, sizes, strict=True)}
         return [self.arena.region(start, size) for start, size in zip(starts, sizes, strict=True)]
 
     def find(self, storage: torch.UntypedStorage) -> tuple[int, int] | None:

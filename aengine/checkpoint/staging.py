@@ -100,7 +100,7 @@ def _layout(tensors: Iterable[torch.Tensor]) -> list[_Strided]:
     return [
         _Strided(
             storages.setdefault((tensor.device, tensor.untyped_storage().data_ptr()), len(storages)),
-            tensor.storage_offset(),
+            int(tensor.storage_offset()),
             tensor.size(),
             tensor.stride(),
             tensor.dtype,
@@ -162,7 +162,7 @@ class _Plan:
             stride = strided.stride if stretch.start is not None else _contiguous(strided.size)
             offset = strided.offset - stretch.start if stretch.start is not None else 0
             empty = torch.empty(0, dtype=strided.dtype, device="cpu")
-            self.results[index] = empty.set_(storage, offset, strided.size, stride)  # type: ignore[call-overload]
+            self.results[index] = empty.set_(storage, offset, strided.size, stride)
         if len({self.layout[index].memory for index in stretch.members}) == 1:
             # Quicker than by its range. A view, for the result itself may yet become a Parameter.
             self._whole.append((first, self.results[first].detach()))

@@ -5,30 +5,30 @@ is too late; so what it would refuse is refused when it is saved, with the place
 """
 
 import dataclasses
-import datetime
+import datetime as dt
 import functools
 import io
+import reprlib
 import sys
 import types
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Iterable, Mapping, Set as AbstractSet
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set as AbstractSet
 from decimal import Decimal
 from enum import Enum
 from fractions import Fraction
 from pathlib import PurePath
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from aengine.errors import NotSerializable
-
-Path = tuple[str, ...]
 
 _IMMUTABLE: frozenset[type] = frozenset(
     {type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.layout, torch.Size}
 )
 _MAPPINGS: frozenset[type] = frozenset({dict, OrderedDict, Counter})
-_SEQUENCES: frozenset[type] = frozenset({list, tuple, set})
+_CONTAINERS: frozenset[type] = _MAPPINGS | {list, tuple, set}
 
 # pickle is recursive and gives up at some 490 levels under Python 3.11's default limit, in a thread that does no more.
 DEEPEST = 300
@@ -37,45 +37,50 @@ DEEPEST = 300
 _LARGEST_INTEGER_BITS = 255 * 8 - 1
 
 
-def path_text(path: Iterable[str]) -> str:
+class Attribute(str):
+    """A step of a path that is an attribute; any other step is a key or an index."""
+
+    __slots__ = ()
+
+
+def path_text(path: Iterable[Any]) -> str:
     """Return a path as one writes it: `state['optimizer']['param_groups'][0]['lr']`."""
-    return "state" + "".join(path)
+    return "state" + "".join(f".{step}" if type(step) is Attribute else f"[{step!r}]" for step in path)
 
 
-def rebuild(tree: Any, replace: Callable[[Any, Path], Any]) -> Any:
+def rebuild(tree: Any, replace: Callable[[Any, Sequence[Any]], Any]) -> Any:
     """Return the same tree in new containers, with `replace(leaf, path)` in the place of every leaf.
 
     A container that is in the tree twice is in the result twice, as one. The tree must be one that was surveyed, or
-    loaded.
+    loaded. The path changes when the call is over.
     """
-    return _Rebuilding(replace).build(tree, ())
+    path: list[Any] = []
+    rebuilt: dict[int, Any] = {}
 
-
-class _Rebuilding:
-    def __init__(self, replace: Callable[[Any, Path], Any]) -> None:
-        self._replace = replace
-        self._built: dict[int, Any] = {}
-
-    def build(self, value: Any, path: Path) -> Any:
+    def build(value: Any) -> Any:
         kind = type(value)
-        if kind not in _MAPPINGS and kind not in _SEQUENCES:
-            return self._replace(value, path)
-        if id(value) in self._built:
-            return self._built[id(value)]
-        built: Any
+        if kind not in _CONTAINERS:
+            return replace(value, path)
+        if id(value) in rebuilt:
+            return rebuilt[id(value)]
+        built: Any = set(value) if kind is set else kind() if kind in _MAPPINGS else []
+        path.append(None)
         if kind in _MAPPINGS:
-            built = kind()
-            for key, item in value.items():
-                built[key] = self.build(item, (*path, f"[{key!r}]"))
+            for path[-1], item in value.items():
+                built[path[-1]] = build(item)
             if kind is OrderedDict:
                 for name, item in vars(value).items():
-                    setattr(built, name, self.build(item, (*path, f".{name}")))
-        elif kind is set:
-            built = set(value)  # of what cannot change
-        else:
-            built = kind([self.build(item, (*path, f"[{index}]")) for index, item in enumerate(value)])
-        self._built[id(value)] = built
+                    path[-1] = Attribute(name)
+                    setattr(built, name, build(item))
+        elif kind is not set:
+            for path[-1], item in enumerate(value):
+                built.append(build(item))
+            built = tuple(built) if kind is tuple else built
+        path.pop()
+        rebuilt[id(value)] = built
         return built
+
+    return build(tree)
 
 
 class Survey:
@@ -91,7 +96,7 @@ class Survey:
         self.tensors: dict[int, torch.Tensor] = {}
         self.substitutes: dict[int, Any] = {}
         self.shards: dict[int, tuple[Any, torch.Tensor]] = {}
-        self._path: list[str] = []
+        self._path: list[Any] = []
         self._open: set[int] = set()
         self._seen: set[int] = set()
         self._distributed_tensor = _distributed_tensor_type()
@@ -101,20 +106,9 @@ class Survey:
         kind = type(value)
         if kind in _IMMUTABLE:
             self._look_at_immutable(value, kind)
-        elif kind in _MAPPINGS or kind in _SEQUENCES:
-            if id(value) in self._seen:
-                return
-            if id(value) in self._open:
-                raise self._refusal("contains itself", "leave that reference out")
-            if len(self._path) >= DEEPEST:
-                raise self._refusal(f"is more than {DEEPEST} levels deep, which pickle cannot write", "flatten it")
-            self._open.add(id(value))
-            for step, item in self._items(value, kind):
-                self._path.append(step)
-                self._look(item)
-                self._path.pop()
-            self._open.remove(id(value))
-            self._seen.add(id(value))
+        elif kind in _CONTAINERS:
+            if id(value) not in self._seen:
+                self._look_into(value, kind)
         elif isinstance(value, torch.Tensor):
             self._look_at_tensor(value, kind)
         elif kind is bytearray:
@@ -122,20 +116,31 @@ class Survey:
         else:
             self._look_at_other(value)
 
-    def _items(self, value: Any, kind: type) -> Iterable[tuple[str, Any]]:
+    def _look_into(self, value: Any, kind: type) -> None:
+        path, look = self._path, self._look
+        if id(value) in self._open:
+            raise self._refusal("contains itself", "leave that reference out")
+        if len(path) >= DEEPEST:
+            raise self._refusal(f"is more than {DEEPEST} levels deep, which pickle cannot write", "flatten it")
+        self._open.add(id(value))
+        path.append(None)
         if kind in _MAPPINGS:
-            for key, item in value.items():
-                self._look_at_key(key, "a key")
-                yield f"[{key!r}]", item
+            for path[-1], item in value.items():
+                self._look_at_key(path[-1])
+                look(item)
             if kind is OrderedDict:  # nn.Module.state_dict() keeps the versions of its modules in such an attribute
                 for name, item in vars(value).items():
-                    yield f".{name}", item
+                    path[-1] = Attribute(name)
+                    look(item)
         elif kind is set:
-            for member in value:
-                self._look_at_key(member, "a member")
+            for path[-1] in value:
+                self._look_at_key(path[-1])
         else:
-            for index, item in enumerate(value):
-                yield f"[{index}]", item
+            for path[-1], item in enumerate(value):
+                look(item)
+        path.pop()
+        self._open.remove(id(value))
+        self._seen.add(id(value))
 
     def _look_at_immutable(self, value: Any, kind: type) -> None:
         if kind is int and value.bit_length() > _LARGEST_INTEGER_BITS:
@@ -143,23 +148,25 @@ class Survey:
         if kind is bytes and not value:
             raise self._refusal("is empty bytes", "write bytearray() or None instead")
 
-    def _look_at_key(self, key: Any, role: str) -> None:
+    def _look_at_key(self, key: Any) -> None:
         """Refuse what torch would not load, and what changes or is equal to itself only, as tensors are."""
         kind = type(key)
+        if kind is str:
+            return
         if kind is tuple:
             for part in key:
-                self._look_at_key(part, role)
+                self._look_at_key(part)
         elif kind in _IMMUTABLE:
             self._look_at_immutable(key, kind)
         else:
-            raise self._refusal(f"has {role} of type {_name(kind)}: {key!r:.80}", _advice(key))
+            raise self._refusal(f"is a key of type {_name(kind)}", _advice(key))
 
     def _look_at_tensor(self, value: torch.Tensor, kind: type) -> None:
         if id(value) in self.tensors or id(value) in self.substitutes or id(value) in self.shards:
             return
         if self._distributed_tensor is not None and kind is self._distributed_tensor:
-            local: torch.Tensor = value.to_local()  # type: ignore[operator]  # a DTensor
-            self._path.append(".to_local()")
+            local: torch.Tensor = cast(Any, value).to_local()
+            self._path.append(Attribute("to_local()"))
             self._look_at_tensor(local, type(local))
             self._path.pop()
             self.shards[id(value)] = value, local
@@ -167,7 +174,8 @@ class Survey:
             self._look_at_other(value)
         elif value.device.type == "meta":
             raise self._refusal(
-                "is a tensor on the meta device, which has no numbers", "give its module memory with to_empty(device=...), and fill it"
+                "is a tensor on the meta device, which has no numbers",
+                "give its module memory with to_empty(device=...), and fill it",
             )
         elif value.layout is torch.strided and not value.is_quantized and not value.is_nested:
             self.tensors[id(value)] = value
@@ -180,7 +188,7 @@ class Survey:
         kind = type(value)
         allowed = _allowed_by_user()
         if not any(each is kind or each is value for each in allowed):
-            raise self._refusal(f"is of type {_name(kind)}: {value!r:.80}", _advice(value))
+            raise self._refusal(f"is of type {_name(kind)}: {reprlib.repr(value)}", _advice(value))
         if id(value) in self.substitutes:
             return
         try:
@@ -193,8 +201,8 @@ class Survey:
 
     def _refusal(self, what: str, advice: str) -> NotSerializable:
         return NotSerializable(
-            f"{path_text(self._path)} {what}. torch.load(weights_only=True) would not give it back, so it is not saved: "
-            f"{advice}."
+            f"{path_text(self._path)} {what}. torch.load(weights_only=True) would not give it back, so it is not "
+            f"saved: {advice}."
         )
 
 
@@ -232,14 +240,13 @@ _LEAVE_OUT = "leave it out of the state, and give it again when the run is built
 # In this order: an IntEnum is an int, a datetime is a date, a namedtuple is a tuple.
 _ADVICE: tuple[tuple[type | tuple[type, ...], str], ...] = (
     (Enum, "write x.value or x.name instead"),
-    (torch.nn.parameter.UninitializedTensorMixin, "run a batch through the lazy module before the first save"),
+    ((UninitializedBuffer, UninitializedParameter), "run a batch through the lazy module before the first save"),
     (torch.Tensor, "write x.as_subclass(torch.Tensor) instead, or what it consists of"),
-    ((torch.nn.Module, torch.optim.Optimizer), "write x.state_dict() instead"),
     (torch.Generator, "write x.get_state() instead"),
     ((torch.UntypedStorage, torch.TypedStorage), "write a tensor of it instead"),
     (PurePath, "write str(x) instead"),
-    ((datetime.date, datetime.time), "write x.isoformat() instead"),
-    (datetime.timedelta, "write x.total_seconds() instead"),
+    ((dt.date, dt.time), "write x.isoformat() instead"),
+    (dt.timedelta, "write x.total_seconds() instead"),
     ((Decimal, Fraction), "write str(x) instead"),
     (str, "write str(x) instead"),
     (bytes, "write bytes(x) instead"),
@@ -264,20 +271,13 @@ def _advice(value: Any) -> str:
     if numpy is not None and isinstance(value, numpy.ndarray):
         return "write torch.from_numpy(x) instead, or x.tolist()"
     if numpy is not None and isinstance(value, numpy.generic):
-        return f"write {_builtin_of(value)}(x) instead"
-    for kinds, advice in _ADVICE:
-        if isinstance(value, kinds):
-            return advice
-    if dataclasses.is_dataclass(value):
-        return "write dataclasses.asdict(x) instead"
-    if hasattr(value, "state_dict"):
-        return "write x.state_dict() instead"
-    return (
+        return f"write {_name(type(value.item()))}(x) instead"
+    general = (
         "write what it consists of, in numbers, strings, lists and dictionaries; or allow its type with "
         f"torch.serialization.add_safe_globals([{type(value).__qualname__}]), where it is loaded as well"
     )
-
-
-def _builtin_of(number: Any) -> str:
-    """Return the name of the builtin type for a scalar of numpy."""
-    return type(number.item()).__name__
+    if dataclasses.is_dataclass(value):
+        general = "write dataclasses.asdict(x) instead"
+    if hasattr(value, "state_dict"):
+        general = "write x.state_dict() instead"
+    return next((advice for kinds, advice in _ADVICE if isinstance(value, kinds)), general)
