@@ -6,6 +6,7 @@ The snapshot is taken inline, between two steps, where the step runs; the write 
 import logging
 import os
 import platform
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -15,7 +16,6 @@ from typing import Any, Literal, TypeAlias
 import torch
 from anyio.to_thread import run_sync as in_thread
 
-import aengine
 from aengine.checkpoint.keep import Keep
 from aengine.checkpoint.manifest import CheckpointInfo
 from aengine.checkpoint.memory import SharedMemory
@@ -42,6 +42,13 @@ _LAST_WORDS = frozenset({"TERMINATE", "INTERRUPT", "COMPLETED", "CANCELLED", "EX
 
 _ACCIDENTS = frozenset({"CANCELLED", "EXCEPTION_RAISED"})
 """Events that can come in the middle of a step: what was saved of the step before is not replaced then."""
+
+
+_VERSIONS = {
+    "aengine": sys.modules["aengine"].__version__,  # to import it here would be to import upwards
+    "torch": str(torch.__version__),
+    "python": platform.python_version(),
+}
 
 
 class CheckpointEvents(EventEnum):
@@ -298,7 +305,7 @@ class Checkpoint:
         step = int(tree["engine"]["iteration"])
         staged = self._staging.stage(tree)
         self._place = _place_of(tree["engine"])
-        about = {
+        about: dict[str, Any] = {
             "step": step,
             "epoch": engine.state.epoch,
             "event": event,

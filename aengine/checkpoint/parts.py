@@ -39,7 +39,7 @@ def parts_of(state: Any, path: str = "state") -> Parts:
     if isinstance(state, Stateful) and not isinstance(state, type):
         return state
     if isinstance(state, Mapping):
-        named = cast(Mapping[Any, Any], state)
+        named: Mapping[Any, Any] = state
         if wrong := [name for name in named if type(name) is not str]:
             raise TypeError(f"the names in {path} must be strings, got {wrong[0]!r}")
         return {name: parts_of(one, f"{path}[{name!r}]") for name, one in named.items()}

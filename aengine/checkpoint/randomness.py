@@ -12,7 +12,7 @@ import torch
 
 
 class RandomStates:
-    """What `engine.randomness` is while checkpoints are taken: the generators that everybody shares, and the data's own.
+    """What `engine.randomness` is where checkpoints are taken: the generators that all share, and the data's own.
 
     numpy's legacy generator if numpy is loaded, CUDA's if it is in use. Of data that is a DataLoader, or looks like
     one: its generator, and those of its samplers. Randomness that is drawn in a DataLoader's workers follows from the
