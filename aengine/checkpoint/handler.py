@@ -310,11 +310,7 @@ class Checkpoint:
             "epoch": engine.state.epoch,
             "event": event,
             "metrics": _numbers(engine.state.metrics),
-            "versions": {
-                "aengine": aengine.__version__,
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-            },
+            "versions": _VERSIONS,
             "extra": {"serializer": self._serializer.name},
         }
         metric = self._keep.metric
