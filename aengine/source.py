@@ -36,7 +36,7 @@ class Stateful(Protocol):
     """What can say where it stands, and be put back there."""
 
     def state_dict(self) -> Any:
-        """Return where it stands."""
+        """Return where it stands: a value that does not change when this goes on."""
 
     def load_state_dict(self, state_dict: Any) -> Any:
         """Go back to where it stood."""
@@ -50,6 +50,9 @@ class Randomness(Protocol):
 
     def restore(self, captured: Any, data: Any) -> None:
         """Put them back there; with None for the data, only those that everybody shares."""
+
+    def has_own(self, data: Any) -> bool:
+        """Say whether the data has generators of its own."""
 
 
 class Source:
@@ -90,6 +93,7 @@ class Source:
         self._after: Position = None
         self._taken = 0
         self._to_wind = 0
+        self._was_put_back = False
         self._randomness = randomness
         self._opening: Any = None  # where the generators stood as this pass over the data began
         self._now: Any = None  # where they stood before it was put back to where it stood
@@ -107,7 +111,9 @@ class Source:
         self._after = position["state"]
         self._opening = position.get("opening")
         self._length = self._length or position["length"]
-        if position["state"] is None and position["batches"] == self._length and not self.is_one_shot:
+        is_at_end = position["state"] is None and position["batches"] == self._length and not self.is_one_shot
+        # Where a sampler draws from a generator of its own it does so once more as it ends: that end must be met.
+        if is_at_end and not (self._randomness is not None and self._randomness.has_own(self.data)):
             self._resume_at = None  # nothing to wind to: the next fetch meets the end
             self.has_ended, self.take = True, _raise_stop
 
@@ -167,6 +173,9 @@ class Source:
             return None
         made: Any = data() if _is_factory(data) else data
         self._stateful = made if isinstance(made, Stateful) else None
+        if self._was_put_back and type(made).__module__.partition(".")[0] == "datasets":
+            # Hugging Face's go back to the state that they were given at each pass, until they are given another.
+            made.load_state_dict({})
         if _has(made, "__aiter__"):
             self._to_wind = self._resume()
             self._iterator = aiter(cast(AsyncIterable[Any], made))
@@ -219,6 +228,7 @@ class Source:
         if self._stateful is not None and position["state"] is not None:
             self._left.clear()
             self._stateful.load_state_dict(position["state"])
+            self._was_put_back = True
             how, to_wind = "was put back to its own state", 0
         elif self._can_wind:
             self._left.clear()
