@@ -1,5 +1,6 @@
 """Runs that are resumed from a checkpoint go on as if they had never been stopped, to the last bit."""
 
+import importlib
 import random
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -46,7 +47,7 @@ def in_a_stateful_loader() -> Any:
 
 
 def in_a_stream_of_hugging_face() -> Any:
-    import datasets  # noqa: PLC0415 -- it takes seconds
+    datasets: Any = importlib.import_module("datasets")  # it takes seconds, and has no types
 
     stream = datasets.Dataset.from_dict({"row": rows().tolist()}).to_iterable_dataset(num_shards=3)
     return stream.batch(batch_size=4)
@@ -152,13 +153,13 @@ class Training:
         noise = random.random() + np.random.rand() + self.own.random() + self.numpys.random()
         self.optimizer.zero_grad()
         loss = (self.model(inputs) - noise).square().mean()
-        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.average.update_parameters(self.model)
-        self.history.losses.append(loss.item())
-        engine.state.metrics["loss"] = loss.item()
-        return loss.item()
+        self.history.losses.append(float(loss))
+        engine.state.metrics["loss"] = float(loss)
+        return float(loss)
 
     async def async_step(self, engine: AnyEngine, batch: Any) -> float:
         await anyio.lowlevel.checkpoint()
@@ -213,7 +214,7 @@ async def test_position_taken_from_the_source_at_the_time_of_the_save_is_wrong(t
 
     class Ahead(AsyncStream):
         def state_dict(self) -> dict[str, int]:
-            return vars(self)  # type: ignore[return-value]  # the live one, which goes on
+            return vars(self)  # the live one, which goes on
 
         def load_state_dict(self, state_dict: dict[str, int]) -> None:
             super().load_state_dict({"next": state_dict["_next"]})
