@@ -1,21 +1,21 @@
 """What a process does to the disk, call by call; and what a disk may look like after a power cut.
 
-The worst that may happen: what was written to a file and not synced is there, or lost, or zeros; and of what was done to
-the names in a directory and not synced, each is there or not, whatever became of the others. (Journaling file systems
-keep the order in which it was done. Nothing here relies on that.)
+The worst that may happen: what was written to a file and not synced is there, or lost, or zeros; and each change of the
+names in a directory that was not synced is there or not, whatever became of the others. (Journaling file systems keep
+the order of the changes. Nothing here relies on that.)
 """
 
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 from unittest.mock import patch
 
 from aengine.checkpoint.manifest import CheckpointInfo
-from aengine.checkpoint.store import Store
+from aengine.checkpoint.store import Draft, Store
 
 CALLS = ["open", "write", "fsync", "close", "mkdir", "rename", "unlink", "rmdir"]
 
@@ -25,14 +25,21 @@ Call: TypeAlias = tuple[str, Path, Any]
 Tree: TypeAlias = "bytes | frozenset[tuple[str, Tree]]"
 
 
-def save(store: Store, step: int, content: bytes = b"weights", **told: Any) -> CheckpointInfo:
+def save(
+    store: Store,
+    step: int,
+    content: bytes = b"weights",
+    *,
+    before_commit: Callable[[Draft], object] = lambda draft: None,
+    **told: Any,
+) -> CheckpointInfo:
     """Write and commit a small checkpoint with a file in each place where there may be one."""
+    told = {"epoch": 1, "event": "iteration_completed", "metrics": {}, "versions": {"aengine": "0"}, **told}
     with store.begin(step) as draft:
         draft.write("state.pt", lambda file: file.write(content))
         draft.write("dcp/.metadata", lambda file: file.write(b"shards"))
-        return draft.commit(
-            step=step, **{"epoch": 1, "event": "iteration_completed", "metrics": {}, "versions": {"aengine": "0"}, **told}
-        )
+        before_commit(draft)
+        return draft.commit(step=step, **told)
 
 
 @contextmanager
@@ -43,7 +50,7 @@ def watched(before: Callable[[str, Path, Any], object]) -> Iterator[None]:
     def path_of(target: Any, dir_fd: int | None) -> Path:
         if isinstance(target, int):
             return paths[target]
-        return (paths[dir_fd] if dir_fd is not None else Path.cwd()) / target
+        return Path(paths[dir_fd] if dir_fd is not None else Path.cwd(), target)
 
     def watch(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def call(target: Any, *arguments: Any, **keywords: Any) -> Any:
@@ -59,7 +66,9 @@ def watched(before: Callable[[str, Path, Any], object]) -> Iterator[None]:
 
         return call
 
-    with patch.multiple(os, **{name: watch(name, getattr(os, name)) for name in CALLS}):
+    with ExitStack() as patches:
+        for name in CALLS:
+            patches.enter_context(patch.object(os, name, watch(name, getattr(os, name))))
         yield
 
 
@@ -94,7 +103,7 @@ class _Directory:
 
 
 def disks_after_power_cut(record: Iterable[Call], root: Path) -> set[Tree]:
-    """Return every content of `root` (there, empty, and durable before) that a power cut may leave after these calls."""
+    """Return every content of `root`, which was empty before these calls, that a power cut after them may leave."""
     top = _Directory()
 
     def node_at(path: Path) -> Any:

@@ -182,10 +182,15 @@ def write_in_another_process(file: Any) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["../state.pt", "/etc/passwd", "", ".", "..", ".hidden", "a..b", "a/b", "dcp", "dcp/", "dcp/../x", "dcp/.x", "a\n"]
-    + ["manifest.json", "pinned", "größe", "x" * 300, "dcp/a/b", "a\0"],
+    ["", ".", "..", "../state.pt", "/etc/passwd", ".hidden", "a..b", "a/b", "a\n", "a\0", "größe", "x" * 300],
 )
 def test_name_that_is_no_plain_base_name_is_refused(store: Store, name: str) -> None:
+    with store.begin(1) as draft, pytest.raises(ValueError, match="is no name for a file of a checkpoint"):
+        draft.write(name, lambda file: file.write(b"x"))
+
+
+@pytest.mark.parametrize("name", ["dcp", "dcp/", "dcp/../x", "dcp/.x", "dcp/a/b", "manifest.json", "pinned"])
+def test_name_that_has_a_meaning_is_refused(store: Store, name: str) -> None:
     with store.begin(1) as draft, pytest.raises(ValueError, match="is no name for a file of a checkpoint"):
         draft.write(name, lambda file: file.write(b"x"))
 
@@ -226,7 +231,10 @@ def test_step_that_is_no_count_is_refused(store: Store, step: Any) -> None:
 
 
 def test_draft_cannot_be_committed_as_another_step(store: Store) -> None:
-    with store.begin(1) as draft, pytest.raises(ValueError, match="begun for step 1, and cannot be committed as step 2"):
+    with (
+        store.begin(1) as draft,
+        pytest.raises(ValueError, match="begun for step 1, and cannot be committed as step 2"),
+    ):
         draft.commit(step=2, epoch=1, event="e", metrics={}, versions={})
 
 
@@ -253,7 +261,7 @@ def test_of_many_steps_the_first_and_the_last_are_told(store: Store) -> None:
     for step in range(1, 21):
         save(store, step)
 
-    with pytest.raises(CheckpointNotFound, match="those of step 1, ..., 11, 12, 13, 14, 15, 16, 17, 18, 19, 20$"):
+    with pytest.raises(CheckpointNotFound, match=r"those of step 1, \.\.\., 11, 12, 13, 14, 15, 16, 17, 18, 19, 20$"):
         store.find(300)
 
 
@@ -410,7 +418,9 @@ def test_what_the_manifest_does_not_name_is_no_damage(store: Store) -> None:
 def rewrite(info: CheckpointInfo, key: str, value: Any) -> None:
     path = info.path / "manifest.json"
     record = json.loads(path.read_bytes())
-    path.write_text(json.dumps({**record, key: value} if value is not ... else {k: record[k] for k in record if k != key}))
+    path.write_text(
+        json.dumps({**record, key: value} if value is not ... else {k: record[k] for k in record if k != key})
+    )
 
 
 def entry(**changes: Any) -> dict[str, Any]:
@@ -421,7 +431,7 @@ def raw(content: bytes) -> Callable[[CheckpointInfo], object]:
     return lambda info: (info.path / "manifest.json").write_bytes(content)
 
 
-def changed(key: str, value: Any) -> Callable[[CheckpointInfo], object]:
+def changed(key: str, value: object) -> Callable[[CheckpointInfo], object]:
     return lambda info: rewrite(info, key, value)
 
 
@@ -454,11 +464,11 @@ def replace_by_a_file(info: CheckpointInfo) -> None:
         pytest.param(raw(b"\xff\xff"), "is damaged: ", id="no text"),
         pytest.param(raw(b'{"format": NaN}'), "NaN is not JSON", id="NaN"),
         pytest.param(changed("format", 2), "its format is 2, and this version of aengine reads 1", id="newer"),
-        pytest.param(changed("format", True), "its format is True", id="format of a wrong type"),
+        pytest.param(changed("format", value=True), "its format is True", id="format of a wrong type"),
         pytest.param(changed("step", 501), "it is that of step 501, and lies in step-0000000500", id="other step"),
         pytest.param(changed("step", "500"), "'step' must be a whole number, and is '500'", id="step as text"),
         pytest.param(changed("step", 500.0), "'step' must be a whole number", id="step as float"),
-        pytest.param(changed("epoch", True), "'epoch' must be a whole number, and is True", id="epoch as bool"),
+        pytest.param(changed("epoch", value=True), "'epoch' must be a whole number, and is True", id="epoch as bool"),
         pytest.param(changed("number", 0), "'number' must be 1 or more", id="number"),
         pytest.param(changed("event", ...), "'event' is missing", id="without event"),
         pytest.param(changed("surplus", 1), r"it has \['surplus'\], which do not belong there", id="surplus"),
@@ -635,7 +645,9 @@ def test_writer_in_another_process_is_named_and_its_death_frees_the_lock(tmp_pat
     with in_another_process(HOLDS_THE_LOCK, store.directory) as process:
         assert process.stdout
         assert process.stdout.readline() == "locked\n"
-        with pytest.raises(CheckpointLocked, match=rf"is in use by process {process.pid} on host [\w.-]+\. Two writers"):
+        with pytest.raises(
+            CheckpointLocked, match=rf"is in use by process {process.pid} on host [\w.-]+\. Two writers"
+        ):
             store.lock()
         assert store.list() == []  # reading needs no lock
         process.kill()
@@ -675,7 +687,9 @@ def test_child_that_outlives_a_killed_writer_does_not_hold_its_lock(tmp_path: Pa
     store.unlock()
 
 
-@pytest.mark.parametrize("use", [lambda store: save(store, 1), Store.retain, lambda store: store.set_aside(Path("x"), "")])
+@pytest.mark.parametrize(
+    "use", [lambda store: save(store, 1), Store.retain, lambda store: store.set_aside(Path("x"), "")]
+)
 def test_writing_without_the_lock_is_refused(tmp_path: Path, use: Callable[[Store], object]) -> None:
     with pytest.raises(RuntimeError, match=r"needs its lock: call lock\(\) first"):
         use(Store(tmp_path))

@@ -42,7 +42,7 @@ def test_size_and_checksum_are_those_of_what_reaches_the_disk(
 
 
 def test_crumbs_are_written_together_and_what_is_large_is_not_copied(null: int) -> None:
-    large = memoryview(bytes(64 * MEGABYTE)).cast("d")
+    large: Any = memoryview(bytes(64 * MEGABYTE)).cast("d")  # as that of a tensor's numbers
     file = HashingFile(null)
     tracemalloc.start()
     try:

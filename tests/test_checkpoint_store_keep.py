@@ -11,7 +11,9 @@ from aengine.checkpoint.keep import Keep
 from aengine.checkpoint.manifest import CheckpointInfo, directory_name
 
 
-def checkpoint(step: int, revision: int = 1, *, number: int | None = None, pinned: bool = False, **metrics: float) -> Any:
+def checkpoint(
+    step: int, revision: int = 1, *, number: int | None = None, pinned: bool = False, **metrics: float
+) -> Any:
     return CheckpointInfo(
         step=step,
         revision=revision,
@@ -63,7 +65,9 @@ def scored(*scores: float) -> list[CheckpointInfo]:
             [1, 3],
             id="without the metric it is never best",
         ),
-        pytest.param(Keep(last=2, every_n=3), [checkpoint(step) for step in range(1, 9)], [1, 2, 4, 5], id="every third"),
+        pytest.param(
+            Keep(last=2, every_n=3), [checkpoint(step) for step in range(1, 9)], [1, 2, 4, 5], id="every third"
+        ),
         pytest.param(
             Keep(last=2, every_n=2),
             [checkpoint(step, number=number) for step, number in [(10, 1), (20, 2), (30, 3), (40, 4), (50, 5)]],
@@ -111,7 +115,7 @@ def test_earlier_revision_that_is_pinned_or_protected_stays() -> None:
         ({"last": 2.5}, "last= must be 2 or more"),
         ({"best": -1, "metric": "loss"}, "best= must be a whole number from 0 on, got -1"),
         ({"best": 2}, "best=2 needs to know by what: add metric="),
-        ({"mode": "maximum"}, 'mode= must be "max" .* got \'maximum\''),
+        ({"mode": "maximum"}, "mode= must be \"max\" .* got 'maximum'"),
         ({"every_n": 0}, "every_n= must be a whole number from 1 on, or None"),
         ({"every_n": "2"}, "every_n= must be a whole number from 1 on, or None"),
     ],

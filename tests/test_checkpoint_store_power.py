@@ -109,9 +109,7 @@ def test_each_sync_is_needed(is_left_out: Callable[[list[Call], int], bool], tmp
     root.mkdir()
     scratch.mkdir()
     record = saves_with_retention(root)
-    synced_less = [
-        call for index, call in enumerate(record) if not (call[0] == "fsync" and is_left_out(record, index))
-    ]
+    synced_less = [call for index, call in enumerate(record) if not (call[0] == "fsync" and is_left_out(record, index))]
 
     assert len(synced_less) < len(record)
     assert what_is_lost(synced_less, root, scratch) is not None
@@ -175,7 +173,10 @@ def test_killed_at_any_call_it_leaves_what_was_committed_and_the_next_writer_swe
         assert not store.problems()
 
         store.lock()
-        assert {path.name for path in store.directory.iterdir()} == {".lock", *(info.path.name for info in store.list())}
+        assert {path.name for path in store.directory.iterdir()} == {
+            ".lock",
+            *(info.path.name for info in store.list()),
+        }
         save(store, 1000)
         store.retain()
         assert [info.step for info in store.list()] == [*whole, 1000][-2:]
