@@ -20,7 +20,7 @@ from disk import recorded, save
 
 from aengine.checkpoint import files
 from aengine.checkpoint.keep import Keep
-from aengine.checkpoint.manifest import CheckpointInfo
+from aengine.checkpoint.manifest import CheckpointInfo, decode
 from aengine.checkpoint.store import Store
 from aengine.errors import CheckpointDamaged, CheckpointLocked, CheckpointNotFound, CheckpointNotWritten
 
@@ -293,8 +293,9 @@ def test_path_that_is_no_checkpoint_is_not_opened(store: Store, name: str, words
         store.open(store.directory / name)
 
 
-def test_checkpoint_that_is_removed_while_it_is_listed_is_left_out(
-    store: Store, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("look", "found"), [(steps, [1]), (Store.problems, [])])
+def test_checkpoint_that_is_removed_while_it_is_looked_at_is_left_out(
+    store: Store, monkeypatch: pytest.MonkeyPatch, look: Callable[[Store], object], found: list[int]
 ) -> None:
     save(store, 1)
     going = save(store, 2)
@@ -305,10 +306,9 @@ def test_checkpoint_that_is_removed_while_it_is_listed_is_left_out(
             shutil.rmtree(going.path)
         return real(path, *arguments, **keywords)
 
-    with monkeypatch.context() as patched:
-        patched.setattr(os, "open", remove_first)
-        assert steps(store) == [1]
-    assert store.problems() == []
+    monkeypatch.setattr(os, "open", remove_first)
+    assert look(store) == found
+    assert not going.path.exists()
 
 
 def test_checkpoint_that_may_not_be_looked_at_is_an_error_and_not_left_out(
@@ -506,6 +506,13 @@ def test_damaged_manifest_is_found_out_and_told_of_and_the_one_before_is_still_t
         raise CheckpointDamaged(problem.why)
 
 
+def test_manifest_in_a_directory_that_is_none_of_a_checkpoint_is_refused(store: Store) -> None:
+    manifest = (save(store, 500).path / "manifest.json").read_bytes()
+
+    with pytest.raises(CheckpointDamaged, match="it lies in 'elsewhere', which is no name of a checkpoint"):
+        decode(manifest, Path("elsewhere"), pinned=False)
+
+
 def test_linked_checkpoint_is_never_removed_through_the_link(store: Store, tmp_path: Path) -> None:
     outside = tmp_path / "step-0000000001"
     save(store, 1).path.rename(outside)
@@ -661,9 +668,12 @@ import os, sys
 from aengine.checkpoint.store import Store
 store = Store(sys.argv[1])
 store.lock()
+reading, writing = os.pipe()
 if os.fork():
+    os.read(reading, 1)  # the child runs
     print("locked", flush=True)
     os.kill(os.getpid(), 9)
+os.write(writing, b".")
 sys.stdin.read()
 try:
     store.begin(1).__enter__()

@@ -13,7 +13,7 @@ from unittest.mock import patch
 import hypothesis.strategies as st
 import pytest
 from disk import recorded
-from hypothesis import given
+from hypothesis import given, settings
 
 from aengine.checkpoint.files import HashingFile, Stopped, make_directory, remove_tree, write_file
 
@@ -27,6 +27,7 @@ def null() -> Iterator[int]:
     os.close(descriptor)
 
 
+@settings(max_examples=30)  # each writes megabytes
 @given(sizes=st.lists(st.integers(0, 100) | st.sampled_from([65_535, 65_536, MEGABYTE, 5 * MEGABYTE]), max_size=8))
 def test_size_and_checksum_are_those_of_what_reaches_the_disk(
     sizes: list[int], tmp_path_factory: pytest.TempPathFactory

@@ -17,14 +17,53 @@ STEPS = [100, 200, 300, 400]  # the last two of which make the first two go
 
 
 def saves_with_retention(root: Path) -> list[Call]:
-    """Return the record of four saves, with a "returned" for each commit that came back."""
+    """Return the record of four saves, with a note after each commit and after each removal."""
     with recorded() as record:
         store = Store(root / "runs" / "checkpoints", Keep(last=2))
         store.lock()
         for step in STEPS:
             save(store, step)
-            record.append(("returned", root, step))
+            there = [info.path.name for info in store.list()]
+            record.append(("returned", root, (there[-2:], [])))
             store.retain()
+            record.append(("returned", root, (there[-2:], there[:-2])))
+        store.unlock()
+    return record
+
+
+def all_that_writes(root: Path) -> list[Call]:
+    """Return the record of everything else that a store does: revisions, pins, setting aside, sweeping."""
+    with recorded() as record:
+        store = Store(root / "runs" / "checkpoints", Keep(last=2))
+
+        def note(must: list[str], gone: list[str]) -> None:
+            record.append(("returned", root, (must, gone)))
+
+        store.lock()
+        save(store, 100)
+        note(["step-0000000100"], [])
+        second = save(store, 100)
+        note(["step-0000000100.2"], [])
+        store.retain()
+        note(["step-0000000100.2"], ["step-0000000100"])
+        store.pin(second)
+        note(["step-0000000100.2 pinned"], [])
+        save(store, 200)
+        damaged = save(store, 300)
+        note(["step-0000000100.2 pinned", "step-0000000200"], [])
+        store.set_aside(damaged.path, "test")
+        note(["step-0000000100.2 pinned", "step-0000000200"], ["step-0000000300"])
+        with store.begin(400) as draft:
+            draft.write("state.pt", lambda file: file.write(b"given up"))
+        (store.directory / ".tmp-stray").mkdir()
+        store.unlock()
+        store.lock()
+        note(["step-0000000100.2", "step-0000000200"], ["step-0000000300", "step-0000000400"])
+        store.unpin(second)
+        note(["step-0000000100.2", "step-0000000200"], ["step-0000000100.2 pinned", "step-0000000400"])
+        save(store, 400)
+        note(["step-0000000200", "step-0000000400"], [])
+        store.retain()
         store.unlock()
     return record
 
@@ -32,10 +71,10 @@ def saves_with_retention(root: Path) -> list[Call]:
 def what_is_lost(record: list[Call], root: Path, scratch: Path) -> str | None:
     """Cut the power after each of the calls, and return what is wrong with the first disk that is not as it must be."""
     numbers = itertools.count()
-    seen: dict[Tree, tuple[list[int], list[int]]] = {}
+    seen: dict[Tree, tuple[list[str], list[str]]] = {}
     for length in range(len(record) + 1):
         done = record[:length]
-        returned = [step for call, _, step in done if call == "returned"]
+        must, gone = next((told for call, _, told in reversed(done) if call == "returned"), ([], []))
         for tree in disks_after_power_cut(done, root):
             if tree not in seen:
                 place = scratch / str(next(numbers))
@@ -44,28 +83,36 @@ def what_is_lost(record: list[Call], root: Path, scratch: Path) -> str | None:
             listed, whole = seen[tree]
             if listed != whole:
                 return f"after {done[-1]}: of the checkpoints {listed} only {whole} are whole"
-            if not set(returned[-2:]) <= set(whole):
-                return f"after {done[-1]}: {returned[-2:]} were committed, and {whole} are found"
+            if not set(must) <= set(whole):
+                return f"after {done[-1]}: {must} were committed, and {whole} are found"
+            # What was done since may have changed that, a revision that is no longer in the way, for one.
+            if done and done[-1][0] == "returned" and not set(gone).isdisjoint(listed):
+                return f"after {done[-1]}: {gone} were removed, and {listed} are found"
     return None
 
 
-def listed_and_whole(store: Store) -> tuple[list[int], list[int]]:
+def listed_and_whole(store: Store) -> tuple[list[str], list[str]]:
+    """Return the names of the checkpoints that are listed and of those that verify; a pinned one has two."""
     listed, whole = [], []
     for info in store.list():
-        listed.append(info.step)
+        names = [info.path.name, *([f"{info.path.name} pinned"] if info.pinned else [])]
+        listed.extend(names)
         try:
             store.verify(info)
         except CheckpointDamaged:
             continue
-        whole.append(info.step)
+        whole.extend(names)
     return listed, whole
 
 
-def test_power_cut_at_any_point_leaves_the_last_two_committed_checkpoints_whole(tmp_path: Path) -> None:
+@pytest.mark.parametrize("work", [saves_with_retention, all_that_writes])
+def test_power_cut_at_any_point_leaves_whole_what_was_committed_and_nothing_half(
+    work: Callable[[Path], list[Call]], tmp_path: Path
+) -> None:
     root, scratch = tmp_path / "root", tmp_path / "scratch"
     root.mkdir()
     scratch.mkdir()
-    record = saves_with_retention(root)
+    record = work(root)
 
     assert what_is_lost(record, root, scratch) is None
     assert len(list(scratch.iterdir())) > 100  # different disks were looked at
@@ -93,22 +140,26 @@ def after_rename_to(prefix: str) -> Callable[[list[Call], int], bool]:
 
 
 @pytest.mark.parametrize(
-    "is_left_out",
+    ("work", "is_left_out"),
     [
-        pytest.param(of_file("state.pt"), id="state"),
-        pytest.param(of_file("manifest.json"), id="manifest"),
-        pytest.param(of_file("dcp"), id="dcp"),
-        pytest.param(of_draft, id="draft"),
-        pytest.param(of_parent, id="parent"),
-        pytest.param(after_rename_to("step-"), id="commit"),
-        pytest.param(after_rename_to(".trash-"), id="retention"),
+        pytest.param(saves_with_retention, of_file("state.pt"), id="state"),
+        pytest.param(saves_with_retention, of_file("manifest.json"), id="manifest"),
+        pytest.param(saves_with_retention, of_file("dcp"), id="dcp"),
+        pytest.param(saves_with_retention, of_draft, id="draft"),
+        pytest.param(saves_with_retention, of_parent, id="parent"),
+        pytest.param(saves_with_retention, after_rename_to("step-"), id="commit"),
+        pytest.param(saves_with_retention, after_rename_to(".trash-"), id="retention"),
+        pytest.param(all_that_writes, after_rename_to("damaged-"), id="set aside"),
+        pytest.param(all_that_writes, of_file("step-0000000100.2"), id="pin and unpin"),
     ],
 )
-def test_each_sync_is_needed(is_left_out: Callable[[list[Call], int], bool], tmp_path: Path) -> None:
+def test_each_sync_is_needed(
+    work: Callable[[Path], list[Call]], is_left_out: Callable[[list[Call], int], bool], tmp_path: Path
+) -> None:
     root, scratch = tmp_path / "root", tmp_path / "scratch"
     root.mkdir()
     scratch.mkdir()
-    record = saves_with_retention(root)
+    record = work(root)
     synced_less = [call for index, call in enumerate(record) if not (call[0] == "fsync" and is_left_out(record, index))]
 
     assert len(synced_less) < len(record)
@@ -167,8 +218,9 @@ def test_killed_at_any_call_it_leaves_what_was_committed_and_the_next_writer_swe
     for root in sorted(tmp_path.iterdir(), key=lambda path: int(path.name)):
         returned = [int(line) for line in (root / "returned").read_text().split()]
         store = Store(root / "checkpoints", Keep(last=2))
-        listed, whole = listed_and_whole(store)
-        assert listed == whole
+        listed, names = listed_and_whole(store)
+        assert listed == names
+        whole = [info.step for info in store.list()]
         assert set(returned[-2:]) <= set(whole)
         assert not store.problems()
 
