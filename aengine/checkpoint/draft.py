@@ -45,6 +45,10 @@ _ADVICE = {
     errno.EACCES: "Choose a directory that this user may write to.",
     errno.EPERM: "Choose a directory that this user may write to.",
     errno.ENOENT: "Something removed it while it was in use.",
+    errno.ENOTDIR: "Something else than a directory has that name.",
+    errno.EEXIST: "Something else than a directory has that name.",
+    errno.ENOLCK: "Choose a directory on a file system that has locks (flock).",
+    errno.EOPNOTSUPP: "Choose a directory on a file system that has locks (flock).",
     errno.ESTALE: "Something removed the directory while it was in use.",
 }
 
@@ -198,18 +202,16 @@ class Draft:
             remove_all([self.path])
 
     def _explain(self, error: OSError) -> str:
-        written = sum(entry.size for entry in self._entries.values())
-        sizes = f"{_bytes(written)} had been written"
-        if self._size is not None:
-            sizes = f"{_bytes(written)} of {_bytes(self._size)} had been written"
+        total = "" if self._size is None else f" of {_bytes(self._size)}"
         try:
-            free = f"{_bytes(free_space(self._directory))} are free"
+            written = sum(path.lstat().st_size for path in self.path.rglob("*") if not path.is_dir())
+            space = f"{_bytes(written)}{total} had been written, {_bytes(free_space(self._directory))} are free"
             kept = f"Kept are {steps(committed(self._directory))}."
         except OSError as another:
-            free, kept = "how much space is free is not known", f"Which are kept is not known: {words(another)}."
+            space, kept = "how much space is free is not known", f"Which are kept is not known: {words(another)}."
         return (
             f"the checkpoint of step {self._step} was not written: {words(error)}, while {self._doing} in"
-            f" {self._directory}; {sizes}, {free}. {advice(error)} {kept}"
+            f" {self._directory}; {space}. {advice(error)} {kept}"
         )
 
 
@@ -268,9 +270,8 @@ def steps(checkpoints: list[CheckpointInfo]) -> str:
 
 
 def _bytes(count: int) -> str:
-    size, unit = float(count), "bytes"
-    for larger in ("kB", "MB", "GB", "TB"):
-        if size < 1000:  # noqa: PLR2004 -- a thousand of these is one of the larger
-            break
-        size, unit = size / 1000, larger
-    return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
+    for power, unit in enumerate(("TB", "GB", "MB", "kB")):
+        size = count / 1000 ** (4 - power)
+        if size >= 1:
+            return f"{size:.1f} {unit}"
+    return f"{count} bytes"

@@ -120,6 +120,9 @@ class Store:
         """Rename a damaged checkpoint so that nobody takes it for one, and return where it is now. Removes nothing.
 
         The reason is put beside its files as why.txt, if that can be done.
+
+        Raises:
+            OSError: it could not be renamed, and is where it was.
         """
         self._lock.check()
         names = itertools.chain([f"{DAMAGED}{path.name}"], (f"{DAMAGED}{path.name}-{n}" for n in itertools.count(2)))
