@@ -273,7 +273,7 @@ def test_interrupt_in_the_middle_of_a_call_ends_the_process_and_no_answer_is_mix
     main_thread = threading.get_ident()
 
     def interrupt_when_busy() -> None:
-        with (tmp_path / "pipe").open("wb") as pipe, suppress(BrokenPipeError):
+        with suppress(BrokenPipeError), (tmp_path / "pipe").open("wb") as pipe:
             signal.pthread_kill(main_thread, signal.SIGINT)
             interrupted.wait()
             pipe.write(b"an answer that comes too late")
