@@ -1,13 +1,18 @@
 """Serializers: how a staged tree becomes a file, and comes back."""
 
 import contextvars
+import os
 import pickle
-from collections.abc import Callable
+import reprlib
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, BinaryIO, Protocol, cast
 
 import torch
 from torch.utils import serialization
 
+from aengine.checkpoint.trees import Attribute, path_text, rebuild
 from aengine.errors import CheckpointDamaged, CheckpointError, NotSerializable
 
 
@@ -74,6 +79,86 @@ class TorchFile:
             raise CheckpointError(
                 f"torch.load(weights_only=True) refuses what the file asks for: {reason} Nothing of it was executed."
             ) from error
+
+
+def export_safetensors(tree: Any, path: Path, metadata: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Write weights for others to load: a tree of dictionaries of tensors, usually `model.state_dict()`.
+
+    The keys on the way to a tensor make its name, with dots between them. Of tied weights the name that sorts first is
+    written; the others are recorded in the file's metadata, each with the name that stands for it, as
+    `safetensors.torch.save_model()` does, whose `load_model()` ties them again. The file appears when it is whole.
+
+    Returns:
+        The names that were left out, each with the one that stands for it.
+
+    Raises:
+        NotSerializable: something in the tree is no dense tensor, or two tensors have one name.
+        ImportError: safetensors is not installed.
+    """
+    try:
+        from safetensors.torch import save_file  # noqa: PLC0415 -- optional, and for this function only
+    except ImportError as error:
+        raise ImportError(
+            'exporting weights needs safetensors: pip install "safetensors>=0.4.5", which is what aengine\'s extra '
+            '"checkpoint" brings: pip install -e ".[checkpoint]"'
+        ) from error
+    tensors = _named_tensors(tree)
+    first: dict[Hashable, str] = {}
+    left_out: dict[str, str] = {}
+    for name in sorted(tensors):
+        kept = first.setdefault(_memory(tensors[name], name), name)
+        if kept != name:
+            left_out[name] = kept
+    # Each in memory of its own, as the format wants it: views of one storage become copies.
+    storages = Counter(tensors[name].untyped_storage().data_ptr() for name in first.values())
+    written = {
+        name: tensor.clone(memory_format=torch.contiguous_format)
+        if storages[tensor.untyped_storage().data_ptr()] > 1
+        else tensor.contiguous()
+        for name, tensor in tensors.items()
+        if name not in left_out
+    }
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    try:
+        # Readers such as transformers want to be told that it is torch's layout.
+        save_file(written, unfinished, {"format": "pt", **(metadata or {}), **left_out})
+        with unfinished.open("rb") as file:
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return left_out
+
+
+def _named_tensors(tree: Any) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = {}
+
+    def add(leaf: Any, path: Sequence[Any]) -> None:
+        place, name = path_text(path), ".".join(str(step) for step in path)
+        if any(isinstance(step, Attribute) for step in path):
+            return  # versions of modules: they are not weights
+        if (
+            type(leaf) not in {torch.Tensor, torch.nn.Parameter}
+            or leaf.layout is not torch.strided
+            or leaf.is_quantized
+        ):
+            raise NotSerializable(
+                f"{place} is no dense tensor but {reprlib.repr(leaf)}, and safetensors holds nothing else: export the "
+                "weights only, as in export_safetensors(model.state_dict(), path)"
+            )
+        if name in tensors:
+            raise NotSerializable(f"{place} would be called {name!r}, and so would another tensor: rename one of them")
+        tensors[name] = leaf.detach()
+
+    rebuild(tree, add)
+    return tensors
+
+
+def _memory(tensor: torch.Tensor, name: str) -> Hashable:
+    """Return what two tensors have in common if they are the same numbers; an empty one is only itself."""
+    if tensor.numel() == 0:
+        return name
+    return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.size(), tensor.stride(), tensor.is_conj()
 
 
 class _WatchedFile:
