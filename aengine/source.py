@@ -53,6 +53,7 @@ class Randomness(Protocol):
 
     def has_own(self, data: Any) -> bool:
         """Say whether the data has generators of its own."""
+        ...
 
 
 class Source:
