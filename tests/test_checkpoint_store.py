@@ -126,12 +126,13 @@ def test_revision_is_above_one_that_cannot_be_read(store: Store) -> None:
     assert save(store, 500).path.name == "step-0000000500.2"
 
 
-def test_steps_of_any_size_are_ordered_as_numbers(store: Store) -> None:
-    for step in (10**12, 7, 0, 10**10):
+def test_steps_and_revisions_of_any_size_are_ordered_as_numbers(store: Store) -> None:
+    for step in (10**11, 7, 2 * 10**10, 0, *[5] * 11):
         save(store, step)
 
-    assert steps(store) == [0, 7, 10**10, 10**12]
-    assert store.find(10**12).path.name == "step-1000000000000"
+    assert steps(store) == [0, *[5] * 11, 7, 2 * 10**10, 10**11]
+    assert [info.revision for info in store.list() if info.step == 5] == [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]
+    assert store.find(10**11).path.name == "step-100000000000"
 
 
 def test_draft_that_is_not_committed_leaves_nothing(store: Store) -> None:
@@ -694,6 +695,30 @@ def test_child_that_outlives_a_killed_writer_does_not_hold_its_lock(tmp_path: Pa
         process.stdin.close()
         assert "needs its lock: call lock() first, in this process" in process.stdout.read()
     save(store, 1)
+    store.unlock()
+
+
+def test_lock_that_is_given_up_is_free_whoever_else_has_its_file_open(store: Store) -> None:
+    """As a child has that was forked by a library in C, and did not close its files."""
+    lock_file = store._lock._file
+    assert lock_file
+    inherited = os.dup(lock_file.fileno())
+    store.unlock()
+    other = Store(store.directory)
+    other.lock()
+    other.unlock()
+    os.close(inherited)
+
+
+def test_holder_is_named_whatever_was_in_the_lock_file_before(tmp_path: Path) -> None:
+    (tmp_path / ".lock").write_text(
+        "123456789 a-host-with-a-name-that-is-longer-than-any-that-may-come-after-it.example.com\n"
+    )
+    store = Store(tmp_path)
+    store.lock()
+
+    with pytest.raises(CheckpointLocked, match=f"this very process \\({os.getpid()}\\)"):
+        Store(tmp_path).lock()
     store.unlock()
 
 
