@@ -347,8 +347,10 @@ def replace_the_directory_by_a_file(store: Store, draft: Path) -> None:
 )
 def test_what_is_removed_under_a_save_is_told(store: Store, harm: Callable[[Store, Path], None], words: str) -> None:
     save(store, 100)
-    with warnings.catch_warnings(record=True) as warned, pytest.raises(CheckpointNotWritten, match=words):
-        save(store, 200, before_commit=lambda draft: harm(store, draft.path))
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        with pytest.raises(CheckpointNotWritten, match=words):
+            save(store, 200, before_commit=lambda draft: harm(store, draft.path))
 
     assert not warned  # that it is gone already is no trouble
     assert not list(store.directory.glob(".t*"))
