@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from disk import save
+from disk import locked, save
 
 from aengine.checkpoint import files
 from aengine.checkpoint.keep import Keep
@@ -80,10 +80,8 @@ def own_mounts(tmp_path: Path) -> tuple[str, ...]:
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[Store]:
-    store = Store(tmp_path / "checkpoints", Keep(last=2))
-    store.lock()
-    yield store
-    store.unlock()
+    with locked(tmp_path / "checkpoints", Keep(last=2)) as store:
+        yield store
 
 
 FULL_DISK = """
