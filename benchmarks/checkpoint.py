@@ -175,7 +175,7 @@ class Lightning:
         return stood
 
     def is_written(self) -> bool:
-        return self._done.done()
+        return bool(self._done.done())
 
     def finish(self) -> None:
         self._done.result()

@@ -271,9 +271,10 @@ class Checkpoint:
 
     def _begin(self) -> None:
         """A run begins: no other writer may have the directory."""
-        self._has_failed = False
+        self._has_failed = True  # nothing is saved of a run that fails for this
         self._store.lock()
         self._contents.start()
+        self._has_failed = False
 
     def _take(self, event: str, engine: AnyEngine) -> Saving | NotYet | None:
         """Take the snapshot, between two steps, where the step runs, and have it written."""

@@ -43,9 +43,12 @@ def parts_of(state: Any, path: str = "state") -> Parts:
         if wrong := [name for name in named if type(name) is not str]:
             raise TypeError(f"the names in {path} must be strings, got {wrong[0]!r}")
         return {name: parts_of(one, f"{path}[{name!r}]") for name, one in named.items()}
+    if isinstance(state, list | tuple):
+        return {str(index): parts_of(one, f"{path}[{index}]") for index, one in enumerate(cast(list[Any], state))}
     raise TypeError(
         f"{path} is {_shown(state)}, which has no state_dict() and load_state_dict(): pass a module, an optimizer, a"
-        ' scheduler, anything that has both, or a dictionary of them, such as {"model": model, "optimizer": optimizer}'
+        ' scheduler, anything that has both, or a dictionary of them, such as {"model": model, "optimizer": optimizer},'
+        " or a list"
     )
 
 
