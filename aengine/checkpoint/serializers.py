@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, Protocol, cast
 import torch
 from torch.utils import serialization
 
-from aengine.checkpoint.trees import Attribute, path_text, rebuild
+from aengine.checkpoint.trees import Attribute, path_text, rebuild, why_not_loaded
 from aengine.errors import CheckpointDamaged, CheckpointError, NotSerializable
 
 
@@ -70,12 +70,9 @@ class TorchFile:
         except OSError:
             raise
         except Exception as error:
-            # torch's own text is a page, and half of it is about how to do without weights_only.
-            reason = (str(error).partition("WeightsUnpickler error: ")[2] or str(error)).strip().partition("\n")[0]
+            reason = why_not_loaded(error)
             if "Unsupported" not in reason:
-                raise CheckpointDamaged(
-                    f"torch.load() cannot read the file: {type(error).__name__}: {reason or 'it ends too early'}"
-                ) from error
+                raise CheckpointDamaged(f"torch.load() cannot read the file: {reason}") from error
             raise CheckpointError(
                 f"torch.load(weights_only=True) refuses what the file asks for: {reason} Nothing of it was executed."
             ) from error
@@ -125,6 +122,8 @@ def export_safetensors(tree: Any, path: Path, metadata: Mapping[str, str] | None
         with unfinished.open("rb") as file:
             os.fsync(file.fileno())
         unfinished.replace(path)
+    except KeyError as error:  # it looks the type up, and says no more than that
+        raise NotSerializable(f"safetensors has no type for {error}: convert those tensors first") from error
     finally:
         unfinished.unlink(missing_ok=True)
     return left_out

@@ -48,6 +48,15 @@ def path_text(path: Iterable[Any]) -> str:
     return "state" + "".join(f".{step}" if type(step) is Attribute else f"[{step!r}]" for step in path)
 
 
+def why_not_loaded(error: Exception) -> str:
+    """Return the part of an error of `torch.load()` that is about the file, on one line.
+
+    The rest is a page, half of it about how to do without weights_only.
+    """
+    reason = (str(error).partition("WeightsUnpickler error: ")[2] or str(error)).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {reason or 'it ends too early'}"
+
+
 def rebuild(tree: Any, replace: Callable[[Any, Sequence[Any]], Any]) -> Any:
     """Return the same tree in new containers, with `replace(leaf, path)` in the place of every leaf.
 
@@ -195,7 +204,7 @@ class Survey:
             self.substitutes[id(value)] = _copy_by_saving(value)
         except Exception as error:
             raise self._refusal(
-                f"is of type {_name(kind)}, which was allowed, but does not load: {str(error).splitlines()[0]}",
+                f"is of type {_name(kind)}, which was allowed, but does not load: {why_not_loaded(error)}",
                 "allow the types that it consists of as well, or write what it consists of instead",
             ) from error
 
