@@ -56,7 +56,10 @@ def written(tree: Any) -> bytes:
     return bytes(disk.data)
 
 
-CALLS = len((lambda disk: (write(STATE, disk), disk.calls))(Disk())[1])
+def calls_of(tree: Any) -> list[str]:
+    disk = Disk()
+    write(tree, disk)
+    return disk.calls
 
 
 def test_file_is_written_in_order_and_read_back() -> None:
@@ -66,7 +69,7 @@ def test_file_is_written_in_order_and_read_back() -> None:
     assert (loaded["step"], loaded["name"]) == (7, "run")
 
 
-@pytest.mark.parametrize("failing_call", range(1, CALLS + 1))
+@pytest.mark.parametrize("failing_call", range(1, len(calls_of(STATE)) + 1))
 def test_error_of_the_disk_comes_out_as_the_very_object_and_the_file_is_let_alone_then(failing_call: int) -> None:
     error = OSError(errno.ENOSPC, "No space left on device")
     disk = Disk(error, failing_call)
@@ -77,9 +80,7 @@ def test_error_of_the_disk_comes_out_as_the_very_object_and_the_file_is_let_alon
 
 
 def test_last_call_is_a_flush() -> None:
-    disk = Disk()
-    write(STATE, disk)
-    assert disk.calls[-1] == "flush"
+    assert calls_of(STATE)[-1] == "flush"
 
 
 class Stopped(BaseException):
@@ -124,7 +125,7 @@ def test_nothing_that_a_file_asks_for_is_executed(tmp_path: Path) -> None:
     file = io.BytesIO()
     torch.save({"weights": Malicious(tmp_path / "executed")}, file)
     file.seek(0)
-    with pytest.raises(CheckpointError, match="mkdir.*Nothing of it was executed"):
+    with pytest.raises(CheckpointError, match=r"mkdir.*Nothing of it was executed"):
         TorchFile().read(file)
     assert not (tmp_path / "executed").exists()
     file.seek(0)

@@ -24,7 +24,7 @@ from aengine.errors import CheckpointDamaged, CheckpointMismatch, CheckpointNotW
 
 @pytest.fixture(scope="module")
 def mesh() -> Iterator[DeviceMesh]:
-    store = torch.distributed.HashStore()
+    store = torch.distributed.distributed_c10d.HashStore()
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     yield init_device_mesh("cpu", (1,))
     torch.distributed.destroy_process_group()
@@ -136,7 +136,7 @@ def test_everything_is_on_the_disk_before_it_is_said_to_be(
 
 def test_failure_to_write_is_an_ordinary_error(mesh: DeviceMesh, store: ShardStore, tmp_path: Path) -> None:
     write(state_of(mesh), store, tmp_path)
-    with pytest.raises(CheckpointNotWritten, match="rank 0 could not write its shards: .*already exists"):
+    with pytest.raises(CheckpointNotWritten, match=r"rank 0 could not write its shards: .*already exists"):
         write(state_of(mesh), store, tmp_path)
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointNotWritten, match="rank 0") as caught:

@@ -71,7 +71,7 @@ class TorchFile:
             raise
         except Exception as error:
             reason = why_not_loaded(error)
-            if "Unsupported" not in reason:
+            if "unsupported" not in reason.lower():
                 raise CheckpointDamaged(f"torch.load() cannot read the file: {reason}") from error
             raise CheckpointError(
                 f"torch.load(weights_only=True) refuses what the file asks for: {reason} Nothing of it was executed."
@@ -147,7 +147,7 @@ def _named_tensors(tree: Any) -> dict[str, torch.Tensor]:
             )
         if name in tensors:
             raise NotSerializable(f"{place} would be called {name!r}, and so would another tensor: rename one of them")
-        tensors[name] = leaf.detach()
+        tensors[name] = leaf.detach().resolve_conj().resolve_neg()  # which safetensors would not
 
     rebuild(tree, add)
     return tensors
@@ -157,7 +157,7 @@ def _memory(tensor: torch.Tensor, name: str) -> Hashable:
     """Return what two tensors have in common if they are the same numbers; an empty one is only itself."""
     if tensor.numel() == 0:
         return name
-    return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.size(), tensor.stride(), tensor.is_conj()
+    return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.size(), tensor.stride()
 
 
 class _WatchedFile:

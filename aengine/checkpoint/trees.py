@@ -53,8 +53,10 @@ def why_not_loaded(error: Exception) -> str:
 
     The rest is a page, half of it about how to do without weights_only.
     """
-    reason = (str(error).partition("WeightsUnpickler error: ")[2] or str(error)).strip().partition("\n")[0]
-    return f"{type(error).__name__}: {reason or 'it ends too early'}"
+    lines = str(error).strip().splitlines() or ["it ends too early"]
+    about_the_file = [line for line in lines if "WeightsUnpickler error: " in line or "GLOBAL" in line]
+    reason = (about_the_file or lines)[0].rpartition("WeightsUnpickler error: ")[2].strip()
+    return f"{type(error).__name__}: {reason}"
 
 
 def rebuild(tree: Any, replace: Callable[[Any, Sequence[Any]], Any]) -> Any:
