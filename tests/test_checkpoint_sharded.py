@@ -24,7 +24,7 @@ from aengine.errors import CheckpointDamaged, CheckpointMismatch, CheckpointNotW
 
 @pytest.fixture(scope="module")
 def mesh() -> Iterator[DeviceMesh]:
-    store = torch.distributed.distributed_c10d.HashStore()
+    store = torch.distributed.HashStore()  # type: ignore[attr-defined]  # it is public, if not exported
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     yield init_device_mesh("cpu", (1,))
     torch.distributed.destroy_process_group()
