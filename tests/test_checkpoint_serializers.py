@@ -172,6 +172,11 @@ def test_checksums_inside_are_left_out_and_nobody_else_notices() -> None:
     assert with_option_set.testzip() is not None  # torch.load() does not look, and we have a checksum of the whole
 
 
+def test_torch_whose_option_is_one_for_all_threads_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aengine.checkpoint.serializers._options", None)
+    assert zipfile.ZipFile(io.BytesIO(written(STATE))).testzip() is None
+
+
 class Tied(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()

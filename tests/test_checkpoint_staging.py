@@ -338,6 +338,14 @@ def test_inference_tensors_and_inference_mode_make_no_difference(staging: Stagin
     second[0].add_(1)
 
 
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_default_device_of_the_user_makes_no_difference(staging: Staging, device: str) -> None:
+    tensors = [torch.ones(2), torch.ones(0), torch.ones(4)[::2], torch.nn.Parameter(torch.ones(1))]
+    with torch.device(device):
+        staged = staging.stage(tensors)
+    assert bits(through_a_file(staged)) == bits(tensors)
+
+
 def test_staging_leaves_gradient_mode_as_it_was(staging: Staging) -> None:
     staging.stage([torch.ones(2)])
     assert torch.is_grad_enabled()

@@ -55,6 +55,18 @@ class Text(str):
     __slots__ = ()
 
 
+class Bytes(bytes):
+    __slots__ = ()
+
+
+class ByteArray(bytearray):
+    __slots__ = ()
+
+
+class Complex(complex):
+    __slots__ = ()
+
+
 class Image(torch.Tensor):
     pass
 
@@ -146,6 +158,13 @@ REFUSED: list[tuple[Any, str]] = [
     (torch.nn.Linear(1, 1), r"write x\.state_dict\(\)"),
     (torch.Generator(), r"write x\.get_state\(\)"),
     (torch.ones(2).as_subclass(Image), r"write x\.as_subclass\(torch\.Tensor\)"),
+    (Bytes(b"a"), r"write bytes\(x\)"),
+    (ByteArray(b"a"), r"write bytearray\(x\)"),
+    (Complex(1, 2), r"write complex\(x\)"),
+    ({"a": 1}.keys(), r"write set\(x\)"),
+    ((x for x in "abc"), r"write list\(x\)"),
+    (len, "leave it out of the state"),
+    (Metric().state_dict, "leave it out of the state"),
     (slice(1), r"add_safe_globals\(\[slice\]\)"),
     (..., r"add_safe_globals\(\[ellipsis\]\)"),
     (2**2039, r"write hex\(x\)"),

@@ -10,10 +10,14 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol, cast
 
 import torch
-from torch.utils import serialization
 
 from aengine.checkpoint.trees import Attribute, path_text, rebuild, why_not_loaded
 from aengine.errors import CheckpointDamaged, CheckpointError, NotSerializable
+
+try:
+    from torch.utils.serialization import config as _options
+except ImportError:  # before torch 2.7 or so
+    _options = None  # type: ignore[assignment]
 
 
 class Serializer(Protocol):
@@ -185,9 +189,8 @@ class _WatchedFile:
 
 def _save(tree: Any, file: BinaryIO) -> None:
     """Call torch.save() without its crc32, a third of its time, where that can be had without others noticing."""
-    options = getattr(getattr(serialization, "config", None), "_config", {})
-    option = getattr(options.get("save.compute_crc32"), "user_override", None)
-    if not isinstance(option, contextvars.ContextVar):  # before torch 2.13 or so: an option of the whole process
+    option = getattr(_options, "_config", {}).get("save.compute_crc32")
+    if not isinstance(getattr(option, "user_override", None), contextvars.ContextVar):  # one of the whole process
         torch.save(tree, file)
         return
 

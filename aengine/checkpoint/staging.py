@@ -132,7 +132,7 @@ class _Plan:
         regions = memory.regions(
             [stretch.length * layout[stretch.members[0]].dtype.itemsize for stretch in stretches], pinned=is_on_gpu
         )
-        self.results: list[torch.Tensor] = [torch.empty(0)] * len(layout)
+        self.results: list[torch.Tensor] = [torch.empty(0, device="cpu")] * len(layout)
         self._whole: list[tuple[int, torch.Tensor]] = []  # tensors, by index, and where they are copied to
         self._ranges: list[tuple[int, int, torch.Tensor]] = []  # the same for ranges of the memory of tensors
         for stretch, region in zip(stretches, regions, strict=True):

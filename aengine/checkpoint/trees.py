@@ -254,7 +254,6 @@ _ADVICE: tuple[tuple[type | tuple[type, ...], str], ...] = (
     ((UninitializedBuffer, UninitializedParameter), "run a batch through the lazy module before the first save"),
     (torch.Tensor, "write x.as_subclass(torch.Tensor) instead, or what it consists of"),
     (torch.Generator, "write x.get_state() instead"),
-    ((torch.UntypedStorage, torch.TypedStorage), "write a tensor of it instead"),
     (PurePath, "write str(x) instead"),
     ((dt.date, dt.time), "write x.isoformat() instead"),
     (dt.timedelta, "write x.total_seconds() instead"),
@@ -262,7 +261,6 @@ _ADVICE: tuple[tuple[type | tuple[type, ...], str], ...] = (
     (str, "write str(x) instead"),
     (bytes, "write bytes(x) instead"),
     (bytearray, "write bytearray(x) instead"),
-    (bool, "write bool(x) instead"),
     (int, "write int(x) instead"),
     (float, "write float(x) instead"),
     (complex, "write complex(x) instead"),
@@ -270,9 +268,8 @@ _ADVICE: tuple[tuple[type | tuple[type, ...], str], ...] = (
     (frozenset, "write set(x) or sorted(x) instead"),
     (AbstractSet, "write set(x) instead"),
     (tuple, "write tuple(x) instead"),
-    ((list, deque, range, memoryview, types.GeneratorType), "write list(x) instead"),
+    ((list, deque, range, types.GeneratorType), "write list(x) instead"),
     ((type, types.FunctionType, types.BuiltinFunctionType, types.MethodType, functools.partial), _LEAVE_OUT),
-    (types.ModuleType, _LEAVE_OUT),
 )
 
 
