@@ -18,7 +18,7 @@ from safetensors.torch import load_file, load_model
 
 from aengine.checkpoint.serializers import TorchFile, export_safetensors
 from aengine.checkpoint.staging import Staging
-from aengine.errors import CheckpointDamaged, CheckpointError, NotSerializable
+from aengine.errors import CheckpointDamaged, CheckpointError, CheckpointMismatch, NotSerializable
 
 STATE = {"weights": [torch.arange(1000.0), torch.ones(3, dtype=torch.bfloat16)], "step": 7, "name": "run"}
 
@@ -125,7 +125,7 @@ def test_nothing_that_a_file_asks_for_is_executed(tmp_path: Path) -> None:
     file = io.BytesIO()
     torch.save({"weights": Malicious(tmp_path / "executed")}, file)
     file.seek(0)
-    with pytest.raises(CheckpointError, match=r"mkdir.*Nothing of it was executed"):
+    with pytest.raises(CheckpointMismatch, match=r"mkdir.*Nothing of it was executed"):
         TorchFile().read(file)
     assert not (tmp_path / "executed").exists()
     file.seek(0)
@@ -144,7 +144,7 @@ def test_type_that_does_not_load_is_named_on_one_line() -> None:
     file = io.BytesIO()
     torch.save({"a": np.arange(3)}, file)
     file.seek(0)
-    with pytest.raises(CheckpointError, match=r"numpy\._core\.multiarray\._reconstruct") as caught:
+    with pytest.raises(CheckpointMismatch, match=r"numpy\._core\.multiarray\._reconstruct") as caught:
         TorchFile().read(file)
     assert "\n" not in str(caught.value)
     assert "weights_only` set to `False`" not in str(caught.value)
@@ -219,6 +219,11 @@ def test_nested_trees_views_and_strides_are_exported_as_plain_tensors(tmp_path: 
     assert loaded["empty.1"].shape == (0,)
     assert loaded["parameter"].equal(torch.ones(2))
     assert loaded["conjugate"].item() == 1 - 2j
+
+
+def test_weights_that_are_in_the_tree_twice_have_both_names(tmp_path: Path) -> None:
+    layer = {"w": torch.ones(1)}
+    assert export_safetensors({"a": layer, "b": layer}, tmp_path / "weights") == {"b.w": "a.w"}
 
 
 @pytest.mark.parametrize(

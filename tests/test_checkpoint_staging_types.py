@@ -212,6 +212,10 @@ def test_attributes_of_an_ordered_dictionary_have_a_path() -> None:
 def test_tensor_without_numbers_is_refused() -> None:
     with pytest.raises(NotSerializable, match=r"^state\['w'\] is a tensor on the meta device.*to_empty"):
         Staging().stage({"w": torch.empty(2, device="meta")})
+    freed = torch.ones(2)
+    freed.untyped_storage().resize_(0)
+    with pytest.raises(NotSerializable, match=r"^state\['w'\] is a tensor whose memory has been freed"):
+        Staging().stage({"w": freed})
     with pytest.raises(NotSerializable, match="run a batch through the lazy module"):
         Staging().stage(torch.nn.LazyLinear(2).state_dict(keep_vars=True))
 

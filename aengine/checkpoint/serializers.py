@@ -5,14 +5,14 @@ import os
 import pickle
 import reprlib
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, cast
 
 import torch
 
-from aengine.checkpoint.trees import Attribute, path_text, rebuild, why_not_loaded
-from aengine.errors import CheckpointDamaged, CheckpointError, NotSerializable
+from aengine.checkpoint.trees import path_text, why_not_loaded
+from aengine.errors import CheckpointDamaged, CheckpointMismatch, NotSerializable
 
 try:
     from torch.utils.serialization import config as _options
@@ -53,21 +53,21 @@ class TorchFile:
         watched = _WatchedFile(file)
         try:
             _save(tree, cast(BinaryIO, watched))
-        except Exception as error:
-            if watched.error is not None:
-                raise watched.error from None
-            if isinstance(error, pickle.PicklingError | TypeError | AttributeError | RecursionError):
+        except (pickle.PicklingError, TypeError, AttributeError, RecursionError) as error:
+            if watched.error is None:
                 raise NotSerializable(f"the state cannot be written: {error}. Staging says where it is.") from error
-            raise
-        if watched.error is not None:  # which the writer of torch forgets while it closes the file
-            raise watched.error
+        except Exception:
+            if watched.error is None:
+                raise
+        if watched.error is not None:  # also where torch's writer forgot it, while it closed the file
+            raise watched.error from None
 
     def read(self, file: BinaryIO) -> Any:
         """Return the tree, with its tensors on the CPU.
 
         Raises:
             CheckpointDamaged: this is no such file, or not a whole one.
-            CheckpointError: the file asks for a type that weights_only=True does not load.
+            CheckpointMismatch: the file asks for a type that weights_only=True does not load here.
         """
         try:
             return torch.load(file, map_location="cpu", weights_only=True)
@@ -77,7 +77,7 @@ class TorchFile:
             reason = why_not_loaded(error)
             if "unsupported" not in reason.lower():
                 raise CheckpointDamaged(f"torch.load() cannot read the file: {reason}") from error
-            raise CheckpointError(
+            raise CheckpointMismatch(  # not damaged: the type may have been allowed where it was written
                 f"torch.load(weights_only=True) refuses what the file asks for: {reason} Nothing of it was executed."
             ) from error
 
@@ -135,26 +135,31 @@ def export_safetensors(tree: Any, path: Path, metadata: Mapping[str, str] | None
 
 def _named_tensors(tree: Any) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = {}
-
-    def add(leaf: Any, path: Sequence[Any]) -> None:
-        place, name = path_text(path), ".".join(str(step) for step in path)
-        if any(isinstance(step, Attribute) for step in path):
-            return  # versions of modules: they are not weights
-        if (
-            type(leaf) not in {torch.Tensor, torch.nn.Parameter}
-            or leaf.layout is not torch.strided
-            or leaf.is_quantized
-        ):
+    for leaf, path in _leaves(tree, ()):
+        is_plain = type(leaf) in {torch.Tensor, torch.nn.Parameter}
+        if not is_plain or leaf.layout is not torch.strided or leaf.is_quantized:
             raise NotSerializable(
-                f"{place} is no dense tensor but {reprlib.repr(leaf)}, and safetensors holds nothing else: export the "
-                "weights only, as in export_safetensors(model.state_dict(), path)"
+                f"{path_text(path)} is no dense tensor but {reprlib.repr(leaf)}, and safetensors holds nothing else: "
+                "export the weights only, as in export_safetensors(model.state_dict(), path)"
             )
+        name = ".".join(str(step) for step in path)
         if name in tensors:
-            raise NotSerializable(f"{place} would be called {name!r}, and so would another tensor: rename one of them")
+            raise NotSerializable(
+                f"{path_text(path)} would be called {name!r}, and so would another tensor: rename one of them"
+            )
         tensors[name] = leaf.detach().resolve_conj().resolve_neg()  # which safetensors would not
-
-    rebuild(tree, add)
     return tensors
+
+
+def _leaves(tree: Any, path: tuple[Any, ...]) -> Iterator[tuple[Any, tuple[Any, ...]]]:
+    if isinstance(tree, Mapping):
+        for key, item in tree.items():
+            yield from _leaves(item, (*path, key))
+    elif isinstance(tree, list | tuple):
+        for index, item in enumerate(tree):
+            yield from _leaves(item, (*path, index))
+    else:
+        yield tree, path
 
 
 def _memory(tensor: torch.Tensor, name: str) -> Hashable:

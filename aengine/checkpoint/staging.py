@@ -144,7 +144,7 @@ class _Plan:
                 self.results[index].requires_grad_(strided.requires_grad)
 
     def copy(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Copy the numbers of these tensors, which are laid out as the plan has it. Awaits what GPUs do of it."""
+        """Copy the numbers of these tensors, laid out as the plan has it. Returns when GPUs have done their part."""
         for index, target in self._whole:
             source = tensors[index]
             target.copy_(source, non_blocking=source.is_cuda)

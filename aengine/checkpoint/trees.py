@@ -189,6 +189,11 @@ class Survey:
                 "give its module memory with to_empty(device=...), and fill it",
             )
         elif value.layout is torch.strided and not value.is_quantized and not value.is_nested:
+            if value.untyped_storage().nbytes() == 0 and value.numel() > 0:  # copying that would crash the process
+                raise self._refusal(
+                    "is a tensor whose memory has been freed, as FSDP does between uses",
+                    "take the state_dict() where its numbers are gathered",
+                )
             self.tensors[id(value)] = value
         elif value.layout is torch._mkldnn:  # type: ignore[attr-defined]  # noqa: SLF001 -- it has no other name
             raise self._refusal("is a tensor in the layout of mkldnn", "write x.to_dense() instead")
