@@ -1,6 +1,7 @@
 """The process that writes: what it is given it reads in place, and nothing of it is left when it or its parent dies."""
 
 import gc
+import importlib
 import os
 import signal
 import subprocess
@@ -101,6 +102,24 @@ def test_error_comes_back_as_it_is_with_the_traceback_as_a_note(process: WriterP
     assert caught.value.filename == str(tmp_path / "missing")
     assert "In the process that writes checkpoints:" in caught.value.__notes__[0]
     assert process.call(divmod, 17, 5) == (3, 2)
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor", "ignore:TypedStorage")
+def test_own_modules_are_found_and_errors_that_cannot_be_made_again_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "odd.py").write_text(
+        "class Odd(Exception):\n    def __init__(self, one, two): super().__init__(one + two)\n"
+        "def fail(): raise Odd('no', 'thing')\n"
+        "def dequantize(tensor): return tensor.dequantize()\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    odd = importlib.import_module("odd")
+    with WriterProcess() as process:
+        with pytest.raises(CheckpointNotWritten, match=r"(?s)Traceback.*odd\.Odd: nothing"):
+            process.call(odd.fail)
+        tensor = torch.quantize_per_tensor(torch.ones(2), 1.0, 0, torch.qint8)
+        assert process.call(odd.dequantize, tensor).equal(torch.ones(2))
 
 
 def test_exit_there_is_raised_here(process: WriterProcess) -> None:
@@ -260,13 +279,15 @@ def test_interrupt_of_the_whole_group_does_not_reach_it(tmp_path: Path) -> None:
     waiting = """
 import time
 try:
+    print("ready", flush=True)
     while True: time.sleep(0.01)
 except KeyboardInterrupt:
     print(process.call(divmod, 17, 5), flush=True)
 """
     script = run_script(SCRIPT + waiting, tmp_path)
     assert script.stdout is not None
-    script.stdout.readline()
+    while script.stdout.readline() != "ready\n":
+        pass
     os.killpg(script.pid, signal.SIGINT)
     output, errors = script.communicate()
     assert (output, errors) == ("(3, 2)\n", "")

@@ -99,6 +99,21 @@ def test_tree_that_was_not_staged_and_cannot_be_pickled_is_refused() -> None:
         written({"a": lambda: None})
 
 
+def test_any_other_error_of_torch_is_left_as_it_is() -> None:
+    numbers = torch.randn(4, dtype=torch.complex64)
+    with pytest.raises(RuntimeError, match="view the same data as different types"):
+        written([numbers, torch.view_as_real(numbers)])
+
+
+def test_error_of_the_disk_while_reading_is_no_damage() -> None:
+    class Broken(io.BytesIO):
+        def read(self, *_: Any) -> bytes:
+            raise OSError(errno.EIO, "Input/output error")
+
+    with pytest.raises(OSError, match="Input/output"):
+        TorchFile().read(Broken(written(STATE)))
+
+
 @pytest.mark.parametrize("share", [0, 0.01, 0.3, 0.6, 0.9, 0.999])
 def test_file_that_was_cut_is_damaged(share: float) -> None:
     data = written(STATE)

@@ -180,6 +180,8 @@ def _read_index(path: Path) -> metadata.Metadata:
     try:
         with path.open("rb") as file:
             index = _IndexUnpickler(file).load()
+    except FileNotFoundError as error:
+        raise CheckpointDamaged(f"{path} is missing, without which nobody knows where the shards are") from error
     except OSError:
         raise
     except Exception as error:
