@@ -22,6 +22,7 @@ from aengine.errors import CheckpointDamaged, CheckpointError, CheckpointNotFoun
 FINE, DAMAGED, WRONG = 0, 1, 2
 """What the process exits with."""
 
+_JSON = "print strict JSON, for scripts"
 _ABOUT = """\
 List the checkpoints in a directory, verify them, and say which one a run would
 resume from. No lock is taken: a run may be writing there at the same time.
@@ -80,23 +81,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> _Parser:
     parser = _Parser(prog="python -m aengine", description="The training-loop engine for async Python.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="checkpoints")
-    as_json = _Parser(add_help=False)
-    as_json.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="for scripts: strict JSON")
     checkpoints = commands.add_parser(
         "checkpoints",
         help="list, verify, pin and export the checkpoints in a directory",
         description=_ABOUT,
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        parents=[as_json],
     )
     checkpoints.add_argument("directory", metavar="DIR", help="what Checkpoint(...) was given")
+    checkpoints.add_argument("--json", action="store_true", help=_JSON)
     checkpoints.add_argument("--no-verify", action="store_true", help="read the manifests only, which is quick")
-    checkpoints.set_defaults(action="list", json=False)
+    checkpoints.set_defaults(action="list")
     actions = checkpoints.add_subparsers(metavar="[ACTION]", title="actions, instead of the list")
 
     def add(name: str, about: str) -> _Parser:
-        action = actions.add_parser(name, help=about, description=f"{about[0].upper()}{about[1:]}.", parents=[as_json])
+        action = actions.add_parser(name, help=about, description=f"{about[0].upper()}{about[1:]}.")
+        action.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help=_JSON)  # here or before
         action.set_defaults(action=name)
         return action
 
