@@ -56,18 +56,17 @@ trainer = Engine(train_step)
 
 
 async def train(folder: Path) -> None:
-    checkpoint = Checkpoint(folder / "checkpoints", {"model": model, "optimizer": optimizer})
-    checkpoint.attach(trainer, Events.ITERATION_COMPLETED(every=20, at_end=True))
-    with (folder / "losses.txt").open("a") as losses, stop_on_signals(trainer):
+    async with Checkpoint(folder / "checkpoints", {"model": model, "optimizer": optimizer}) as checkpoint:
+        checkpoint.attach(trainer, Events.ITERATION_COMPLETED(every=20, at_end=True))
+        with (folder / "losses.txt").open("a") as losses, stop_on_signals(trainer):
 
-        @trainer.on(Events.ITERATION_COMPLETED)
-        def write_down(engine: Engine[Batch, float]) -> None:
-            print(engine.state.iteration, engine.state.output, file=losses, flush=True)  # all digits of it
+            @trainer.on(Events.ITERATION_COMPLETED)
+            def write_down(engine: Engine[Batch, float]) -> None:
+                print(engine.state.iteration, engine.state.output, file=losses, flush=True)  # all digits of it
 
-        restored = await checkpoint.restore(trainer)
-        print(f"resuming from step {restored.step}" if restored else "beginning", flush=True)
-        state = await trainer.run(data, max_epochs=20)
-    await checkpoint.close()
+            restored = await checkpoint.restore(trainer)
+            print(f"resuming from step {restored.step}" if restored else "beginning", flush=True)
+            state = await trainer.run(data, max_epochs=20)
     print(f"{state.stop_reason} at step {state.iteration} of 580")
 
 

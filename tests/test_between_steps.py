@@ -181,7 +181,7 @@ class Holder:
     def __call__(self) -> None:
         self.count += 1
 
-    def also(self, engine: AnyEngine) -> None:
+    def also(self, _: object) -> None:
         self.count += 1
 
     def state_dict(self) -> dict[str, int]:

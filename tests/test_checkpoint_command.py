@@ -56,7 +56,10 @@ def write(store: Store, step: int, state: Any = None, **about: Any) -> Checkpoin
     with store.begin(step) as draft:
         draft.write("state.pt", lambda file: TorchFile().write(tree, file))
         return draft.commit(
-            step=step, epoch=1, versions={}, **{"event": "ITERATION_COMPLETED", "metrics": {}, "extra": {}, **about}
+            step=step,
+            epoch=1,
+            versions={},
+            **{"event": "ITERATION_COMPLETED", "metrics": {}, "extra": {"serializer": "torch"}, **about},
         )
 
 
@@ -435,7 +438,14 @@ def test_export_refuses_what_another_serializer_wrote(store: Store, say: Say, tm
     write(store, 500, state_of(torch.nn.Linear(2, 3)), extra={"serializer": "mine"})
     status, _, errors = say("export", "--safetensors", tmp_path / "x")
     assert status == 2
-    assert "a serializer called 'mine'" in errors
+    assert "was written by the serializer 'mine'" in errors
+
+
+def test_export_of_shards_is_left_to_a_run(store: Store, say: Say, tmp_path: Path) -> None:
+    write(store, 500, state_of(torch.nn.Linear(2, 3)), extra={"serializer": "torch", "shards": 1})
+    status, _, errors = say("export", "--safetensors", tmp_path / "x")
+    assert status == 2
+    assert "the checkpoint has shards" in errors
 
 
 def test_export_into_a_directory_that_is_not_there_is_said_before_anything_is_read(store: Store, say: Say) -> None:

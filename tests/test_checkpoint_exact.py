@@ -41,9 +41,8 @@ def in_a_loader_with_a_generator() -> Any:
 
 
 def in_a_stateful_loader() -> Any:
-    from torchdata.stateful_dataloader import StatefulDataLoader  # noqa: PLC0415 -- it takes a second
-
-    return StatefulDataLoader(TensorDataset(rows()), batch_size=4, shuffle=True)
+    torchdata: Any = importlib.import_module("torchdata.stateful_dataloader")  # it takes a second, and has no types
+    return torchdata.StatefulDataLoader(TensorDataset(rows()), batch_size=4, shuffle=True)
 
 
 def in_a_stream_of_hugging_face() -> Any:
@@ -157,9 +156,10 @@ class Training:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.average.update_parameters(self.model)
-        self.history.losses.append(float(loss))
-        engine.state.metrics["loss"] = float(loss)
-        return float(loss)
+        value: float = loss.item()
+        self.history.losses.append(value)
+        engine.state.metrics["loss"] = value
+        return value
 
     async def async_step(self, engine: AnyEngine, batch: Any) -> float:
         await anyio.lowlevel.checkpoint()

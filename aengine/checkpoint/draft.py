@@ -113,8 +113,22 @@ class Draft:
             raise ValueError(f"{entry.name} is in this checkpoint already: each file needs a name of its own")
         self._entries[entry.name] = entry
 
-    def write(self, name: str, write: Callable[[BinaryIO], object], is_stopped: IsStopped | None = None) -> FileEntry:
+    def write(
+        self,
+        name: str,
+        write: Callable[[BinaryIO], object],
+        is_stopped: IsStopped | None = None,
+        *,
+        elsewhere: Callable[..., FileEntry] | None = None,
+    ) -> FileEntry:
         """Let `write(file)` write a file of that name, and return its entry once the content is on the disk.
+
+        Args:
+            name: of the file.
+            write: is given the file, to write to from its beginning to its end.
+            is_stopped: asked at every block whether to give up.
+            elsewhere: calls the function and arguments that it is given in another process, and returns the outcome;
+                there it is not asked whether to give up.
 
         Raises:
             Stopped: `is_stopped()` was true.
@@ -125,7 +139,10 @@ class Draft:
         path = self.path / name
         if path.parent != self.path:
             path.parent.mkdir(mode=0o700, exist_ok=True)
-        entry = files.write_file(path, write, is_stopped)
+        if elsewhere is None:
+            entry = files.write_file(path, write, is_stopped)
+        else:
+            entry = elsewhere(files.write_file, path, write)
         self.add(entry)
         return entry
 

@@ -3,16 +3,18 @@
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
+from aengine.checkpoint.contents import Contents
 from aengine.checkpoint.manifest import CheckpointInfo
 from aengine.checkpoint.resume import Found, Reader
 from aengine.checkpoint.serializers import TorchFile, export_safetensors
 from aengine.checkpoint.store import Store
-from aengine.errors import CheckpointDamaged, CheckpointError, CheckpointMismatch, CheckpointNotFound
+from aengine.errors import CheckpointDamaged, CheckpointMismatch, CheckpointNotFound
 
 _WHOLE_STATE = "state"  # what it is called where Checkpoint(...) was given one thing, and no names
 
@@ -43,8 +45,9 @@ def export(store: Store, file: Path, *, step: int | None, part: str | None) -> E
 
     Raises:
         CheckpointNotFound, CheckpointDamaged: there is no such checkpoint, or it is not whole.
-        CheckpointMismatch: it has no such part, or several that could be meant.
-        CheckpointError: it was written by a serializer of somebody's own; or holds what the format does not.
+        CheckpointMismatch: it has no such part, or several that could be meant; it has shards; or it was written by a
+            serializer of somebody's own.
+        NotSerializable: the part holds what the format does not.
         OSError: the file cannot be written.
     """
     if not file.absolute().parent.is_dir():
@@ -56,24 +59,26 @@ def export(store: Store, file: Path, *, step: int | None, part: str | None) -> E
 
 
 def _find(store: Store, step: int | None) -> tuple[Found, tuple[str, ...]]:
-    reader = Reader(store, TorchFile())
+    contents = Contents(TorchFile(), in_process=False)
+    reader = Reader(store, partial(contents.read, live=_nothing_live))
+    if step is not None:
+        return reader.read(step), ()
     passed_over: list[str] = []
-    for info in [store.find(step)] if step is not None else reversed(store.list()):
-        written_by = info.extra.get("serializer", TorchFile.name)
-        if written_by != TorchFile.name:
-            raise CheckpointError(
-                f"{info.path} was written by a serializer called {written_by!r}, and only {TorchFile.name!r} is known"
-                " here: export it where you have that, with export_safetensors(model.state_dict(), path)"
-            )
+    for info in reversed(store.list()):
         try:
             return reader.read(info.path), tuple(passed_over)
         except CheckpointDamaged as error:
-            if step is not None:
-                raise
             passed_over.append(str(error))
     if passed_over:
         raise CheckpointDamaged(f"none of the checkpoints in {store.directory} is whole: {'; '.join(passed_over)}")
     raise CheckpointNotFound(f"there is no checkpoint in {store.directory}")
+
+
+def _nothing_live() -> NoReturn:
+    raise CheckpointMismatch(
+        "the checkpoint has shards, which are read into those of a run only: restore it, and export there, with"
+        " export_safetensors(model.state_dict(), path)"
+    )
 
 
 def _parts_in(state: Any) -> dict[str, Any]:

@@ -256,6 +256,9 @@ class DirectoryLock:
         if not os.path.samestat(os.fstat(self._file.fileno()), self._path.lstat()):
             raise OSError(errno.ESTALE, "the lock file was replaced, so another writer may be at work", str(self._path))
 
+    def __del__(self) -> None:
+        self.drop()  # who is dropped without release() has said all that there is to say: no ResourceWarning
+
     def drop(self) -> None:
         """Forget the lock without giving it up: another process holds it."""
         if self._file is not None:

@@ -13,9 +13,9 @@ from typing import Any, TypeAlias, cast
 import torch
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from aengine.data import Stateful
 from aengine.engine import Engine
 from aengine.errors import CheckpointMismatch
-from aengine.source import Stateful
 
 Parts: TypeAlias = "Stateful | dict[str, Parts]"
 """One thing with state, or several by name, nested."""
