@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 from unittest.mock import patch
 
+from aengine.checkpoint.keep import Keep
 from aengine.checkpoint.manifest import CheckpointInfo
 from aengine.checkpoint.store import Draft, Store
 
@@ -23,6 +24,17 @@ Call: TypeAlias = tuple[str, Path, Any]
 """What was done, to what, and with what: the bytes written, the new name, or None."""
 
 Tree: TypeAlias = "bytes | frozenset[tuple[str, Tree]]"
+
+
+@contextmanager
+def locked(directory: Path, keep: Keep) -> Iterator[Store]:
+    """Give a store that may be written to."""
+    store = Store(directory, keep)
+    store.lock()
+    try:
+        yield store
+    finally:
+        store.unlock()
 
 
 def save(

@@ -8,12 +8,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from disk import save
+from disk import locked, save
 
 from aengine.checkpoint import files
 from aengine.checkpoint.keep import Keep
@@ -79,10 +80,8 @@ def own_mounts(tmp_path: Path) -> tuple[str, ...]:
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[Store]:
-    store = Store(tmp_path / "checkpoints", Keep(last=2))
-    store.lock()
-    yield store
-    store.unlock()
+    with locked(tmp_path / "checkpoints", Keep(last=2)) as store:
+        yield store
 
 
 FULL_DISK = """
@@ -346,9 +345,12 @@ def replace_the_directory_by_a_file(store: Store, draft: Path) -> None:
 )
 def test_what_is_removed_under_a_save_is_told(store: Store, harm: Callable[[Store, Path], None], words: str) -> None:
     save(store, 100)
-    with pytest.raises(CheckpointNotWritten, match=words):
-        save(store, 200, before_commit=lambda draft: harm(store, draft.path))
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        with pytest.raises(CheckpointNotWritten, match=words):
+            save(store, 200, before_commit=lambda draft: harm(store, draft.path))
 
+    assert not warned  # that it is gone already is no trouble
     assert not list(store.directory.glob(".t*"))
     if store.directory.is_dir():
         assert 200 not in [info.step for info in store.list()]
@@ -452,6 +454,23 @@ def test_file_that_cannot_be_deleted_is_a_warning_and_is_swept_by_the_next_write
     store.unlock()
     store.lock()
     assert not list(store.directory.glob(".trash-*"))
+
+
+def test_nothing_is_deleted_whose_old_name_a_power_cut_could_bring_back(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (100, 200, 300):
+        save(store, step)
+
+    def fsync(descriptor: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.warns(CheckpointWarning, match="could not be removed: Input/output error"):
+        store.retain()
+
+    [trash] = store.directory.glob(".trash-*")
+    assert sorted(path.name for path in trash.iterdir()) == ["dcp", "manifest.json", "state.pt"]
 
 
 def test_directory_that_is_gone_is_a_warning_of_retention_and_not_an_error(store: Store) -> None:

@@ -1,9 +1,11 @@
 """The file that a serializer writes into."""
 
 import errno
+import gc
 import hashlib
 import os
 import tracemalloc
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -120,6 +122,24 @@ def test_serializer_that_makes_something_else_of_the_reason_does_not_hide_it(tmp
 
     with pytest.raises(Stopped):
         write_file(tmp_path / "state.pt", write, lambda: True)
+
+
+class Content(bytearray):
+    """One that tells when it is gone."""
+
+
+def test_failed_write_does_not_hold_on_to_what_was_to_be_written(tmp_path: Path) -> None:
+    content = Content(MEGABYTE)
+    is_there = weakref.ref(content)
+    gc.disable()
+    try:
+        try:
+            write_file(tmp_path / "state.pt", lambda file: file.write(content), lambda: True)
+        except Stopped:
+            del content
+        assert is_there() is None
+    finally:
+        gc.enable()
 
 
 def test_serializer_that_swallows_the_reason_does_not_hide_it(tmp_path: Path) -> None:

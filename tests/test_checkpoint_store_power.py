@@ -3,7 +3,8 @@
 import itertools
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,14 @@ from aengine.checkpoint.store import Store
 from aengine.errors import CheckpointDamaged
 
 STEPS = [100, 200, 300, 400]  # the last two of which make the first two go
+
+
+@pytest.fixture
+def memory(tmp_path: Path) -> Iterator[Path]:
+    """A directory in memory, where there is such a place: thousands of files that need survive nothing."""
+    shared_memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=shared_memory if shared_memory.is_dir() else tmp_path) as directory:
+        yield Path(directory)
 
 
 def saves_with_retention(root: Path) -> list[Call]:
@@ -107,9 +116,9 @@ def listed_and_whole(store: Store) -> tuple[list[str], list[str]]:
 
 @pytest.mark.parametrize("work", [saves_with_retention, all_that_writes])
 def test_power_cut_at_any_point_leaves_whole_what_was_committed_and_nothing_half(
-    work: Callable[[Path], list[Call]], tmp_path: Path
+    work: Callable[[Path], list[Call]], memory: Path
 ) -> None:
-    root, scratch = tmp_path / "root", tmp_path / "scratch"
+    root, scratch = memory / "root", memory / "scratch"
     root.mkdir()
     scratch.mkdir()
     record = work(root)
@@ -154,9 +163,9 @@ def after_rename_to(prefix: str) -> Callable[[list[Call], int], bool]:
     ],
 )
 def test_each_sync_is_needed(
-    work: Callable[[Path], list[Call]], is_left_out: Callable[[list[Call], int], bool], tmp_path: Path
+    work: Callable[[Path], list[Call]], is_left_out: Callable[[list[Call], int], bool], memory: Path
 ) -> None:
-    root, scratch = tmp_path / "root", tmp_path / "scratch"
+    root, scratch = memory / "root", memory / "scratch"
     root.mkdir()
     scratch.mkdir()
     record = work(root)
@@ -207,15 +216,15 @@ for last_call in itertools.count(1):
 """
 
 
-def test_killed_at_any_call_it_leaves_what_was_committed_and_the_next_writer_sweeps_the_rest(tmp_path: Path) -> None:
+def test_killed_at_any_call_it_leaves_what_was_committed_and_the_next_writer_sweeps_the_rest(memory: Path) -> None:
     script = f"STEPS = {STEPS}\n{KILLED_AT_EACH_CALL}"
     path = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
     subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path[:0] = {path}\n{script}", str(tmp_path)], check=True, timeout=100
+        [sys.executable, "-c", f"import sys; sys.path[:0] = {path}\n{script}", str(memory)], check=True, timeout=100
     )
 
     outcomes = set()
-    for root in sorted(tmp_path.iterdir(), key=lambda path: int(path.name)):
+    for root in sorted(memory.iterdir(), key=lambda path: int(path.name)):
         returned = [int(line) for line in (root / "returned").read_text().split()]
         store = Store(root / "checkpoints", Keep(last=2))
         listed, names = listed_and_whole(store)

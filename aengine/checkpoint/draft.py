@@ -213,7 +213,7 @@ class Draft:
         return revision, number_of.get(self._step, 1 + max(number_of.values(), default=0))
 
     def _discard(self) -> None:
-        with suppress(FileNotFoundError):  # somebody removed it: that is what failed, or nothing is left to do
+        with suppress(FileNotFoundError, NotADirectoryError):  # somebody removed it: nothing is left to do
             if step_and_revision(self.path.name):  # renamed, but not known to be durable
                 self.path = to_trash(self.path)
             remove_all([self.path])
@@ -245,7 +245,7 @@ def remove_all(paths: Iterable[Path], troubles: Iterable[str] = ()) -> None:
     for path in paths:
         try:
             files.remove_tree(path)
-        except FileNotFoundError:  # somebody else did
+        except (FileNotFoundError, NotADirectoryError):  # somebody else did
             continue
         except OSError as error:
             told.append(words(error))

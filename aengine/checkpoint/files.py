@@ -121,11 +121,12 @@ def write_file(path: Path, write: Callable[[BinaryIO], object], is_stopped: IsSt
     """
     try:
         descriptor = create(path)
+        file = HashingFile(descriptor, is_stopped)
         try:
-            file = HashingFile(descriptor, is_stopped)
             _fill(file, write)
             os.fsync(descriptor)
         finally:
+            file.error = None  # its traceback holds the file, and both would hold what was to be written
             os.close(descriptor)
     except OSError as error:
         if error.filename is None:  # os.write and os.fsync know a number only
