@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from collections import OrderedDict
@@ -284,6 +285,14 @@ def test_nothing_that_a_file_says_commands_the_terminal(store: Store, say: Say) 
         assert "\nA run would resume from step 9" not in said
 
 
+def test_nothing_that_a_file_says_floods_the_terminal(store: Store, say: Say) -> None:
+    write(store, 500, metrics={f"metric {n}": n for n in range(5000)})
+    store.set_aside(write(store, 1000).path, "it is long " * 10_000)
+    said = say()[1]
+    assert "metric 19 19, and 4980 more Not usable:" in " ".join(said.split())
+    assert len(said) < 4000
+
+
 @pytest.mark.parametrize("number", [-1e300, 1e300])
 def test_numbers_out_of_all_proportion_are_shown_all_the_same(store: Store, say: Say, number: float) -> None:
     path = write(store, 500).path / "manifest.json"
@@ -339,6 +348,16 @@ def test_a_terminal_without_the_characters_gets_others(store: Store) -> None:
     done = in_a_process("checkpoints", store.directory, PYTHONIOENCODING="ascii")
     assert (done.returncode, done.stderr) == (0, "")
     assert "\\xb5 1" in done.stdout
+
+
+def test_a_reader_that_went_away_ends_it_as_any_command(store: Store) -> None:
+    write(store, 500)
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    command = [sys.executable, "-m", "aengine", "checkpoints", str(store.directory)]
+    with os.fdopen(write_end, "wb") as gone:
+        done = subprocess.run(command, stdout=gone, stderr=subprocess.PIPE, check=False)
+    assert (done.returncode, done.stderr) == (-signal.SIGPIPE, b"")
 
 
 def test_looking_loads_no_torch(store: Store) -> None:

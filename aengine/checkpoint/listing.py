@@ -21,6 +21,8 @@ _GAP = _INDENT = "  "
 _NUMBERS = 3  # columns: step, age, size
 _FILES = 4  # the column that tells the condition
 _LONGEST = 40  # of a name that came out of a file
+_LONGEST_WHY = 1_000  # for why.txt can be a megabyte, as can be a manifest
+_MOST_METRICS = 20
 _NO_BREAK = "\N{NO-BREAK SPACE}"  # at which no line is wrapped; printed as a space
 _LARGEST = 10**15  # bytes: as many as there are names for
 _LONGEST_AGO = 36_500 * 86_400  # seconds: whoever claims more has no clock
@@ -176,7 +178,8 @@ class Page:
         condition = self._colour(entry.condition.value, _COLOURS[entry.condition])
         size = f" ({_size(entry.info.size)})" if entry.info is not None else ""
         yield f"{indent}{plain(entry.path.name)}: {condition}{size}"
-        yield from self.wrapped((entry.why or "").replace(self._prefix, ""), indent + _INDENT)
+        why = (entry.why or "").replace(self._prefix, "")
+        yield from self.wrapped(why if len(why) <= _LONGEST_WHY else f"{why[:_LONGEST_WHY]} ...", indent + _INDENT)
 
     def wrapped(self, text: str, indent: str = "") -> list[str]:
         """Return a text in lines, broken between words only."""
@@ -243,6 +246,8 @@ def _padded(row: list[str], widths: list[int]) -> list[str]:
 def _metrics(info: CheckpointInfo) -> list[str]:
     """Return names and numbers, each in one piece, to be put beside each other with spaces between them."""
     said = [f"{_clipped(name)} {value:.4g}".replace(" ", _NO_BREAK) for name, value in info.metrics.items()]
+    if len(said) > _MOST_METRICS:
+        said[_MOST_METRICS:] = [f"and {len(said) - _MOST_METRICS} more".replace(" ", _NO_BREAK)]
     return [f"{each}," for each in said[:-1]] + said[-1:]
 
 
