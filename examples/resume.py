@@ -78,10 +78,10 @@ def die_before_long() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     if chance.random() < 0.5:
-        trainer.add_event_handler(Events.STARTED, Timer(chance.uniform(0.1, 0.8), die).start)
+        trainer.add_event_handler(Events.STARTED, Timer(chance.uniform(0.1, 0.6), die).start)
     else:
         trainer.register_events(*CheckpointEvents)
-        trainer.subscribe(CheckpointEvents.CHECKPOINT_STAGED(once=chance.randint(1, 10)))(die)
+        trainer.subscribe(CheckpointEvents.CHECKPOINT_STAGED(once=chance.randint(1, 8)))(die)
 
 
 def live(folder: Path, *arguments: str) -> tuple[bool, list[str]]:
