@@ -225,3 +225,30 @@ async def test_position_taken_from_the_source_at_the_time_of_the_save_is_wrong(t
     whole = await training().run()
     resumed = await training().run(2)
     assert len(resumed["losses"]) < len(whole["losses"])
+
+
+def abandoned(directory: Path) -> list[Path]:
+    return list(directory.glob("abandoned-step-*"))
+
+
+async def test_run_that_went_back_is_gone_on_with_and_not_the_one_that_was_left(tmp_path: Path) -> None:
+    def training() -> Training:
+        return Training(tmp_path, in_a_list, is_async=False, prefetch=0)
+
+    await training().run()
+    looked = training()
+    await looked.checkpoint.restore(looked.engine, 5)
+    await looked.checkpoint.close()
+    assert [info.step for info in looked.checkpoint.list()][-1] == 12  # to look back changes nothing
+
+    went_back = training()
+    went_back.engine.add_event_handler(Events.ITERATION_COMPLETED(once=7), went_back.engine.terminate)
+    await went_back.run(5)
+    assert [info.step for info in went_back.checkpoint.list()] == [1, 2, 3, 4, 5, 6, 7]
+    assert len(abandoned(tmp_path)) == 7  # steps 6 to 12
+
+    resumed = training()
+    info = await resumed.checkpoint.restore(resumed.engine)
+    await resumed.checkpoint.close()
+    assert info is not None
+    assert info.step == 7

@@ -140,6 +140,7 @@ class Checkpoint:
         self._has_failed = False
         self._place: Any = None  # where the loop stood at the last save
         self._restored: Path | None = None
+        self._went_back_to: CheckpointInfo | None = None
         self._handles: list[RemovableEventHandle] = []
 
     @property
@@ -270,9 +271,10 @@ class Checkpoint:
 
     def _begin(self) -> None:
         """A run begins: no other writer may have the directory."""
-        self._has_failed = False
+        self._has_failed = True  # nothing is saved of a run that fails for this
         self._store.lock()
         self._contents.start()
+        self._has_failed = False
 
     def _take(self, event: str, engine: AnyEngine) -> Saving | NotYet | None:
         """Take the snapshot, between two steps, where the step runs, and have it written."""
@@ -329,6 +331,12 @@ class Checkpoint:
 
     def _write(self, staged: Any, about: dict[str, Any], is_stopped: Callable[[], bool]) -> CheckpointInfo:
         """In the thread of a save: write, commit, and only then remove what is not to be kept."""
+        if self._went_back_to is not None:
+            left, self._went_back_to = self._store.abandon_after(self._went_back_to), None
+            if left:
+                _logger.warning(
+                    "the run went back: %d later checkpoints were set aside, %s the first", len(left), left[-1]
+                )
         with self._store.begin(about["step"]) as draft:
             info = draft.commit(**about, extra=self._contents.write(staged, draft, is_stopped))
         self.committed = info
@@ -413,7 +421,8 @@ class Checkpoint:
         Args:
             engine: the one to go on, with its handlers attached.
             which: None for the newest that is whole; "must" for the same, which must then exist; a step; or a path.
-                One that was asked for by step or path is taken, or it is an error. Of the newest, a damaged one is set
+                One that was asked for by step or path is taken, or it is an error; when the run then saves, later ones
+                are set aside as abandoned, so that they are not gone on from. Of the newest, a damaged one is set
                 aside, CHECKPOINT_DAMAGED is fired and a warning given, and the one before is tried.
             strict: whether the checkpoint must have just the parts and handlers that there are here.
 
@@ -439,6 +448,7 @@ class Checkpoint:
         info = found.info
         scatter(found.tree, self._parts, engine, strict=strict)
         self._restored, self._place = info.path, None
+        self._went_back_to = None if which is None or which == "must" else info
         _logger.info("restored step %d, epoch %d, from %s", info.step, info.epoch, info.path)
         return info
 
