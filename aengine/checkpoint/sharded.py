@@ -180,6 +180,8 @@ def _read_index(path: Path) -> metadata.Metadata:
     try:
         with path.open("rb") as file:
             index = _IndexUnpickler(file).load()
+    except FileNotFoundError as error:
+        raise CheckpointDamaged(f"{path} is missing, without which nobody knows where the shards are") from error
     except OSError:
         raise
     except Exception as error:
@@ -187,7 +189,7 @@ def _read_index(path: Path) -> metadata.Metadata:
     if not isinstance(index, metadata.Metadata) or not isinstance(index.storage_data, dict):
         raise CheckpointDamaged(f"{path} is no index of shards")
     for place in index.storage_data.values():
-        if Path(place.relative_path).name != place.relative_path or place.transform_descriptors:
+        if Path(place.relative_path).name != place.relative_path or getattr(place, "transform_descriptors", None):
             raise CheckpointDamaged(f"{path} refers to {place.relative_path!r}, which is no plain file beside it")
     return index
 

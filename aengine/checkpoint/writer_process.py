@@ -18,6 +18,7 @@ import subprocess
 import sys
 import threading
 import traceback
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from queue import SimpleQueue
@@ -25,7 +26,7 @@ from typing import Any, NamedTuple, Self
 
 import torch
 
-from aengine.checkpoint.memory import SharedMemory
+from aengine.checkpoint.memory import Arena, SharedMemory
 from aengine.errors import CheckpointNotWritten
 
 # Of a message: the bytes that follow, and the size of the memory whose descriptor comes along; 0 if none does.
@@ -130,7 +131,7 @@ class _Child:
 
     def __init__(self) -> None:
         self._socket, theirs = socket.socketpair()
-        self._arena: object = None  # the memory that it knows of
+        self._arena: weakref.ref[Arena] | None = None  # the memory that it knows of; not kept for that
         self._was_terminated = False
         setting = json.dumps([theirs.fileno(), os.getpid(), sys.path])
         try:
@@ -148,11 +149,11 @@ class _Child:
 
     def send(self, request: bytes, memory: SharedMemory) -> None:
         arena = memory.arena
-        if arena is None or arena is self._arena:
+        if arena is None or (self._arena is not None and arena is self._arena()):
             self._socket.sendall(_HEADER.pack(len(request), 0))
         else:
             socket.send_fds(self._socket, [_HEADER.pack(len(request), arena.size)], [arena.descriptor])
-            self._arena = arena
+            self._arena = weakref.ref(arena)
         self._socket.sendall(request)
 
     def receive(self) -> tuple[bool, Any]:
