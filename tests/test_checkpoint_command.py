@@ -140,6 +140,18 @@ def test_where_none_is_whole_a_run_would_not_begin_anew(store: Store, say: Say) 
     assert json.loads(say("--json")[1])["resumes_from"] is None
 
 
+def test_what_a_run_abandoned_is_shown_and_is_no_damage(store: Store, say: Say) -> None:
+    back = write(store, 500)
+    write(store, 1000)
+    [abandoned] = store.abandon_after(back)
+    status, said, _ = say()
+    assert status == 0
+    assert f"{abandoned.name}: abandoned\n" in said
+    assert "the run went back to step 500" in said
+    assert said.endswith("A run would resume from step 500.\n")
+    assert json.loads(say("--json")[1])["checkpoints"][1]["condition"] == "abandoned"
+
+
 def test_an_empty_directory_is_fine(say: Say) -> None:
     assert say() == (0, "A run would begin anew: there is no checkpoint.\n", "")
 
@@ -289,7 +301,7 @@ def test_nothing_that_a_file_says_floods_the_terminal(store: Store, say: Say) ->
     write(store, 500, metrics={f"metric {n}": n for n in range(5000)})
     store.set_aside(write(store, 1000).path, "it is long " * 10_000)
     said = say()[1]
-    assert "metric 19 19, and 4980 more Not usable:" in " ".join(said.split())
+    assert "metric 19 19, and 4980 more Not used:" in " ".join(said.split())
     assert len(said) < 4000
 
 

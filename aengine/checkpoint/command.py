@@ -40,7 +40,8 @@ list and verify:
   directory     its absolute path
   checkpoints   a list, oldest step first, then what was set aside. Each has
     path        of its directory
-    condition   "whole", "unverified", "damaged", "unreadable" or "set aside"
+    condition   "whole", "unverified", "damaged", "unreadable", "set aside"
+                (for its damage) or "abandoned" (by a run that went back)
     why         text, or null if it can be used
     step, revision, epoch, event, pinned
     metrics     an object of numbers, and of the texts "nan", "inf" and "-inf"
@@ -133,7 +134,7 @@ def _verify(directory: Path, asked: argparse.Namespace) -> int:
     found: list[Entry] = []
     for entry in entries(directory, verify=True, step=asked.step):
         found.append(entry)
-        if not asked.json and entry.condition is not Condition.SET_ASIDE:
+        if not asked.json and entry.path.name.startswith("step-"):
             _say(page.verdict(entry))  # at once: the next may take a while
     if asked.step is not None and not found:
         Store(directory).find(asked.step)  # which raises, and says which there are
@@ -194,7 +195,7 @@ def _records(directory: Path, found: list[Entry], *, is_all: bool = True) -> dic
 
 
 def _status(found: Iterable[Entry]) -> int:
-    return DAMAGED if any(entry.why is not None for entry in found) else FINE
+    return DAMAGED if any(entry.is_trouble for entry in found) else FINE
 
 
 def _say(lines: Iterable[str]) -> None:

@@ -35,7 +35,8 @@ class Condition(Enum):
     UNVERIFIED = "unverified"
     DAMAGED = "damaged"
     UNREADABLE = "unreadable"  # by this user, here and now: it may be whole
-    SET_ASIDE = "set aside"
+    SET_ASIDE = "set aside"  # for its damage
+    ABANDONED = "abandoned"  # by a run that went back to one before it
 
 
 _BOLD = "1"
@@ -45,7 +46,11 @@ _COLOURS = {
     Condition.DAMAGED: "31",
     Condition.UNREADABLE: "33",
     Condition.SET_ASIDE: "31",
+    Condition.ABANDONED: "",
 }
+
+
+_SET_ASIDE = {reading.DAMAGED: Condition.SET_ASIDE, reading.ABANDONED: Condition.ABANDONED}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +68,11 @@ class Entry:
     condition: Condition
     why: str | None
     info: CheckpointInfo | None
+
+    @property
+    def is_trouble(self) -> bool:
+        """Whether somebody should look at it."""
+        return self.condition in {Condition.DAMAGED, Condition.UNREADABLE, Condition.SET_ASIDE}
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,9 +96,10 @@ def entries(directory: Path, *, verify: bool, step: int | None = None) -> Iterat
         is_wanted = path.name.startswith("step-") if step is None else its_step == step
         if is_wanted and (entry := look(path, verify=verify)) is not None:
             yield entry
-    for problem in reading.problems(directory) if step is None else ():
-        if problem.path.name.startswith(reading.DAMAGED):
-            yield Entry(problem.path, Condition.SET_ASIDE, problem.why, None)
+    for _, path in names if step is None else ():
+        for prefix, condition in _SET_ASIDE.items():
+            if path.name.startswith(prefix):
+                yield Entry(path, condition, reading.why_set_aside(path), None)
 
 
 def look(path: Path, *, verify: bool) -> Entry | None:
@@ -119,7 +130,7 @@ def outlook(found: list[Entry]) -> Outlook:
             return Outlook(
                 entry.info, f"A run would resume from step {_clipped(str(entry.info.step))}{which}{proviso}."
             )
-    if found:
+    if any(entry.condition is not Condition.ABANDONED for entry in found):
         return Outlook(None, "A run would not resume: none of them is whole, and it does not begin anew for that.")
     return Outlook(None, "A run would begin anew: there is no checkpoint.")
 
@@ -166,11 +177,11 @@ class Page:
         readable = [(entry, entry.info) for entry in found if entry.info is not None]
         if readable:
             yield from self._rows(readable, now)
-        unusable = [entry for entry in found if entry.why is not None]
-        if unusable:
+        unused = [entry for entry in found if entry.why is not None]
+        if unused:
             yield from ([""] if readable else [])
-            yield "Not usable:"
-        for entry in unusable:
+            yield "Not used:"
+        for entry in unused:
             yield from self.verdict(entry, _INDENT)
 
     def verdict(self, entry: Entry, indent: str = "") -> Iterator[str]:
