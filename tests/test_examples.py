@@ -4,6 +4,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ def command(name: str, *arguments: str) -> list[str]:
 
 def run(name: str, folder: Path) -> subprocess.CompletedProcess[str]:
     """Run the example without arguments. The minute that it may take is one of two idle cores: here others may run."""
-    done = subprocess.run(command(name), cwd=folder, capture_output=True, text=True, timeout=100, check=False)
+    done = subprocess.run(command(name), cwd=folder, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr
     return done
 
@@ -68,5 +69,39 @@ def test_streaming_ends_cleanly_at_ctrl_c(tmp_path: Path, backend: str) -> None:
     assert not errors
 
 
+def test_resume_is_killed_and_loses_nothing(tmp_path: Path) -> None:
+    done = run("resume.py", tmp_path)
+    head, *lives, end = done.stdout.splitlines()
+    assert head == "life  first step  last step"
+    assert all("killed" in life for life in lives[:-1])
+    assert lives[-1].endswith("finished")
+    assert re.fullmatch(r"580 steps, \d+ taken again: all losses equal those of a run without a kill", end)
+    assert not done.stderr
+
+
+def test_resume_ends_at_sigterm_with_a_checkpoint_and_goes_on(tmp_path: Path) -> None:
+    losses = tmp_path / "losses.txt"
+    with subprocess.Popen(
+        command("resume.py", "train"), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            while process.poll() is None and not (losses.exists() and losses.stat().st_size):
+                time.sleep(0.01)
+            process.terminate()
+            output, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == 0
+    assert not errors
+    step = int(losses.read_text(encoding="utf-8").splitlines()[-1].split()[0])
+    assert output.splitlines() == ["beginning", f"terminated at step {step} of 580"]
+
+    again = subprocess.run(command("resume.py", "train"), cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert again.stdout.splitlines() == [f"resuming from step {step}", "completed at step 580 of 580"]
+    assert not again.stderr
+    steps = [line.split()[0] for line in losses.read_text(encoding="utf-8").splitlines()]
+    assert steps == [str(step) for step in range(1, 581)], "none was skipped, and none taken twice"
+
+
 def test_every_example_is_run_here() -> None:
-    assert {path.name for path in EXAMPLES.glob("*.py")} == {"gan.py", "quickstart.py", "streaming.py"}
+    assert {path.name for path in EXAMPLES.glob("*.py")} == {"gan.py", "quickstart.py", "resume.py", "streaming.py"}

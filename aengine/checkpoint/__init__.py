@@ -6,12 +6,35 @@ checkpoint = Checkpoint("checkpoints", {"model": model, "optimizer": optimizer},
 checkpoint.attach(trainer, Events.ITERATION_COMPLETED(every=500))
 await checkpoint.restore(trainer)
 await trainer.run(loader, max_epochs=10)
+
+What needs torch is loaded when it is first asked for: `python -m aengine checkpoints` reads a directory without.
 """
 
-from aengine.checkpoint.handler import Checkpoint, CheckpointEvents
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from aengine.checkpoint.keep import Keep
 from aengine.checkpoint.manifest import CheckpointInfo
-from aengine.checkpoint.randomness import RandomStates
-from aengine.checkpoint.serializers import Serializer, TorchFile
+
+if TYPE_CHECKING:
+    from aengine.checkpoint.handler import Checkpoint, CheckpointEvents
+    from aengine.checkpoint.randomness import RandomStates
+    from aengine.checkpoint.serializers import Serializer, TorchFile
+else:  # out of sight of type checkers, which would take any name for one of this module's
+
+    def __getattr__(name: str) -> object:
+        if name not in _WITH_TORCH:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = globals()[name] = getattr(import_module(f"{__name__}.{_WITH_TORCH[name]}"), name)
+        return value
+
 
 __all__ = ["Checkpoint", "CheckpointEvents", "CheckpointInfo", "Keep", "RandomStates", "Serializer", "TorchFile"]
+
+_WITH_TORCH = {
+    "Checkpoint": "handler",
+    "CheckpointEvents": "handler",
+    "RandomStates": "randomness",
+    "Serializer": "serializers",
+    "TorchFile": "serializers",
+}

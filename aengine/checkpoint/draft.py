@@ -219,10 +219,10 @@ class Draft:
             remove_all([self.path])
 
     def _explain(self, error: OSError) -> str:
-        total = "" if self._size is None else f" of {_bytes(self._size)}"
+        total = "" if self._size is None else f" of {size_words(self._size)}"
         try:
             written = sum(path.lstat().st_size for path in self.path.rglob("*") if not path.is_dir())
-            space = f"{_bytes(written)}{total} had been written, {_bytes(free_space(self._directory))} are free"
+            space = f"{size_words(written)}{total} had been written, {size_words(free_space(self._directory))} are free"
             kept = f"Kept are {steps(committed(self._directory))}."
         except OSError as another:
             space, kept = "how much space is free is not known", f"Which are kept is not known: {words(another)}."
@@ -286,7 +286,8 @@ def steps(checkpoints: list[CheckpointInfo]) -> str:
     return f"those of step {', '.join(found)}"
 
 
-def _bytes(count: int) -> str:
+def size_words(count: int) -> str:
+    """Return a size as people say it: 12 bytes, 1.2 MB."""
     for power, unit in enumerate(("TB", "GB", "MB", "kB")):
         size = count / 1000 ** (4 - power)
         if size >= 1:

@@ -24,6 +24,7 @@ from aengine.checkpoint.manifest import (
 from aengine.errors import CheckpointDamaged, CheckpointNotFound
 
 DAMAGED = "damaged-"
+ABANDONED = "abandoned-"
 WHY = "why.txt"
 
 # What the disk holds is wrong. Any other error (no permission, too many open files) says nothing about what it holds,
@@ -88,7 +89,7 @@ def problems(directory: Path) -> list[Problem]:
     found = []
     for path in entries(directory):
         if path.name.startswith(DAMAGED):
-            found.append(Problem(path, _why_set_aside(path)))
+            found.append(Problem(path, why_set_aside(path)))
         elif path.name.startswith("step-"):
             try:
                 read(path)
@@ -155,7 +156,8 @@ def _refuse_links(path: Path) -> None:
                 _refuse_links(Path(entry.path))
 
 
-def _why_set_aside(path: Path) -> str:
+def why_set_aside(path: Path) -> str:
+    """Return the reason that was put beside the files of what was set aside."""
     try:
         why = files.read_at_most(path / WHY, SIZE_LIMIT).decode(errors="replace").strip()
     except OSError:

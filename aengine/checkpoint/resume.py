@@ -53,9 +53,7 @@ class Reader:
         if not self._store.directory.exists():
             return None
         may_set_aside = self._may_set_aside()
-        for problem in self._store.problems():
-            if problem.path.name.startswith("step-"):
-                self._meet(problem.path, problem.why, may_set_aside=may_set_aside)
+        self._pass_over_unreadable(may_set_aside=may_set_aside)
         while True:
             there_are = self._store.list()
             passed = {problem.path for problem in self.problems}
@@ -82,6 +80,14 @@ class Reader:
     def _read(self, info: CheckpointInfo) -> Found:
         self._store.verify(info)
         return Found(info, self._read_contents(info))
+
+    def _pass_over_unreadable(self, *, may_set_aside: bool) -> None:
+        for problem in self._store.problems():
+            if problem.path.name.startswith("step-"):
+                try:
+                    self._store.open(problem.path)  # again: an OSError says nothing of what it holds, and goes out
+                except (CheckpointDamaged, CheckpointNotFound) as error:
+                    self._meet(problem.path, str(error), may_set_aside=may_set_aside)
 
     def _meet(self, path: Path, why: str, *, may_set_aside: bool) -> None:
         self.problems.append(Problem(self._store.set_aside(path, why) if may_set_aside else path, why))

@@ -26,12 +26,10 @@ from aengine.checkpoint.draft import TEMPORARY, TRASH, Draft, advice, free_space
 from aengine.checkpoint.files import DirectoryLock
 from aengine.checkpoint.keep import Keep
 from aengine.checkpoint.manifest import PINNED, CheckpointInfo, check_step
-from aengine.checkpoint.reading import DAMAGED, WHY, Problem
+from aengine.checkpoint.reading import ABANDONED, DAMAGED, WHY, Problem
 from aengine.errors import CheckpointNotFound, CheckpointNotWritten
 
 __all__ = ["Draft", "Problem", "Store"]
-
-_ABANDONED = "abandoned-"
 
 
 class Store:
@@ -139,7 +137,7 @@ class Store:
         """
         later = [one for one in self.list() if (one.step, one.revision) > (info.step, info.revision)]
         why = f"the run went back to step {info.step} and went on from there"
-        return [self._set_aside(one.path, _ABANDONED, why) for one in reversed(later)]
+        return [self._set_aside(one.path, ABANDONED, why) for one in reversed(later)]
 
     def _set_aside(self, path: Path, prefix: str, why: str) -> Path:
         self._lock.check()
