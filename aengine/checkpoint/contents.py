@@ -26,7 +26,7 @@ class Contents:
     def __init__(self, serializer: Serializer, *, in_process: bool) -> None:
         self._serializer = serializer
         self._process = WriterProcess() if in_process else None
-        self._staging = Staging(None if self._process is None else self._process.memory)
+        self._staging = Staging(None if self._process is None else self._process.memory, root=None)
         self._shard_store: ShardStore | None = None
 
     def stage(self, tree: Any) -> Any:

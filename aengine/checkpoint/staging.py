@@ -27,9 +27,14 @@ class Staging:
         torch.save(staged, path)  # or on another thread, while the model is trained on
 
     What was staged is valid until the next `stage()`. One thread at a time.
+
+    Args:
+        memory: where the buffers come from; by default from this process's own.
+        root: what errors call the tree; None if they are to call its parts by their keys.
     """
 
-    def __init__(self, memory: Memory | None = None) -> None:
+    def __init__(self, memory: Memory | None = None, root: str | None = "state") -> None:
+        self._root = root
         self._memory = PrivateMemory() if memory is None else memory
         self._plan: _Plan | None = None
 
@@ -44,7 +49,7 @@ class Staging:
         """
         # Under inference mode the buffers could not be written to again outside of it.
         with torch.inference_mode(mode=False), torch.no_grad():
-            survey = Survey(tree)
+            survey = Survey(tree, self._root)
             tensors = list(survey.tensors.values())
             layout = _layout(tensors)
             if self._plan is None or self._plan.layout != layout:

@@ -43,9 +43,16 @@ class Attribute(str):
     __slots__ = ()
 
 
-def path_text(path: Iterable[Any]) -> str:
-    """Return a path as one writes it: `state['optimizer']['param_groups'][0]['lr']`."""
-    return "state" + "".join(f".{step}" if type(step) is Attribute else f"[{step!r}]" for step in path)
+def path_text(path: Iterable[Any], root: str | None = "state") -> str:
+    """Return a path as one writes it: `state['optimizer']['param_groups'][0]['lr']`.
+
+    Args:
+        path: keys, indices and attributes, from the root on.
+        root: what the tree is called; None if its first keys are names themselves.
+    """
+    if root is None:
+        root, *path = path
+    return str(root) + "".join(f".{step}" if type(step) is Attribute else f"[{step!r}]" for step in path)
 
 
 def why_not_loaded(error: Exception) -> str:
@@ -103,7 +110,8 @@ class Survey:
         shards: each DTensor, by its id, and its local shard, which is among the tensors.
     """
 
-    def __init__(self, tree: Any) -> None:
+    def __init__(self, tree: Any, root: str | None = "state") -> None:
+        self._root = root
         self.tensors: dict[int, torch.Tensor] = {}
         self.substitutes: dict[int, Any] = {}
         self.shards: dict[int, tuple[Any, torch.Tensor]] = {}
@@ -216,9 +224,9 @@ class Survey:
             ) from error
 
     def _refusal(self, what: str, advice: str) -> NotSerializable:
+        place = path_text(self._path, self._root)
         return NotSerializable(
-            f"{path_text(self._path)} {what}. torch.load(weights_only=True) would not give it back, so it is not "
-            f"saved: {advice}."
+            f"{place} {what}. torch.load(weights_only=True) would not give it back, so it is not saved: {advice}."
         )
 
 
