@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -28,7 +27,7 @@ class Template:
 
     def __init__(self, module: str) -> None:
         self._module = module
-        self.backend = "asyncio"
+        self._last: Life | None = None
 
     def __enter__(self) -> Self:
         single = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
@@ -66,16 +65,18 @@ class Template:
         program: str,
         directory: Path | None,
         *,
+        backend: str,
         seed: int = 0,
         die_at: tuple[int, int] | None = None,
         threads: tuple[str, ...] = ("aengine checkpoint",),
         **options: Any,
     ) -> "Life":
-        """Begin a life. It must end before the next one begins.
+        """Begin a life. One that a test has left, when it failed, ends now.
 
         Args:
             program: which training.
             directory: where its checkpoints are, None for none.
+            backend: which event loop.
             seed: of how slow the disk is.
             die_at: at which call to the disk of which save to die.
             threads: whose calls to the disk are slow.
@@ -83,16 +84,19 @@ class Template:
         """
         about = {
             "program": program,
-            "backend": self.backend,
+            "backend": backend,
             "directory": directory and str(directory),
             "seed": seed,
-            "slowness": SLOWNESS,
+            "slowness": 0.0 if die_at else SLOWNESS,
             "die_at": die_at,
             "threads": threads,
             **options,
         }
+        if self._last is not None:
+            self._last.kill()
         self.ask(json.dumps(about))
-        return Life(self)
+        self._last = Life(self)
+        return self._last
 
 
 class Life:
@@ -147,15 +151,33 @@ class Life:
                     self.digest = words[1]
                 yield words
 
-    @property
-    def committed(self) -> list[str]:
-        """The checkpoints that it has said it has committed, in order."""
-        return [words[3] for words in self.reports if words[:2] == ["done", "rename"] and words[3][0] != "."]
+    # What must be true of it
 
-    @property
-    def committing(self) -> list[str]:
-        """Those and the one that it was about to commit, if it was."""
-        return [words[3] for words in self.reports if words[:2] == ["disk", "rename"] and words[3][0] != "."]
+    def begins_at(self, checkpoint: str) -> None:
+        """Listen until it has begun: from this checkpoint, and with what others left lying about swept away."""
+        assert self.until("restored")
+        assert self.reports[-1] == ["restored", checkpoint]
+
+    def left(self, directory: Path, began_at: str) -> str:
+        """Return the newest checkpoint that it left: its last one, or that where it began."""
+        committed = [words[3] for words in self.reports if _commits(words) and words[0] == "done"]
+        begun = [words[3] for words in self.reports if _commits(words)]
+        left = newest(directory)
+        assert left in ([began_at, *committed][-1], [began_at, *begun][-1])
+        return left
+
+    def ends(self, directory: Path | None) -> None:
+        """Wait for its end, which nobody brought about, and after which nothing is left lying about."""
+        self.end()
+        assert self.status == 0
+        if directory is not None:
+            left = [path.name for path in directory.iterdir() if not path.name.startswith(("step-", "damaged-step-"))]
+            assert left == [".lock"]
+
+
+def _commits(words: list[str]) -> bool:
+    """Say whether this is the rename of a draft, about to be done or done."""
+    return words[1:2] == ["rename"] and words[3].startswith("step-")
 
 
 # Damage
@@ -198,7 +220,28 @@ def _parts(name: str) -> tuple[str, ...]:
     return match.groups()
 
 
+def newest(directory: Path) -> str:
+    return ["nothing", *checkpoints(directory)][-1]
+
+
 # The campaign
+
+AIMS: list[tuple[tuple[str, ...], int, float]] = [
+    (("iteration",), 12, 0.02),
+    (("save",), 3, 0.02),
+    (("disk", "mkdir"), 3, 0.02),
+    (("disk", "rename"), 6, 0.01),
+    (("disk", "unlink"), 3, 0.002),
+]
+"""When to kill: what must be heard, how often at most, and how many seconds may then pass at most."""
+
+
+def kill_at_random(life: Life, chance: random.Random, aims: list[tuple[tuple[str, ...], int, float]]) -> bool:
+    """Kill once it trains, at a moment of chance. Returns False if it came to its end before."""
+    heard, times, seconds = chance.choice(aims)
+    if life.until(*heard, times=chance.randint(1, times)):
+        time.sleep(chance.uniform(0, seconds))  # not to synchronise: it is the experiment
+    return life.kill()
 
 
 @dataclass
@@ -207,7 +250,7 @@ class Tally:
     kills: int = 0
     in_save: int = 0  # with a draft left behind: between its directory and its commit
     in_retention: int = 0  # with trash left behind
-    from_nothing: int = 0  # before anything was committed
+    before_the_first: int = 0  # checkpoint was committed
     damaged: int = 0
     runs: int = 0
     programs: set[str] = field(default_factory=set)
@@ -219,85 +262,45 @@ class Campaign:
     Asserts, of each life, that it begins where it must; and of each run, that nothing is left lying about.
     """
 
-    def __init__(self, template: Template, root: Path, seed: int) -> None:
+    def __init__(self, template: Template, backend: str, root: Path, seed: int) -> None:
         self.tally = Tally()
         self._template = template
+        self._backend = backend
         self._root = root
-        self._random = random.Random(seed)
-        self._untouched: dict[str, str] = {}
-
-    def untouched(self, program: str) -> str:
-        """Return the digest of the run that nobody kills and that saves nothing."""
-        if program not in self._untouched:
-            life = self._template.live(program, None)
-            life.end()
-            assert life.status == 0
-            self._untouched[program] = life.digest
-        return self._untouched[program]
+        self._chance = random.Random(seed)
 
     def run(self, program: str, kills: int) -> str:
         """Run to the end, killed until there were so many kills in all; return its digest."""
         tally, directory = self.tally, self._root / f"run-{self.tally.runs}"
         tally.runs += 1
         tally.programs.add(program)
-        from_here = "nothing"
+        began_at = "nothing"
         while True:
-            life = self._template.live(program, directory, seed=self._random.getrandbits(32))
+            life = self._template.live(program, directory, backend=self._backend, seed=self._chance.getrandbits(32))
             tally.lives += 1
-            assert life.until("restored")
-            assert life.reports[-1] == ["restored", from_here], "where it begins, and that no strays are left"
-            if self._killed(life, is_wanted=tally.kills < kills):
-                self._count(directory)
-                last = [from_here, *life.committed][-1]
-                from_here = ["nothing", *checkpoints(directory)][-1]
-                assert from_here in (last, [last, *life.committing][-1])
-                if tally.kills % 5 == 0:
-                    from_here = self._damage(directory, from_here)
-                continue
-            assert life.status == 0
-            left = {path.name for path in directory.iterdir() if not path.name.startswith(("step-", "damaged-step-"))}
-            assert left == {".lock"}
-            shutil.rmtree(directory)
-            return life.digest
-
-    def _killed(self, life: Life, *, is_wanted: bool) -> bool:
-        """Kill at a moment of chance, half of them from the beginning of a save on; False if it ended before."""
-        if not is_wanted:
-            life.end()
-            return False
-        aim, most, seconds = self._random.choice(
-            [
-                (("iteration",), 12, 0.02),
-                (("save",), 3, 0.02),
-                (("disk", "mkdir"), 3, 0.02),
-                (("disk", "rename"), 6, 0.01),
-                (("disk", "unlink"), 3, 0.002),
-            ]
-        )
-        if life.until(*aim, times=self._random.randint(1, most)):
-            time.sleep(self._random.uniform(0, seconds))  # not to synchronise: it is the experiment
-        return life.kill()
+            life.begins_at(began_at)
+            if tally.kills == kills or not kill_at_random(life, self._chance, AIMS):
+                break
+            self._count(directory)
+            began_at = life.left(directory, began_at)
+            if tally.kills % 5 == 0:
+                began_at = self._damage(directory, began_at)
+        life.ends(directory)
+        shutil.rmtree(directory)
+        return life.digest
 
     def _count(self, directory: Path) -> None:
         tally = self.tally
         tally.kills += 1
         tally.in_save += any(directory.glob(".tmp-*"))
         tally.in_retention += any(directory.glob(".trash-*"))
-        tally.from_nothing += not checkpoints(directory)
+        tally.before_the_first += not checkpoints(directory)
 
     def _damage(self, directory: Path, newest: str) -> str:
         """Damage the newest, and return the one that is to be gone on from instead."""
         there_are = checkpoints(directory)
         if len(there_are) < 2:
             return newest
-        damage = DAMAGES[self.tally.damaged % len(DAMAGES)]
-        damage(directory / newest)
+        DAMAGES[self.tally.damaged % len(DAMAGES)](directory / newest)
         self.tally.damaged += 1
         return there_are[-2]
-
-
-@contextmanager
-def campaign(root: Path, backend: str, seed: int) -> Iterator[Campaign]:
-    with Template("training") as template:
-        template.backend = backend
-        yield Campaign(template, root, seed)

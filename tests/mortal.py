@@ -19,6 +19,7 @@ import time
 import traceback
 from collections.abc import Callable
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 _write = os.write  # the one that is never slow
@@ -55,7 +56,7 @@ class SlowDisk:
         def call(*arguments: Any, **options: Any) -> Any:
             if threading.current_thread().name not in threads or (name == "open" and not arguments[1] & os.O_CREAT):
                 return function(*arguments, **options)
-            named = [os.path.basename(one) for one in arguments if isinstance(one, str | os.PathLike)]
+            named = [Path(one).name for one in arguments if isinstance(one, str | os.PathLike)]
             if name == "mkdir" and named[0].startswith(".tmp-"):
                 self._save, self._call = self._save + 1, 0
             self._call += 1

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import anyio
 import numpy as np
 import torch
+import torch._dynamo  # now, as of trio: otherwise the first step of each life would import it
 import trio  # noqa: F401 -- now, and not in each life
 from anyio.lowlevel import checkpoint as breathe
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -198,6 +199,10 @@ def live(life: dict[str, Any], report: Report) -> None:
     anyio.run(train, PROGRAMS[life["program"]], life["directory"], report, backend=life["backend"])
 
 
+def _strays(directory: str) -> list[str]:
+    return [path.name for path in Path(directory).glob(".t*")]
+
+
 async def train(program: Program, directory: str | None, report: Report) -> None:
     training, smoothed, data = Training(report), Smoothed(), program.data()
     engine: AnyEngine = Engine(training.async_step if program.is_async else training.step)
@@ -207,10 +212,9 @@ async def train(program: Program, directory: str | None, report: Report) -> None
         parts["data"], data = data, data.batches
     if directory is not None:
         checkpoint = Checkpoint(directory, parts, keep=Keep(last=2, best=1, metric="loss", mode="min"))
-        checkpoint.attach(engine, Events.ITERATION_COMPLETED(every=4) | Events.EPOCH_COMPLETED)
+        checkpoint.attach(engine, Events.ITERATION_COMPLETED(every=5) | Events.EPOCH_COMPLETED)
         info = await checkpoint.restore(engine)
-        strays = [path.name for path in Path(directory).glob(".t*")]
-        report("restored", info.path.name if info else "nothing", *strays)
+        report("restored", info.path.name if info else "nothing", *_strays(directory))
     await engine.run(data, max_epochs=EPOCHS, epoch_length=EPOCH, prefetch=program.prefetch)
     if directory is not None:
         await checkpoint.close()
