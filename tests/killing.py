@@ -67,6 +67,7 @@ class Template:
         *,
         backend: str,
         seed: int = 0,
+        slowness: float = SLOWNESS,
         die_at: tuple[int, int] | None = None,
         threads: tuple[str, ...] = ("aengine checkpoint",),
         **options: Any,
@@ -77,7 +78,8 @@ class Template:
             program: which training.
             directory: where its checkpoints are, None for none.
             backend: which event loop.
-            seed: of how slow the disk is.
+            seed: of how slow the disk is at each call.
+            slowness: how many seconds that is at most.
             die_at: at which call to the disk of which save to die.
             threads: whose calls to the disk are slow.
             options: what else the training is to know.
@@ -87,7 +89,7 @@ class Template:
             "backend": backend,
             "directory": directory and str(directory),
             "seed": seed,
-            "slowness": 0.0 if die_at else SLOWNESS,
+            "slowness": slowness,
             "die_at": die_at,
             "threads": threads,
             **options,

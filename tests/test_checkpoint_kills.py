@@ -79,13 +79,13 @@ def test_killed_at_each_call_to_the_disk_a_right_checkpoint_is_found(
     """Before each, but in the middle of each write: there is no state of the disk in between."""
     untouched = digest_of_the_untouched(template, "plain", backend)
     begun = tmp_path / "begun"
-    template.live("plain", begun, backend=backend, die_at=(5, 1)).end()  # at the fifth save, of step 20
+    template.live("plain", begun, backend=backend, slowness=0, die_at=(5, 1)).end()  # at the fifth save, of step 20
 
     last_calls = []
     for call in itertools.count(1):
         directory = tmp_path / f"call-{call}"
         shutil.copytree(begun, directory)
-        life = template.live("plain", directory, backend=backend, die_at=(3, call))
+        life = template.live("plain", directory, backend=backend, slowness=0, die_at=(3, call))
         life.begins_at("step-0000000015.2")
         life.end()
         if life.status == 0:
@@ -93,7 +93,7 @@ def test_killed_at_each_call_to_the_disk_a_right_checkpoint_is_found(
         began_at = life.left(directory, "step-0000000015.2")
         assert began_at == ("step-0000000030" if "rename" in last_calls else "step-0000000025")
         last_calls.append(life.reports[-1][1])
-        resumed = template.live("plain", directory, backend=backend)
+        resumed = template.live("plain", directory, backend=backend, slowness=0)
         resumed.begins_at(began_at)
         resumed.ends(directory)
         assert resumed.digest == untouched
