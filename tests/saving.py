@@ -1,7 +1,7 @@
 """A run that saves, for the tests of checkpoints: its disk writes when a test lets it, and fails when it is told to."""
 
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from itertools import count
 from pathlib import Path
@@ -11,7 +11,7 @@ import torch
 from anyio.lowlevel import checkpoint as breathe
 from recording import AnyEngine
 
-from aengine import Engine
+from aengine import Engine, Events
 from aengine.checkpoint import Checkpoint, TorchFile
 
 
@@ -59,6 +59,14 @@ class Run:
         await breathe()
         return self._step(engine, batch)
 
+    def before_step(self, step: int, act: Callable[[], object]) -> None:
+        """Have something done as a step begins, when the saves before are over."""
+
+        @self.engine.on(Events.ITERATION_STARTED(once=step))
+        async def do() -> None:
+            await self.checkpoint.drain()
+            act()
+
     @property
     def steps(self) -> int:
         """How many steps the model has seen."""
@@ -81,6 +89,12 @@ async def saving(directory: Path, **options: Any) -> AsyncIterator[Run]:
         await run.checkpoint.close()
     assert strays(directory) == []
     assert open_files(directory) == []
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Let others go on until this is so."""
+    while not condition():
+        await breathe()
 
 
 def endless() -> Iterator[int]:

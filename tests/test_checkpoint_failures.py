@@ -15,9 +15,10 @@ import anyio
 import pytest
 from backends import Backend
 from recording import Boom
-from saving import Run, endless, saving, strays
+from saving import Run, endless, saving, strays, until
 
 from aengine import Events, StopReason
+from aengine.checkpoint import CheckpointEvents
 from aengine.errors import CheckpointNotWritten, CheckpointWarning, NotSerializable
 
 FULL = "No space left on device"
@@ -62,7 +63,7 @@ async def test_a_save_that_fails_beside_the_steps_fails_the_run(
     told: list[BaseException] = []
     async with saving(tmp_path / "run") as run:
         run.checkpoint.attach(run.engine, Events.ITERATION_COMPLETED(every=2))
-        run.engine.add_event_handler(Events.ITERATION_STARTED(once=4), lambda: fault(run))
+        run.before_step(4, lambda: fault(run))
         run.engine.add_event_handler(Events.EXCEPTION_RAISED, lambda engine, error: told.append(error))
         with anyio.fail_after(60), pytest.raises(CheckpointNotWritten, match=said) as caught:
             await run.engine.run(endless)
@@ -77,7 +78,7 @@ async def test_no_other_save_begins_after_one_has_failed(tmp_path: Path) -> None
     """What is due after it, at the end as well, is of a run that has failed to save already."""
     async with saving(tmp_path) as run:
         run.checkpoint.attach(run.engine, Events.ITERATION_COMPLETED | Events.EXCEPTION_RAISED)
-        run.engine.add_event_handler(Events.ITERATION_STARTED(once=3), lambda: fill_the_disk(run))
+        run.before_step(3, lambda: fill_the_disk(run))
         with anyio.fail_after(60), pytest.raises(CheckpointNotWritten, match="step 3"):
             await run.engine.run(endless)
         assert run.saved == [1, 2]
@@ -149,7 +150,7 @@ async def test_with_warn_the_run_goes_on_and_the_failures_are_counted(tmp_path: 
     async with saving(tmp_path, on_error="warn") as run:
         run.checkpoint.attach(run.engine, Events.ITERATION_COMPLETED(every=2))
         for step in (2, 6):
-            run.engine.add_event_handler(Events.ITERATION_STARTED(once=step), lambda: fill_the_disk(run))
+            run.before_step(step, lambda: fill_the_disk(run))
         with pytest.warns(CheckpointWarning, match=FULL) as warned:
             await run.engine.run(range(8))
         assert len(warned) == run.checkpoint.failures == 2
@@ -211,15 +212,19 @@ async def test_the_waits_for_a_save_that_fails_do_not_hang(tmp_path: Path) -> No
                 await run.checkpoint.save_now()
             heard.append("the other task")
 
+        async def begin() -> None:
+            with pytest.raises(CheckpointNotWritten, match=FULL):
+                await run.engine.run(endless)
+            heard.append("the run")
+
         run.valve.is_open.clear()
         fill_the_disk(run)
         with anyio.fail_after(60):
             async with anyio.create_task_group() as group:
-                run.engine.add_event_handler(Events.STARTED, lambda: group.start_soon(ask))
-                run.engine.add_event_handler(Events.ITERATION_STARTED(once=2), run.valve.is_open.set)
-                with pytest.raises(CheckpointNotWritten, match=FULL):
-                    await run.engine.run(endless)
-                heard.append("the run")
+                run.engine.add_event_handler(Events.STARTED, lambda: group.start_soon(ask) and None)
+                group.start_soon(begin)
+                await until(run.valve.begun.is_set)
+                run.valve.is_open.set()
         assert sorted(heard) == ["the other task", "the run"]
 
 
@@ -232,7 +237,7 @@ async def test_a_failure_that_no_run_has_told_comes_out_of_drain_and_of_close(tm
     async def ask_and_leave() -> None:
         with anyio.CancelScope() as scope:
 
-            @run.engine.on("checkpoint_staged")
+            @run.engine.on(CheckpointEvents.CHECKPOINT_STAGED)
             def leave() -> None:
                 scope.cancel()
 
