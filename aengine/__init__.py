@@ -11,7 +11,7 @@
 #   bus          topics, subscribers, streams    engine       Engine: the face
 #   control      what is asked of the loop       handlers/    ready-made: signals
 #   consumers    the subscribers' tasks          checkpoint/  saving while training goes on, and resuming exactly
-#   prefetch     batches pulled ahead, in a task or a thread
+#   data         users' data, at the door        prefetch     batches pulled ahead, in a task or a thread
 """The training-loop engine for async Python.
 
 from aengine import Engine, Events

@@ -13,6 +13,7 @@ from anyio.lowlevel import checkpoint_if_cancelled
 from aengine.binding import check_step, is_async_callable, name_of
 from aengine.bus import Bus
 from aengine.control import Control, Request
+from aengine.data import Randomness, check, check_prefetch, needs_event_loop
 from aengine.driver import Driver
 from aengine.emission import close_unawaited
 from aengine.errors import EngineBusy, raise_failures
@@ -22,7 +23,7 @@ from aengine.loop import Loop
 from aengine.prefetch import Fetched
 from aengine.progress import Progress, begin, from_state_dict, to_state_dict
 from aengine.publishing import Publishing
-from aengine.source import Randomness, Source, check, check_prefetch, needs_event_loop
+from aengine.source import Source
 from aengine.state import State
 from aengine.statistics import EngineStatistics
 from aengine.story import Story

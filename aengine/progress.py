@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from aengine.data import length_of
 from aengine.events import NEVER
-from aengine.source import Source, length_of
+from aengine.source import Source
 from aengine.state import State
 
 

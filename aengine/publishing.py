@@ -7,12 +7,12 @@ from typing import Any, Self, TypeVar, cast, overload
 from aengine.binding import name_of
 from aengine.bus import Bus, Stream, Subscriber
 from aengine.control import Control, Request
+from aengine.data import Stateful
 from aengine.driver import Driver
 from aengine.emission import async_handler_message, emit, emit_here, emit_nowait, no_room
 from aengine.events import AnyEvent, Event, EventEnum, Events, Selector, event_name, selectors
 from aengine.inbox import Overflow
 from aengine.loop import Loop
-from aengine.source import Stateful
 from aengine.state import State
 from aengine.topic import Snapshot, Topic
 

@@ -5,16 +5,16 @@ The loop asks `take()`. It returns the batch, or PENDING if the batch must be aw
 a list costs one call of its iterator and nothing of ours.
 """
 
-import inspect
 import logging
 from collections import deque
 from collections.abc import AsyncIterable, Awaitable, Callable, Generator, Iterable, Mapping
 from enum import Enum
-from types import AsyncGeneratorType, FunctionType
-from typing import Any, Final, NoReturn, Protocol, cast, runtime_checkable
+from types import AsyncGeneratorType
+from typing import Any, Final, NoReturn, cast
 
 import anyio
 
+from aengine.data import Randomness, Stateful, has, is_factory, is_iterable, is_one_shot, length_of, shown
 from aengine.errors import StrayCancellation
 from aengine.host import Host
 from aengine.prefetch import Buffer, Fetched, Position, Prefetcher, TaskPrefetcher, ThreadPrefetcher
@@ -31,27 +31,6 @@ PENDING: Final = Pending.PENDING
 """What `take()` returns when the next batch must be awaited."""
 
 
-@runtime_checkable
-class Stateful(Protocol):
-    """What can say where it stands, and be put back there."""
-
-    def state_dict(self) -> Any:
-        """Return where it stands."""
-
-    def load_state_dict(self, state_dict: Any) -> Any:
-        """Go back to where it stood."""
-
-
-class Randomness(Protocol):
-    """What captures the states of random number generators and restores them, to have data come again as it came."""
-
-    def capture(self, data: Any) -> Any:
-        """Return where the generators stand: those that everybody shares, and those that the data has of its own."""
-
-    def restore(self, captured: Any, data: Any) -> None:
-        """Put them back there; with None for the data, only those that everybody shares."""
-
-
 class Source:
     """The data of one run.
 
@@ -64,19 +43,15 @@ class Source:
     """
 
     def __init__(
-        self,
-        data: Any,
-        logger: logging.Logger,
-        left: list[Fetched] | None = None,
-        randomness: Randomness | None = None,
+        self, data: Any, logger: logging.Logger, left: list[Fetched] | None = None, randomness: Randomness | None = None
     ) -> None:
         self.data = data
-        self.name = _shown(data)
+        self.name = shown(data)
         self.has_ended = False
         self.host: Host | None = None  # the run on an event loop; without one nothing is awaited
-        self._is_manager = _has(data, "__aenter__")
+        self._is_manager = has(data, "__aenter__")
         self.entered: Any = _NOT_ENTERED if self._is_manager else data
-        self.is_one_shot = _is_one_shot(data)
+        self.is_one_shot = is_one_shot(data)
         self._logger = logger
         self._origin = 0  # the count of completed iterations at which this pass over the data began
         self._resume_at: Mapping[str, Any] | None = None
@@ -90,6 +65,7 @@ class Source:
         self._after: Position = None
         self._taken = 0
         self._to_wind = 0
+        self._was_put_back = False
         self._randomness = randomness
         self._opening: Any = None  # where the generators stood as this pass over the data began
         self._now: Any = None  # where they stood before it was put back to where it stood
@@ -107,7 +83,9 @@ class Source:
         self._after = position["state"]
         self._opening = position.get("opening")
         self._length = self._length or position["length"]
-        if position["state"] is None and position["batches"] == self._length and not self.is_one_shot:
+        is_at_end = position["state"] is None and position["batches"] == self._length and not self.is_one_shot
+        # Where a sampler draws from a generator of its own it does so once more as it ends: that end must be met.
+        if is_at_end and not (self._randomness is not None and self._randomness.has_own(self.data)):
             self._resume_at = None  # nothing to wind to: the next fetch meets the end
             self.has_ended, self.take = True, _raise_stop
 
@@ -165,16 +143,19 @@ class Source:
         if data is None:
             self.take = _no_batch
             return None
-        made: Any = data() if _is_factory(data) else data
+        made: Any = data() if is_factory(data) else data
         self._stateful = made if isinstance(made, Stateful) else None
-        if _has(made, "__aiter__"):
+        if self._was_put_back and type(made).__module__.partition(".")[0] == "datasets":
+            # Hugging Face's go back to the state that they were given at each pass, until they are given another.
+            made.load_state_dict({})
+        if has(made, "__aiter__"):
             self._to_wind = self._resume()
             self._iterator = aiter(cast(AsyncIterable[Any], made))
             if not self._to_wind:
                 self._recall()
             self.take = _pending
             return PENDING
-        if not _is_iterable(made):
+        if not is_iterable(made):
             raise TypeError(
                 f"data() returned {made!r}, which is no iterable and no async iterable: return or yield batches"
             )
@@ -219,6 +200,7 @@ class Source:
         if self._stateful is not None and position["state"] is not None:
             self._left.clear()
             self._stateful.load_state_dict(position["state"])
+            self._was_put_back = True
             how, to_wind = "was put back to its own state", 0
         elif self._can_wind:
             self._left.clear()
@@ -254,7 +236,7 @@ class Source:
             self.take = self._take_left
         elif self._prefetcher is not None:
             self.take, self.arrival = self._take_ahead, self._arrival_ahead
-        elif _has(self._iterator, "__anext__"):
+        elif has(self._iterator, "__anext__"):
             self.take = _pending
             self.arrival = self._iterator.__anext__ if self._stateful is None else self._arrival_of_stateful
         else:
@@ -289,7 +271,7 @@ class Source:
     def _pull_ahead(self, host: Host) -> Prefetcher:
         fetched = self._origin + self._taken + len(self._left)
         buffer = Buffer(host.prefetch, host.home, lambda more: host.can_use(fetched + more))
-        if not _has(self._iterator, "__anext__"):
+        if not has(self._iterator, "__anext__"):
             return ThreadPrefetcher(buffer, self._own_position, host.home, self._iterator, host.settings)
         prefetcher = TaskPrefetcher(buffer, self._own_position, host.home, self._iterator)
         host.spawn(prefetcher.pull, prefetcher.never_pull)
@@ -419,72 +401,6 @@ class Source:
     def _is_ours(self) -> bool:
         iterator = self._iterator
         return iterator is not None and iterator is not self.data and iterator is not self.entered
-
-
-def check(data: Any) -> None:
-    """Raise TypeError, saying what to pass instead, for what cannot be the data of a run."""
-    if data is None or needs_event_loop(data) or _is_iterable(data):
-        return
-    if not callable(data):
-        raise TypeError(
-            f"data must be an iterable, an async iterable, or a callable without arguments that makes one, got {data!r}"
-        )
-    if inspect.iscoroutinefunction(data):
-        raise TypeError(
-            f"data is the coroutine function {_shown(data)}: make it an async generator, which yields batches"
-        )
-    try:
-        inspect.signature(data).bind()
-    except TypeError:
-        raise TypeError(
-            f"data is the callable {_shown(data)}{inspect.signature(data)}, but it is called without arguments: wrap"
-            " it, as in lambda: f(...)"
-        ) from None
-    except ValueError:  # a built-in without a signature: it will show
-        return
-
-
-def check_prefetch(prefetch: Any) -> None:
-    """Raise ValueError for what is no number of batches to pull ahead."""
-    if type(prefetch) is not int or prefetch < 0:
-        raise ValueError(f"prefetch= must be a whole number from 0 on, got {prefetch!r}")
-
-
-def length_of(data: Any) -> int | None:
-    """Return `len(data)`, None where there is none (torch's DataLoader over an iterable dataset raises TypeError)."""
-    try:
-        return len(data)
-    except TypeError:
-        return None
-
-
-def needs_event_loop(data: Any) -> bool:
-    """Say whether this is async data."""
-    return _has(data, "__aiter__") or _has(data, "__aenter__")
-
-
-def _has(data: Any, method: str) -> bool:
-    return hasattr(type(data), method)  # as Python itself looks it up: a class is not what its instances are
-
-
-def _is_iterable(data: Any) -> bool:
-    return _has(data, "__iter__") or _has(data, "__getitem__")
-
-
-def _is_factory(data: Any) -> bool:
-    return callable(data) and not _has(data, "__aiter__") and not _is_iterable(data)
-
-
-def _is_one_shot(data: Any) -> bool:
-    """Say whether this is its own iterator, and no `__iter__` in Python could make it begin again."""
-    for again, following in (("__iter__", "__next__"), ("__aiter__", "__anext__")):
-        if _has(data, following) and _has(data, again):
-            return not isinstance(getattr(type(data), again), FunctionType)
-    return False
-
-
-def _shown(data: Any) -> str:
-    return str(getattr(data, "__qualname__", None) or type(data).__qualname__)
 
 
 _END = object()

@@ -139,7 +139,7 @@ def test_an_event_that_is_not_registered_is_refused_where_it_is_asked_for() -> N
 
 @pytest.mark.parametrize("threaded", [None, False])
 async def test_a_snapshot_that_cannot_be_taken_yet_is_asked_for_again_where_the_step_runs(
-    threaded: bool | None,
+    threaded: bool | None,  # noqa: FBT001 -- pytest passes it by name
 ) -> None:
     threads: set[int] = set()
 
@@ -181,7 +181,7 @@ class Holder:
     def __call__(self) -> None:
         self.count += 1
 
-    def also(self, engine: AnyEngine) -> None:
+    def also(self, _: object) -> None:
         self.count += 1
 
     def state_dict(self) -> dict[str, int]:

@@ -45,6 +45,10 @@ _ADVICE = {
     errno.EACCES: "Choose a directory that this user may write to.",
     errno.EPERM: "Choose a directory that this user may write to.",
     errno.ENOENT: "Something removed it while it was in use.",
+    errno.ENOTDIR: "Something else than a directory has that name.",
+    errno.EEXIST: "Something else than a directory has that name.",
+    errno.ENOLCK: "Choose a directory on a file system that has locks (flock).",
+    errno.EOPNOTSUPP: "Choose a directory on a file system that has locks (flock).",
     errno.ESTALE: "Something removed the directory while it was in use.",
 }
 
@@ -109,8 +113,22 @@ class Draft:
             raise ValueError(f"{entry.name} is in this checkpoint already: each file needs a name of its own")
         self._entries[entry.name] = entry
 
-    def write(self, name: str, write: Callable[[BinaryIO], object], is_stopped: IsStopped | None = None) -> FileEntry:
+    def write(
+        self,
+        name: str,
+        write: Callable[[BinaryIO], object],
+        is_stopped: IsStopped | None = None,
+        *,
+        elsewhere: Callable[..., FileEntry] | None = None,
+    ) -> FileEntry:
         """Let `write(file)` write a file of that name, and return its entry once the content is on the disk.
+
+        Args:
+            name: of the file.
+            write: is given the file, to write to from its beginning to its end.
+            is_stopped: asked at every block whether to give up.
+            elsewhere: calls the function and arguments that it is given in another process, and returns the outcome;
+                there it is not asked whether to give up.
 
         Raises:
             Stopped: `is_stopped()` was true.
@@ -121,7 +139,10 @@ class Draft:
         path = self.path / name
         if path.parent != self.path:
             path.parent.mkdir(mode=0o700, exist_ok=True)
-        entry = files.write_file(path, write, is_stopped)
+        if elsewhere is None:
+            entry = files.write_file(path, write, is_stopped)
+        else:
+            entry = elsewhere(files.write_file, path, write)
         self.add(entry)
         return entry
 
@@ -192,24 +213,22 @@ class Draft:
         return revision, number_of.get(self._step, 1 + max(number_of.values(), default=0))
 
     def _discard(self) -> None:
-        with suppress(FileNotFoundError):  # somebody removed it: that is what failed, or nothing is left to do
+        with suppress(FileNotFoundError, NotADirectoryError):  # somebody removed it: nothing is left to do
             if step_and_revision(self.path.name):  # renamed, but not known to be durable
                 self.path = to_trash(self.path)
             remove_all([self.path])
 
     def _explain(self, error: OSError) -> str:
-        written = sum(entry.size for entry in self._entries.values())
-        sizes = f"{_bytes(written)} had been written"
-        if self._size is not None:
-            sizes = f"{_bytes(written)} of {_bytes(self._size)} had been written"
+        total = "" if self._size is None else f" of {_bytes(self._size)}"
         try:
-            free = f"{_bytes(free_space(self._directory))} are free"
+            written = sum(path.lstat().st_size for path in self.path.rglob("*") if not path.is_dir())
+            space = f"{_bytes(written)}{total} had been written, {_bytes(free_space(self._directory))} are free"
             kept = f"Kept are {steps(committed(self._directory))}."
         except OSError as another:
-            free, kept = "how much space is free is not known", f"Which are kept is not known: {words(another)}."
+            space, kept = "how much space is free is not known", f"Which are kept is not known: {words(another)}."
         return (
             f"the checkpoint of step {self._step} was not written: {words(error)}, while {self._doing} in"
-            f" {self._directory}; {sizes}, {free}. {advice(error)} {kept}"
+            f" {self._directory}; {space}. {advice(error)} {kept}"
         )
 
 
@@ -226,7 +245,7 @@ def remove_all(paths: Iterable[Path], troubles: Iterable[str] = ()) -> None:
     for path in paths:
         try:
             files.remove_tree(path)
-        except FileNotFoundError:  # somebody else did
+        except (FileNotFoundError, NotADirectoryError):  # somebody else did
             continue
         except OSError as error:
             told.append(words(error))
@@ -268,9 +287,8 @@ def steps(checkpoints: list[CheckpointInfo]) -> str:
 
 
 def _bytes(count: int) -> str:
-    size, unit = float(count), "bytes"
-    for larger in ("kB", "MB", "GB", "TB"):
-        if size < 1000:  # noqa: PLR2004 -- a thousand of these is one of the larger
-            break
-        size, unit = size / 1000, larger
-    return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
+    for power, unit in enumerate(("TB", "GB", "MB", "kB")):
+        size = count / 1000 ** (4 - power)
+        if size >= 1:
+            return f"{size:.1f} {unit}"
+    return f"{count} bytes"

@@ -121,11 +121,12 @@ def write_file(path: Path, write: Callable[[BinaryIO], object], is_stopped: IsSt
     """
     try:
         descriptor = create(path)
+        file = HashingFile(descriptor, is_stopped)
         try:
-            file = HashingFile(descriptor, is_stopped)
             _fill(file, write)
             os.fsync(descriptor)
         finally:
+            file.error = None  # its traceback holds the file, and both would hold what was to be written
             os.close(descriptor)
     except OSError as error:
         if error.filename is None:  # os.write and os.fsync know a number only
@@ -255,6 +256,9 @@ class DirectoryLock:
             raise RuntimeError(f"writing to {self._path.parent} needs its lock: call lock() first, in this process")
         if not os.path.samestat(os.fstat(self._file.fileno()), self._path.lstat()):
             raise OSError(errno.ESTALE, "the lock file was replaced, so another writer may be at work", str(self._path))
+
+    def __del__(self) -> None:
+        self.drop()  # who is dropped without release() has said all that there is to say: no ResourceWarning
 
     def drop(self) -> None:
         """Forget the lock without giving it up: another process holds it."""

@@ -11,20 +11,20 @@ import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, Self, TypeAlias
 
+import anyio
 import torch
 from anyio.to_thread import run_sync as in_thread
 
+from aengine.checkpoint.contents import Contents
 from aengine.checkpoint.keep import Keep
 from aengine.checkpoint.manifest import CheckpointInfo
-from aengine.checkpoint.memory import SharedMemory
 from aengine.checkpoint.parts import gather, parts_of, scatter
 from aengine.checkpoint.randomness import RandomStates
-from aengine.checkpoint.resume import STATE, Found, Reader
+from aengine.checkpoint.resume import Found, Reader
 from aengine.checkpoint.saving import Saving
 from aengine.checkpoint.serializers import Serializer, TorchFile
-from aengine.checkpoint.staging import Staging
 from aengine.checkpoint.store import Store
 from aengine.engine import Engine
 from aengine.errors import CheckpointNotFound, CheckpointWarning, EngineBusy
@@ -85,7 +85,7 @@ class Checkpoint:
     ITERATION_STARTED and INTERRUPT, what handlers and data have drawn since the last step is drawn again.
 
     One Checkpoint serves one engine and one directory; it has the directory for itself from `restore()`, or from the
-    start of the run, until `close()`.
+    start of the run, until `close()`, or the end of its `async with`.
 
     Args:
         directory: where the checkpoints are; made when the first one is written.
@@ -130,10 +130,9 @@ class Checkpoint:
         self._parts = parts_of(state)
         self._keep = keep or Keep()
         self._store = Store(directory, self._keep)
-        self._serializer: Serializer = serializer or TorchFile()
+        self._contents = Contents(serializer or TorchFile(), in_process=write_in == "process")
         self._when_busy = when_busy
         self._on_error = on_error
-        self._staging = Staging(SharedMemory() if write_in == "process" else None)
         self._engine: AnyEngine | None = None
         self._saving: Saving | None = None
         self._requests: list[_Request] = []
@@ -141,6 +140,7 @@ class Checkpoint:
         self._has_failed = False
         self._place: Any = None  # where the loop stood at the last save
         self._restored: Path | None = None
+        self._went_back_to: CheckpointInfo | None = None
         self._handles: list[RemovableEventHandle] = []
 
     @property
@@ -239,7 +239,15 @@ class Checkpoint:
         try:
             await self.drain()
         finally:
+            await in_thread(self._contents.close)
             self._store.unlock()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        with anyio.CancelScope(shield=True):
+            await self.close()
 
     def _serve(self, engine: AnyEngine) -> None:
         if self._engine is engine:
@@ -263,8 +271,10 @@ class Checkpoint:
 
     def _begin(self) -> None:
         """A run begins: no other writer may have the directory."""
-        self._has_failed = False
+        self._has_failed = True  # nothing is saved of a run that fails for this
         self._store.lock()
+        self._contents.start()
+        self._has_failed = False
 
     def _take(self, event: str, engine: AnyEngine) -> Saving | NotYet | None:
         """Take the snapshot, between two steps, where the step runs, and have it written."""
@@ -303,7 +313,7 @@ class Checkpoint:
         self._store.lock()
         tree = gather(self._parts, engine)
         step = int(tree["engine"]["iteration"])
-        staged = self._staging.stage(tree)
+        staged = self._contents.stage(tree)
         self._place = _place_of(tree["engine"])
         about: dict[str, Any] = {
             "step": step,
@@ -311,7 +321,6 @@ class Checkpoint:
             "event": event,
             "metrics": _numbers(engine.state.metrics),
             "versions": _VERSIONS,
-            "extra": {"serializer": self._serializer.name},
         }
         metric = self._keep.metric
         if metric is not None and metric not in about["metrics"]:
@@ -322,9 +331,14 @@ class Checkpoint:
 
     def _write(self, staged: Any, about: dict[str, Any], is_stopped: Callable[[], bool]) -> CheckpointInfo:
         """In the thread of a save: write, commit, and only then remove what is not to be kept."""
+        if self._went_back_to is not None:
+            left, self._went_back_to = self._store.abandon_after(self._went_back_to), None
+            if left:
+                _logger.warning(
+                    "the run went back: %d later checkpoints were set aside, %s the first", len(left), left[-1]
+                )
         with self._store.begin(about["step"]) as draft:
-            draft.write(STATE, partial(self._serializer.write, staged), is_stopped)
-            info = draft.commit(**about)
+            info = draft.commit(**about, extra=self._contents.write(staged, draft, is_stopped))
         self.committed = info
         self._store.retain([path for path in (self._restored, info.path) if path is not None])
         return info
@@ -344,6 +358,7 @@ class Checkpoint:
             await saving.wait()
         except BaseException:
             saving.stop()
+            self._contents.stop()
             raise
         if saving.error is None:
             await engine.emit(CheckpointEvents.CHECKPOINT_COMMITTED)
@@ -406,7 +421,8 @@ class Checkpoint:
         Args:
             engine: the one to go on, with its handlers attached.
             which: None for the newest that is whole; "must" for the same, which must then exist; a step; or a path.
-                One that was asked for by step or path is taken, or it is an error. Of the newest, a damaged one is set
+                One that was asked for by step or path is taken, or it is an error; when the run then saves, later ones
+                are set aside as abandoned, so that they are not gone on from. Of the newest, a damaged one is set
                 aside, CHECKPOINT_DAMAGED is fired and a warning given, and the one before is tried.
             strict: whether the checkpoint must have just the parts and handlers that there are here.
 
@@ -422,7 +438,7 @@ class Checkpoint:
         self._serve(engine)
         if engine.is_running:
             raise EngineBusy(f"engine {engine.name!r} is running: restore() comes before run()")
-        reader = Reader(self._store, self._serializer)
+        reader = Reader(self._store, partial(self._contents.read, live=partial(gather, self._parts, engine)))
         if which is None or which == "must":
             found = await self._newest(engine, reader, must=which is not None)
         else:
@@ -432,6 +448,7 @@ class Checkpoint:
         info = found.info
         scatter(found.tree, self._parts, engine, strict=strict)
         self._restored, self._place = info.path, None
+        self._went_back_to = None if which is None or which == "must" else info
         _logger.info("restored step %d, epoch %d, from %s", info.step, info.epoch, info.path)
         return info
 

@@ -49,8 +49,8 @@ class CheckpointInfo:
     Attributes:
         step: iterations that were completed when it was taken.
         revision: 1 for the first of its step, 2 for the next that was taken at the same step, and so on.
-        number: the how-manieth of its directory, from 1. A later revision of a step has the number of the one that it
-            stands in for.
+        number: its place in the order in which the checkpoints of its directory were taken, from 1. A later revision of
+            a step has the number of the one that it stands in for.
         epoch: epochs begun when it was taken.
         event: the name of the event at which it was taken.
         metrics: results by name; any of them may be NaN or infinite.

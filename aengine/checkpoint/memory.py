@@ -70,6 +70,8 @@ class Arena:
 
     def region(self, start: int, size: int) -> torch.Tensor:
         """Return the bytes from `start` on as a tensor whose storage is just these. It keeps the memory mapped."""
+        if size == 0:  # which frombuffer() refuses
+            return torch.empty(0, dtype=torch.uint8, device="cpu")
         return torch.frombuffer(self.buffer, dtype=torch.uint8, offset=start, count=size)
 
     def close(self) -> None:
@@ -106,8 +108,9 @@ class SharedMemory:
             self.arena = Arena(max(end, _ALIGNMENT))
         if pinned:
             self.arena.pin()
-        self._starts = {self.arena.address + start: (start, size) for start, size in zip(starts, sizes, strict=True)}
-        return [self.arena.region(start, size) for start, size in zip(starts, sizes, strict=True)]
+        places = list(zip(starts, sizes, strict=True))
+        self._starts = {self.arena.address + start: (start, size) for start, size in places if size}
+        return [self.arena.region(start, size) for start, size in places]
 
     def find(self, storage: torch.UntypedStorage) -> tuple[int, int] | None:
         """Return offset and size, in bytes, of the region that has this storage; None if it is not of here."""

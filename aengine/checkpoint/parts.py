@@ -13,9 +13,9 @@ from typing import Any, TypeAlias, cast
 import torch
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from aengine.data import Stateful
 from aengine.engine import Engine
 from aengine.errors import CheckpointMismatch
-from aengine.source import Stateful
 
 Parts: TypeAlias = "Stateful | dict[str, Parts]"
 """One thing with state, or several by name, nested."""
@@ -30,14 +30,12 @@ def parts_of(state: Any, path: str = "state") -> Parts:
         TypeError: something in it has no state that could be saved and loaded.
     """
     state = _unwrap(state)
-    if isinstance(state, torch.Generator):
-        return _TorchGenerator(state)
-    if isinstance(state, random.Random):
-        return _PythonGenerator(state)
-    if (numpy := sys.modules.get("numpy")) and isinstance(state, numpy.random.Generator):
-        return _NumpyGenerator(state)
+    if generator := _generator_of(state):
+        return generator
     if isinstance(state, Stateful) and not isinstance(state, type):
         return state
+    if isinstance(state, list | tuple):
+        state = {str(index): one for index, one in enumerate(cast(list[Any], state))}
     if isinstance(state, Mapping):
         named: Mapping[Any, Any] = state
         if wrong := [name for name in named if type(name) is not str]:
@@ -45,8 +43,19 @@ def parts_of(state: Any, path: str = "state") -> Parts:
         return {name: parts_of(one, f"{path}[{name!r}]") for name, one in named.items()}
     raise TypeError(
         f"{path} is {_shown(state)}, which has no state_dict() and load_state_dict(): pass a module, an optimizer, a"
-        ' scheduler, anything that has both, or a dictionary of them, such as {"model": model, "optimizer": optimizer}'
+        ' scheduler, anything that has both, or a dictionary of them, such as {"model": model, "optimizer": optimizer},'
+        " or a list"
     )
+
+
+def _generator_of(state: Any) -> Stateful | None:
+    """Return the state_dict of a random number generator, None if this is none."""
+    if isinstance(state, torch.Generator):
+        return _TorchGenerator(state)
+    if isinstance(state, random.Random):
+        return _PythonGenerator(state)
+    numpy = sys.modules.get("numpy")
+    return _NumpyGenerator(state) if numpy and isinstance(state, numpy.random.Generator) else None
 
 
 def _unwrap(state: Any) -> Any:

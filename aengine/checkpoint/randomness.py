@@ -59,6 +59,10 @@ class RandomStates:
         if data is not None:
             self._restore_data(captured.get("data", []), data)
 
+    def has_own(self, data: Any) -> bool:
+        """Say whether the data has generators of its own."""
+        return any(True for _ in _generators_of(data))
+
     def _restore_data(self, states: list[torch.Tensor], data: Any) -> None:
         generators = list(_generators_of(data))
         if len(generators) != len(states):

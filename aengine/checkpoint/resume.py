@@ -1,13 +1,12 @@
 """Resuming: finding the checkpoint to go on from, and reading it. Synchronous, for a thread: disks are slow."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from aengine.checkpoint.manifest import CheckpointInfo
-from aengine.checkpoint.serializers import Serializer
 from aengine.checkpoint.store import Problem, Store
 from aengine.errors import (
     CheckpointDamaged,
@@ -32,10 +31,10 @@ class Reader:
         problems: what was found damaged on the way: where it is now, and why.
     """
 
-    def __init__(self, store: Store, serializer: Serializer) -> None:
+    def __init__(self, store: Store, read: Callable[[CheckpointInfo], Mapping[str, Any]]) -> None:
         self.problems: list[Problem] = []
         self._store = store
-        self._serializer = serializer
+        self._read_contents = read
 
     def read(self, which: int | str | PathLike[str]) -> Found:
         """Read the checkpoint of a step, or at a path: this one and no other.
@@ -82,8 +81,7 @@ class Reader:
 
     def _read(self, info: CheckpointInfo) -> Found:
         self._store.verify(info)
-        with (info.path / STATE).open("rb") as file:
-            return Found(info, self._serializer.read(file))
+        return Found(info, self._read_contents(info))
 
     def _meet(self, path: Path, why: str, *, may_set_aside: bool) -> None:
         self.problems.append(Problem(self._store.set_aside(path, why) if may_set_aside else path, why))
@@ -95,7 +93,3 @@ class Reader:
         except (CheckpointLocked, CheckpointNotWritten):
             return False
         return True
-
-
-STATE = "state.pt"
-"""The file of a checkpoint that holds the tree."""

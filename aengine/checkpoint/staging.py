@@ -16,6 +16,8 @@ import torch
 from aengine.checkpoint.memory import Memory, PrivateMemory
 from aengine.checkpoint.trees import Survey, rebuild
 
+_CPU = torch.device("cpu")
+
 
 class Staging:
     """Copies trees of state into CPU buffers that are reused from one stage to the next.
@@ -64,7 +66,7 @@ class _Strided(NamedTuple):
     size: torch.Size
     stride: tuple[int, ...]
     dtype: torch.dtype
-    is_on_gpu: bool
+    device: torch.device
     is_view_of_others: bool  # conjugated or negated when read: its memory is not its numbers
     is_parameter: bool
     requires_grad: bool
@@ -97,20 +99,24 @@ class _Strided(NamedTuple):
 
 def _layout(tensors: Iterable[torch.Tensor]) -> list[_Strided]:
     storages: dict[tuple[torch.device, int], int] = {}
-    return [
-        _Strided(
-            storages.setdefault((tensor.device, tensor.untyped_storage().data_ptr()), len(storages)),
-            int(tensor.storage_offset()),
-            tensor.size(),
-            tensor.stride(),
-            tensor.dtype,
-            tensor.is_cuda,
-            tensor.is_conj() or tensor.is_neg(),
-            type(tensor) is torch.nn.Parameter,
-            tensor.requires_grad,
+    layout = []
+    for tensor in tensors:
+        device = tensor.device
+        storage = storages.setdefault((device, tensor.untyped_storage().data_ptr()), len(storages))
+        layout.append(
+            _Strided(
+                storage,
+                int(tensor.storage_offset()),
+                tensor.size(),
+                tensor.stride(),
+                tensor.dtype,
+                device,
+                tensor.is_conj() or tensor.is_neg(),
+                type(tensor) is torch.nn.Parameter,
+                tensor.requires_grad,
+            )
         )
-        for tensor in tensors
-    ]
+    return layout
 
 
 @dataclass
@@ -128,11 +134,12 @@ class _Plan:
     def __init__(self, layout: list[_Strided], memory: Memory) -> None:
         self.layout = layout
         stretches = _stretches(layout)
-        is_on_gpu = any(strided.is_on_gpu for strided in layout)
+        self._devices = {strided.device for strided in layout}
         regions = memory.regions(
-            [stretch.length * layout[stretch.members[0]].dtype.itemsize for stretch in stretches], pinned=is_on_gpu
+            [stretch.length * layout[stretch.members[0]].dtype.itemsize for stretch in stretches],
+            pinned=any(device.type == "cuda" for device in self._devices),
         )
-        self.results: list[torch.Tensor] = [torch.empty(0)] * len(layout)
+        self.results: list[torch.Tensor] = [torch.empty(0, device="cpu")] * len(layout)
         self._whole: list[tuple[int, torch.Tensor]] = []  # tensors, by index, and where they are copied to
         self._ranges: list[tuple[int, int, torch.Tensor]] = []  # the same for ranges of the memory of tensors
         for stretch, region in zip(stretches, regions, strict=True):
@@ -144,15 +151,19 @@ class _Plan:
                 self.results[index].requires_grad_(strided.requires_grad)
 
     def copy(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Copy the numbers of these tensors, which are laid out as the plan has it. Awaits what GPUs do of it."""
-        for index, target in self._whole:
-            source = tensors[index]
+        """Copy the numbers of these tensors, laid out as the plan has it. Returns when GPUs have done their part."""
+        targets = [target for _, target in self._whole] + [target for *_, target in self._ranges]
+        sources = [tensors[index] for index, _ in self._whole]
+        sources += [tensors[index].as_strided(target.shape, (1,), start) for index, start, target in self._ranges]
+        if self._devices == {_CPU}:
+            # In one call: after each one a thread must get Python's lock back, from the event loop for one.
+            torch._foreach_copy_(targets, sources)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+            return
+        for target, source in zip(targets, sources, strict=True):
             target.copy_(source, non_blocking=source.is_cuda)
-        for index, start, target in self._ranges:
-            source = tensors[index]
-            target.copy_(source.as_strided(target.shape, (1,), start), non_blocking=source.is_cuda)
-        for device in {tensor.device for tensor in tensors if tensor.is_cuda}:
-            torch.cuda.current_stream(device).synchronize()
+        for device in self._devices:
+            if device.type == "cuda":
+                torch.cuda.current_stream(device).synchronize()
 
     def _place(self, stretch: _Stretch, region: torch.Tensor) -> None:
         storage = region.untyped_storage()

@@ -4,6 +4,7 @@
     DIR/step-0000000500.2/...          a second one of the same step, taken at the end of the epoch, say
     DIR/.tmp-...  .trash-...           being written, being removed: strays of a dead writer are swept by the next
     DIR/damaged-step-...               set aside by `set_aside()`, and never looked at again
+    DIR/abandoned-step-...             later than a checkpoint that a run went back to: likewise
     DIR/.lock                          one writer at a time
 
 The rename is the commit, and retention comes after it: at no instant is the newest good checkpoint missing, whether the
@@ -29,6 +30,8 @@ from aengine.checkpoint.reading import DAMAGED, WHY, Problem
 from aengine.errors import CheckpointNotFound, CheckpointNotWritten
 
 __all__ = ["Draft", "Problem", "Store"]
+
+_ABANDONED = "abandoned-"
 
 
 class Store:
@@ -120,9 +123,27 @@ class Store:
         """Rename a damaged checkpoint so that nobody takes it for one, and return where it is now. Removes nothing.
 
         The reason is put beside its files as why.txt, if that can be done.
+
+        Raises:
+            OSError: it could not be renamed, and is where it was.
         """
+        return self._set_aside(path, DAMAGED, why)
+
+    def abandon_after(self, info: CheckpointInfo) -> builtins.list[Path]:
+        """Rename what is later than a checkpoint that was gone back to, and return where it is now. Removes nothing.
+
+        Else the next run would go on from the latest of those, on the way that was left.
+
+        Raises:
+            OSError: one could not be renamed, and is where it was.
+        """
+        later = [one for one in self.list() if (one.step, one.revision) > (info.step, info.revision)]
+        why = f"the run went back to step {info.step} and went on from there"
+        return [self._set_aside(one.path, _ABANDONED, why) for one in reversed(later)]
+
+    def _set_aside(self, path: Path, prefix: str, why: str) -> Path:
         self._lock.check()
-        names = itertools.chain([f"{DAMAGED}{path.name}"], (f"{DAMAGED}{path.name}-{n}" for n in itertools.count(2)))
+        names = itertools.chain([f"{prefix}{path.name}"], (f"{prefix}{path.name}-{n}" for n in itertools.count(2)))
         target = next(free for name in names if not os.path.lexists(free := path.with_name(name)))
         files.rename(path, target)
         files.sync_directory(path.parent)

@@ -48,6 +48,17 @@ def path_text(path: Iterable[Any]) -> str:
     return "state" + "".join(f".{step}" if type(step) is Attribute else f"[{step!r}]" for step in path)
 
 
+def why_not_loaded(error: Exception) -> str:
+    """Return the part of an error of `torch.load()` that is about the file, on one line.
+
+    The rest is a page, half of it about how to do without weights_only.
+    """
+    lines = str(error).strip().splitlines() or ["it ends too early"]
+    about_the_file = [line for line in lines if "WeightsUnpickler error: " in line or "GLOBAL" in line]
+    reason = (about_the_file or lines)[0].rpartition("WeightsUnpickler error: ")[2].strip()
+    return f"{type(error).__name__}: {reason}"
+
+
 def rebuild(tree: Any, replace: Callable[[Any, Sequence[Any]], Any]) -> Any:
     """Return the same tree in new containers, with `replace(leaf, path)` in the place of every leaf.
 
@@ -178,6 +189,11 @@ class Survey:
                 "give its module memory with to_empty(device=...), and fill it",
             )
         elif value.layout is torch.strided and not value.is_quantized and not value.is_nested:
+            if value.untyped_storage().nbytes() == 0 and value.numel() > 0:  # copying that would crash the process
+                raise self._refusal(
+                    "is a tensor whose memory has been freed, as FSDP does between uses",
+                    "take the state_dict() where its numbers are gathered",
+                )
             self.tensors[id(value)] = value
         elif value.layout is torch._mkldnn:  # type: ignore[attr-defined]  # noqa: SLF001 -- it has no other name
             raise self._refusal("is a tensor in the layout of mkldnn", "write x.to_dense() instead")
@@ -195,7 +211,7 @@ class Survey:
             self.substitutes[id(value)] = _copy_by_saving(value)
         except Exception as error:
             raise self._refusal(
-                f"is of type {_name(kind)}, which was allowed, but does not load: {str(error).splitlines()[0]}",
+                f"is of type {_name(kind)}, which was allowed, but does not load: {why_not_loaded(error)}",
                 "allow the types that it consists of as well, or write what it consists of instead",
             ) from error
 
@@ -243,7 +259,6 @@ _ADVICE: tuple[tuple[type | tuple[type, ...], str], ...] = (
     ((UninitializedBuffer, UninitializedParameter), "run a batch through the lazy module before the first save"),
     (torch.Tensor, "write x.as_subclass(torch.Tensor) instead, or what it consists of"),
     (torch.Generator, "write x.get_state() instead"),
-    ((torch.UntypedStorage, torch.TypedStorage), "write a tensor of it instead"),
     (PurePath, "write str(x) instead"),
     ((dt.date, dt.time), "write x.isoformat() instead"),
     (dt.timedelta, "write x.total_seconds() instead"),
@@ -251,7 +266,6 @@ _ADVICE: tuple[tuple[type | tuple[type, ...], str], ...] = (
     (str, "write str(x) instead"),
     (bytes, "write bytes(x) instead"),
     (bytearray, "write bytearray(x) instead"),
-    (bool, "write bool(x) instead"),
     (int, "write int(x) instead"),
     (float, "write float(x) instead"),
     (complex, "write complex(x) instead"),
@@ -259,9 +273,8 @@ _ADVICE: tuple[tuple[type | tuple[type, ...], str], ...] = (
     (frozenset, "write set(x) or sorted(x) instead"),
     (AbstractSet, "write set(x) instead"),
     (tuple, "write tuple(x) instead"),
-    ((list, deque, range, memoryview, types.GeneratorType), "write list(x) instead"),
+    ((list, deque, range, types.GeneratorType), "write list(x) instead"),
     ((type, types.FunctionType, types.BuiltinFunctionType, types.MethodType, functools.partial), _LEAVE_OUT),
-    (types.ModuleType, _LEAVE_OUT),
 )
 
 
