@@ -221,7 +221,11 @@ async def test_the_waits_for_a_save_that_fails_do_not_hang(tmp_path: Path) -> No
         fill_the_disk(run)
         with anyio.fail_after(60):
             async with anyio.create_task_group() as group:
-                run.engine.add_event_handler(Events.STARTED, lambda: group.start_soon(ask) and None)
+
+                @run.engine.on(Events.STARTED)
+                def have_one_ask() -> None:
+                    group.start_soon(ask)
+
                 group.start_soon(begin)
                 await until(run.valve.begun.is_set)
                 run.valve.is_open.set()

@@ -19,7 +19,7 @@ import trio  # noqa: F401 -- now, and not in each life
 from anyio.lowlevel import checkpoint as breathe
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, TensorDataset
-from torchdata.stateful_dataloader import StatefulDataLoader
+from torchdata.stateful_dataloader import StatefulDataLoader  # type: ignore[import-untyped]  # as it is
 
 from aengine import Engine, Events
 from aengine.checkpoint import Checkpoint, Keep
