@@ -95,9 +95,9 @@ def main(module: str) -> None:
         pid = os.fork()
         if pid == 0:
             os.close(alive)
+            report("pid", os.getpid())
             _live(live, json.loads(line))
         os.close(held)
-        report("pid", pid)
         if select.select([alive, sys.stdin], [], [])[0] == [alive]:  # else the parent has ended: so does the child
             report("over")
             sys.stdin.readline()

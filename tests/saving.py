@@ -42,12 +42,14 @@ class Valve(TorchFile):
 class Run:
     """An engine that counts its steps in a model, and a Checkpoint of it that is not attached yet."""
 
-    def __init__(self, directory: Path, *, thread: bool = False, grace: float = 30.0, **options: Any) -> None:
+    def __init__(
+        self, directory: Path, *, thread: bool = False, grace: float = 30.0, valve: Valve | None = None, **options: Any
+    ) -> None:
         self.directory = directory
         self.model = torch.nn.Linear(2, 1)
         torch.nn.init.zeros_(self.model.weight)
         self.engine: AnyEngine = Engine(self._step if thread else self._async_step, name="saved", grace=grace)
-        self.valve = Valve()
+        self.valve = valve or Valve()
         self.checkpoint = Checkpoint(directory, {"model": self.model}, serializer=self.valve, **options)
 
     def _step(self, engine: AnyEngine, batch: Any) -> float:

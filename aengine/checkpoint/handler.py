@@ -18,6 +18,7 @@ import torch
 from anyio.to_thread import run_sync as in_thread
 
 from aengine.checkpoint.contents import Contents
+from aengine.checkpoint.files import Stopped
 from aengine.checkpoint.keep import Keep
 from aengine.checkpoint.manifest import CheckpointInfo
 from aengine.checkpoint.parts import gather, parts_of, scatter
@@ -357,8 +358,14 @@ class Checkpoint:
                 _logger.warning(
                     "the run went back: %d later checkpoints were set aside, %s the first", len(left), left[-1]
                 )
-        with self._store.begin(about["step"]) as draft:
-            info = draft.commit(**about, extra=self._contents.write(staged, draft, is_stopped))
+        try:
+            with self._store.begin(about["step"]) as draft:
+                info = draft.commit(**about, extra=self._contents.write(staged, draft, is_stopped))
+        except Stopped as error:
+            raise CheckpointNotWritten(
+                f"the checkpoint of step {about['step']} was not written: it was given up with the run, whose grace was"
+                " over. Nothing of it stays"
+            ) from error
         self.committed = info
         self._store.retain([path for path in (self._restored, info.path) if path is not None])
         return info
@@ -377,8 +384,10 @@ class Checkpoint:
             await engine.emit(CheckpointEvents.CHECKPOINT_STAGED)
             await saving.wait()
         except BaseException:
+            saving.is_told = True  # by what ends this: the run was cancelled, or its grace is over
             saving.stop()
             self._contents.stop()
+            self._refuse()  # those who wait for its end to have their own save: the run is over
             raise
         if saving.error is None:
             await engine.emit(CheckpointEvents.CHECKPOINT_COMMITTED)
