@@ -281,13 +281,15 @@ class Checkpoint:
 
     def _take(self, event: str, engine: AnyEngine) -> Saving | NotYet | None:
         """Take the snapshot, between two steps, where the step runs, and have it written."""
+        under_way = self._saving
+        is_busy = under_way is not None and not under_way.is_over  # before the rest: one that fails says so before that
         if not self._is_due(event, engine):
             return None
-        if self._saving is not None and not self._saving.is_over:
+        if under_way is not None and is_busy:
             if self._when_busy == "skip" and event not in _LAST_WORDS and not self._requests:
                 self.skipped += 1
                 return None
-            return NotYet(self._saving.wait())
+            return NotYet(under_way.wait())
         try:
             saving = self._saving = self._stage(event, engine)
         except Exception as error:
@@ -370,9 +372,8 @@ class Checkpoint:
         self._store.retain([path for path in (self._restored, info.path) if path is not None])
         return info
 
-    def _finished(self) -> None:
-        saving = self._saving
-        if saving is not None and saving.error is not None and self._on_error == "raise":
+    def _finished(self, saving: Saving) -> None:
+        if saving.error is not None and self._on_error == "raise":
             self._has_failed = True
 
     async def _follow(self, event: Event) -> None:
