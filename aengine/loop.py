@@ -81,7 +81,7 @@ class Loop(Attending):
         try:
             try:
                 yield from self._fire("STARTED")
-                if self._epoch_is_complete:
+                if self._epoch_is_complete or self._is_done:
                     self._recall()
                 while not self._is_done:
                     yield from self._epoch()
@@ -428,6 +428,8 @@ class Loop(Attending):
             except Exception as another:  # noqa: BLE001 -- the others are to be told too; it is raised with the first
                 if another is not error:
                     self.also_raised.append(another)
+            finally:
+                part.clear()
         try:
             yield from self._take_no_more_requests()
         except Exception as another:  # noqa: BLE001 -- likewise

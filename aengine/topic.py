@@ -411,6 +411,11 @@ class Topic:
             part._arrange()  # noqa: SLF001 -- another of this class
         return parts
 
+    def clear(self) -> None:
+        """Let go of the listeners. It is a cycle, by `publish`: one that was made for once holds nothing then."""
+        self.inline = self.outlets = ()
+        self._quick = (), (), ()
+
     def finish(self, engine: Any, count: int) -> Dispatch:
         """Dispatch once more, at the end of a run, to those that asked for it and have not seen this count."""
         last = Topic(self.name, self._publisher)
@@ -419,8 +424,11 @@ class Topic:
         for listener in (*last.inline, *last.outlets):
             listener.due = ALWAYS
         last._arrange()
-        if last.inline or last.outlets:
-            yield from last.publish(engine, count) or ()
+        try:
+            if last.inline or last.outlets:
+                yield from last.publish(engine, count) or ()
+        finally:
+            last.clear()
 
     def _blame(self, error: Exception, what: str, engine: Any) -> None:
         """Note on an error where it was raised."""
