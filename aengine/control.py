@@ -43,6 +43,7 @@ class Control:
         self.skip_epoch_completed = False
         self.owed: list[Room] = []
         self.to_fire: deque[str] = deque()
+        self.at_end: set[Callable[[], object]] = set()
         self.on_change: Callable[[], None] | None = None  # wakes a driver that waits on the loop's behalf
 
     def ask(self, request: Request) -> None:
@@ -90,13 +91,15 @@ class Control:
         if self.phase is not Phase.IDLE:
             self.ask(Request.INTERRUPT)
 
-    def fire(self, event: str) -> bool:
+    def fire(self, event: str, at_end: Callable[[], object] | None = None) -> bool:
         """Ask for an event to be fired between two steps. Returns False where no run is under way that would."""
+        if at_end is not None:
+            self.at_end.add(at_end)
         self.to_fire.append(event)  # before the look at the phase: the loop looks the other way round
         if self.phase is Phase.IDLE:
             try:
                 self.to_fire.remove(event)
-            except ValueError:  # it has just been fired after all
+            except ValueError:  # it has just been fired after all, or the run is over, and who asked is told so
                 return True
             return False
         self.ask(Request.FIRE)
@@ -113,4 +116,10 @@ class Control:
         self.asked &= {Request.PAUSE, Request.HALT}
         self.phase = Phase.BETWEEN_EPOCHS
         self.owed.clear()
+
+    def end(self) -> None:
+        """A run is over, or left in its middle, however that came: also where not a line of its story was told."""
+        self.phase = Phase.IDLE
         self.to_fire.clear()
+        while self.at_end:
+            self.at_end.pop()()

@@ -238,10 +238,11 @@ class Driver:
     @property
     def is_inside(self) -> bool:
         """Whether the caller is the loop itself, here or on the worker."""
-        if self.is_here:
-            return True
-        # Not in the event loop's thread, or in none of its tasks: it is somebody else.
-        return self._home.is_here and anyio.get_current_task().id == self._task
+        return self.is_here or (self._task is not None and self.is_task(self._task))
+
+    def is_task(self, task: int) -> bool:
+        """Whether the caller is this task of the run's event loop. Elsewhere, or in no task, it is somebody else."""
+        return self._home.is_here and anyio.get_current_task().id == task
 
     def call_home(self, wanted: Awaitable[Any]) -> Any:
         """On the worker, inside a slice: have something awaited at home, in the task of the run, and wait for it."""

@@ -192,6 +192,7 @@ class Engine(Publishing, Generic[Batch, Output]):
             self.terminate,
             partial(self.add_event_handler, Events.ITERATION_COMPLETED),
             self._record,
+            self._waits_for,
         )
 
     @contextmanager
@@ -206,6 +207,7 @@ class Engine(Publishing, Generic[Batch, Output]):
             yield
         finally:
             self._is_running = False
+            self._control.end()
 
     def _begin(
         self, data: Any, max_epochs: int | None, max_iters: int | None, epoch_length: int | None

@@ -23,11 +23,13 @@ class Iteration:
         terminate: Callable[[], None],
         listen: Callable[[Any], Any],
         record: Callable[[], Event],
+        waits_for: Callable[[int | None], None],
     ) -> None:
         self._run = run
         self._terminate = terminate
         self._listen = listen
         self._record = record
+        self._waits_for = waits_for  # told of the caller's task while the loop waits for it
         self._event: Event | None = None
         self._turn: anyio.Event  # the caller's: an event, or the end
         self._next: anyio.Event  # the loop's
@@ -52,6 +54,7 @@ class Iteration:
     async def __anext__(self) -> Event:
         if self._is_ahead_of_loop:
             self._is_ahead_of_loop = False
+            self._waits_for(None)
             self._next.set()
         await self._turn.wait()
         event, self._event = self._event, None
@@ -60,12 +63,14 @@ class Iteration:
             raise StopAsyncIteration
         self._turn = anyio.Event()
         self._is_ahead_of_loop = True
+        self._waits_for(anyio.get_current_task().id)
         return event
 
     async def __aexit__(
         self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None
     ) -> None:
         self._is_left = True
+        self._waits_for(None)
         if (error is None or isinstance(error, Exception)) and not self._is_over:
             self._error = error  # raised inside the run, where the loop waits for the caller
             self._terminate()  # where it waits for something else, such as data

@@ -53,6 +53,7 @@ class Publishing:
         self._control = control
         self._driver: Driver | None = None
         self._loop: Loop | None = None
+        self._waited_for: int | None = None  # the task of a body of `iterate()`, while it has the loop wait
         self._registered: dict[str, Any] = {event.name: event for event in Events}
 
     # Listening
@@ -247,16 +248,21 @@ class Publishing:
             raise no_room(owed[0])
         self._control.owe(owed)
 
-    def fire_between_steps(self, event: AnyEvent) -> bool:
+    def fire_between_steps(self, event: AnyEvent, *, at_end: Callable[[], object] | None = None) -> bool:
         """Have the loop fire an event before its next step, where the state is that of a completed one.
 
         From any thread or task, without waiting. Where the loop is paused, it is fired there. Returns False, and does
         nothing, if no run is under way.
 
+        Args:
+            event: the event.
+            at_end: called when `run()` is about to return or raise, however it came to that: a run that is cancelled
+                before its first event, or given up by a second Ctrl-C, fires nothing any more.
+
         Raises:
             ValueError: the event is not registered.
         """
-        return self._control.fire(self._one_selector(event).name)
+        return self._control.fire(self._one_selector(event).name, at_end)
 
     def stateful_listeners(self) -> list[Any]:
         """Return those who listen, inline or beside the step, and have `state_dict` and `load_state_dict`.
@@ -315,8 +321,17 @@ class Publishing:
 
     @property
     def is_inside(self) -> bool:
-        """Whether the caller is the run under way itself: its step or an inline handler, which the loop waits for."""
-        return self._driver is not None and self._driver.is_inside
+        """Whether the caller is the run under way itself: what the loop waits for.
+
+        That is its step, an inline handler, or the body of an `iterate()`.
+        """
+        driver = self._driver
+        if driver is None:
+            return False
+        return driver.is_inside or (self._waited_for is not None and driver.is_task(self._waited_for))
+
+    def _waits_for(self, task: int | None) -> None:
+        self._waited_for = task
 
     def _one_selector(self, event: AnyEvent) -> Selector:
         chosen = self._selectors(event)
