@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
 from typing import Any
 
+from aengine.errors import InboxOverflow
 from aengine.inbox import Inbox, Room
 from aengine.topic import Dispatch
 
@@ -21,7 +22,7 @@ async def emit(dispatch: Dispatch | None, *, can_wait: bool) -> None:
     through others, for room in the emitter's: then the event is accepted over the bound, and nobody is stuck.
 
     Raises:
-        RuntimeError: there is no room, and, as `can_wait` says, nobody who makes some.
+        InboxOverflow: there is no room, and, as `can_wait` says, nobody who makes some.
     """
     if dispatch is None:
         return
@@ -81,9 +82,9 @@ def async_handler_message(name: str) -> str:
     )
 
 
-def no_room(room: Room) -> RuntimeError:
+def no_room(room: Room) -> InboxOverflow:
     """Return the error of an event that would wait for ever. It was accepted."""
-    return RuntimeError(
+    return InboxOverflow(
         f"the inbox of {room.inbox.name!r} is full, and no run is under way in which it is emptied: emit fewer events"
         " between runs, make its buffer= larger, or choose another overflow="
     )

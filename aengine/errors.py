@@ -43,7 +43,7 @@ class HandlerTimeout(AengineError, TimeoutError):
 
 
 class InboxOverflow(AengineError, RuntimeError):
-    """An event met a full inbox whose policy is `overflow="error"`."""
+    """An event met a full inbox whose policy is `overflow="error"`, or one that nobody empties: no run is under way."""
 
 
 class StrayCancellation(AengineError, RuntimeError):
