@@ -176,6 +176,13 @@ class _Child:
             self._process.kill()
             self._process.wait()
 
+    def __del__(self) -> None:
+        # Dropped without a close(): it has nothing to do, for a thread that waits for an answer holds this.
+        if hasattr(self, "_process") and self._process.returncode is None:  # not if it could not be started
+            self._process.kill()
+            self._process.wait()
+        self._socket.close()
+
     def bury(self) -> str:
         """Wait for the end of a process that is dead or dying, and say what it died of."""
         self.close()
