@@ -5,34 +5,31 @@ The snapshot is taken inline, between two steps, where the step runs; the write 
 
 import logging
 import os
-import platform
-import sys
+import threading
 import warnings
-from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self, TypeAlias
 
 import anyio
-import torch
 from anyio.to_thread import run_sync as in_thread
 
 from aengine.checkpoint.contents import Contents
-from aengine.checkpoint.files import Stopped
 from aengine.checkpoint.keep import Keep
 from aengine.checkpoint.manifest import CheckpointInfo
 from aengine.checkpoint.parts import gather, parts_of, scatter
 from aengine.checkpoint.randomness import RandomStates
+from aengine.checkpoint.requests import Requests
 from aengine.checkpoint.resume import Found, Reader
 from aengine.checkpoint.saving import Saving
 from aengine.checkpoint.serializers import Serializer, TorchFile
 from aengine.checkpoint.store import Store
+from aengine.checkpoint.writer import Writer
 from aengine.engine import Engine
-from aengine.errors import CheckpointNotFound, CheckpointNotWritten, CheckpointWarning, EngineBusy
+from aengine.errors import CheckpointNotFound, CheckpointWarning, EngineBusy, InboxOverflow
 from aengine.events import AnyEvent, Event, EventEnum, Events, FilteredEvent, selectors
 from aengine.publishing import RemovableEventHandle
 from aengine.topic import NotYet
-from aengine.worker import Bell, Home
 
 AnyEngine: TypeAlias = Engine[Any, Any]
 
@@ -44,12 +41,16 @@ _LAST_WORDS = frozenset({"TERMINATE", "INTERRUPT", "COMPLETED", "CANCELLED", "EX
 _ACCIDENTS = frozenset({"CANCELLED", "EXCEPTION_RAISED"})
 """Events that can come in the middle of a step: what was saved of the step before is not replaced then."""
 
-
-_VERSIONS = {
-    "aengine": sys.modules["aengine"].__version__,  # to import it here would be to import upwards
-    "torch": str(torch.__version__),
-    "python": platform.python_version(),
-}
+_WITHIN = frozenset(
+    {
+        "GET_BATCH_STARTED",
+        "GET_BATCH_COMPLETED",
+        "ITERATION_STARTED",
+        "DATALOADER_STOP_ITERATION",
+        "TERMINATE_SINGLE_EPOCH",
+    }
+)
+"""Events at which something was drawn or ended since the last step that would not come again: saved is after them."""
 
 
 class CheckpointEvents(EventEnum):
@@ -61,13 +62,7 @@ class CheckpointEvents(EventEnum):
     CHECKPOINT_DAMAGED = "checkpoint_damaged"
 
 
-class _Request:
-    """Somebody who waits for a save that he asked for."""
-
-    def __init__(self) -> None:
-        self.bell = Bell(Home())
-        self.saving: Saving | None = None
-        self.error: BaseException | None = None
+_REQUESTED = CheckpointEvents.CHECKPOINT_REQUESTED.name
 
 
 class Checkpoint:
@@ -82,8 +77,9 @@ class Checkpoint:
     handed in that is, without being asked for: the engine (counters, the position of the data), the states of python's,
     numpy's and torch's random number generators and of the DataLoader's own, `engine.state.metrics`, and those of the
     engine's handlers that have a `state_dict`. A run that is restored from it goes on as if it had never been stopped,
-    to the last bit, as long as its steps are deterministic. At GET_BATCH_STARTED, GET_BATCH_COMPLETED,
-    ITERATION_STARTED and INTERRUPT, what handlers and data have drawn since the last step is drawn again.
+    to the last bit, as long as its steps are deterministic. What is due where no step is complete, at ITERATION_STARTED
+    or at events of one's own, say, is saved when one is. A run that is interrupted in such a place, and saved there,
+    draws again what handlers and data have drawn since the last step.
 
     One Checkpoint serves one engine and one directory; it has the directory for itself from `restore()`, or from the
     start of the run, until `close()`, or the end of its `async with`.
@@ -101,7 +97,6 @@ class Checkpoint:
         write_in: "thread", or "process", which takes nothing from steps that are short.
 
     Attributes:
-        committed: the last checkpoint that this object has written, None before the first.
         skipped: saves that were skipped.
         failures: saves that failed and were warned of.
         damaged: what `restore` found damaged.
@@ -124,30 +119,31 @@ class Checkpoint:
         _check_choice("when_busy", when_busy, "wait", "skip")
         _check_choice("on_error", on_error, "raise", "warn")
         _check_choice("write_in", write_in, "thread", "process")
-        self.committed: CheckpointInfo | None = None
         self.skipped = 0
         self.failures = 0
         self.damaged: tuple[Path, ...] = ()
         self._parts = parts_of(state)
-        self._keep = keep or Keep()
-        self._store = Store(directory, self._keep)
+        self._store = Store(directory, keep or Keep())
         self._contents = Contents(serializer or TorchFile(), in_process=write_in == "process")
+        self._writer = Writer(self._parts, self._store, self._contents)
         self._when_busy = when_busy
         self._on_error = on_error
         self._engine: AnyEngine | None = None
         self._saving: Saving | None = None
-        self._requests: list[_Request] = []
-        self._is_wanted = False  # by save_soon(), which nobody waits for
-        self._has_failed = False
-        self._place: Any = None  # where the loop stood at the last save
-        self._restored: Path | None = None
-        self._went_back_to: CheckpointInfo | None = None
+        self._requests = Requests()
+        self._is_staging = threading.Lock()  # where the step runs, or, between runs, where save_now() was called
+        self._has_failed = False  # nothing more is saved of this run
         self._handles: list[RemovableEventHandle] = []
 
     @property
     def directory(self) -> Path:
         """Where the checkpoints are."""
         return self._store.directory
+
+    @property
+    def committed(self) -> CheckpointInfo | None:
+        """The last checkpoint that this object has written, None before the first."""
+        return self._writer.committed
 
     # Saving
 
@@ -164,7 +160,7 @@ class Checkpoint:
         handles = [
             engine.subscribe(
                 FilteredEvent(one.name, one.filter),
-                self._follow,
+                partial(self._follow, engine),
                 snapshot=partial(self._take, one.name),
                 name=f"Checkpoint({str(self.directory)!r})",
             )
@@ -192,17 +188,20 @@ class Checkpoint:
             raise RuntimeError(
                 "save_now() waits for the end of the step, which waits for it here: call checkpoint.save_soon()"
             )
-        request = _Request()
-        self._requests.append(request)
-        if not engine.fire_between_steps(CheckpointEvents.CHECKPOINT_REQUESTED):
-            self._requests.remove(request)
-            return await self._save_here(engine)
-        await request.bell.wait()
-        if request.error is not None:
-            raise request.error
-        assert request.saving is not None, "it has one or the other"  # noqa: S101
-        await request.saving.wait()
-        return self._outcome(request.saving)
+        while True:
+            request = self._requests.add()
+            if self._ask(engine) or not self._requests.withdraw(request):
+                saving = await request.granted()
+                await saving.wait()
+                return self._outcome(saving)
+            with self._is_staging:
+                before = self._under_way()
+                if before is None:
+                    self._look_back()
+                    saving = self._saving = Saving(self._writer.stage("", engine), lambda _: None)
+                    break
+            await before.wait()  # and meanwhile a run may begin
+        return await self._see_to(saving, engine)
 
     def save_soon(self) -> None:
         """Have a run under way save before its next step. From anywhere, also in steps and handlers; never waits.
@@ -211,9 +210,9 @@ class Checkpoint:
             RuntimeError: no run is under way.
         """
         engine = self._served()
-        self._is_wanted = True
-        if not engine.fire_between_steps(CheckpointEvents.CHECKPOINT_REQUESTED):
-            self._is_wanted = False
+        self._requests.wanted_by = CheckpointEvents.CHECKPOINT_REQUESTED.name
+        if not self._ask(engine):
+            self._requests.wanted_by = ""
             raise RuntimeError(
                 "save_soon() asks a run under way, and there is none: write  await checkpoint.save_now()"
             )
@@ -232,15 +231,27 @@ class Checkpoint:
     async def close(self) -> None:
         """Wait for the save under way, detach from the engine, and let others have the directory.
 
+        Cancellable: the save under way is given up then. It can be attached again, also to another engine.
+
         Raises:
             CheckpointError: as `drain` does.
         """
         for handle in self._handles:
             handle.remove()
+        self._handles, self._engine, self._writer.saved_step = [], None, None
+        self._requests.refuse("the Checkpoint was closed before the save that was asked for")
         try:
             await self.drain()
         finally:
-            await in_thread(self._contents.close)
+            with anyio.CancelScope(shield=True):
+                if (saving := self._under_way()) is not None:
+                    saving.stop()
+                    self._contents.stop()
+                    await saving.wait()
+                await in_thread(self._contents.close)
+            if self._saving is not None:
+                self._saving.error = None  # whose traceback would hold the engine
+                self._saving = None
             self._store.unlock()
 
     async def __aenter__(self) -> Self:
@@ -281,122 +292,135 @@ class Checkpoint:
 
     def _take(self, event: str, engine: AnyEngine) -> Saving | NotYet | None:
         """Take the snapshot, between two steps, where the step runs, and have it written."""
-        under_way = self._saving
-        is_busy = under_way is not None and not under_way.is_over  # before the rest: one that fails says so before that
-        if not self._is_due(event, engine):
+        before = self._under_way()  # before the rest: one that fails says so before it is over
+        if not self._is_due(event, engine) or self._is_put_off(event, engine):
             return None
-        if under_way is not None and is_busy:
-            if self._when_busy == "skip" and event not in _LAST_WORDS and not self._requests:
-                self.skipped += 1
+        with self._is_staging:
+            if (before := before or self._under_way()) is not None:
+                if self._when_busy == "skip" and not self._is_asked_for and event not in _LAST_WORDS:
+                    self.skipped += 1
+                    return None
+                return NotYet(before.wait())
+            try:
+                self._look_back()
+                name = self._requests.wanted_by if event == _REQUESTED else event
+                saving = self._saving = Saving(self._writer.stage(name or event, engine), self._finished)
+            except Exception as error:
+                self._requests.answer(None, error)
+                if self._on_error == "raise":
+                    self._has_failed = True
+                    raise
+                self._warn(error)
                 return None
-            return NotYet(under_way.wait())
-        try:
-            saving = self._saving = self._stage(event, engine)
-        except Exception as error:
-            self._refuse(error)
-            if self._on_error == "raise":
-                self._has_failed = True
-                raise
-            self._warn(error)
-            return None
-        for request in self._take_requests():
-            request.saving = saving
-            request.bell.ring()
-        return saving
+            self._requests.answer(saving)
+            return saving
 
-    def _take_requests(self) -> list[_Request]:
-        requests, self._requests, self._is_wanted = self._requests, [], False
-        return requests
+    def _under_way(self) -> Saving | None:
+        saving = self._saving
+        return None if saving is None or saving.is_over else saving
 
-    def _refuse(self, error: BaseException | None = None) -> None:
-        """Answer those who wait that there will be no save."""
-        for request in self._take_requests():
-            request.error = error or CheckpointNotWritten(
-                "the run ended before the save that was asked for: in a step that did not complete, or while the save"
-                " before it was being written"
-            )
-            request.bell.ring()
+    @property
+    def _is_asked_for(self) -> bool:
+        return bool(self._requests) or bool(self._requests.wanted_by)
+
+    def _ask(self, engine: AnyEngine) -> bool:
+        """Have the loop serve the requests before its next step. Whom it does not come to is told so at its end."""
+        return engine.fire_between_steps(CheckpointEvents.CHECKPOINT_REQUESTED, at_end=self._requests.refuse)
 
     def _ask_again(self) -> None:
         """The run ends, perhaps while the loop was waiting to serve those who ask: it does so before it is over."""
         if self._requests:
-            self._served().fire_between_steps(CheckpointEvents.CHECKPOINT_REQUESTED)
+            self._ask(self._served())
+
+    def _look_back(self) -> None:
+        """Raise the error of the save before, if who waited for that one was cancelled, and so nobody was told."""
+        saving = self._saving
+        if saving is not None and saving.is_left and saving.error is not None and not saving.is_told:
+            self._outcome(saving)
 
     def _is_due(self, event: str, engine: AnyEngine) -> bool:
         if self._has_failed:
-            self._refuse(self._saving.error if self._saving is not None else None)
+            error = self._saving.error if self._saving is not None else None
+            self._requests.refuse() if error is None else self._requests.answer(None, error)
             return False
-        if event == CheckpointEvents.CHECKPOINT_REQUESTED.name:
+        if event == _REQUESTED:
             if _is_in_a_step(engine):  # as when that step has failed
-                self._refuse()
-            return bool(self._requests) or self._is_wanted
-        return event not in _ACCIDENTS or self._place != _place_of(engine.state_dict())
+                self._requests.refuse()
+            return self._is_asked_for
+        return event not in _ACCIDENTS or self._writer.saved_step != engine.state_dict()["iteration"]
 
-    def _stage(self, event: str, engine: AnyEngine) -> Saving:
-        self._store.lock()
-        tree = gather(self._parts, engine)
-        step = int(tree["engine"]["iteration"])
-        staged = self._contents.stage(tree)
-        self._place = _place_of(tree["engine"])
-        about: dict[str, Any] = {
-            "step": step,
-            "epoch": engine.state.epoch,
-            "event": event,
-            "metrics": _numbers(engine.state.metrics),
-            "versions": _VERSIONS,
-        }
-        metric = self._keep.metric
-        if metric is not None and metric not in about["metrics"]:
-            _logger.warning(
-                "checkpoint of step %d: engine.state.metrics has no number %r, by which the best are kept", step, metric
-            )
-        return Saving(partial(self._write, staged, about), self._finished)
+    def _is_put_off(self, event: str, engine: AnyEngine) -> bool:
+        """Have it saved later, if a run is under way and this is no place where it could be gone on with, bitwise."""
+        is_of_the_loop = event in Events.__members__ or event == _REQUESTED
+        if is_of_the_loop and event not in _WITHIN and not self._ends_epoch(event, engine):
+            return False
+        if not engine.is_running:
+            return False
+        self._requests.wanted_by = event
+        return self._ask(engine)
 
-    def _write(self, staged: Any, about: dict[str, Any], is_stopped: Callable[[], bool]) -> CheckpointInfo:
-        """In the thread of a save: write, commit, and only then remove what is not to be kept."""
-        if self._went_back_to is not None:
-            left, self._went_back_to = self._store.abandon_after(self._went_back_to), None
-            if left:
-                _logger.warning(
-                    "the run went back: %d later checkpoints were set aside, %s the first", len(left), left[-1]
-                )
-        try:
-            with self._store.begin(about["step"]) as draft:
-                info = draft.commit(**about, extra=self._contents.write(staged, draft, is_stopped))
-        except Stopped as error:
-            raise CheckpointNotWritten(
-                f"the checkpoint of step {about['step']} was not written: it was given up with the run, whose grace was"
-                " over. Nothing of it stays"
-            ) from error
-        self.committed = info
-        self._store.retain([path for path in (self._restored, info.path) if path is not None])
-        return info
+    def _ends_epoch(self, event: str, engine: AnyEngine) -> bool:
+        """Say whether the epoch is to be ended here, which a run that is restored would not know."""
+        return event == Events.ITERATION_COMPLETED.name and engine.should_terminate_single_epoch
 
     def _finished(self, saving: Saving) -> None:
-        if saving.error is not None and self._on_error == "raise":
+        """In the thread of a save of a run: at its next boundary the run is over, if this failed."""
+        if saving.error is not None and not saving.is_told and self._on_error == "raise":
             self._has_failed = True
 
-    async def _follow(self, event: Event) -> None:
+    async def _follow(self, engine: AnyEngine, event: Event) -> None:
         """Beside the step: wait for the write, and tell of it."""
-        saving, engine = event.snapshot, self._served()
+        saving: Saving | None = event.snapshot
         if saving is None:
             return
         try:
-            await engine.emit(CheckpointEvents.CHECKPOINT_STAGED)
-            await saving.wait()
+            await self._wait_for(saving, engine)
+        except Exception:  # of a handler of CHECKPOINT_STAGED: that one is raised, and this goes before it
+            if saving.error is not None and self._on_error == "raise":
+                self._outcome(saving)
+            raise
         except BaseException:
             saving.is_told = True  # by what ends this: the run was cancelled, or its grace is over
             saving.stop()
             self._contents.stop()
-            self._refuse()  # those who wait for its end to have their own save: the run is over
+            self._requests.refuse()  # those who wait for its end to have their own save: the run is over
             raise
         if saving.error is None:
-            await engine.emit(CheckpointEvents.CHECKPOINT_COMMITTED)
+            await self._tell(engine, CheckpointEvents.CHECKPOINT_COMMITTED)
         elif self._on_error == "raise":
             self._outcome(saving)
         else:
             saving.is_told = True
             self._warn(saving.error)
+
+    async def _see_to(self, saving: Saving, engine: AnyEngine) -> CheckpointInfo:
+        """Between runs: wait for the write, and tell of it."""
+        try:
+            await self._wait_for(saving, engine)
+        except BaseException:
+            saving.is_left = True
+            raise
+        info = self._outcome(saving)
+        await self._tell(engine, CheckpointEvents.CHECKPOINT_COMMITTED)
+        return info
+
+    async def _wait_for(self, saving: Saving, engine: AnyEngine) -> None:
+        """Tell that it is staged, and wait for its end, even if a handler that is told so fails."""
+        try:
+            await self._tell(engine, CheckpointEvents.CHECKPOINT_STAGED)
+        except Exception:
+            await saving.wait()
+            raise
+        await saving.wait()
+
+    async def _tell(self, engine: AnyEngine, event: CheckpointEvents) -> None:
+        try:
+            await engine.emit(event)
+        except InboxOverflow:
+            if engine.is_running:
+                raise
+            # Nobody empties an inbox between runs, and a save is not a failure for that.
+            _logger.warning("%s was sent to an inbox that is full, and no run is under way", event.name)
 
     def _outcome(self, saving: Saving) -> CheckpointInfo:
         if saving.error is not None:
@@ -409,17 +433,6 @@ class Checkpoint:
         self.failures += 1
         _logger.error("a checkpoint failed, and the run goes on", exc_info=error)
         warnings.warn(f"a checkpoint failed, and the run goes on: {error}", CheckpointWarning, stacklevel=2)
-
-    async def _save_here(self, engine: AnyEngine) -> CheckpointInfo:
-        self._has_failed = False
-        while (saving := self._saving) is not None and not saving.is_over:
-            await saving.wait()
-        saving = self._saving = self._stage("", engine)
-        await engine.emit(CheckpointEvents.CHECKPOINT_STAGED)
-        await saving.wait()
-        info = self._outcome(saving)
-        await engine.emit(CheckpointEvents.CHECKPOINT_COMMITTED)
-        return info
 
     # What there is
 
@@ -477,8 +490,7 @@ class Checkpoint:
             return None
         info = found.info
         scatter(found.tree, self._parts, engine, strict=strict)
-        self._restored, self._place = info.path, None
-        self._went_back_to = None if which is None or which == "must" else info
+        self._writer.go_on_from(info, is_newest=which is None or which == "must")
         _logger.info("restored step %d, epoch %d, from %s", info.step, info.epoch, info.path)
         return info
 
@@ -505,19 +517,3 @@ def _check_choice(name: str, value: Any, *choices: str) -> None:
 def _is_in_a_step(engine: AnyEngine) -> bool:
     """Say whether a step was begun that did not complete: the state is that of no step then."""
     return bool(engine.state.iteration != engine.state_dict()["iteration"])
-
-
-def _place_of(saved: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Return where the loop stands, by its `state_dict`."""
-    return saved["iteration"], saved["progress"]["epoch"], saved["progress"]["epoch_is_complete"]
-
-
-def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Return those metrics that are single numbers, to show and to choose by."""
-    numbers: dict[str, float] = {}
-    for name, value in metrics.items():
-        try:
-            numbers[str(name)] = float(value)
-        except (TypeError, ValueError, RuntimeError):
-            continue
-    return numbers

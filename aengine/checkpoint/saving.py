@@ -14,6 +14,7 @@ class Saving:
         info: what was committed, once it is.
         error: why nothing was.
         is_told: whether somebody has been given the error.
+        is_left: whether who waited for it was cancelled, so that an error is still to be told.
     """
 
     def __init__(
@@ -21,9 +22,9 @@ class Saving:
     ) -> None:
         self.info: CheckpointInfo | None = None
         self.error: BaseException | None = None
-        self.is_told = False
+        self.is_told = self.is_left = False
         self._write: Callable[[Callable[[], bool]], CheckpointInfo] | None = write
-        self._finished = finished
+        self._finished: Callable[[Saving], object] | None = finished
         self._is_stopped = False
         self._is_over = False
         self._lock = threading.Lock()
@@ -37,14 +38,15 @@ class Saving:
         return self._is_over
 
     def _run(self) -> None:
-        write, self._write = self._write, None
-        assert write is not None, "run once"  # noqa: S101
+        (write, self._write), (finished, self._finished) = (self._write, None), (self._finished, None)
+        assert write is not None and finished is not None, "run once"  # noqa: PT018, S101
         try:
             self.info = write(lambda: self._is_stopped)
         except BaseException as error:  # noqa: BLE001 -- handed to who waits; none is swallowed
             self.error = error
         del write  # with what was staged
-        self._finished(self)
+        finished(self)
+        del finished
         with self._lock:
             self._is_over = True
             bells, self._bells = self._bells, []
