@@ -3,8 +3,10 @@
 import copy
 import random
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, TypeAlias
 
+import anyio
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from recording import AnyEngine, at
 from torch.utils.data import DataLoader, Dataset, RandomSampler, TensorDataset
 
 from aengine import Engine, Events
+from aengine.checkpoint import Checkpoint, Keep
 from aengine.checkpoint.randomness import RandomStates
 
 Drawn: TypeAlias = list[Any]
@@ -186,3 +189,36 @@ def test_what_is_captured_loads_with_weights_only(tmp_path: Any) -> None:
     draw_from_everything()
     states.restore(torch.load(tmp_path / "random.pt", weights_only=True), shuffled_by_its_own_generator())
     assert [random.gauss(0, 1), random.random(), np.random.randn(), np.random.rand(), torch.rand(()).item()] == expected
+
+
+def test_data_with_persistent_workers_comes_again_as_it_came(tmp_path: Path) -> None:
+    """The loader draws a seed as it starts them: in the first epoch, and in no other, whoever resumes there."""
+
+    def train(step: int | None) -> list[list[float]]:
+        torch.manual_seed(1)
+        seen: list[list[float]] = []
+        engine: AnyEngine = Engine(lambda _, batch: seen.append(batch[0].tolist()))
+        data = TensorDataset(torch.arange(12.0))
+        loader: Any = DataLoader(
+            data,
+            batch_size=6,
+            shuffle=True,
+            num_workers=1,
+            persistent_workers=True,
+            multiprocessing_context="forkserver",
+        )
+
+        async def run() -> None:
+            async with Checkpoint(tmp_path, {}, keep=Keep(every_n=1)) as checkpoint:
+                checkpoint.attach(engine, Events.ITERATION_COMPLETED)
+                if step is not None:
+                    await checkpoint.restore(engine, step)
+                await engine.run(loader, max_epochs=3)
+
+        anyio.run(run)
+        loader._iterator = None  # its workers end: left to the collector, they take 5 s each
+        return seen
+
+    whole = train(None)
+    for step in (1, 2, 3):  # in the first epoch, at its end, and in the second
+        assert train(step) == whole[step:], f"from step {step}"

@@ -16,7 +16,7 @@ class RandomStates:
 
     numpy's legacy generator if numpy is loaded, CUDA's if it is in use. Of data that is a DataLoader, or looks like
     one: its generator, and those of its samplers. Randomness that is drawn in a DataLoader's workers follows from the
-    seed that the loader draws as it is opened, and so comes again as well.
+    seed that the loader draws as it starts them, and so comes again as well, unless they are persistent.
     """
 
     def capture(self, data: Any) -> dict[str, Any]:
@@ -39,6 +39,7 @@ class RandomStates:
             captured["cuda"] = torch.cuda.get_rng_state_all()
         if data is not None:
             captured["data"] = [generator.get_state() for generator in _generators_of(data)]
+            captured["has_workers"] = _has_workers(data)
         return captured
 
     def restore(self, captured: Mapping[str, Any], data: Any) -> None:
@@ -47,6 +48,19 @@ class RandomStates:
         Raises:
             ValueError: the data has other generators than that of which this was captured.
         """
+        has_workers = captured.get("has_workers")
+        if has_workers and _keeps_workers(data) and not _has_workers(data):
+            iter(data)  # starts them, as was done before; what they fetch now is given up by the next
+        self._put_back(captured, data)
+        if has_workers is False and _keeps_workers(data) and _has_workers(data):
+            # It drew this as it started them, and does not start them again.
+            torch.empty((), dtype=torch.int64).random_(generator=data.generator)
+
+    def has_own(self, data: Any) -> bool:
+        """Say whether the data has generators of its own."""
+        return any(True for _ in _generators_of(data))
+
+    def _put_back(self, captured: Mapping[str, Any], data: Any) -> None:
         python = captured["python"]
         random.setstate((python["version"], tuple(python["state"].tolist()), python["gauss"]))
         torch.set_rng_state(captured["torch"])
@@ -59,10 +73,6 @@ class RandomStates:
         if data is not None:
             self._restore_data(captured.get("data", []), data)
 
-    def has_own(self, data: Any) -> bool:
-        """Say whether the data has generators of its own."""
-        return any(True for _ in _generators_of(data))
-
     def _restore_data(self, states: list[torch.Tensor], data: Any) -> None:
         generators = list(_generators_of(data))
         if len(generators) != len(states):
@@ -72,6 +82,15 @@ class RandomStates:
             )
         for generator, state in zip(generators, states, strict=True):
             generator.set_state(state)
+
+
+def _keeps_workers(data: Any) -> bool:
+    return bool(getattr(data, "persistent_workers", False) and getattr(data, "num_workers", 0))
+
+
+def _has_workers(data: Any) -> bool:
+    """Say whether a DataLoader has workers that it keeps from epoch to epoch."""
+    return getattr(data, "_iterator", None) is not None  # it has no public name
 
 
 def _generators_of(data: Any) -> Iterator[torch.Generator]:
