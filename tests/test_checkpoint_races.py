@@ -381,3 +381,48 @@ async def test_number_that_is_no_float_is_no_reason_not_to_save(tmp_path: Path) 
         await run.engine.run([1])
         (info,) = run.checkpoint.list()
         assert dict(info.metrics) == {"loss": 0.5}
+
+
+async def test_with_skip_what_is_put_off_is_skipped_and_what_is_asked_for_is_not(tmp_path: Path) -> None:
+    async with saving(tmp_path, when_busy="skip") as run:
+        run.checkpoint.attach(run.engine, Events.ITERATION_STARTED)
+        run.engine.add_event_handler(Events.ITERATION_COMPLETED(once=3), run.checkpoint.save_soon)
+        run.valve.is_open.clear()
+        async with anyio.create_task_group() as group:
+            group.start_soon(run.engine.run, [1, 2, 3])
+            await until(lambda: run.engine.state.iteration == 3)
+            run.valve.is_open.set()
+        assert run.checkpoint.skipped == 1
+        assert run.saved == [1, 3]
+
+
+async def test_restoring_waits_for_the_save_under_way(tmp_path: Path) -> None:
+    async with saving(tmp_path) as run:
+        run.checkpoint.attach(run.engine, Events.COMPLETED)
+        await run.engine.run([1])
+        run._step(run.engine, 0)
+        run.valve.is_open.clear()
+        with anyio.CancelScope() as scope:
+            async with anyio.create_task_group() as group:
+                group.start_soon(run.checkpoint.save_now)
+                await until(lambda: run.checkpoint._under_way() is not None)
+                scope.cancel()
+        async with anyio.create_task_group() as group:
+            group.start_soon(run.checkpoint.restore, run.engine)
+            for _ in range(10):
+                await breathe()
+            run.valve.is_open.set()
+        assert run.steps == 2
+
+
+async def test_two_checkpoints_of_one_engine_serve_their_own_requests(tmp_path: Path) -> None:
+    async with saving(tmp_path / "one") as run, Checkpoint(tmp_path / "other", {"model": run.model}) as other:
+        run.checkpoint.attach(run.engine, Events.COMPLETED)
+        other.attach(run.engine, Events.EXCEPTION_RAISED)
+        run.engine.add_event_handler(Events.ITERATION_COMPLETED(once=1), run.engine.pause)
+        async with anyio.create_task_group() as group:
+            group.start_soon(run.engine.run, [1, 2])
+            await until(lambda: run.engine.state.iteration == 1)
+            assert (await other.save_now()).step == 1
+            run.engine.resume()
+        assert (run.saved, [info.step for info in other.list()]) == ([2], [1])

@@ -297,7 +297,9 @@ class Checkpoint:
             return None
         with self._is_staging:
             if (before := before or self._under_way()) is not None:
-                if self._when_busy == "skip" and not self._is_asked_for and event not in _LAST_WORDS:
+                is_asked_for = self._requests or self._requests.wanted_by == _REQUESTED
+                if self._when_busy == "skip" and not is_asked_for and event not in _LAST_WORDS:
+                    self._requests.wanted_by = ""
                     self.skipped += 1
                     return None
                 return NotYet(before.wait())
@@ -318,10 +320,6 @@ class Checkpoint:
     def _under_way(self) -> Saving | None:
         saving = self._saving
         return None if saving is None or saving.is_over else saving
-
-    @property
-    def _is_asked_for(self) -> bool:
-        return bool(self._requests) or bool(self._requests.wanted_by)
 
     def _ask(self, engine: AnyEngine) -> bool:
         """Have the loop serve the requests before its next step. Whom it does not come to is told so at its end."""
@@ -346,7 +344,7 @@ class Checkpoint:
         if event == _REQUESTED:
             if _is_in_a_step(engine):  # as when that step has failed
                 self._requests.refuse()
-            return self._is_asked_for
+            return bool(self._requests or self._requests.wanted_by)
         return event not in _ACCIDENTS or self._writer.saved_step != engine.state_dict()["iteration"]
 
     def _is_put_off(self, event: str, engine: AnyEngine) -> bool:
@@ -481,6 +479,8 @@ class Checkpoint:
         self._serve(engine)
         if engine.is_running:
             raise EngineBusy(f"engine {engine.name!r} is running: restore() comes before run()")
+        while (saving := self._under_way()) is not None:  # which may be the newest
+            await saving.wait()
         reader = Reader(self._store, partial(self._contents.read, live=partial(gather, self._parts, engine)))
         if which is None or which == "must":
             found = await self._newest(engine, reader, must=which is not None)
