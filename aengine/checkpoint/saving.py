@@ -1,6 +1,7 @@
 """Saving: one write beside the step, in a thread of its own, and all who wait for its end."""
 
 import threading
+import time
 from collections.abc import Callable
 
 from aengine.checkpoint.manifest import CheckpointInfo
@@ -37,6 +38,7 @@ class Saving:
     def _run(self) -> None:
         write, self._write = self._write, None
         assert write is not None, "run once"  # noqa: S101
+        time.sleep(0.001)  # let go of Python's lock, which the loop waits for in order to go on
         try:
             self.info = write(lambda: self._is_stopped)
         except BaseException as error:  # noqa: BLE001 -- handed to who waits; none is swallowed
