@@ -18,6 +18,7 @@ import torch
 from anyio.to_thread import run_sync as in_thread
 
 from aengine.checkpoint.contents import Contents
+from aengine.checkpoint.files import Stopped
 from aengine.checkpoint.keep import Keep
 from aengine.checkpoint.manifest import CheckpointInfo
 from aengine.checkpoint.parts import gather, parts_of, scatter
@@ -27,7 +28,7 @@ from aengine.checkpoint.saving import Saving
 from aengine.checkpoint.serializers import Serializer, TorchFile
 from aengine.checkpoint.store import Store
 from aengine.engine import Engine
-from aengine.errors import CheckpointNotFound, CheckpointWarning, EngineBusy
+from aengine.errors import CheckpointNotFound, CheckpointNotWritten, CheckpointWarning, EngineBusy
 from aengine.events import AnyEvent, Event, EventEnum, Events, FilteredEvent, selectors
 from aengine.publishing import RemovableEventHandle
 from aengine.topic import NotYet
@@ -262,6 +263,8 @@ class Checkpoint:
             engine.randomness = RandomStates()
         engine.register_events(*CheckpointEvents)
         self._handles.append(engine.add_event_handler(Events.STARTED, self._begin))
+        self._handles.append(engine.add_event_handler(Events.CANCELLED, self._ask_again))
+        self._handles.append(engine.add_event_handler(Events.EXCEPTION_RAISED, self._ask_again))
         self.attach(engine, CheckpointEvents.CHECKPOINT_REQUESTED)
 
     def _served(self) -> AnyEngine:
@@ -278,34 +281,54 @@ class Checkpoint:
 
     def _take(self, event: str, engine: AnyEngine) -> Saving | NotYet | None:
         """Take the snapshot, between two steps, where the step runs, and have it written."""
-        if self._has_failed or not self._is_due(event, engine):
+        under_way = self._saving
+        is_busy = under_way is not None and not under_way.is_over  # before the rest: one that fails says so before that
+        if not self._is_due(event, engine):
             return None
-        if self._saving is not None and not self._saving.is_over:
+        if under_way is not None and is_busy:
             if self._when_busy == "skip" and event not in _LAST_WORDS and not self._requests:
                 self.skipped += 1
                 return None
-            return NotYet(self._saving.wait())
-        requests, self._requests, self._is_wanted = self._requests, [], False
+            return NotYet(under_way.wait())
         try:
             saving = self._saving = self._stage(event, engine)
         except Exception as error:
-            for request in requests:
-                request.error = error
+            self._refuse(error)
             if self._on_error == "raise":
                 self._has_failed = True
                 raise
             self._warn(error)
             return None
-        else:
-            for request in requests:
-                request.saving = saving
-            return saving
-        finally:
-            for request in requests:
-                request.bell.ring()
+        for request in self._take_requests():
+            request.saving = saving
+            request.bell.ring()
+        return saving
+
+    def _take_requests(self) -> list[_Request]:
+        requests, self._requests, self._is_wanted = self._requests, [], False
+        return requests
+
+    def _refuse(self, error: BaseException | None = None) -> None:
+        """Answer those who wait that there will be no save."""
+        for request in self._take_requests():
+            request.error = error or CheckpointNotWritten(
+                "the run ended before the save that was asked for: in a step that did not complete, or while the save"
+                " before it was being written"
+            )
+            request.bell.ring()
+
+    def _ask_again(self) -> None:
+        """The run ends, perhaps while the loop was waiting to serve those who ask: it does so before it is over."""
+        if self._requests:
+            self._served().fire_between_steps(CheckpointEvents.CHECKPOINT_REQUESTED)
 
     def _is_due(self, event: str, engine: AnyEngine) -> bool:
+        if self._has_failed:
+            self._refuse(self._saving.error if self._saving is not None else None)
+            return False
         if event == CheckpointEvents.CHECKPOINT_REQUESTED.name:
+            if _is_in_a_step(engine):  # as when that step has failed
+                self._refuse()
             return bool(self._requests) or self._is_wanted
         return event not in _ACCIDENTS or self._place != _place_of(engine.state_dict())
 
@@ -337,15 +360,20 @@ class Checkpoint:
                 _logger.warning(
                     "the run went back: %d later checkpoints were set aside, %s the first", len(left), left[-1]
                 )
-        with self._store.begin(about["step"]) as draft:
-            info = draft.commit(**about, extra=self._contents.write(staged, draft, is_stopped))
+        try:
+            with self._store.begin(about["step"]) as draft:
+                info = draft.commit(**about, extra=self._contents.write(staged, draft, is_stopped))
+        except Stopped as error:
+            raise CheckpointNotWritten(
+                f"the checkpoint of step {about['step']} was not written: it was given up with the run, whose grace was"
+                " over. Nothing of it stays"
+            ) from error
         self.committed = info
         self._store.retain([path for path in (self._restored, info.path) if path is not None])
         return info
 
-    def _finished(self) -> None:
-        saving = self._saving
-        if saving is not None and saving.error is not None and self._on_error == "raise":
+    def _finished(self, saving: Saving) -> None:
+        if saving.error is not None and self._on_error == "raise":
             self._has_failed = True
 
     async def _follow(self, event: Event) -> None:
@@ -357,8 +385,10 @@ class Checkpoint:
             await engine.emit(CheckpointEvents.CHECKPOINT_STAGED)
             await saving.wait()
         except BaseException:
+            saving.is_told = True  # by what ends this: the run was cancelled, or its grace is over
             saving.stop()
             self._contents.stop()
+            self._refuse()  # those who wait for its end to have their own save: the run is over
             raise
         if saving.error is None:
             await engine.emit(CheckpointEvents.CHECKPOINT_COMMITTED)
@@ -470,6 +500,11 @@ class Checkpoint:
 def _check_choice(name: str, value: Any, *choices: str) -> None:
     if value not in choices:
         raise ValueError(f"{name}= is one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def _is_in_a_step(engine: AnyEngine) -> bool:
+    """Say whether a step was begun that did not complete: the state is that of no step then."""
+    return bool(engine.state.iteration != engine.state_dict()["iteration"])
 
 
 def _place_of(saved: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -17,7 +17,9 @@ class Saving:
         is_told: whether somebody has been given the error.
     """
 
-    def __init__(self, write: Callable[[Callable[[], bool]], CheckpointInfo], finished: Callable[[], object]) -> None:
+    def __init__(
+        self, write: Callable[[Callable[[], bool]], CheckpointInfo], finished: Callable[["Saving"], object]
+    ) -> None:
         self.info: CheckpointInfo | None = None
         self.error: BaseException | None = None
         self.is_told = False
@@ -44,7 +46,7 @@ class Saving:
         except BaseException as error:  # noqa: BLE001 -- handed to who waits; none is swallowed
             self.error = error
         del write  # with what was staged
-        self._finished()
+        self._finished(self)
         with self._lock:
             self._is_over = True
             bells, self._bells = self._bells, []
