@@ -69,7 +69,7 @@ def test_killed_hundreds_of_times_it_ends_as_if_it_had_not_been(
     assert tally.in_save + tally.in_retention >= 60
     assert tally.in_save >= 30
     assert tally.in_retention >= 30
-    assert tally.damaged >= 40
+    assert tally.damaged >= 55
 
 
 @pytest.mark.parametrize("backend", ["asyncio", pytest.param("trio", marks=pytest.mark.slow)])
@@ -102,7 +102,7 @@ def test_killed_at_each_call_to_the_disk_a_right_checkpoint_is_found(
     assert last_calls == [*written, *"rename fsync unlink unlink rmdir".split()]
 
 
-def test_killed_between_two_deaths_of_the_same_save_nothing_piles_up(template: Template, tmp_path: Path) -> None:
+def test_what_the_dead_were_writing_does_not_pile_up(template: Template, tmp_path: Path) -> None:
     for _ in range(3):
         life = template.live("plain", tmp_path, backend="asyncio", die_at=(3, 9))
         life.end()

@@ -4,6 +4,7 @@ Its programs differ in where the step runs, in the data, and in whether the posi
 """
 
 import hashlib
+import logging
 import random
 import warnings
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -196,6 +197,7 @@ def live(life: dict[str, Any], report: Report) -> None:
     """One life: go on from what there is, to the end if nothing intervenes."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", CheckpointWarning)
+    logging.getLogger("aengine").addHandler(logging.NullHandler())
     anyio.run(train, PROGRAMS[life["program"]], life["directory"], report, backend=life["backend"])
 
 

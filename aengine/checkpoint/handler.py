@@ -24,7 +24,7 @@ from aengine.checkpoint.manifest import CheckpointInfo
 from aengine.checkpoint.parts import gather, parts_of, scatter
 from aengine.checkpoint.randomness import RandomStates
 from aengine.checkpoint.resume import Found, Reader
-from aengine.checkpoint.saving import Saving
+from aengine.checkpoint.saving import Request, Saving
 from aengine.checkpoint.serializers import Serializer, TorchFile
 from aengine.checkpoint.store import Store
 from aengine.engine import Engine
@@ -32,7 +32,6 @@ from aengine.errors import CheckpointNotFound, CheckpointNotWritten, CheckpointW
 from aengine.events import AnyEvent, Event, EventEnum, Events, FilteredEvent, selectors
 from aengine.publishing import RemovableEventHandle
 from aengine.topic import NotYet
-from aengine.worker import Bell, Home
 
 AnyEngine: TypeAlias = Engine[Any, Any]
 
@@ -59,15 +58,6 @@ class CheckpointEvents(EventEnum):
     CHECKPOINT_STAGED = "checkpoint_staged"
     CHECKPOINT_COMMITTED = "checkpoint_committed"
     CHECKPOINT_DAMAGED = "checkpoint_damaged"
-
-
-class _Request:
-    """Somebody who waits for a save that he asked for."""
-
-    def __init__(self) -> None:
-        self.bell = Bell(Home())
-        self.saving: Saving | None = None
-        self.error: BaseException | None = None
 
 
 class Checkpoint:
@@ -136,7 +126,7 @@ class Checkpoint:
         self._on_error = on_error
         self._engine: AnyEngine | None = None
         self._saving: Saving | None = None
-        self._requests: list[_Request] = []
+        self._requests: list[Request] = []
         self._is_wanted = False  # by save_soon(), which nobody waits for
         self._has_failed = False
         self._place: Any = None  # where the loop stood at the last save
@@ -192,7 +182,7 @@ class Checkpoint:
             raise RuntimeError(
                 "save_now() waits for the end of the step, which waits for it here: call checkpoint.save_soon()"
             )
-        request = _Request()
+        request = Request()
         self._requests.append(request)
         if not engine.fire_between_steps(CheckpointEvents.CHECKPOINT_REQUESTED):
             self._requests.remove(request)
@@ -304,7 +294,7 @@ class Checkpoint:
             request.bell.ring()
         return saving
 
-    def _take_requests(self) -> list[_Request]:
+    def _take_requests(self) -> list[Request]:
         requests, self._requests, self._is_wanted = self._requests, [], False
         return requests
 

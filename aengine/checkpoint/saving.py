@@ -65,3 +65,12 @@ class Saving:
     def stop(self) -> None:
         """Give the write up at its next block: nothing of it stays."""
         self._is_stopped = True
+
+
+class Request:
+    """Somebody who waits for a save that he asked for."""
+
+    def __init__(self) -> None:
+        self.bell = Bell(Home())
+        self.saving: Saving | None = None
+        self.error: BaseException | None = None
