@@ -366,12 +366,26 @@ def release_idle_threads() -> None:
     GNU's OpenMP stops spinning as soon as it manages more threads than there are processors; torch steps on another
     thread then run 3 to 5 times slower. `omp_pause_resource` is OpenMP 5.0, section 3.2.43; soft: settings stay.
     """
-    if "torch" in sys.modules:
-        _omp_pause()()
+    if "torch" in sys.modules and (openmp := _openmp()) is not None:
+        openmp.omp_pause_resource(_SOFT, openmp.omp_get_initial_device())
+
+
+@contextmanager
+def on_one_thread() -> Generator[None]:
+    """Have the calling thread, and no other, do torch's work without help: where waiting for that takes longer."""
+    openmp = _openmp() if "torch" in sys.modules else None
+    before = 0 if openmp is None else openmp.omp_get_max_threads()
+    if openmp is not None:
+        openmp.omp_set_num_threads(1)
+    try:
+        yield
+    finally:
+        if openmp is not None:
+            openmp.omp_set_num_threads(before)
 
 
 @cache
-def _omp_pause() -> Callable[[], object]:
+def _openmp() -> Any:
     """Find the OpenMP library that torch has loaded. Another one, scikit-learn's say, has threads of its own."""
     import ctypes  # noqa: PLC0415 -- with pathlib, a fifth of the time of `import aengine`
     from pathlib import Path  # noqa: PLC0415
@@ -382,9 +396,9 @@ def _omp_pause() -> Callable[[], object]:
         }
         ours = [path for path in loaded if "torch" in path] or [path for path in loaded if path.startswith("/usr/lib")]
         openmp = ctypes.CDLL(ours[0], mode=_RTLD_NOLOAD)
-        return partial(openmp.omp_pause_resource, _SOFT, openmp.omp_get_initial_device())
-    except (OSError, IndexError, AttributeError):  # pragma: no cover -- another system, another OpenMP, or an old one
-        return lambda: None
+    except (OSError, IndexError):  # pragma: no cover -- another system, or another OpenMP
+        return None
+    return openmp if hasattr(openmp, "omp_pause_resource") else None  # which is OpenMP 5.0
 
 
 _RTLD_NOLOAD = 4  # of dlopen(3), where os.RTLD_NOLOAD is not defined

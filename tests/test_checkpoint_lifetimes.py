@@ -79,12 +79,20 @@ async def test_close_that_is_cancelled_lets_go_of_the_directory(tmp_path: Path) 
                 group.start_soon(run.checkpoint.save_now)
                 await until(run.valve.begun.is_set)
                 scope.cancel()
-        with anyio.CancelScope() as scope:
-            async with anyio.create_task_group() as group:
-                group.start_soon(run.checkpoint.close)
-                await until(lambda: run.checkpoint._engine is None)
-                scope.cancel()
+        under_way = run.checkpoint._under_way()
+        assert under_way is not None
+        async with anyio.create_task_group() as others:
+
+            async def open_when_given_up() -> None:
+                await until(lambda: under_way._is_stopped)
                 run.valve.is_open.set()
+
+            others.start_soon(open_when_given_up)
+            with anyio.CancelScope() as scope:
+                async with anyio.create_task_group() as group:
+                    group.start_soon(run.checkpoint.close)
+                    await until(lambda: run.checkpoint._engine is None)
+                    scope.cancel()
         other = Run(tmp_path)
         async with other.checkpoint:
             other.checkpoint.attach(other.engine, Events.COMPLETED)

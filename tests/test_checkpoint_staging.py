@@ -1,7 +1,6 @@
 """Staging: the copy is equal, shares nothing with what it was made of, and is made in the same memory every time."""
 
 import io
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -428,36 +427,3 @@ def test_memory_that_cannot_be_had_is_an_error_and_the_next_stage_is_whole(monke
             staging.stage([torch.ones(1000)])
     assert staging.stage([torch.ones(10)])[0].sum() == 10
     memory.close()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("memory", [PrivateMemory, SharedMemory])
-def test_staging_takes_about_as_long_as_a_copy_of_the_same_bytes(memory: Callable[[], Memory]) -> None:
-    """The aim is 1.3 times, and what fresh memory costs is 5; in between is whoever else uses the machine."""
-    model = torch.nn.Sequential(
-        *(torch.nn.TransformerEncoderLayer(384, 6, 4 * 384, batch_first=True) for _ in range(12))
-    )
-    optimizer = torch.optim.AdamW(model.parameters())
-    for parameter in model.parameters():
-        parameter.grad = torch.ones_like(parameter)
-    optimizer.step()
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-    tensors = [leaf for leaf in leaves(state) if isinstance(leaf, torch.Tensor)]
-    source = torch.ones(sum(tensor.nbytes for tensor in tensors) // 4)
-    target = torch.empty_like(source)
-    staging = Staging(memory())
-
-    def seconds(work: Callable[[], object]) -> float:
-        started = time.perf_counter()
-        work()
-        return time.perf_counter() - started
-
-    staging.stage(state)
-    target.copy_(source)
-    turns = [(seconds(lambda: target.copy_(source)), seconds(lambda: staging.stage(state))) for _ in range(10)]
-    copying, staged = (min(column) for column in zip(*turns, strict=True))
-    print(  # noqa: T201 -- for whoever measures
-        f"{len(tensors)} tensors, {source.nbytes / 1e6:.0f} MB: copy {copying * 1e3:.1f} ms, "
-        f"stage {staged * 1e3:.1f} ms, {staged / copying:.2f} times"
-    )
-    assert staged < 2 * copying

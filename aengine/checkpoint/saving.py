@@ -1,6 +1,7 @@
 """Saving: one write beside the step, in a thread of its own, and all who wait for its end."""
 
 import threading
+import time
 from collections.abc import Callable
 
 from aengine.checkpoint.manifest import CheckpointInfo
@@ -40,6 +41,7 @@ class Saving:
     def _run(self) -> None:
         (write, self._write), (finished, self._finished) = (self._write, None), (self._finished, None)
         assert write is not None and finished is not None, "run once"  # noqa: PT018, S101
+        time.sleep(0.001)  # let go of Python's lock, which the loop waits for in order to go on
         try:
             self.info = write(lambda: self._is_stopped)
         except BaseException as error:  # noqa: BLE001 -- handed to who waits; none is swallowed

@@ -6,7 +6,8 @@ copied once, into a buffer that was there before.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -15,8 +16,11 @@ import torch
 
 from aengine.checkpoint.memory import Memory, PrivateMemory
 from aengine.checkpoint.trees import Survey, rebuild
+from aengine.worker import on_one_thread
 
 _CPU = torch.device("cpu")
+_MOST_THREADS = 8  # more do not make memory faster
+_SMALL = 1 << 20  # bytes that are copied before another thread has begun
 
 
 class Staging:
@@ -161,8 +165,7 @@ class _Plan:
         sources = [tensors[index] for index, _ in self._whole]
         sources += [tensors[index].as_strided(target.shape, (1,), start) for index, start, target in self._ranges]
         if self._devices == {_CPU}:
-            # In one call: after each one a thread must get Python's lock back, from the event loop for one.
-            torch._foreach_copy_(targets, sources)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+            _copy_in_shares(targets, sources)
             return
         for target, source in zip(targets, sources, strict=True):
             target.copy_(source, non_blocking=source.is_cuda)
@@ -228,6 +231,49 @@ def _without_gaps(layout: list[_Strided], stretch: _Stretch) -> list[_Stretch]:
     if is_full:
         return [stretch]
     return [_Stretch(group, length=layout[group[0]].size.numel()) for group in same]
+
+
+def _copy_in_shares(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+    """Copy in some threads, each a share of its own in one call.
+
+    Left to itself torch would divide each tensor, and have its threads wait for each other after each: where something
+    else has the core of one of them, that is a time slice for each tensor. And after each call a thread must get
+    Python's lock back, from the event loop for one.
+    """
+    total = sum(target.nbytes for target in targets)
+    count = max(1, min(torch.get_num_threads(), _MOST_THREADS, total // _SMALL))
+    shares: list[tuple[list[torch.Tensor], list[torch.Tensor]]] = [([], []) for _ in range(count)]
+    sizes = [0] * count
+    for target, source in _pieces(targets, sources, -(-total // count)):
+        share = sizes.index(min(sizes))
+        sizes[share] += target.nbytes
+        shares[share][0].append(target)
+        shares[share][1].append(source)
+    if count == 1:
+        _copy_all(*shares[0])
+        return
+    with ThreadPoolExecutor(count - 1, thread_name_prefix="aengine staging") as threads:
+        others = [threads.submit(_copy_all, *share) for share in shares[1:]]
+        _copy_all(*shares[0])
+        for other in others:
+            other.result()
+
+
+def _copy_all(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+    if targets:
+        with torch.no_grad(), on_one_thread():
+            torch._foreach_copy_(targets, sources)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+
+
+def _pieces(
+    targets: list[torch.Tensor], sources: list[torch.Tensor], largest: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    for target, source in zip(targets, sources, strict=True):
+        if target.nbytes > largest and target.is_contiguous() and source.is_contiguous():
+            length = max(1, largest // target.itemsize)
+            yield from zip(target.view(-1).split(length), source.view(-1).split(length), strict=True)
+        else:
+            yield target, source
 
 
 def _contiguous(size: torch.Size) -> tuple[int, ...]:
