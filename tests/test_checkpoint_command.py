@@ -224,6 +224,7 @@ def test_json_has_the_keys_that_help_promises(store: Store, say: Say) -> None:
         "revision": 1,
         "epoch": 1,
         "event": "ITERATION_COMPLETED",
+        "mid_step": False,
         "metrics": {"loss": 0.5, "worst": "inf", "unknown": "nan"},
         "created": info.created,
         "size": info.size,

@@ -1,6 +1,7 @@
 """When saves are taken: at events, on time, asked for; and what happens when one is due while another is written."""
 
 import signal
+from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from saving import Run, endless, saving, until
 
 from aengine import Event, Events, StopReason, stop_on_signals
 from aengine.checkpoint import CheckpointEvents
-from aengine.errors import CheckpointError, CheckpointLocked, CheckpointNotWritten
+from aengine.errors import CheckpointError, CheckpointLocked, CheckpointNotWritten, CheckpointWarning
 
 # One due while another is being written
 
@@ -254,7 +255,9 @@ async def test_a_run_that_is_stopped_is_saved_where_it_stopped(event: str, tmp_p
         await run.checkpoint.close()
 
         fresh = Run(tmp_path)
-        assert (await fresh.checkpoint.restore(fresh.engine)) is not None
+        is_in_a_step = event == "CANCELLED"  # which nobody can say what it has changed so far
+        with pytest.warns(CheckpointWarning, match="middle of a step") if is_in_a_step else nullcontext():
+            assert (await fresh.checkpoint.restore(fresh.engine)) is not None
         fresh.engine.add_event_handler(Events.ITERATION_COMPLETED, fresh.engine.terminate)
         await fresh.engine.run(endless)
         assert fresh.steps == fresh.engine.state.iteration == 4

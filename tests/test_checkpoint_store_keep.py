@@ -12,7 +12,13 @@ from aengine.checkpoint.manifest import CheckpointInfo, directory_name
 
 
 def checkpoint(
-    step: int, revision: int = 1, *, number: int | None = None, pinned: bool = False, **metrics: float
+    step: int,
+    revision: int = 1,
+    *,
+    number: int | None = None,
+    pinned: bool = False,
+    mid_step: bool = False,
+    **metrics: Any,
 ) -> Any:
     return CheckpointInfo(
         step=step,
@@ -28,7 +34,7 @@ def checkpoint(
         files=(),
         versions={},
         world_size=1,
-        extra={},
+        extra={"mid_step": True} if mid_step else {},
     )
 
 
@@ -46,6 +52,18 @@ def scored(*scores: float) -> list[CheckpointInfo]:
         pytest.param(Keep(), [checkpoint(step) for step in (1, 2, 3)], [], id="no more than are kept"),
         pytest.param(Keep(), [checkpoint(step) for step in (1, 2, 3, 4, 5)], [1, 2], id="the last three"),
         pytest.param(Keep(last=2), [checkpoint(step) for step in (9, 10, 100)], [9], id="ordered as numbers"),
+        pytest.param(
+            Keep(last=2),
+            [*map(checkpoint, (1, 2, 3)), checkpoint(4, mid_step=True)],
+            [1],
+            id="one of the middle of a step is none of the last",
+        ),
+        pytest.param(
+            Keep(last=2),
+            [*map(checkpoint, (1, 2)), checkpoint(3, mid_step=True), checkpoint(4)],
+            [1, 3],
+            id="one of the middle of a step goes when there is a later one",
+        ),
         pytest.param(Keep(last=2), [checkpoint(step) for step in (3, 1, 2)], [1], id="in whatever order they come"),
         pytest.param(Keep(last=2, best=1, metric="score"), scored(1, 9, 5, 3, 2), [1, 3], id="the best"),
         pytest.param(Keep(last=2, best=2, metric="score"), scored(1, 9, 5, 3, 2), [1], id="the best two"),
@@ -125,6 +143,10 @@ def test_wrong_rule_is_refused_with_advice(arguments: dict[str, Any], advice: st
         Keep(**arguments)
 
 
+def measured(score: float | None) -> dict[str, Any]:
+    return {} if score is None else {"score": score}
+
+
 scores = st.none() | st.floats()
 checkpoints = st.lists(
     st.tuples(st.integers(0, 20), st.integers(1, 3), st.integers(1, 40), scores, st.booleans()),
@@ -132,7 +154,7 @@ checkpoints = st.lists(
     min_size=1,
 ).map(
     lambda rows: [
-        checkpoint(step, revision, number=number, pinned=pinned, **({} if score is None else {"score": score}))
+        checkpoint(step, revision, number=number, pinned=pinned, **measured(score))
         for step, revision, number, score, pinned in rows
     ]
 )

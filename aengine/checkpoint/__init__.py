@@ -17,7 +17,8 @@ from aengine.checkpoint.keep import Keep
 from aengine.checkpoint.manifest import CheckpointInfo
 
 if TYPE_CHECKING:
-    from aengine.checkpoint.handler import Checkpoint, CheckpointEvents
+    from aengine.checkpoint.handler import Checkpoint
+    from aengine.checkpoint.occasions import CheckpointEvents
     from aengine.checkpoint.randomness import RandomStates
     from aengine.checkpoint.serializers import Serializer, TorchFile
 else:  # out of sight of type checkers, which would take any name for one of this module's
@@ -33,7 +34,7 @@ __all__ = ["Checkpoint", "CheckpointEvents", "CheckpointInfo", "Keep", "RandomSt
 
 _WITH_TORCH = {
     "Checkpoint": "handler",
-    "CheckpointEvents": "handler",
+    "CheckpointEvents": "occasions",
     "RandomStates": "randomness",
     "Serializer": "serializers",
     "TorchFile": "serializers",

@@ -44,6 +44,7 @@ list and verify:
                 (for its damage) or "abandoned" (by a run that went back)
     why         text, or null if it can be used
     step, revision, epoch, event, pinned
+    mid_step    whether it was taken in the middle of a step that failed
     metrics     an object of numbers, and of the texts "nan", "inf" and "-inf"
     created     seconds since 1970
     size        in bytes

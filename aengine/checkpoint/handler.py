@@ -17,6 +17,14 @@ from anyio.to_thread import run_sync as in_thread
 from aengine.checkpoint.contents import Contents
 from aengine.checkpoint.keep import Keep
 from aengine.checkpoint.manifest import CheckpointInfo
+from aengine.checkpoint.occasions import (
+    ACCIDENTS,
+    LAST_WORDS,
+    REQUESTED,
+    WITHIN,
+    CheckpointEvents,
+    is_in_a_step,
+)
 from aengine.checkpoint.parts import gather, parts_of, scatter
 from aengine.checkpoint.randomness import RandomStates
 from aengine.checkpoint.requests import Requests
@@ -27,42 +35,13 @@ from aengine.checkpoint.store import Store
 from aengine.checkpoint.writer import Writer
 from aengine.engine import Engine
 from aengine.errors import CheckpointNotFound, CheckpointWarning, EngineBusy, InboxOverflow
-from aengine.events import AnyEvent, Event, EventEnum, Events, FilteredEvent, selectors
+from aengine.events import AnyEvent, Event, Events, FilteredEvent, selectors
 from aengine.publishing import RemovableEventHandle
 from aengine.topic import NotYet
 
 AnyEngine: TypeAlias = Engine[Any, Any]
 
 _logger = logging.getLogger("aengine.checkpoint")
-
-_LAST_WORDS = frozenset({"TERMINATE", "INTERRUPT", "COMPLETED", "CANCELLED", "EXCEPTION_RAISED"})
-"""Events after which there may be no other: what is due there is never skipped."""
-
-_ACCIDENTS = frozenset({"CANCELLED", "EXCEPTION_RAISED"})
-"""Events that can come in the middle of a step: what was saved of the step before is not replaced then."""
-
-_WITHIN = frozenset(
-    {
-        "GET_BATCH_STARTED",
-        "GET_BATCH_COMPLETED",
-        "ITERATION_STARTED",
-        "DATALOADER_STOP_ITERATION",
-        "TERMINATE_SINGLE_EPOCH",
-    }
-)
-"""Events at which something was drawn or ended since the last step that would not come again: saved is after them."""
-
-
-class CheckpointEvents(EventEnum):
-    """What a Checkpoint fires on its engine, beside the step. Subscribe to them."""
-
-    CHECKPOINT_REQUESTED = "checkpoint_requested"
-    CHECKPOINT_STAGED = "checkpoint_staged"
-    CHECKPOINT_COMMITTED = "checkpoint_committed"
-    CHECKPOINT_DAMAGED = "checkpoint_damaged"
-
-
-_REQUESTED = CheckpointEvents.CHECKPOINT_REQUESTED.name
 
 
 class Checkpoint:
@@ -151,7 +130,8 @@ class Checkpoint:
         """Save at an event, filtered or not, or at several: also on time, by `every=timedelta(minutes=10)`.
 
         Returns what detaches it again. At CANCELLED and EXCEPTION_RAISED it saves unless the step before the one that
-        did not complete is saved already: a model may then be in the middle of a step.
+        did not complete is saved already. What is saved then may be in the middle of that step: it is marked so, and
+        `restore()` prefers any that is not.
 
         Raises:
             ValueError: this Checkpoint serves another engine.
@@ -297,16 +277,18 @@ class Checkpoint:
             return None
         with self._is_staging:
             if (before := before or self._under_way()) is not None:
-                is_asked_for = self._requests or self._requests.wanted_by == _REQUESTED
-                if self._when_busy == "skip" and not is_asked_for and event not in _LAST_WORDS:
+                is_asked_for = self._requests or self._requests.wanted_by == REQUESTED
+                if self._when_busy == "skip" and not is_asked_for and event not in LAST_WORDS:
                     self._requests.wanted_by = ""
                     self.skipped += 1
                     return None
                 return NotYet(before.wait())
             try:
                 self._look_back()
-                name = self._requests.wanted_by if event == _REQUESTED else event
-                saving = self._saving = Saving(self._writer.stage(name or event, engine), self._finished)
+                name = self._requests.wanted_by if event == REQUESTED else event
+                is_mid_step = event in ACCIDENTS and is_in_a_step(engine)
+                write = self._writer.stage(name or event, engine, is_mid_step=is_mid_step)
+                saving = self._saving = Saving(write, self._finished)
             except Exception as error:
                 self._requests.answer(None, error)
                 if self._on_error == "raise":
@@ -341,16 +323,16 @@ class Checkpoint:
             error = self._saving.error if self._saving is not None else None
             self._requests.refuse() if error is None else self._requests.answer(None, error)
             return False
-        if event == _REQUESTED:
-            if _is_in_a_step(engine):  # as when that step has failed
+        if event == REQUESTED:
+            if is_in_a_step(engine):  # as when that step has failed
                 self._requests.refuse()
             return bool(self._requests or self._requests.wanted_by)
-        return event not in _ACCIDENTS or self._writer.saved_step != engine.state_dict()["iteration"]
+        return event not in ACCIDENTS or self._writer.saved_step != engine.state_dict()["iteration"]
 
     def _is_put_off(self, event: str, engine: AnyEngine) -> bool:
         """Have it saved later, if a run is under way and this is no place where it could be gone on with, bitwise."""
-        is_of_the_loop = event in Events.__members__ or event == _REQUESTED
-        if is_of_the_loop and event not in _WITHIN and not self._ends_epoch(event, engine):
+        is_of_the_loop = event in Events.__members__ or event == REQUESTED
+        if is_of_the_loop and event not in WITHIN and not self._ends_epoch(event, engine):
             return False
         if not engine.is_running:
             return False
@@ -489,6 +471,9 @@ class Checkpoint:
         if found is None:
             return None
         info = found.info
+        if info.is_mid_step and not (which is not None and which != "must"):
+            said = f"there is no checkpoint but of the middle of a step: the one after step {info.step} was begun"
+            warnings.warn(f"{said}, and is begun again ({info.path})", CheckpointWarning, stacklevel=2)
         scatter(found.tree, self._parts, engine, strict=strict)
         self._writer.go_on_from(info, is_newest=which is None or which == "must")
         _logger.info("restored step %d, epoch %d, from %s", info.step, info.epoch, info.path)
@@ -512,8 +497,3 @@ class Checkpoint:
 def _check_choice(name: str, value: Any, *choices: str) -> None:
     if value not in choices:
         raise ValueError(f"{name}= is one of {', '.join(map(repr, choices))}, got {value!r}")
-
-
-def _is_in_a_step(engine: AnyEngine) -> bool:
-    """Say whether a step was begun that did not complete: the state is that of no step then."""
-    return bool(engine.state.iteration != engine.state_dict()["iteration"])

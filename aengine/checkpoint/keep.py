@@ -53,11 +53,13 @@ class Keep:
     ) -> list[CheckpointInfo]:
         """Return which of these no rule keeps, oldest first; never one that is pinned, or whose path is protected.
 
-        A step counts once: an earlier revision of it does not count, and goes.
+        A step counts once: an earlier revision of it does not count, and goes. Nor does what was taken in the middle of
+        a step, which stays until there is a later one.
         """
         ordered = sorted(checkpoints, key=_age)
-        latest_revisions = list({each.step: each for each in ordered}.values())
+        latest_revisions = list({each.step: each for each in ordered if not each.is_mid_step}.values())
         kept = {each.path for each in latest_revisions[-self.last :]}
+        kept.update(each.path for each in ordered[-1:] if each.is_mid_step)
         kept.update(each.path for each in self._best(latest_revisions))
         if self.every_n is not None:
             kept.update(each.path for each in latest_revisions if each.number % self.every_n == 0)

@@ -121,7 +121,8 @@ def outlook(found: list[Entry]) -> Outlook:
     for entry in found:
         if entry.info is None and entry.condition is Condition.UNREADABLE:
             return _failing(entry)
-    for entry in reversed(found):
+    with_info = [(reading.preference(entry.info), entry) for entry in found if entry.info is not None]
+    for _, entry in sorted(with_info, key=lambda one: one[0], reverse=True):
         if entry.condition is Condition.UNREADABLE:
             return _failing(entry)
         if entry.info is not None and entry.condition is not Condition.DAMAGED:
@@ -153,6 +154,7 @@ def record(entry: Entry) -> dict[str, Any]:
         "revision": numbers[1] if numbers else None,
         "epoch": info and info.epoch,
         "event": info and info.event,
+        "mid_step": info and info.is_mid_step,
         "metrics": info and {name: _strict(value) for name, value in info.metrics.items()},
         "created": info and info.created,
         "size": info and info.size,
@@ -203,7 +205,7 @@ class Page:
                 _clipped(str(info.step)),
                 _age(now - info.created),
                 _size(info.size),
-                _clipped(info.event),
+                _clipped(info.event) + (" (mid-step)" if info.is_mid_step else ""),
                 entry.condition.value,
                 "yes" if info.pinned else "",
             ]

@@ -62,6 +62,7 @@ class CheckpointInfo:
         versions: of what wrote it, by name.
         world_size: how many processes took part.
         extra: plain JSON of whoever wrote it, such as the name of the serializer.
+        is_mid_step: whether it was taken as a run failed or was cancelled in a step: what that has changed is in it.
     """
 
     step: int
@@ -78,6 +79,10 @@ class CheckpointInfo:
     versions: Mapping[str, str] = field(hash=False)
     world_size: int
     extra: Mapping[str, Any] = field(hash=False)
+
+    @property
+    def is_mid_step(self) -> bool:  # noqa: D102 -- an attribute, documented above
+        return bool(self.extra.get("mid_step"))
 
 
 def directory_name(step: int, revision: int = 1) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from aengine.checkpoint.manifest import CheckpointInfo
+from aengine.checkpoint.reading import preference
 from aengine.checkpoint.store import Problem, Store
 from aengine.errors import (
     CheckpointDamaged,
@@ -47,6 +48,8 @@ class Reader:
     def newest(self) -> Found | None:
         """Read the newest that is whole, setting aside those that are not; None if there has never been any.
 
+        One that was taken in the middle of a step is read only if there is no other.
+
         Raises:
             CheckpointDamaged: there are some, and none is whole: nobody wants to begin anew for that.
         """
@@ -60,7 +63,7 @@ class Reader:
             candidates = [info for info in there_are if info.path not in passed]
             if not candidates:
                 break
-            info = candidates[-1]
+            info = max(candidates, key=preference)
             try:
                 return self._read(info)
             except CheckpointNotFound:  # its writer has removed it meanwhile, and written another

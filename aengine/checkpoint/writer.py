@@ -50,7 +50,9 @@ class Writer:
         self.saved_step = info.step if info.path.parent == self._store.directory else None
         self._went_back_to = None if is_newest else info
 
-    def stage(self, event: str, engine: Engine[Any, Any]) -> Callable[[Callable[[], bool]], CheckpointInfo]:
+    def stage(
+        self, event: str, engine: Engine[Any, Any], *, is_mid_step: bool = False
+    ) -> Callable[[Callable[[], bool]], CheckpointInfo]:
         """Copy all that belongs to this instant. Returns what writes it, in a thread, valid until the next is staged.
 
         Raises:
@@ -68,14 +70,17 @@ class Writer:
             "metrics": _numbers(tree["metrics"]),
             "versions": _VERSIONS,
         }
+        extra = {"mid_step": True} if is_mid_step else {}
         metric = self._store.keep.metric
         if metric is not None and metric not in about["metrics"]:
             _logger.warning(
                 "checkpoint of step %d: engine.state.metrics has no number %r, by which the best are kept", step, metric
             )
-        return partial(self._write, staged, about)
+        return partial(self._write, staged, about, extra)
 
-    def _write(self, staged: Any, about: dict[str, Any], is_stopped: Callable[[], bool]) -> CheckpointInfo:
+    def _write(
+        self, staged: Any, about: dict[str, Any], extra: dict[str, Any], is_stopped: Callable[[], bool]
+    ) -> CheckpointInfo:
         """In the thread of a save: write, commit, and only then remove what is not to be kept."""
         if self._went_back_to is not None:
             left, self._went_back_to = self._store.abandon_after(self._went_back_to), None
@@ -85,7 +90,8 @@ class Writer:
                 )
         try:
             with self._store.begin(about["step"]) as draft:
-                info = draft.commit(**about, extra=self._contents.write(staged, draft, is_stopped))
+                extra = {**extra, **self._contents.write(staged, draft, is_stopped)}
+                info = draft.commit(**about, extra=extra)
         except Stopped as error:
             raise CheckpointNotWritten(
                 f"the checkpoint of step {about['step']} was not written: it was given up with the run, whose grace was"
