@@ -74,8 +74,9 @@ class Publishing:
 
         It is called as `handler(engine, *args, **kwargs)`, without the engine if it does not take it; for
         EXCEPTION_RAISED with the exception after the engine; for TERMINATE_SINGLE_EPOCH with `iter_counter=` if it
-        takes that. A plain `def` runs where the step runs, an `async def` is awaited on the event loop. What it raises
-        fails the run. Inline handlers run before the event is sent to subscribers and streams.
+        takes that. A plain `def` runs where the step runs, an `async def` is awaited on the event loop; so is whatever
+        else it returns that can be awaited, such as the handle of a task. What it raises fails the run. Inline handlers
+        run before the event is sent to subscribers and streams.
 
         Raises:
             TypeError: the handler cannot be called so.
