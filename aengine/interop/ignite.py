@@ -25,6 +25,10 @@ cannot work or is different, and what says so:
   and raise "Unknown event name". For an event of one's own, `engine.add_event_handler(event, log_handler, logger,
   event)` is what their `attach` does.
 - HandlersTimeProfiler times an async handler up to its first await, and a filtered one only when it is called.
+- Our Checkpoint saves what has state among the handlers of its engine. ignite 0.5.5 itself cannot save IoU, mIoU and
+  DiceCoefficient (a TypeError of theirs fails the run), nor load, in mid-epoch, EpochMetric and what is made of it, as
+  ROC_AUC and AveragePrecision (a CheckpointMismatch names it): attach these to an evaluator.
+- Its metrics begin anew at EPOCH_STARTED, which is fired for the rest of a resumed epoch too: see `ResumableEpochWise`.
 - Handlers of EXCEPTION_RAISED observe, ignite's too: the error is raised all the same.
 """
 
