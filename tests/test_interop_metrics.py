@@ -1,6 +1,10 @@
 """pytorch-ignite's metrics on our engine give what they give on its own, to the bit, whatever way the step runs."""
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import pytest
@@ -197,3 +201,37 @@ def test_metric_that_is_attached_through_the_view_is_the_engines() -> None:
     assert set(engine.state.metrics) == {"accuracy"}
     metric.detach(engine)
     assert not metric.is_attached(as_ignite(engine))
+
+
+PROCESSES = """
+import json, sys, warnings
+warnings.simplefilter("ignore")
+import anyio, torch
+import ignite.distributed as idist
+from ignite.metrics import Accuracy, Loss
+from aengine import Engine
+
+def evaluate(rank):
+    data = torch.load(sys.argv[1])
+    evaluator = Engine(lambda engine, batch: batch)
+    Accuracy().attach(evaluator, "accuracy")
+    Loss(torch.nn.functional.nll_loss).attach(evaluator, "loss")
+    anyio.run(evaluator.run, data[rank :: idist.get_world_size()])
+    if rank == 0:
+        print(json.dumps(evaluator.state.metrics))
+
+with idist.Parallel(backend="gloo", nproc_per_node=2, start_method="fork") as parallel:
+    parallel.run(evaluate)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks")
+def test_metrics_of_processes_that_ignite_has_launched_are_those_of_all_the_data(tmp_path: Path) -> None:
+    torch.save(CLASSES, tmp_path / "data.pt")
+    done = subprocess.run(
+        [sys.executable, "-c", PROCESSES, str(tmp_path / "data.pt")], capture_output=True, text=True, check=True
+    )
+    whole: Any = ignite.engine.Engine(hand_on)
+    metrics.Accuracy().attach(whole, "accuracy")
+    metrics.Loss(nn.functional.nll_loss).attach(whole, "loss")
+    assert json.loads(done.stdout) == pytest.approx(whole.run(CLASSES).metrics)

@@ -1,6 +1,8 @@
 """Our engine seen as one of pytorch-ignite's: what asks for that type, or looks into it, works as it does there."""
 
 import gc
+import importlib
+import sys
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -142,6 +144,13 @@ def test_run_of_the_view_blocks_as_ignites_does() -> None:
 async def test_run_of_the_view_refuses_to_block_an_event_loop() -> None:
     with pytest.raises(RuntimeError, match=r"await engine\.run"):
         view_of(Engine(nothing)).run([1])
+
+
+def test_what_to_install_is_said_where_ignite_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ignite.engine", None)
+    monkeypatch.delitem(sys.modules, "aengine.interop.ignite")
+    with pytest.raises(ModuleNotFoundError, match=r'pip install "pytorch-ignite>=0\.5"'):
+        importlib.import_module("aengine.interop.ignite")
 
 
 # EarlyStopping

@@ -16,8 +16,8 @@ BasicTimeProfiler, HandlersTimeProfiler, and what `setup_tb_logging` and its kin
 Order is ours, which is ignite's: inline, in order of registration, where the step runs, before the loop goes on. What
 cannot work or is different, and what says so:
 
-- `ignite.distributed`: its launcher starts processes that know nothing of an event loop: start them with `torchrun`.
-  Its collectives, and metrics over several ranks, work there as they do.
+- The launcher of `ignite.distributed` calls plain functions, and awaits nothing: have the function call `anyio.run` or
+  `run_sync`. Metrics over its processes are those of all the data, as they are there.
 - The inside of ignite's engine, but for `_event_handlers` and `_allowed_events`: an AttributeError says so.
 - `run` of the view blocks, as that of ignite's engine does, and refuses where an event loop runs: there, write
   `await engine.run(data)`, of the engine itself.
