@@ -242,8 +242,7 @@ class _Handlers(Sequence[Entry]):
 
     def __setitem__(self, index: int, entry: Entry) -> None:
         one = self._topic.inline[index]
-        function = entry[0]
-        one.call = function.call if isinstance(function, _StandIn) else _Exchanged(entry, one.selector.name)
+        one.call = _Exchanged(entry, one.selector.name)
         self._topic.arrange(self._topic.inline)
 
     def insert(self, index: int, entry: Entry) -> None:
@@ -259,13 +258,13 @@ class _StandIn:
     """A handler of our engine, shown under its own name; called with the engine, it does what the handler does."""
 
     def __init__(self, one: InlineHandler) -> None:
-        self.call = one.call
+        self._call = one.call
         self.result: Any = None
         self._handler = one.handler
         self.__qualname__ = getattr(one.handler, "__qualname__", type(one.handler).__name__)
 
     def __call__(self, *args: Any) -> None:
-        self.result = self.call(*args)
+        self.result = self._call(*args)
 
     def __repr__(self) -> str:
         return repr(self._handler)
