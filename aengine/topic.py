@@ -151,7 +151,7 @@ class Topic:
         fired: how often it was fired, if it counts that itself.
     """
 
-    __slots__ = ("_publisher", "_quick", "count", "due", "fired", "inline", "name", "outlets", "publish")
+    __slots__ = ("_arranged", "_publisher", "_quick", "count", "due", "fired", "inline", "name", "outlets", "publish")
 
     def __init__(self, name: str, publisher: Publisher) -> None:
         self.name = name
@@ -162,6 +162,7 @@ class Topic:
         self.count = NEVER_FIRED
         self.publish: Publish = self._publish_to_all
         self._publisher = publisher
+        self._arranged: list[InlineHandler] | None = None  # the inline handlers, where `arrange` is to change them live
         # What is called and sent to each time, all of one instant.
         self._quick: Quick = (), (), ()
 
@@ -180,6 +181,18 @@ class Topic:
         with self._publisher.lock:
             self.inline = tuple(one for one in self.inline if one not in listeners)
             self.outlets = tuple(one for one in self.outlets if one not in listeners)
+            self._arrange()
+
+    def arrange(self, inline: Iterable[InlineHandler]) -> None:
+        """Have these inline handlers, in this order, at once: a dispatch under way goes on with the next of them.
+
+        For what measures the others and stands between them: it takes its places when the run has begun. At once only
+        from the second time on; the first time, as with `listen` and `leave`, from the next dispatch on.
+        """
+        with self._publisher.lock:
+            arranged = [] if self._arranged is None else self._arranged
+            arranged[:] = inline
+            self.inline, self._arranged = tuple(arranged), arranged
             self._arrange()
 
     def rewind(self, count: int) -> None:
@@ -211,7 +224,10 @@ class Topic:
         listeners = (*self.inline, *self.outlets)
         inboxes = tuple(one.inbox for one in self.outlets)
         self._quick = tuple(one.call for one in self.inline), self.inline, inboxes
-        if any(one.filter is not None for one in listeners) or any(one.snapshot is not None for one in self.outlets):
+        has_filter = any(one.filter is not None for one in listeners)
+        if self._arranged is not None and self.inline != tuple(self._arranged):  # somebody came or left
+            self._arranged = list(self.inline)
+        if self._arranged is not None or has_filter or any(one.snapshot is not None for one in self.outlets):
             self.publish = self._publish_to_due
         else:
             self.publish = self._publish_to_all if self.inline else self._send
@@ -304,7 +320,7 @@ class Topic:
             yield from send(engine) or ()
 
     def _due(self, engine: Any, count: int) -> Iterator[InlineHandler]:
-        for handler in self.inline:
+        for handler in self.inline if self._arranged is None else self._arranged:
             if handler.filter is None or (handler.due <= count and self._admits(handler, handler.name, engine, count)):
                 yield handler
 

@@ -8,6 +8,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # torch deprecates, when they are imported, modules that ignite imports
     import ignite.engine
     import ignite.handlers
+    import ignite.handlers.logger_utils
     import ignite.metrics
     import ignite.metrics.metric
 

@@ -1,0 +1,1 @@
+"""Other libraries' handlers and metrics on our engine, one file each."""
