@@ -229,3 +229,23 @@ def test_choices_are_checked_where_they_are_made(tmp_path: Path, name: str) -> N
     wrong: dict[str, Any] = {name: "never"}
     with pytest.raises(ValueError, match=f"{name}= is one of .*, got 'never'"):
         Checkpoint(tmp_path, {}, **wrong)
+
+
+async def test_handler_whose_state_dict_fails_is_named(tmp_path: Path) -> None:
+    class Broken:
+        def __call__(self) -> None:
+            pass
+
+        def state_dict(self) -> dict[str, Any]:
+            raise ZeroDivisionError
+
+        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+            raise AssertionError
+
+    engine: AnyEngine = Engine(lambda engine, batch: None)
+    engine.add_event_handler(Events.STARTED, Broken())
+    async with Checkpoint(tmp_path, {}) as checkpoint:
+        checkpoint.attach(engine, Events.COMPLETED)
+        with pytest.raises(ZeroDivisionError) as caught:
+            await engine.run([1])
+    assert "handlers['test_handler" in caught.value.__notes__[0]

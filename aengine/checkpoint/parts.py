@@ -76,7 +76,7 @@ def gather(parts: Parts, engine: Engine[Any, Any]) -> dict[str, Any]:
         "state": _read(parts),
         "engine": engine.state_dict(),
         "metrics": dict(engine.state.metrics),
-        "handlers": {name: one.state_dict() for name, one in _listeners(parts, engine).items()},
+        "handlers": _read(cast(Parts, _listeners(parts, engine)), "handlers"),
     }
 
 
@@ -93,10 +93,14 @@ def scatter(tree: Mapping[str, Any], parts: Parts, engine: Engine[Any, Any], *, 
     engine.state.metrics.update(tree["metrics"])
 
 
-def _read(parts: Parts) -> Any:
+def _read(parts: Parts, path: str = "state") -> Any:
     if isinstance(parts, dict):
-        return {name: _read(one) for name, one in parts.items()}
-    return parts.state_dict()
+        return {name: _read(one, f"{path}[{name!r}]") for name, one in parts.items()}
+    try:
+        return parts.state_dict()
+    except Exception as error:
+        error.add_note(f"in the state_dict() of {path} ({_shown(parts)})")
+        raise
 
 
 def _load(parts: Parts, saved: Any, path: str, *, strict: bool) -> None:
