@@ -218,6 +218,13 @@ def test_second_metric_of_a_name_is_refused() -> None:
         attach_metric(engine, SumMetric(), "loss")
 
 
+def test_wrong_interval_is_refused_and_nothing_is_attached() -> None:
+    engine: AnyEngine = Engine(through)
+    with pytest.raises(ValueError, match="every"):
+        attach_metric(engine, MeanMetric(), "loss", every=0)
+    assert engine.stateful_listeners() == []
+
+
 @pytest.mark.parametrize(
     ("other", "message"),
     [

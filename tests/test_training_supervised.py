@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from recording import AnyEngine
+from recording import AnyEngine, Boom
 from supervising import (
     BATCH,
     LOSS,
@@ -262,6 +262,54 @@ async def test_trainer_with_a_scaler_does_not_go_on_with_one_without(tmp_path: P
         await Resumable(tmp_path, scaler=scaler()).run(2)
 
 
+async def test_group_in_which_a_step_failed_begins_anew_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    failing = [Boom()]
+
+    def fail_once(x: Any, y: Any, y_pred: Any, loss: torch.Tensor) -> torch.Tensor:
+        if trainer.state.iteration == 3 and failing:
+            raise failing.pop()
+        return loss.detach()
+
+    trainer, _ = accumulating(4, output_transform=fail_once)
+    losses, seen = record_losses(trainer), stepped(trainer)
+    with pytest.raises(Boom):
+        await trainer.run(batches())
+    await trainer.run(batches())
+    assert "the group begins anew, without the gradients of 3 batches" in caplog.text
+    assert seen == [6, 7]
+    assert len(losses) == 7
+
+
+def test_step_that_failed_before_its_gradients_were_added_costs_the_group_nothing(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    failing = [Boom()]
+
+    def fail_once(model: torch.nn.Module, x: torch.Tensor) -> Any:
+        if trainer.state.iteration == 3 and failing:
+            raise failing.pop()
+        return model(x)
+
+    trainer, _ = accumulating(4, model_fn=fail_once)
+    losses, seen = record_losses(trainer), stepped(trainer)
+    with pytest.raises(Boom):
+        trainer.run_sync(batches(), max_epochs=2)
+    trainer.run_sync(batches(), max_epochs=2)
+    assert seen == [4, 7, 11, 14]
+    plain_model, plain_optimizer = build()
+    assert as_numbers(losses) == plain_loop(plain_model, plain_optimizer, accumulate=4)
+    assert not caplog.records
+
+
+async def test_save_at_a_step_of_the_optimizer_is_refused(tmp_path: Path) -> None:
+    trainer, model = accumulating(3)
+    async with Checkpoint(tmp_path, {"model": model}) as checkpoint:
+        checkpoint.attach(trainer, UpdateEvents.OPTIMIZER_STEPPED)
+        with pytest.raises(RuntimeError, match="save at ITERATION_COMPLETED or EPOCH_COMPLETED"):
+            await trainer.run(batches())
+        assert checkpoint.list() == []
+
+
 # The step
 
 
@@ -369,6 +417,32 @@ async def test_async_step_of_ones_own_updates_as_well() -> None:
     plain_model, plain_optimizer = build()
     assert as_numbers(losses) == plain_loop(plain_model, plain_optimizer, accumulate=3)
     assert seen == [3, 6, 7, 10, 13, 14]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("amp_mode", [None, torch.bfloat16], ids=str)
+def test_default_step_on_a_gpu_never_waits_for_it(amp_mode: torch.dtype | None) -> None:
+    model, _ = build()
+    model.cuda()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    trainer = create_supervised_trainer(
+        model,
+        optimizer,
+        LOSS,
+        "cuda",
+        non_blocking=True,
+        amp_mode=amp_mode,
+        clip_gradients=1.0,
+        thread=False,
+    )
+    pinned = [(x.pin_memory(), y.pin_memory()) for x, y in batches()]
+    trainer.run_sync(pinned)  # the first calls of libraries may wait
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        trainer.run_sync(pinned)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert trainer.state.output.is_cuda
 
 
 # Evaluation

@@ -62,7 +62,7 @@ def attach_metric(
 
     Raises:
         TypeError: this is no metric of torchmetrics.
-        ValueError: another one has this name on this engine.
+        ValueError: another one has this name on this engine; or `every` is less than 1.
     """
     attached = AttachedMetric(metric, name, output_transform=output_transform, epoch_bound=epoch_bound)
     attached.attach(engine, every=every)
@@ -98,10 +98,11 @@ class AttachedMetric:
         others = [one.name for one in engine.stateful_listeners() if isinstance(one, AttachedMetric)]
         if self.name in others:
             raise ValueError(f"engine {engine.name!r} has a metric {self.name!r} already: give this one another name")
+        now_and_then = None if every is None else Events.ITERATION_COMPLETED(every=every)
         engine.add_event_handler(Events.EPOCH_STARTED, self._begin)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._update)
-        if every is not None:
-            engine.add_event_handler(Events.ITERATION_COMPLETED(every=every), self._publish)
+        if now_and_then is not None:
+            engine.add_event_handler(now_and_then, self._publish)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._publish)
 
     def state_dict(self) -> dict[str, Any]:

@@ -36,8 +36,7 @@ class UpdateEvents(EventEnum):
         OPTIMIZER_STEPPED: the optimizer was stepped, after a whole group of batches or the last, partial one of an
             epoch. Its handlers run before those of ITERATION_COMPLETED. It counts its firings, for filters. A
             GradScaler that found infinite gradients had the optimizer leave the parameters alone; it is fired anyway,
-            for to know would be to wait for the device. A checkpoint belongs to ITERATION_COMPLETED or
-            EPOCH_COMPLETED: at this event other handlers are still to see the iteration.
+            for to know would be to wait for the device. At this event nothing can be saved.
     """
 
     OPTIMIZER_STEPPED = "optimizer_stepped"
@@ -88,7 +87,8 @@ class Update:
         self._scaler = scaler
         self._accumulate = accumulate
         self._clip = _clip(clip_gradients)
-        self._has_stepped = False
+        self._has_stepped = self._is_told_of = False
+        self._is_adding = False  # from before the gradients of a step change until it is completed
         self._serves: weakref.ref[Engine[Any, Any]] | None = None  # weak, for the engine's handlers refer to this
 
     def attach(self, engine: Engine[Any, Any]) -> None:
@@ -106,7 +106,18 @@ class Update:
         engine.add_event_handler(Events.COMPLETED, self._look_back)
 
     def zero_grad(self) -> None:
-        """Forget the gradients of the group before, if a new one begins: before the model is called."""
+        """Forget the gradients of the group before, if a new one begins: before the model is called.
+
+        A group in which a step failed after it had begun to add its own gradients begins anew, too, and a warning says
+        how many batches are lost with it: how much of that step is in there, nobody knows.
+        """
+        if self._is_adding and self.pending:
+            _logger.warning(
+                "a step failed while its gradients were added to those of its group: the group begins anew, without the"
+                " gradients of %d batches",
+                self.pending,
+            )
+            self.pending = 0
         if not self.pending:
             self._optimizer.zero_grad()
 
@@ -120,6 +131,7 @@ class Update:
         _check_loss(loss)
         if self._serves is None or self._serves() is not engine:
             raise RuntimeError(f"this Update does not serve engine {engine.name!r}: call  update.attach(engine)  first")
+        self._is_adding = True
         share = loss / self._accumulate if self._accumulate > 1 else loss
         (share if self._scaler is None else self._scaler.scale(share)).backward()
         self.pending += 1
@@ -127,7 +139,16 @@ class Update:
             self._step()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the gradients of an open group, in the order of the model's parameters, and the scaler's state."""
+        """Return the gradients of an open group, in the order of the model's parameters, and the scaler's state.
+
+        Raises:
+            RuntimeError: called at OPTIMIZER_STEPPED.
+        """
+        if self._is_told_of:
+            raise RuntimeError(
+                "at OPTIMIZER_STEPPED other handlers are still to see the iteration, so that a run resumed from there"
+                " would differ: save at ITERATION_COMPLETED or EPOCH_COMPLETED"
+            )
         gradients = [parameter.grad for parameter in self._model.parameters()] if self.pending else []
         return {
             "pending": self.pending,
@@ -162,6 +183,7 @@ class Update:
             if pending:  # it has no scale before it has scaled something, and may be asked to unscale first
                 self._scaler.scale(torch.zeros((), device=parameters[0].device))
         self.pending = pending
+        self._has_stepped = self._is_adding = False
 
     def _step(self) -> None:
         scaler = self._scaler
@@ -179,9 +201,13 @@ class Update:
 
     def _tell(self, engine: Engine[Any, Any]) -> None:
         """The iteration is completed: only now do schedules and averages see a state that can be saved."""
+        self._is_adding = False
         if self._has_stepped:
-            self._has_stepped = False
-            engine.fire_event(UpdateEvents.OPTIMIZER_STEPPED)
+            self._has_stepped, self._is_told_of = False, True
+            try:
+                engine.fire_event(UpdateEvents.OPTIMIZER_STEPPED)
+            finally:
+                self._is_told_of = False
 
     def _finish(self, engine: Engine[Any, Any]) -> None:
         """Step on the rest of an epoch whose end could not be foreseen."""
