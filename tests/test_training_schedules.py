@@ -82,7 +82,7 @@ class Training:
         )
         state = {"model": self.model, "optimizer": self.optimizer}
         self.checkpoint = Checkpoint(directory, state, keep=Keep(every_n=1))
-        self.checkpoint.attach(self.trainer, Events.ITERATION_COMPLETED | Events.EPOCH_COMPLETED)
+        self.checkpoint.attach(self.trainer, Events.ITERATION_COMPLETED)
 
     async def run(self, step: int | None = None) -> list[float]:
         async with self.checkpoint:
@@ -175,7 +175,7 @@ async def test_plateau_that_was_resumed_goes_on_being_patient(tmp_path: Path) ->
     assert await run(14) == whole[2:]
 
 
-async def test_average_of_an_engine_of_ones_own_takes_in_each_iteration() -> None:
+async def test_average_of_an_engine_of_ones_own_takes_in_each_iteration_or_what_it_is_told() -> None:
     model = torch.nn.Linear(1, 1)
 
     def step(engine: AnyEngine, batch: float) -> None:
@@ -183,10 +183,12 @@ async def test_average_of_an_engine_of_ones_own_takes_in_each_iteration() -> Non
             model.weight.fill_(batch)
 
     engine: AnyEngine = Engine(step)
-    average = AveragedModel(model)
+    average, late = AveragedModel(model), AveragedModel(model)
     attach_average(engine, average, model)
+    attach_average(engine, late, model, Events.ITERATION_COMPLETED(after=1))
     await engine.run([1.0, 2.0, 6.0])
     assert average.state_dict()["module.weight"].item() == 3.0
+    assert late.state_dict()["module.weight"].item() == 4.0
 
 
 async def test_average_that_is_handed_to_the_checkpoint_too_is_saved_once(tmp_path: Path) -> None:

@@ -192,14 +192,16 @@ async def test_group_of_an_epoch_that_is_terminated_is_stepped_on() -> None:
     assert seen == [2, 6, 9]
 
 
+@pytest.mark.parametrize("skip", [False, True], ids=["completed", "skip-completed"])
 async def test_terminated_run_says_what_was_not_stepped_on_and_goes_on_as_if_it_had_not_ended(
     caplog: pytest.LogCaptureFixture,
+    skip: bool,  # noqa: FBT001 -- pytest passes it by name
 ) -> None:
     plain_model, plain_optimizer = build()
     expected = plain_loop(plain_model, plain_optimizer, accumulate=3)
     trainer, _ = accumulating(3)
     losses = record_losses(trainer)
-    trainer.add_event_handler(Events.ITERATION_COMPLETED(once=5), trainer.terminate)
+    trainer.add_event_handler(Events.ITERATION_COMPLETED(once=5), lambda: trainer.terminate(skip_completed=skip))
     with caplog.at_level(logging.WARNING, "aengine.training"):
         await trainer.run(batches(), max_epochs=2)
     assert "the gradients of 2 of 3 batches were not stepped on yet" in caplog.text
@@ -240,7 +242,7 @@ async def test_run_resumed_in_the_middle_of_a_group_goes_on_as_if_it_had_not_end
     options: dict[str, Any] = {"gradient_accumulation_steps": 4, "clip_gradients": 0.5, "thread": thread}
     whole = Resumable(tmp_path, **options, scaler=scaler())
     expected = await whole.run(data=batches() if has_length else Unsized())
-    for step in (2, 4, 5, 7, 10):
+    for step in (2, 7, 10):
         resumed = Resumable(tmp_path, **options, scaler=scaler())
         assert await resumed.run(step, batches() if has_length else Unsized()) == expected[step:]
         assert_equal_bits(resumed.model.state_dict(), whole.model.state_dict())
@@ -445,6 +447,40 @@ def test_default_step_on_a_gpu_never_waits_for_it(amp_mode: torch.dtype | None) 
     assert trainer.state.output.is_cuda
 
 
+def drop_nothing(model: torch.nn.Sequential) -> None:
+    dropout = model[2]
+    assert isinstance(dropout, torch.nn.Dropout)
+    dropout.p = 0.0
+
+
+def test_two_models_with_an_optimizer_each_are_updated_one_by_one() -> None:
+    """Each in groups of its own size, as the plain loops of each do."""
+    (first, first_optimizer), (second, second_optimizer) = build(), build()
+    updates = Update(first, first_optimizer, accumulate=2), Update(second, second_optimizer, accumulate=3)
+
+    def step(engine: AnyEngine, batch: Any) -> list[float]:
+        losses = []
+        for model, update in zip((first, second), updates, strict=True):
+            update.zero_grad()
+            loss = LOSS(model(batch[0]), batch[1])
+            update(engine, loss)
+            losses.append(loss.item())
+        return losses
+
+    trainer: AnyEngine = Engine(step)
+    for update in updates:
+        update.attach(trainer)
+    losses: list[list[float]] = []
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: losses.append(engine.state.output))
+    for model in (first, second):
+        drop_nothing(model)  # for the two would draw in turn
+    trainer.run_sync(batches(), max_epochs=2)
+    for number, accumulate in enumerate((2, 3)):
+        plain_model, plain_optimizer = build()
+        drop_nothing(plain_model)
+        assert [pair[number] for pair in losses] == plain_loop(plain_model, plain_optimizer, accumulate=accumulate)
+
+
 # Evaluation
 
 
@@ -495,9 +531,12 @@ def test_model_is_back_in_training_mode_by_its_own_train() -> None:
 
 
 def test_evaluator_computes_in_the_type_it_is_told() -> None:
-    evaluator = create_supervised_evaluator(torch.nn.Linear(WIDTH, 1), amp_mode=torch.bfloat16)
-    evaluator.run_sync(batches())
-    assert evaluator.state.output[0].dtype is torch.bfloat16
+    model = torch.nn.Linear(WIDTH, 1).eval()
+    for device in (None, "cpu"):
+        evaluator = create_supervised_evaluator(model, device=device, amp_mode=torch.bfloat16)
+        evaluator.run_sync(batches())
+        assert evaluator.state.output[0].dtype is torch.bfloat16
+        assert not model.training  # as it was
 
 
 # Bad input
@@ -556,6 +595,16 @@ def test_loss_of_many_numbers_is_refused() -> None:
         TypeError, match=rf"a tensor of one number, got one of shape \[{BATCH}, 1\]: have loss_fn return"
     ):
         create_supervised_trainer(model, optimizer, loss_fn).run_sync(batches())
+
+
+def test_update_is_of_a_model_and_takes_the_gradients_of_no_other() -> None:
+    wrong: Any = len
+    model, optimizer = build()
+    with pytest.raises(TypeError, match=r"the model is a torch.nn.Module, got <built-in function len>"):
+        Update(wrong, optimizer)
+    saved = {"pending": 1, "accumulate": 2, "gradients": [None], "scaler": None}
+    with pytest.raises(ValueError, match="there are gradients of 1 parameters, and 6 in the model"):
+        Update(model, optimizer, accumulate=2).load_state_dict(saved)
 
 
 def test_update_that_serves_no_engine_says_so() -> None:

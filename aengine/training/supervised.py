@@ -239,7 +239,8 @@ def create_supervised_evaluator(  # noqa: PLR0913 -- pytorch-ignite's arguments
     """Return an engine that computes metrics of a model on batches of inputs and targets.
 
     In each step the model is in evaluation mode and gradients are off; between two steps each of its modules is in the
-    mode it was in. For inference mode, write `with torch.inference_mode(): await evaluator.run(...)`.
+    mode it was in. A model of very many modules is quicker if it is in evaluation mode to begin with. For inference
+    mode, write `with torch.inference_mode(): await evaluator.run(...)`.
 
     Args:
         model: the model; beside the step of a trainer, a copy of it.
@@ -310,11 +311,13 @@ def _autocast(
 
     @contextmanager
     def autocast() -> Generator[None]:
-        with torch.autocast(device_type, dtype=amp_mode):
-            yield
-        # Only the outermost autocast forgets the weights that it has cast. If the caller of run() is within another
-        # one, the next step would compute with the weights of this one.
-        torch.clear_autocast_cache()
+        try:
+            with torch.autocast(device_type, dtype=amp_mode):
+                yield
+        finally:
+            # Only the outermost autocast forgets the weights that it has cast. If the caller of run() is within another
+            # one, the next step would compute with the weights of this one.
+            torch.clear_autocast_cache()
 
     return autocast
 

@@ -48,7 +48,10 @@ class Update:
     The loss of each batch is divided by `accumulate`, whether its group becomes whole or not. The last group of an
     epoch, and of a run that ends by `max_iters`, may be partial and is stepped on all the same: in the step of its last
     batch if the length of the epoch is known, else before the other handlers of EPOCH_COMPLETED. A group that
-    `terminate()`, an interruption or an error leaves open goes on when the run is gone on with.
+    `terminate()`, an interruption or an error leaves open goes on when the run is gone on with; one of an epoch that is
+    terminated without EPOCH_COMPLETED, in the next epoch.
+
+    For several optimizers, as of a GAN, make an Update for each, of the model that it trains.
 
     A model's `state_dict` has no gradients, so this has a `state_dict` of its own, which has those of an open group and
     the scaler. A `Checkpoint` saves it without being asked. In the middle of a group that is as much again as the
@@ -103,7 +106,7 @@ class Update:
         engine.register_events(*UpdateEvents)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._tell)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._finish)
-        engine.add_event_handler(Events.COMPLETED, self._look_back)
+        engine.add_event_handler(Events.TERMINATE, self._look_back)
 
     def zero_grad(self) -> None:
         """Forget the gradients of the group before, if a new one begins: before the model is called.
