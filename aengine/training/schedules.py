@@ -1,0 +1,93 @@
+"""Schedules: torch's learning-rate schedulers on an engine.
+
+    attach_scheduler(trainer, OneCycleLR(optimizer, 0.1, total_steps=1000), UpdateEvents.OPTIMIZER_STEPPED)
+    attach_scheduler(trainer, CosineAnnealingLR(optimizer, T_max=10), Events.EPOCH_COMPLETED)
+    attach_scheduler(trainer, ReduceLROnPlateau(optimizer), Events.EPOCH_COMPLETED, metric="loss")
+
+Warm-up is LinearLR in a SequentialLR or a ChainedScheduler, as torch has it.
+
+`engine.add_event_handler(event, scheduler.step)` is a trap: `step()` takes an `epoch`, so that it is called with the
+engine as one. `lambda: scheduler.step()` would do, but for saving.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from aengine.engine import Engine
+from aengine.events import AnyEvent
+from aengine.handlers.scores import Score, score_reader
+
+
+def attach_scheduler(
+    engine: Engine[Any, Any], scheduler: LRScheduler, event: AnyEvent, *, metric: Score | None = None
+) -> "Schedule":
+    """Have a scheduler take a step at each firing of an event.
+
+    A `Checkpoint` of the engine saves the scheduler without being asked. The learning rate itself is a part of the
+    optimizer's state: save that, too.
+
+    Args:
+        engine: whose event it is: the trainer, so that its checkpoints have the scheduler.
+        scheduler: of torch, or derived from its classes.
+        event: ITERATION_COMPLETED; EPOCH_COMPLETED; or OPTIMIZER_STEPPED of `UpdateEvents`, which with gradient
+            accumulation comes once in a group.
+        metric: what ReduceLROnPlateau looks at, and only that: the name of a metric of this engine, or `f(engine)` that
+            returns a number, such as `lambda engine: evaluator.state.metrics["loss"]`.
+
+    Raises:
+        TypeError: this is no scheduler; or one that needs a metric has none, or the other way round.
+        ValueError: the event is not registered.
+    """
+    schedule = Schedule(scheduler, metric=metric)
+    schedule.attach(engine, event)
+    return schedule
+
+
+class Schedule:
+    """A scheduler on an engine: what `attach_scheduler` returns.
+
+    Attributes:
+        scheduler: torch's.
+    """
+
+    def __init__(self, scheduler: LRScheduler, *, metric: Score | None = None) -> None:
+        _check(scheduler, metric)
+        self.scheduler = scheduler
+        self._metric: Callable[[Engine[Any, Any]], float] | None = None
+        if metric is not None:
+            self._metric = score_reader(metric, "metric")
+
+    def attach(self, engine: Engine[Any, Any], event: AnyEvent) -> None:
+        """Take a step at each firing of an event."""
+        engine.add_event_handler(event, self._step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return that of the scheduler."""
+        state: dict[str, Any] = self.scheduler.state_dict()
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Have the scheduler go on."""
+        self.scheduler.load_state_dict(state_dict)
+
+    def _step(self, engine: Engine[Any, Any]) -> None:
+        scheduler: Any = self.scheduler
+        if self._metric is None:
+            scheduler.step()
+        else:
+            scheduler.step(self._metric(engine))
+
+
+def _check(scheduler: Any, metric: Any) -> None:
+    kind = type(scheduler).__qualname__
+    if not isinstance(scheduler, LRScheduler):
+        raise TypeError(
+            "attach_scheduler(engine, scheduler, event) takes a scheduler of torch.optim.lr_scheduler, got a"
+            f" {kind}: call anything else in a handler,  engine.add_event_handler(event, lambda: ...)"
+        )
+    if isinstance(scheduler, ReduceLROnPlateau) and metric is None:
+        raise TypeError(f'{kind} looks at a metric: attach_scheduler(engine, scheduler, event, metric="loss")')
+    if not isinstance(scheduler, ReduceLROnPlateau) and metric is not None:
+        raise TypeError(f"{kind} looks at no metric: leave metric= out; it is for ReduceLROnPlateau")
