@@ -351,8 +351,16 @@ class ThreadState:
         # Each of these restores, on leaving, also what a step has left behind.
         entered.enter_context(torch.inference_mode(self._inference))
         entered.enter_context(torch.set_grad_enabled(self._grad))
+        # Set, and not entered: torch forgets the weights that it has cast when the outermost autocast is left, and that
+        # has to be the step's own, or the next step computes with the weights of this one.
         for kind, dtype, enabled in self._autocast:
-            entered.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=self._caches))
+            entered.callback(torch.set_autocast_enabled, kind, torch.is_autocast_enabled(kind))
+            entered.callback(torch.set_autocast_dtype, kind, torch.get_autocast_dtype(kind))
+            torch.set_autocast_enabled(kind, enabled)
+            torch.set_autocast_dtype(kind, dtype)
+        entered.callback(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
+        torch.set_autocast_cache_enabled(self._caches)
+        entered.callback(torch.clear_autocast_cache)
 
 
 def _restore_device(torch: Any, before: Any) -> None:

@@ -239,3 +239,33 @@ async def test_a_training_step_on_the_worker_learns_what_a_plain_loop_learns() -
     await engine.run(batches, max_epochs=3)
     assert seen == losses
     assert torch.equal(model.weight, expected)
+
+
+@pytest.mark.parametrize("threaded", [None, False])
+async def test_a_step_with_an_autocast_of_its_own_computes_with_the_weights_as_they_are(
+    threaded: bool | None,  # noqa: FBT001 -- pytest passes it by name
+) -> None:
+    """torch keeps the weights that it has cast until the outermost autocast is left: that must be the step's."""
+    data = [torch.ones(2, 4)] * 4
+
+    def losses_of(run: Callable[[Callable[[Any, Any], None]], Any]) -> tuple[list[float], Any]:
+        torch.manual_seed(0)
+        model = torch.nn.Linear(4, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        losses: list[float] = []
+
+        def step(engine: Any, batch: torch.Tensor) -> None:
+            optimizer.zero_grad()
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                loss = model(batch).square().mean()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+
+        return losses, run(step)
+
+    plain, _ = losses_of(lambda step: [step(None, batch) for batch in data])
+    ours, running = losses_of(lambda step: Engine(step, thread=threaded).run(data))
+    await running
+    assert ours == plain
+    assert len(set(plain)) == 4

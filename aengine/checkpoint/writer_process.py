@@ -139,6 +139,8 @@ class _Child:
                 [sys.executable, "-c", _START, setting],
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
+                # torch warns of itself as it pickles: no error there because it would be one here.
+                env={name: value for name, value in os.environ.items() if name != "PYTHONWARNINGS"},
                 process_group=0,  # Ctrl-C goes to the whole group of the terminal
             )
         except BaseException:
@@ -178,10 +180,14 @@ class _Child:
 
     def __del__(self) -> None:
         # Dropped without a close(): it has nothing to do, for a thread that waits for an answer holds this.
-        if hasattr(self, "_process") and self._process.returncode is None:  # not if it could not be started
-            self._process.kill()
-            self._process.wait()
         self._socket.close()
+        if not hasattr(self, "_process") or self._process.returncode is not None:  # it could not be started, or is over
+            return
+        if sys.is_finalizing():  # when half of what kill() needs is gone: closed, the socket tells it to end
+            self._process.returncode = 0  # of which nobody needs to be warned
+            return
+        self._process.kill()
+        self._process.wait()
 
     def bury(self) -> str:
         """Wait for the end of a process that is dead or dying, and say what it died of."""
