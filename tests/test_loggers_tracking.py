@@ -1,0 +1,336 @@
+"""Loggers beside the step: what is written, in which order, and what becomes of it when a sink is slow or down."""
+
+import logging
+import threading
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import anyio
+import anyio.lowlevel
+import anyio.to_thread
+import pytest
+import torch
+from recording import Boom
+
+from aengine import Engine, Events
+from aengine.loggers import Record, Tracker, track
+
+AnyEngine: TypeAlias = Engine[Any, Any]
+
+
+class Memory:
+    """A sink that keeps what it gets, call by call; raises while it is down."""
+
+    def __init__(self) -> None:
+        self.calls: list[list[Record]] = []
+        self.tries = 0
+        self.fails = 0
+        self.closed = 0
+
+    def write(self, records: Sequence[Record]) -> None:
+        self.tries += 1
+        if self.fails:
+            self.fails -= 1
+            raise Boom(f"try {self.tries}")
+        self.calls.append(list(records))
+
+    def close(self) -> None:
+        self.closed += 1
+
+    @property
+    def records(self) -> list[Record]:
+        return [record for call in self.calls for record in call]
+
+    @property
+    def steps(self) -> list[int]:
+        return [record.step for record in self.records]
+
+
+class Held(Memory):
+    """A sink that is as slow as it gets: its calls wait for the test."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_busy = threading.Event()
+        self.go_on = threading.Event()
+
+    def write(self, records: Sequence[Record]) -> None:
+        self.is_busy.set()
+        self.go_on.wait()
+        super().write(records)
+
+
+def tenfold(engine: AnyEngine, batch: int) -> int:
+    return batch * 10
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    logged = [record for record in caplog.records if record.name == "aengine.loggers"]
+    return [record.getMessage() for record in logged if record.levelno >= logging.WARNING]
+
+
+def account(tracker: Tracker) -> tuple[int, int, int, int]:
+    now = tracker.statistics()
+    return now.taken, now.written, now.dropped, now.waiting
+
+
+# What is written
+
+
+@pytest.mark.parametrize("thread", [None, False])
+async def test_each_event_is_a_record_in_order(*, thread: bool | None) -> None:
+    sink, engine = Memory(), Engine(tenfold, name="trainer", thread=thread)
+    tracker = track(engine, sink)
+    await engine.run([1, 2], max_epochs=2)
+    seen = [(record.event, record.engine, record.step, record.epoch, record.values) for record in sink.records]
+    ic, ec = "ITERATION_COMPLETED", "EPOCH_COMPLETED"
+    assert seen == [
+        (ic, "trainer", 1, 1, {"output": 10}),
+        (ic, "trainer", 2, 1, {"output": 20}),
+        (ec, "trainer", 2, 1, {"output": 20}),
+        (ic, "trainer", 3, 2, {"output": 10}),
+        (ic, "trainer", 4, 2, {"output": 20}),
+        (ec, "trainer", 4, 2, {"output": 20}),
+    ]
+    assert account(tracker) == (6, 6, 0, 0)
+    assert sink.closed
+
+
+async def test_an_async_sink_is_awaited_on_the_event_loop() -> None:
+    engine, threads = Engine(tenfold), set()
+    steps: list[int] = []
+
+    async def write(records: Sequence[Record]) -> None:
+        await anyio.lowlevel.checkpoint()
+        threads.add(threading.get_ident())
+        steps.extend(record.step for record in records)
+
+    track(engine, write, Events.ITERATION_COMPLETED)
+    await engine.run([1, 2, 3])
+    assert (threads, steps) == ({threading.get_ident()}, [1, 2, 3])
+
+
+async def test_a_plain_sink_is_called_in_another_thread() -> None:
+    engine, threads = Engine(tenfold), []
+    track(engine, lambda records: threads.append(threading.current_thread()), Events.COMPLETED)
+    await engine.run([1])
+    assert threads
+    assert threads[0] is not threading.current_thread()
+
+
+async def test_values_are_taken_after_the_inline_handlers_whoever_was_added_first() -> None:
+    sink, engine = Memory(), Engine(tenfold)
+    track(engine, sink, Events.EPOCH_COMPLETED)
+    engine.add_event_handler(Events.EPOCH_COMPLETED, lambda engine: engine.state.metrics.update(accuracy=0.5))
+    await engine.run([1])
+    assert sink.records[0].values == {"output": 10, "accuracy": 0.5}
+
+
+async def test_a_tensor_is_written_as_it_was_though_the_next_step_changes_it() -> None:
+    total = torch.zeros(())
+
+    def add_up(engine: AnyEngine, batch: int) -> dict[str, Any]:
+        return {"total": total.add_(batch), "logits": torch.zeros(3), "name": "x"}
+
+    sink, engine = Memory(), Engine(add_up)
+    track(engine, sink, Events.ITERATION_COMPLETED)
+    await engine.run([1, 2, 3])
+    assert [record.values for record in sink.records] == [{"total": 1.0}, {"total": 3.0}, {"total": 6.0}]
+
+
+async def test_a_step_of_ones_own_takes_the_place_of_the_iteration() -> None:
+    sink, trainer, evaluator = Memory(), Engine(tenfold), Engine(tenfold)
+    track(evaluator, sink, Events.COMPLETED, step=lambda _: trainer.state.iteration)
+
+    @trainer.on(Events.EPOCH_COMPLETED)
+    async def evaluate() -> None:
+        await evaluator.run([1, 2, 3])
+
+    await trainer.run([1, 2], max_epochs=2)
+    assert sink.steps == [2, 4]
+
+
+async def test_what_is_no_number_is_refused_where_it_is_asked_for() -> None:
+    engine = Engine(tenfold)
+    track(engine, Memory(), values=lambda engine: {"rates": [0.1, 0.2]})
+    with pytest.raises(TypeError, match=r"'rates' is \[0.1, 0.2\]"):
+        await engine.run([1])
+
+
+def test_what_cannot_work_is_refused_at_once() -> None:
+    engine: AnyEngine = Engine(tenfold)
+    with pytest.raises(TypeError, match="write\\(records\\)"):
+        track(engine, "log.jsonl")  # type: ignore[arg-type]  # as somebody might
+    with pytest.raises(ValueError, match="spool="):
+        track(engine, Memory(), spool=0)
+    with pytest.raises(ValueError, match="on_error="):
+        track(engine, Memory(), on_error="ignore")  # type: ignore[arg-type]  # likewise
+
+
+# Slow sinks
+
+
+async def test_a_slow_sink_delays_no_step_and_gets_what_waited_in_one_call() -> None:
+    sink, engine = Held(), Engine(tenfold)
+
+    @engine.on(Events.ITERATION_COMPLETED(once=2))
+    async def until_busy() -> None:
+        await anyio.to_thread.run_sync(sink.is_busy.wait)
+
+    @engine.on(Events.ITERATION_COMPLETED(once=500))  # reached while the first call has not returned
+    def let_go() -> None:
+        assert sink.calls == []
+        sink.go_on.set()
+
+    track(engine, sink, Events.ITERATION_COMPLETED)
+    await engine.run(range(500))
+    assert sink.steps == list(range(1, 501))
+    assert len(sink.calls) <= 3
+
+
+async def test_a_full_spool_drops_the_oldest_iterations_and_keeps_the_epochs(caplog: pytest.LogCaptureFixture) -> None:
+    sink, engine = Held(), Engine(tenfold)
+
+    @engine.on(Events.ITERATION_STARTED(once=2))
+    async def until_busy() -> None:
+        await anyio.to_thread.run_sync(sink.is_busy.wait)
+
+    tracker = track(engine, sink, spool=10)
+    engine.add_event_handler(Events.COMPLETED, sink.go_on.set)
+    await engine.run(range(20), max_epochs=3)
+    epochs = [record.epoch for record in sink.records if record.event == "EPOCH_COMPLETED"]
+    assert epochs == [1, 2, 3]
+    assert sink.steps == [1, 20, 40, *range(54, 61), 60]
+    assert account(tracker) == (63, 11, 52, 0)
+    assert len(warnings_of(caplog)) == 2  # the first drop, and the sum at the end
+    assert "52 were dropped" in warnings_of(caplog)[1]
+
+
+# Sinks that fail
+
+
+async def test_a_sink_that_is_down_costs_one_warning_and_loses_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    sink, engine = Memory(), Engine(tenfold)
+    sink.fails = 3
+    tracker = track(engine, sink, Events.ITERATION_COMPLETED)
+    await engine.run(range(100))
+    assert sink.steps == list(range(1, 101))
+    assert tracker.statistics().failures == 3
+    assert ["failed" in one for one in warnings_of(caplog)] == [True]
+    assert sum("works again" in record.getMessage() for record in caplog.records) == 1
+
+
+async def test_a_sink_that_is_down_is_left_alone_between_two_tries() -> None:
+    sink, engine = Memory(), Engine(tenfold)
+    sink.fails = 10**6
+    track(engine, sink, linger=0.0)
+
+    @engine.on(Events.EPOCH_COMPLETED)
+    async def hand_over() -> None:
+        await engine.flush()  # comes back, though nothing could be written
+
+    await engine.run([1], max_epochs=1000)
+    assert sink.tries < 20  # of two thousand records; the pauses grow from 0.1 s
+
+
+async def test_what_a_dead_sink_did_not_get_is_told_and_waits_for_the_next_run(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    sink, engine = Memory(), Engine(tenfold)
+    sink.fails = 10**6
+    tracker = track(engine, sink, Events.ITERATION_COMPLETED, linger=0.2)
+    await engine.run([1, 2, 3])
+    assert account(tracker) == (3, 0, 0, 3)
+    assert "3 not written" in warnings_of(caplog)[-1]
+    sink.fails = 0
+    await engine.run([1, 2])
+    assert sink.steps == [1, 2, 3, 1, 2]
+    assert account(tracker) == (5, 5, 0, 0)
+
+
+@pytest.mark.parametrize("is_async", [True, False])
+async def test_a_sink_that_hangs_does_not_keep_the_run_from_ending(*, is_async: bool) -> None:
+    release = threading.Event()
+
+    async def hang(records: Sequence[Record]) -> None:
+        await anyio.sleep_forever()
+
+    def hang_in_thread(records: Sequence[Record]) -> None:
+        release.wait()
+
+    engine = Engine(tenfold)
+    tracker = track(engine, hang if is_async else hang_in_thread, linger=0.05)
+    try:
+        await engine.run([1, 2, 3])  # without HandlerTimeout
+    finally:
+        release.set()
+    assert tracker.statistics().waiting == 4
+
+
+async def test_with_raise_the_error_of_the_sink_fails_the_run() -> None:
+    sink, engine = Memory(), Engine(tenfold)
+    sink.fails = 1
+    track(engine, sink, on_error="raise")
+    with pytest.raises(Boom):
+        await engine.run([1, 2, 3])
+
+
+# Ends
+
+
+async def test_the_last_lines_before_a_failure_are_written() -> None:
+    def fail(engine: AnyEngine, batch: int) -> int:
+        if batch == 3:
+            raise Boom
+        return batch
+
+    sink, engine = Memory(), Engine(fail)
+    track(engine, sink)
+    with pytest.raises(Boom):
+        await engine.run([1, 2, 3, 4])
+    assert sink.steps == [1, 2]
+    assert sink.closed
+
+
+async def test_the_last_lines_before_a_cancellation_are_written() -> None:
+    sink, engine = Memory(), Engine(tenfold)
+    track(engine, sink)
+    with anyio.CancelScope() as scope:
+
+        @engine.subscribe(Events.ITERATION_COMPLETED(once=5))
+        async def cancel(_: object) -> None:
+            scope.cancel()
+
+        await engine.run(iter(int, 1), epoch_length=10**9)
+    assert sink.steps == list(range(1, engine.state.iteration + 1))
+    assert engine.state.iteration >= 5
+    assert sink.closed
+
+
+async def test_a_run_that_is_interrupted_goes_on_writing() -> None:
+    sink, engine = Memory(), Engine(tenfold)
+    track(engine, sink, linger=0.2)
+    engine.add_event_handler(Events.ITERATION_COMPLETED(once=2), engine.interrupt)
+    await engine.run([1, 2, 3])
+    assert sink.steps == [1, 2]
+    await anyio.sleep(0.25)  # the deadline for the last words of what was no end passes
+    await engine.run()
+    assert sink.steps == [1, 2, 3, 3]
+    assert sink.closed >= 2
+
+
+async def test_two_trackers_of_one_engine_get_everything() -> None:
+    one, other, engine = Memory(), Memory(), Engine(tenfold)
+    one.fails = 1
+    track(engine, one, Events.ITERATION_COMPLETED)
+    track(engine, other, Events.ITERATION_COMPLETED(every=2))
+    await engine.run(range(10))
+    assert (one.steps, other.steps) == ([*range(1, 11)], [2, 4, 6, 8, 10])
+
+
+def test_run_sync_writes_as_well() -> None:
+    sink, engine = Memory(), Engine(tenfold)
+    track(engine, sink)
+    engine.run_sync([1, 2])
+    assert sink.steps == [1, 2, 2]
