@@ -12,8 +12,8 @@ try:
     from torch.utils.tensorboard import SummaryWriter
 except ImportError as error:
     raise ImportError(
-        'aengine.loggers.tensorboard needs tensorboard: pip install "tensorboard>=2.17", which is what aengine\'s extra '
-        '"tensorboard" brings: pip install -e ".[tensorboard]"'
+        'aengine.loggers.tensorboard needs tensorboard: pip install "tensorboard>=2.17", which is what the extra'
+        ' "tensorboard" brings: pip install -e ".[tensorboard]"'
     ) from error
 
 
