@@ -1,11 +1,11 @@
 """Progress: what the bars are told, and what they print on a terminal, in a pipe, and for several engines at once."""
 
 import io
-import logging
 import os
 import pty
 import subprocess
 import sys
+import termios
 import threading
 from collections.abc import Callable
 from datetime import timedelta
@@ -32,6 +32,7 @@ class Told:
     is_quiet = False
 
     def __init__(self) -> None:
+        self.lock = threading.Lock()
         self.bars: dict[str, list[Any]] = {}
         self.error: Exception | None = None
 
@@ -55,11 +56,6 @@ class _ToldBar:
 
     def close(self) -> None:
         self.told.append("closed")
-
-
-def slowly(engine: AnyEngine, batch: int) -> dict[str, Any]:
-    engine.state.drawn.wait(1)  # for the look at the step before: none is dropped then
-    return {"loss": torch.tensor(1 / batch, requires_grad=True), "logits": torch.zeros(2), "name": "x"}
 
 
 def plain(engine: AnyEngine, batch: int) -> float:
@@ -157,7 +153,11 @@ async def test_a_terminal_that_is_stopped_delays_no_step() -> None:
 
     engine: AnyEngine = Engine(plain)
     show_progress(engine, Stopped(), every=EACH)
-    engine.add_event_handler(Events.ITERATION_COMPLETED(once=1), is_drawing.wait)
+
+    @engine.on(Events.ITERATION_COMPLETED(once=1))
+    def until_it_draws() -> None:
+        is_drawing.wait()
+
     engine.add_event_handler(Events.ITERATION_COMPLETED(once=1000), go_on.set)  # reached though nothing is drawn
     await engine.run(range(1000))
     assert engine.state.iteration == 1000
@@ -195,6 +195,7 @@ async def test_the_last_lines_say_that_all_is_done(bars_on: Callable[[io.StringI
 
     @trainer.on(Events.EPOCH_COMPLETED)
     async def evaluate() -> None:
+        await trainer.flush()  # its lines are there
         await evaluator.run(range(7))
 
     await trainer.run(range(20), max_epochs=3)
@@ -218,6 +219,7 @@ async def test_several_engines_at_once_have_a_line_each(bars_on: Callable[[io.St
     arrived: list[AnyEngine] = []
 
     async def meet(engine: AnyEngine) -> None:
+        await engine.flush()  # its bar is there
         arrived.append(engine)
         if len(arrived) == len(engines):
             everyone.set()
@@ -228,7 +230,7 @@ async def test_several_engines_at_once_have_a_line_each(bars_on: Callable[[io.St
             show_progress(engine, bars)
             engine.add_event_handler(Events.ITERATION_COMPLETED(once=1), meet)
             group.start_soon(engine.run, range(10 + number))
-    last = terminal.getvalue().split("\n")[-5:-1]
+    last = [line.rpartition("\r")[2] for line in terminal.getvalue().split("\n")[-5:-1]]
     for number in range(4):
         assert sum(f"engine-{number}" in line and f"{10 + number}/{10 + number}" in line for line in last) == 1
 
@@ -245,11 +247,12 @@ async def test_where_there_is_no_terminal_it_is_quiet(bars_on: Callable[[io.Stri
 
 @BOTH
 async def test_no_thread_is_left(bars_on: Callable[[io.StringIO], Display]) -> None:
+    before = threading.enumerate()
     engine: AnyEngine = Engine(plain)
     show_progress(engine, bars_on(Terminal()))
     await engine.run(range(10))
-    names = [thread.name for thread in threading.enumerate() if thread is not threading.main_thread()]
-    assert all("AnyIO" in name or "trio" in name.lower() for name in names)
+    names = [thread.name for thread in threading.enumerate() if thread not in before]
+    assert all("AnyIO" in name or "trio" in name.lower() for name in names), names  # which end when they are idle
 
 
 SCRIPT = """
@@ -270,6 +273,7 @@ print("printed after")
 @pytest.mark.parametrize("kind", ["tqdm", "rich"])
 def test_on_a_real_terminal_what_is_printed_next_has_a_line_of_its_own(kind: str) -> None:
     ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (20, 100))
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100", "LINES": "20"}
     command = [sys.executable, "-c", SCRIPT, kind]
     with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment) as process:

@@ -9,6 +9,7 @@ show_progress(evaluator, bars)
 """
 
 import logging
+import threading
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any, NamedTuple, Protocol, TypeAlias
@@ -26,7 +27,7 @@ _END_NAMES = frozenset(one.name for one in _ENDS)
 
 
 class Bar(Protocol):
-    """A line that shows how far something has got. Used from one thread at a time, which may be another each time."""
+    """A line that shows how far something has got."""
 
     def begin(self, name: str, count: int, total: int | None) -> None:
         """Show the bar, as of something that begins now and stands at `count` already. Called again for the next."""
@@ -42,7 +43,13 @@ class Bar(Protocol):
 
 
 class Display(Protocol):
-    """Where bars are shown. Several engines may share one; it is asked from a thread for each."""
+    """Where bars are shown. Several engines may share one.
+
+    Attributes:
+        lock: held while an engine draws, in a thread: so its lines stay together, and nobody else is drawing.
+    """
+
+    lock: threading.Lock
 
     @property
     def is_quiet(self) -> bool:
@@ -118,7 +125,8 @@ class _Drawing:
         if self._has_failed:
             return
         try:
-            self._draw(event)
+            with self._display.lock:
+                self._draw(event)
         except Exception as error:  # a terminal that is gone is no reason to stop training
             self._has_failed = True
             _logger.warning("the progress of %s cannot be shown any more", event.engine, exc_info=error)

@@ -31,7 +31,7 @@ class RichBars:
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console(stderr=True)
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
         self._table: Progress | None = None  # while there is an open bar
         self._open: set[_Bar] = set()
 
@@ -46,29 +46,27 @@ class RichBars:
 
     def open(self, bar: "_Bar") -> Progress:
         """Return the table, for a bar that is to be in it."""
-        with self._lock:
-            self._open.add(bar)
-            if self._table is None:
-                self._table = Progress(
-                    TextColumn("{task.description}", markup=False),
-                    BarColumn(),
-                    MofNCompleteColumn(),
-                    TimeElapsedColumn(),
-                    TimeRemainingColumn(),
-                    TextColumn("{task.fields[text]}", markup=False),
-                    console=self._console,
-                    auto_refresh=False,  # no thread: it is drawn as often as is asked for
-                )
-                self._table.start()
-            return self._table
+        self._open.add(bar)
+        if self._table is None:
+            self._table = Progress(
+                TextColumn("{task.description}", markup=False),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[text]}", markup=False),
+                console=self._console,
+                auto_refresh=False,  # no thread: it is drawn as often as is asked for
+            )
+            self._table.start()
+        return self._table
 
     def close(self, bar: "_Bar") -> None:
         """Leave a bar as it is; after the last one, leave the whole table."""
-        with self._lock:
-            self._open.discard(bar)
-            if not self._open and self._table is not None:
-                self._table.stop()
-                self._table = None
+        self._open.discard(bar)
+        if not self._open and self._table is not None:
+            self._table.stop()
+            self._table = None
 
 
 class _Bar:

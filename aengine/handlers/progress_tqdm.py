@@ -27,7 +27,7 @@ class TqdmBars:
 
     def __init__(self, file: TextIO | None = None) -> None:
         self.file = file or sys.stderr
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
         self._shown: list[_Bar] = []  # from the top
         self._open: set[_Bar] = set()
 
@@ -42,20 +42,18 @@ class TqdmBars:
 
     def open(self, bar: "_Bar") -> None:
         """Have a bar in the next free line, or in the one that it has."""
-        with self._lock:
-            self._open.add(bar)
-            if bar not in self._shown:
-                self._shown.append(bar)
-                bar.add()
+        self._open.add(bar)
+        if bar not in self._shown:
+            self._shown.append(bar)
+            bar.add()
 
     def close(self, bar: "_Bar") -> None:
         """Leave a bar as it is; after the last one, leave all lines to those who print next."""
-        with self._lock:
-            self._open.discard(bar)
-            if not self._open:
-                for one in self._shown:
-                    one.leave()
-                self._shown.clear()
+        self._open.discard(bar)
+        if not self._open:
+            for one in self._shown:
+                one.leave()
+            self._shown.clear()
 
 
 class _Tqdm(tqdm):  # type: ignore[misc]  # comes without types
