@@ -1,8 +1,14 @@
 """Loggers beside the step: what is written, in which order, and what becomes of it when a sink is slow or down."""
 
+import asyncio
+import json
 import logging
+import socket
 import threading
 from collections.abc import Sequence
+from contextlib import ExitStack, closing
+from http.client import HTTPConnection
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any, TypeAlias
 
 import anyio
@@ -12,7 +18,7 @@ import pytest
 import torch
 from recording import Boom
 
-from aengine import Engine, Events
+from aengine import Engine, Events, HandlerTimeout
 from aengine.loggers import Record, Tracker, track
 
 AnyEngine: TypeAlias = Engine[Any, Any]
@@ -276,7 +282,75 @@ async def test_with_raise_the_error_of_the_sink_fails_the_run() -> None:
         await engine.run([1, 2, 3])
 
 
+async def test_a_server_that_comes_up_late_gets_all_from_the_beginning() -> None:
+    received: list[int] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            received.extend(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = free.getsockname()
+
+    def post(records: Sequence[Record]) -> None:
+        with closing(HTTPConnection(address[0], address[1], timeout=10)) as connection:
+            connection.request("POST", "/", json.dumps([record.step for record in records]))
+            assert connection.getresponse().status == 204
+
+    engine = Engine(tenfold)
+    tracker = track(engine, post, Events.ITERATION_COMPLETED)
+
+    @engine.on(Events.ITERATION_COMPLETED(once=50))
+    async def until_it_has_failed() -> None:
+        while not tracker.statistics().failures:
+            await anyio.lowlevel.checkpoint()
+
+    with ExitStack() as entered:
+
+        @engine.on(Events.ITERATION_COMPLETED(once=100))
+        def come_up() -> None:
+            server = entered.enter_context(HTTPServer(address, Handler))
+            thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+            thread.start()
+            entered.callback(thread.join)
+            entered.callback(server.shutdown)
+
+        await engine.run(range(150))
+    assert received == list(range(1, 151))
+    assert account(tracker) == (150, 150, 0, 0)
+
+
 # Ends
+
+
+async def test_a_sink_that_outlives_the_grace_of_the_engine_fails_the_run_and_nothing_is_unaccounted_for() -> None:
+    async def hang(records: Sequence[Record]) -> None:
+        await anyio.sleep_forever()
+
+    engine = Engine(tenfold, grace=0.05)
+    tracker = track(engine, hang, Events.ITERATION_COMPLETED)  # linger=5
+    with pytest.raises(HandlerTimeout, match="hang"):
+        await engine.run([1, 2, 3])
+    assert account(tracker) == (3, 0, 0, 3)
+
+
+async def test_a_native_cancellation_loses_no_line(anyio_backend_name: str) -> None:
+    if anyio_backend_name != "asyncio":
+        pytest.skip("trio has none")
+    sink, engine = Held(), Engine(tenfold)
+    track(engine, sink, Events.ITERATION_COMPLETED, spool=10**6)
+    task = asyncio.create_task(engine.run(iter(int, 1), epoch_length=10**9))
+    await asyncio.to_thread(sink.is_busy.wait)
+    task.cancel()
+    sink.go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert sink.steps == list(range(1, engine.state.iteration + 1))
 
 
 async def test_the_last_lines_before_a_failure_are_written() -> None:
@@ -295,7 +369,7 @@ async def test_the_last_lines_before_a_failure_are_written() -> None:
 
 async def test_the_last_lines_before_a_cancellation_are_written() -> None:
     sink, engine = Memory(), Engine(tenfold)
-    track(engine, sink)
+    track(engine, sink, spool=10**6)
     with anyio.CancelScope() as scope:
 
         @engine.subscribe(Events.ITERATION_COMPLETED(once=5))
