@@ -134,7 +134,7 @@ from aengine import Engine, Events
 from aengine.loggers import track
 from aengine.loggers.jsonl import JSONLines
 engine = Engine(lambda engine, batch: batch)
-track(engine, JSONLines(sys.argv[1]), Events.ITERATION_COMPLETED)
+track(engine, JSONLines(sys.argv[1]), Events.ITERATION_COMPLETED, spool=10**6)
 @engine.on(Events.ITERATION_COMPLETED)
 def die(engine):
     if os.path.exists(sys.argv[1]) and os.path.getsize(sys.argv[1]) > int(sys.argv[2]):

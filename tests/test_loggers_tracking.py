@@ -5,7 +5,7 @@ import json
 import logging
 import socket
 import threading
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from contextlib import ExitStack, closing
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -18,7 +18,7 @@ import pytest
 import torch
 from recording import Boom
 
-from aengine import Engine, Events, HandlerTimeout
+from aengine import Engine, Events, HandlerTimeout, StopReason
 from aengine.loggers import Record, Tracker, track
 
 AnyEngine: TypeAlias = Engine[Any, Any]
@@ -326,6 +326,55 @@ async def test_a_server_that_comes_up_late_gets_all_from_the_beginning() -> None
 
 
 # Ends
+
+
+async def test_an_async_sink_is_closed_by_awaiting_it_after_the_last_record() -> None:
+    told: list[str] = []
+
+    class Async:
+        async def write(self, records: Sequence[Record]) -> None:
+            told.extend(record.event for record in records)
+
+        async def close(self) -> None:
+            await anyio.lowlevel.checkpoint()
+            told.append("closed")
+
+    engine = Engine(tenfold)
+    track(engine, Async(), Events.EPOCH_COMPLETED)
+    await engine.run([1], max_epochs=2)
+    assert told == ["EPOCH_COMPLETED", "EPOCH_COMPLETED", "closed"]
+
+
+async def test_a_sink_that_cannot_be_closed_is_warned_of_and_the_run_is_none_the_worse(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Full(Memory):
+        def close(self) -> None:
+            raise OSError("no space left")
+
+    engine = Engine(tenfold)
+    tracker = track(engine, Full(), Events.ITERATION_COMPLETED)
+    await engine.run([1, 2])
+    assert engine.state.stop_reason is StopReason.COMPLETED
+    assert account(tracker) == (2, 2, 0, 0)
+    assert len(warnings_of(caplog)) == 1
+
+
+async def test_a_plain_function_may_return_what_is_to_be_awaited() -> None:
+    steps: list[int] = []
+
+    async def write(records: Sequence[Record]) -> None:
+        await anyio.lowlevel.checkpoint()
+        steps.extend(record.step for record in records)
+
+    engine = Engine(tenfold)
+
+    def hand_over(records: Sequence[Record]) -> Awaitable[None]:
+        return write(records)
+
+    track(engine, hand_over, Events.ITERATION_COMPLETED)
+    await engine.run([1, 2])
+    assert steps == [1, 2]
 
 
 async def test_a_sink_that_outlives_the_grace_of_the_engine_fails_the_run_and_nothing_is_unaccounted_for() -> None:

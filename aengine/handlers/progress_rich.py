@@ -83,8 +83,9 @@ class _Bar:
             table.reset(self._task, description=name, total=total, completed=count)
 
     def show(self, count: int, text: str) -> None:
-        if self._table is not None and self._task is not None:
-            self._table.update(self._task, completed=count, text=text, refresh=True)
+        assert self._table is not None, "it has begun"  # noqa: S101
+        assert self._task is not None, "likewise"  # noqa: S101
+        self._table.update(self._task, completed=count, text=text, refresh=True)
 
     def close(self) -> None:
         self._bars.close(self)

@@ -11,8 +11,8 @@ from aengine.statistics import EngineStatistics, ListenerStatistics
 def table(statistics: EngineStatistics) -> str:
     """Return the statistics of a run, of one that is over or goes on, as lines of text.
 
-    Above is what the loop itself did, which adds up to the whole; below are those who listened beside it, whose time is
-    their own.
+    Above is what the loop did, which adds up to the whole: "the rest" is the loop itself, and its wait for those who
+    listen to be done, at the end of a run. Below are these, whose time is their own.
     """
     s = statistics
     title = f"{s.name}: {s.iteration} iterations, {s.epoch} epochs, {_seconds(s.total)}"
