@@ -5,14 +5,14 @@ import threading
 from typing import Any, TextIO
 
 try:
-    from tqdm.autonotebook import tqdm  # type: ignore[import-untyped]  # comes without types
+    from tqdm.auto import tqdm  # type: ignore[import-untyped]  # comes without types
 except ImportError as error:
     raise ImportError(
         'aengine.handlers.progress_tqdm needs tqdm: pip install "tqdm>=4.66", which is what the extra "progress"'
         ' brings: pip install -e ".[progress]"'
     ) from error
 
-_IS_NOTEBOOK = tqdm.__module__ == "tqdm.notebook"
+_IS_NOTEBOOK = any(one.__module__ == "tqdm.notebook" for one in tqdm.__mro__)
 
 
 class TqdmBars:
@@ -77,8 +77,8 @@ class _Bar:
         bar = self._bar
         bar.ended = None
         bar.set_description(name, refresh=False)
-        bar.total = total
-        bar.reset()
+        bar.total = None
+        bar.reset(total)
         bar.initial = bar.n = bar.last_print_n = count
 
     def show(self, count: int, text: str) -> None:
