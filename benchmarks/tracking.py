@@ -218,7 +218,7 @@ def cost_of_a_record(report: Report, *, rounds: int, seconds: float) -> None:
 def main() -> None:
     chosen = arguments(__doc__, ("rates", "cost"))
     fast: bool = chosen.fast
-    rounds, count = (3, 100) if fast else (7, 600)
+    rounds, count = (5, 100) if fast else (7, 600)
     report = Report("tracking", {"fast": fast, "rounds": rounds, "iterations": count})
     logging.getLogger("aengine.loggers").setLevel(logging.CRITICAL)  # that it is down is known here
     begin()
