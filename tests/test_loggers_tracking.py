@@ -223,8 +223,10 @@ async def test_a_sink_that_is_down_costs_one_warning_and_loses_nothing(caplog: p
     await engine.run(range(100))
     assert sink.steps == list(range(1, 101))
     assert tracker.statistics().failures == 3
-    assert ["failed" in one for one in warnings_of(caplog)] == [True]
-    assert sum("works again" in record.getMessage() for record in caplog.records) == 1
+    assert len(warnings_of(caplog)) == 1
+    said = [record.getMessage() for record in caplog.records if record.name == "aengine.loggers"]
+    assert ["failed" in one for one in said] == [True, False]
+    assert "works again" in said[1]
 
 
 async def test_a_sink_that_is_down_is_left_alone_between_two_tries() -> None:
@@ -433,13 +435,20 @@ async def test_the_last_lines_before_a_cancellation_are_written() -> None:
 
 async def test_a_run_that_is_interrupted_goes_on_writing() -> None:
     sink, engine = Memory(), Engine(tenfold)
-    track(engine, sink, linger=0.2)
+    tracker = track(engine, sink, linger=0.2)
     engine.add_event_handler(Events.ITERATION_COMPLETED(once=2), engine.interrupt)
+
+    @engine.on(Events.EPOCH_COMPLETED)
+    async def until_it_has_tried() -> None:  # before the true end, which begins another deadline
+        while tracker.statistics().written + tracker.statistics().failures < 3:
+            await anyio.lowlevel.checkpoint()
+
     await engine.run([1, 2, 3])
     assert sink.steps == [1, 2]
     await anyio.sleep(0.25)  # the deadline for the last words of what was no end passes
     await engine.run()
     assert sink.steps == [1, 2, 3, 3]
+    assert tracker.statistics().failures == 0
     assert sink.closed >= 2
 
 

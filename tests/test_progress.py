@@ -3,6 +3,7 @@
 import io
 import os
 import pty
+import re
 import subprocess
 import sys
 import termios
@@ -233,6 +234,25 @@ async def test_several_engines_at_once_have_a_line_each(bars_on: Callable[[io.St
     last = [line.rpartition("\r")[2] for line in terminal.getvalue().split("\n")[-5:-1]]
     for number in range(4):
         assert sum(f"engine-{number}" in line and f"{10 + number}/{10 + number}" in line for line in last) == 1
+
+
+async def test_the_time_of_a_run_that_is_over_does_not_go_on() -> None:
+    terminal = Terminal()
+    bars = TqdmBars(terminal)
+    short: AnyEngine = Engine(plain, name="short")
+    long: AnyEngine = Engine(plain, name="long")
+
+    @long.on(Events.ITERATION_COMPLETED(once=1))
+    async def run_the_other() -> None:
+        await long.flush()
+        await short.run(range(10))
+
+    for engine in (short, long):
+        show_progress(engine, bars)
+    await long.run(range(10))
+    looks = [line.strip() for line in re.split(r"[\r\n]|\x1b\[A", terminal.getvalue()) if "short: 100%" in line]
+    assert len(looks) > 1
+    assert looks[-1] == looks[-2]
 
 
 @BOTH

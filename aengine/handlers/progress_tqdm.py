@@ -89,6 +89,7 @@ class _Bar:
 
     def close(self) -> None:
         self._bar.ended = self._bar.format_dict
+        self._bar.refresh()
         self._bars.close(self)
 
     def add(self) -> None:
