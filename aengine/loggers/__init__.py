@@ -1,0 +1,14 @@
+"""Loggers beside the step: bounded, never slowing it, and telling what they could not write.
+
+from aengine.loggers import track
+from aengine.loggers.jsonl import JSONLines
+
+track(trainer, JSONLines("log.jsonl"), Events.ITERATION_COMPLETED(every=10) | Events.EPOCH_COMPLETED)
+
+One file for each place to write to; `records` says what one's own needs.
+"""
+
+from aengine.loggers.records import Closable, Record, Sink, Write
+from aengine.loggers.tracking import Tracker, TrackerStatistics, track
+
+__all__ = ["Closable", "Record", "Sink", "Tracker", "TrackerStatistics", "Write", "track"]

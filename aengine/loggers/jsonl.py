@@ -1,0 +1,134 @@
+"""JSONLines: a file with a line of JSON for each record, which a kill cannot leave unreadable."""
+
+import json
+import logging
+import math
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from aengine.checkpoint.files import sync_directory
+from aengine.loggers.records import Record
+
+_logger = logging.getLogger("aengine.loggers")
+
+_CHUNK = 1 << 16
+
+
+class JSONLines:
+    """Appends a line for each record to a file, and has it on the disk, by fsync, when the run is over.
+
+        {"step": 10, "epoch": 1, "time": 1764000000.5, "event": "ITERATION_COMPLETED", "engine": "trainer",
+         "values": {"loss": 0.25}}
+
+    Strict JSON, which has no number for what is none: they are the strings "NaN", "Infinity" and "-Infinity", which
+    `float()` takes. A write that fails, as on a full disk, leaves nothing of itself. The file is opened at the first
+    record; if it ends in the middle of a line then, for its writer was killed, that half is removed, and a line that
+    only lacks its end gets it. Several engines may share one; several processes may not.
+
+    Args:
+        path: the file; it and its folders are made if they are not there.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self._file: int | None = None
+        self._lock = threading.Lock()  # several engines, each with a thread
+
+    def write(self, records: Sequence[Record], /) -> None:
+        """Append the records: all of them, or, if that fails, none.
+
+        Raises:
+            OSError: the file cannot be opened or written.
+        """
+        lines = "".join([_line(record) for record in records]).encode()
+        with self._lock:
+            if self._file is None:
+                self._file = _open(self.path)
+            _append(self._file, lines)
+
+    def close(self) -> None:
+        """Have all of it on the disk, and close the file until the next write."""
+        with self._lock:
+            file, self._file = self._file, None
+            if file is not None:
+                try:
+                    os.fsync(file)
+                    sync_directory(self.path.parent)  # or the name of a new file might be lost
+                finally:
+                    os.close(file)
+
+    def __repr__(self) -> str:
+        return f"JSONLines({str(self.path)!r})"
+
+
+def _line(record: Record) -> str:
+    fields: dict[str, Any] = {
+        "step": record.step,
+        "epoch": record.epoch,
+        "time": record.time,
+        "event": record.event,
+        "engine": record.engine,
+        "values": record.values,
+    }
+    try:
+        return json.dumps(fields, allow_nan=False) + "\n"
+    except ValueError:  # which is rare, so that nobody looks for it before
+        fields["values"] = _strict(record.values)
+        return json.dumps(fields, allow_nan=False) + "\n"
+
+
+def _strict(values: Mapping[str, int | float]) -> dict[str, int | float | str]:
+    return {
+        name: value
+        if math.isfinite(value)
+        else "NaN"
+        if math.isnan(value)
+        else "Infinity"
+        if value > 0
+        else "-Infinity"
+        for name, value in values.items()
+    }
+
+
+def _open(path: Path) -> int:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+    try:
+        _repair(file, path)
+    except BaseException:
+        os.close(file)
+        raise
+    return file
+
+
+def _append(file: int, lines: bytes) -> None:
+    size = os.fstat(file).st_size
+    left = memoryview(lines)
+    try:
+        while left:
+            left = left[os.write(file, left) :]
+    except BaseException:
+        os.ftruncate(file, size)  # these lines come again, whole
+        raise
+
+
+def _repair(file: int, path: Path) -> None:
+    """Finish or remove a last line that its writer did not finish."""
+    size = os.fstat(file).st_size
+    tail, begin = b"", size
+    while begin > 0 and b"\n" not in tail:
+        begin = max(0, begin - _CHUNK)
+        tail = os.pread(file, size - begin, begin)
+    line = tail.rpartition(b"\n")[2]
+    if not line:
+        return
+    try:
+        json.loads(line)
+    except ValueError:
+        os.ftruncate(file, size - len(line))
+        _logger.warning("%s ended in the middle of a line, of which %d bytes were removed", path, len(line))
+    else:
+        os.write(file, b"\n")

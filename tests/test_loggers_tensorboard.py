@@ -1,0 +1,70 @@
+"""TensorBoard: what its own reader finds in the files."""
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
+
+from aengine import Engine, Events
+from aengine.loggers import track
+from aengine.loggers.tensorboard import TensorBoard
+
+AnyEngine: TypeAlias = Engine[Any, Any]
+
+
+def scalars_of(directory: Path) -> dict[str, list[tuple[int, float]]]:
+    found = EventAccumulator(str(directory), size_guidance={"scalars": 0})
+    found.Reload()
+    return {tag: [(one.step, one.value) for one in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
+
+
+def files_in(directory: Path) -> list[Path]:
+    return list(directory.iterdir())
+
+
+async def test_a_run_becomes_scalars(tmp_path: Path) -> None:
+    engine: AnyEngine = Engine(lambda engine, batch: {"loss": batch / 2, "accuracy": batch}, name="trainer")
+    track(engine, TensorBoard(tmp_path), Events.ITERATION_COMPLETED)
+    await engine.run([1, 2], max_epochs=2)
+    assert scalars_of(tmp_path) == {
+        "trainer/loss": [(1, 0.5), (2, 1.0), (3, 0.5), (4, 1.0)],
+        "trainer/accuracy": [(1, 1.0), (2, 2.0), (3, 1.0), (4, 2.0)],
+    }
+
+
+async def test_the_time_is_that_of_the_step_and_not_of_the_writing(tmp_path: Path) -> None:
+    engine: AnyEngine = Engine(lambda engine, batch: batch, name="trainer")
+    times: list[float] = []
+    track(engine, TensorBoard(tmp_path), Events.ITERATION_COMPLETED)
+    track(engine, lambda records: times.extend(one.time for one in records), Events.ITERATION_COMPLETED)
+    await engine.run([1, 2, 3])
+    found = EventAccumulator(str(tmp_path))
+    found.Reload()
+    assert [one.wall_time for one in found.Scalars("trainer/output")] == pytest.approx(times, abs=0.005)
+
+
+async def test_tags_are_what_one_makes_of_them(tmp_path: Path) -> None:
+    engine: AnyEngine = Engine(lambda engine, batch: batch)
+    track(engine, TensorBoard(tmp_path, tag=lambda record, name: f"{name} at {record.event}"), Events.COMPLETED)
+    await engine.run([math.nan])
+    ((tag, ((step, value),)),) = scalars_of(tmp_path).items()
+    assert (tag, step) == ("output at COMPLETED", 1)
+    assert math.isnan(value)
+
+
+async def test_a_second_run_begins_a_second_file(tmp_path: Path) -> None:
+    engine: AnyEngine = Engine(lambda engine, batch: batch)
+    track(engine, TensorBoard(tmp_path, tag=lambda record, name: name), Events.ITERATION_COMPLETED)
+    await engine.run([1])
+    await engine.run([1, 2], max_epochs=2)
+    assert len(files_in(tmp_path)) == 2
+
+
+def test_without_the_package_it_says_what_to_install() -> None:
+    code = "import sys; sys.modules['tensorboard'] = None; import aengine.loggers.tensorboard"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert 'pip install -e ".[tensorboard]"' in done.stderr

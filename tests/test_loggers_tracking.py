@@ -1,0 +1,468 @@
+"""Loggers beside the step: what is written, in which order, and what becomes of it when a sink is slow or down."""
+
+import asyncio
+import json
+import logging
+import socket
+import threading
+from collections.abc import Awaitable, Sequence
+from contextlib import ExitStack, closing
+from http.client import HTTPConnection
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from typing import Any, TypeAlias
+
+import anyio
+import anyio.lowlevel
+import anyio.to_thread
+import pytest
+import torch
+from recording import Boom
+
+from aengine import Engine, Events, HandlerTimeout, StopReason
+from aengine.loggers import Record, Tracker, track
+
+AnyEngine: TypeAlias = Engine[Any, Any]
+
+
+class Memory:
+    """A sink that keeps what it gets, call by call; raises while it is down."""
+
+    def __init__(self) -> None:
+        self.calls: list[list[Record]] = []
+        self.tries = 0
+        self.fails = 0
+        self.closed = 0
+
+    def write(self, records: Sequence[Record]) -> None:
+        self.tries += 1
+        if self.fails:
+            self.fails -= 1
+            raise Boom(f"try {self.tries}")
+        self.calls.append(list(records))
+
+    def close(self) -> None:
+        self.closed += 1
+
+    @property
+    def records(self) -> list[Record]:
+        return [record for call in self.calls for record in call]
+
+    @property
+    def steps(self) -> list[int]:
+        return [record.step for record in self.records]
+
+
+class Held(Memory):
+    """A sink that is as slow as it gets: its calls wait for the test."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_busy = threading.Event()
+        self.go_on = threading.Event()
+
+    def write(self, records: Sequence[Record]) -> None:
+        self.is_busy.set()
+        self.go_on.wait()
+        super().write(records)
+
+
+def tenfold(engine: AnyEngine, batch: int) -> int:
+    return batch * 10
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    logged = [record for record in caplog.records if record.name == "aengine.loggers"]
+    return [record.getMessage() for record in logged if record.levelno >= logging.WARNING]
+
+
+def account(tracker: Tracker) -> tuple[int, int, int, int]:
+    now = tracker.statistics()
+    return now.taken, now.written, now.dropped, now.waiting
+
+
+# What is written
+
+
+@pytest.mark.parametrize("thread", [None, False])
+async def test_each_event_is_a_record_in_order(*, thread: bool | None) -> None:
+    sink, engine = Memory(), Engine(tenfold, name="trainer", thread=thread)
+    tracker = track(engine, sink)
+    await engine.run([1, 2], max_epochs=2)
+    seen = [(record.event, record.engine, record.step, record.epoch, record.values) for record in sink.records]
+    ic, ec = "ITERATION_COMPLETED", "EPOCH_COMPLETED"
+    assert seen == [
+        (ic, "trainer", 1, 1, {"output": 10}),
+        (ic, "trainer", 2, 1, {"output": 20}),
+        (ec, "trainer", 2, 1, {"output": 20}),
+        (ic, "trainer", 3, 2, {"output": 10}),
+        (ic, "trainer", 4, 2, {"output": 20}),
+        (ec, "trainer", 4, 2, {"output": 20}),
+    ]
+    assert account(tracker) == (6, 6, 0, 0)
+    assert sink.closed
+
+
+async def test_an_async_sink_is_awaited_on_the_event_loop() -> None:
+    engine, threads = Engine(tenfold), set()
+    steps: list[int] = []
+
+    async def write(records: Sequence[Record]) -> None:
+        await anyio.lowlevel.checkpoint()
+        threads.add(threading.get_ident())
+        steps.extend(record.step for record in records)
+
+    track(engine, write, Events.ITERATION_COMPLETED)
+    await engine.run([1, 2, 3])
+    assert (threads, steps) == ({threading.get_ident()}, [1, 2, 3])
+
+
+async def test_a_plain_sink_is_called_in_another_thread() -> None:
+    engine, threads = Engine(tenfold), []
+    track(engine, lambda records: threads.append(threading.current_thread()), Events.COMPLETED)
+    await engine.run([1])
+    assert threads
+    assert threads[0] is not threading.current_thread()
+
+
+async def test_values_are_taken_after_the_inline_handlers_whoever_was_added_first() -> None:
+    sink, engine = Memory(), Engine(tenfold)
+    track(engine, sink, Events.EPOCH_COMPLETED)
+    engine.add_event_handler(Events.EPOCH_COMPLETED, lambda engine: engine.state.metrics.update(accuracy=0.5))
+    await engine.run([1])
+    assert sink.records[0].values == {"output": 10, "accuracy": 0.5}
+
+
+async def test_a_tensor_is_written_as_it_was_though_the_next_step_changes_it() -> None:
+    total = torch.zeros(())
+
+    def add_up(engine: AnyEngine, batch: int) -> dict[str, Any]:
+        return {"total": total.add_(batch), "logits": torch.zeros(3), "name": "x"}
+
+    sink, engine = Memory(), Engine(add_up)
+    track(engine, sink, Events.ITERATION_COMPLETED)
+    await engine.run([1, 2, 3])
+    assert [record.values for record in sink.records] == [{"total": 1.0}, {"total": 3.0}, {"total": 6.0}]
+
+
+async def test_a_step_of_ones_own_takes_the_place_of_the_iteration() -> None:
+    sink, trainer, evaluator = Memory(), Engine(tenfold), Engine(tenfold)
+    track(evaluator, sink, Events.COMPLETED, step=lambda _: trainer.state.iteration)
+
+    @trainer.on(Events.EPOCH_COMPLETED)
+    async def evaluate() -> None:
+        await evaluator.run([1, 2, 3])
+
+    await trainer.run([1, 2], max_epochs=2)
+    assert sink.steps == [2, 4]
+
+
+async def test_what_is_no_number_is_refused_where_it_is_asked_for() -> None:
+    engine = Engine(tenfold)
+    track(engine, Memory(), values=lambda engine: {"rates": [0.1, 0.2]})
+    with pytest.raises(TypeError, match=r"'rates' is \[0.1, 0.2\]"):
+        await engine.run([1])
+
+
+def test_what_cannot_work_is_refused_at_once() -> None:
+    engine: AnyEngine = Engine(tenfold)
+    with pytest.raises(TypeError, match="write\\(records\\)"):
+        track(engine, "log.jsonl")  # type: ignore[arg-type]  # as somebody might
+    with pytest.raises(ValueError, match="spool="):
+        track(engine, Memory(), spool=0)
+    with pytest.raises(ValueError, match="on_error="):
+        track(engine, Memory(), on_error="ignore")  # type: ignore[arg-type]  # likewise
+
+
+# Slow sinks
+
+
+async def test_a_slow_sink_delays_no_step_and_gets_what_waited_in_one_call() -> None:
+    sink, engine = Held(), Engine(tenfold)
+
+    @engine.on(Events.ITERATION_COMPLETED(once=2))
+    async def until_busy() -> None:
+        await anyio.to_thread.run_sync(sink.is_busy.wait)
+
+    @engine.on(Events.ITERATION_COMPLETED(once=500))  # reached while the first call has not returned
+    def let_go() -> None:
+        assert sink.calls == []
+        sink.go_on.set()
+
+    track(engine, sink, Events.ITERATION_COMPLETED)
+    await engine.run(range(500))
+    assert sink.steps == list(range(1, 501))
+    assert len(sink.calls) <= 3
+
+
+async def test_a_full_spool_drops_the_oldest_iterations_and_keeps_the_epochs(caplog: pytest.LogCaptureFixture) -> None:
+    sink, engine = Held(), Engine(tenfold)
+
+    @engine.on(Events.ITERATION_STARTED(once=2))
+    async def until_busy() -> None:
+        await anyio.to_thread.run_sync(sink.is_busy.wait)
+
+    tracker = track(engine, sink, spool=10)
+    engine.add_event_handler(Events.COMPLETED, sink.go_on.set)
+    await engine.run(range(20), max_epochs=3)
+    epochs = [record.epoch for record in sink.records if record.event == "EPOCH_COMPLETED"]
+    assert epochs == [1, 2, 3]
+    assert sink.steps == [1, 20, 40, *range(54, 61), 60]
+    assert account(tracker) == (63, 11, 52, 0)
+    assert len(warnings_of(caplog)) == 2  # the first drop, and the sum at the end
+    assert "52 were dropped" in warnings_of(caplog)[1]
+
+
+# Sinks that fail
+
+
+async def test_a_sink_that_is_down_costs_one_warning_and_loses_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    sink, engine = Memory(), Engine(tenfold)
+    sink.fails = 3
+    tracker = track(engine, sink, Events.ITERATION_COMPLETED)
+    await engine.run(range(100))
+    assert sink.steps == list(range(1, 101))
+    assert tracker.statistics().failures == 3
+    assert len(warnings_of(caplog)) == 1
+    said = [record.getMessage() for record in caplog.records if record.name == "aengine.loggers"]
+    assert ["failed" in one for one in said] == [True, False]
+    assert "works again" in said[1]
+
+
+async def test_a_sink_that_is_down_is_left_alone_between_two_tries() -> None:
+    sink, engine = Memory(), Engine(tenfold)
+    sink.fails = 10**6
+    track(engine, sink, linger=0.0)
+
+    @engine.on(Events.EPOCH_COMPLETED)
+    async def hand_over() -> None:
+        await engine.flush()  # comes back, though nothing could be written
+
+    await engine.run([1], max_epochs=1000)
+    assert sink.tries < 20  # of two thousand records; the pauses grow from 0.1 s
+
+
+async def test_what_a_dead_sink_did_not_get_is_told_and_waits_for_the_next_run(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    sink, engine = Memory(), Engine(tenfold)
+    sink.fails = 10**6
+    tracker = track(engine, sink, Events.ITERATION_COMPLETED, linger=0.2)
+    await engine.run([1, 2, 3])
+    assert account(tracker) == (3, 0, 0, 3)
+    assert "3 not written" in warnings_of(caplog)[-1]
+    sink.fails = 0
+    await engine.run([1, 2])
+    assert sink.steps == [1, 2, 3, 1, 2]
+    assert account(tracker) == (5, 5, 0, 0)
+
+
+@pytest.mark.parametrize("is_async", [True, False])
+async def test_a_sink_that_hangs_does_not_keep_the_run_from_ending(*, is_async: bool) -> None:
+    release = threading.Event()
+
+    async def hang(records: Sequence[Record]) -> None:
+        await anyio.sleep_forever()
+
+    def hang_in_thread(records: Sequence[Record]) -> None:
+        release.wait()
+
+    engine = Engine(tenfold)
+    tracker = track(engine, hang if is_async else hang_in_thread, linger=0.05)
+    try:
+        await engine.run([1, 2, 3])  # without HandlerTimeout
+    finally:
+        release.set()
+    assert tracker.statistics().waiting == 4
+
+
+async def test_with_raise_the_error_of_the_sink_fails_the_run() -> None:
+    sink, engine = Memory(), Engine(tenfold)
+    sink.fails = 1
+    track(engine, sink, on_error="raise")
+    with pytest.raises(Boom):
+        await engine.run([1, 2, 3])
+
+
+async def test_a_server_that_comes_up_late_gets_all_from_the_beginning() -> None:
+    received: list[int] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            received.extend(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = free.getsockname()
+
+    def post(records: Sequence[Record]) -> None:
+        with closing(HTTPConnection(address[0], address[1], timeout=10)) as connection:
+            connection.request("POST", "/", json.dumps([record.step for record in records]))
+            assert connection.getresponse().status == 204
+
+    engine = Engine(tenfold)
+    tracker = track(engine, post, Events.ITERATION_COMPLETED)
+
+    @engine.on(Events.ITERATION_COMPLETED(once=50))
+    async def until_it_has_failed() -> None:
+        while not tracker.statistics().failures:
+            await anyio.lowlevel.checkpoint()
+
+    with ExitStack() as entered:
+
+        @engine.on(Events.ITERATION_COMPLETED(once=100))
+        def come_up() -> None:
+            server = entered.enter_context(HTTPServer(address, Handler))
+            thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+            thread.start()
+            entered.callback(thread.join)
+            entered.callback(server.shutdown)
+
+        await engine.run(range(150))
+    assert received == list(range(1, 151))
+    assert account(tracker) == (150, 150, 0, 0)
+
+
+# Ends
+
+
+async def test_an_async_sink_is_closed_by_awaiting_it_after_the_last_record() -> None:
+    told: list[str] = []
+
+    class Async:
+        async def write(self, records: Sequence[Record]) -> None:
+            told.extend(record.event for record in records)
+
+        async def close(self) -> None:
+            await anyio.lowlevel.checkpoint()
+            told.append("closed")
+
+    engine = Engine(tenfold)
+    track(engine, Async(), Events.EPOCH_COMPLETED)
+    await engine.run([1], max_epochs=2)
+    assert told == ["EPOCH_COMPLETED", "EPOCH_COMPLETED", "closed"]
+
+
+async def test_a_sink_that_cannot_be_closed_is_warned_of_and_the_run_is_none_the_worse(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Full(Memory):
+        def close(self) -> None:
+            raise OSError("no space left")
+
+    engine = Engine(tenfold)
+    tracker = track(engine, Full(), Events.ITERATION_COMPLETED)
+    await engine.run([1, 2])
+    assert engine.state.stop_reason is StopReason.COMPLETED
+    assert account(tracker) == (2, 2, 0, 0)
+    assert len(warnings_of(caplog)) == 1
+
+
+async def test_a_plain_function_may_return_what_is_to_be_awaited() -> None:
+    steps: list[int] = []
+
+    async def write(records: Sequence[Record]) -> None:
+        await anyio.lowlevel.checkpoint()
+        steps.extend(record.step for record in records)
+
+    engine = Engine(tenfold)
+
+    def hand_over(records: Sequence[Record]) -> Awaitable[None]:
+        return write(records)
+
+    track(engine, hand_over, Events.ITERATION_COMPLETED)
+    await engine.run([1, 2])
+    assert steps == [1, 2]
+
+
+async def test_a_sink_that_outlives_the_grace_of_the_engine_fails_the_run_and_nothing_is_unaccounted_for() -> None:
+    async def hang(records: Sequence[Record]) -> None:
+        await anyio.sleep_forever()
+
+    engine = Engine(tenfold, grace=0.05)
+    tracker = track(engine, hang, Events.ITERATION_COMPLETED)  # linger=5
+    with pytest.raises(HandlerTimeout, match="hang"):
+        await engine.run([1, 2, 3])
+    assert account(tracker) == (3, 0, 0, 3)
+
+
+async def test_a_native_cancellation_loses_no_line(anyio_backend_name: str) -> None:
+    if anyio_backend_name != "asyncio":
+        pytest.skip("trio has none")
+    sink, engine = Held(), Engine(tenfold)
+    track(engine, sink, Events.ITERATION_COMPLETED, spool=10**6)
+    task = asyncio.create_task(engine.run(iter(int, 1), epoch_length=10**9))
+    await asyncio.to_thread(sink.is_busy.wait)
+    task.cancel()
+    sink.go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert sink.steps == list(range(1, engine.state.iteration + 1))
+
+
+async def test_the_last_lines_before_a_failure_are_written() -> None:
+    def fail(engine: AnyEngine, batch: int) -> int:
+        if batch == 3:
+            raise Boom
+        return batch
+
+    sink, engine = Memory(), Engine(fail)
+    track(engine, sink)
+    with pytest.raises(Boom):
+        await engine.run([1, 2, 3, 4])
+    assert sink.steps == [1, 2]
+    assert sink.closed
+
+
+async def test_the_last_lines_before_a_cancellation_are_written() -> None:
+    sink, engine = Memory(), Engine(tenfold)
+    track(engine, sink, spool=10**6)
+    with anyio.CancelScope() as scope:
+
+        @engine.subscribe(Events.ITERATION_COMPLETED(once=5))
+        async def cancel(_: object) -> None:
+            scope.cancel()
+
+        await engine.run(iter(int, 1), epoch_length=10**9)
+    assert sink.steps == list(range(1, engine.state.iteration + 1))
+    assert engine.state.iteration >= 5
+    assert sink.closed
+
+
+async def test_a_run_that_is_interrupted_goes_on_writing() -> None:
+    sink, engine = Memory(), Engine(tenfold)
+    tracker = track(engine, sink, linger=0.2)
+    engine.add_event_handler(Events.ITERATION_COMPLETED(once=2), engine.interrupt)
+
+    @engine.on(Events.EPOCH_COMPLETED)
+    async def until_it_has_tried() -> None:  # before the true end, which begins another deadline
+        while tracker.statistics().written + tracker.statistics().failures < 3:
+            await anyio.lowlevel.checkpoint()
+
+    await engine.run([1, 2, 3])
+    assert sink.steps == [1, 2]
+    await anyio.sleep(0.25)  # the deadline for the last words of what was no end passes
+    await engine.run()
+    assert sink.steps == [1, 2, 3, 3]
+    assert tracker.statistics().failures == 0
+    assert sink.closed >= 2
+
+
+async def test_two_trackers_of_one_engine_get_everything() -> None:
+    one, other, engine = Memory(), Memory(), Engine(tenfold)
+    one.fails = 1
+    track(engine, one, Events.ITERATION_COMPLETED)
+    track(engine, other, Events.ITERATION_COMPLETED(every=2))
+    await engine.run(range(10))
+    assert (one.steps, other.steps) == ([*range(1, 11)], [2, 4, 6, 8, 10])
+
+
+def test_run_sync_writes_as_well() -> None:
+    sink, engine = Memory(), Engine(tenfold)
+    track(engine, sink)
+    engine.run_sync([1, 2])
+    assert sink.steps == [1, 2, 2]
