@@ -9,9 +9,11 @@
 #   topic        one event and its listeners     iteration    a run for a `for` of one's own
 #   emission     driving a dispatch              publishing   the half of the face that is about events
 #   bus          topics, subscribers, streams    engine       Engine: the face
-#   control      what is asked of the loop       handlers/    ready-made: signals
+#   control      what is asked of the loop       handlers/    ready-made: signals, early stopping, limits, progress
 #   consumers    the subscribers' tasks          checkpoint/  saving while training goes on, and resuming exactly
-#   data         users' data, at the door        prefetch     batches pulled ahead, in a task or a thread
+#   data         users' data, at the door        training/    supervised steps, metrics, schedules, averages
+#   prefetch     batches pulled ahead            loggers/     numbers of a run, written beside the step
+#                                                interop/     pytorch-ignite's metrics and handlers
 """The training-loop engine for async Python.
 
 from aengine import Engine, Events

@@ -122,9 +122,9 @@ async def test_the_error_of_the_step_and_that_of_the_save_both_come_out(thread: 
 
         with anyio.fail_after(60), pytest.raises(ExceptionGroup) as caught:
             await run.engine.run(endless)
-        first, second = caught.value.exceptions
-        assert first is boom
-        assert isinstance(second, CheckpointNotWritten)
+        assert len(caught.value.exceptions) == 2
+        assert boom in caught.value.exceptions
+        assert any(isinstance(error, CheckpointNotWritten) for error in caught.value.exceptions)
 
 
 async def test_ctrl_c_wins_over_a_save_that_fails_which_is_logged(
