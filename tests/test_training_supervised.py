@@ -303,13 +303,24 @@ def test_step_that_failed_before_its_gradients_were_added_costs_the_group_nothin
     assert not caplog.records
 
 
-async def test_save_at_a_step_of_the_optimizer_is_refused(tmp_path: Path) -> None:
+async def test_save_at_a_step_of_the_optimizer_is_taken_when_all_have_seen_the_iteration(tmp_path: Path) -> None:
     trainer, model = accumulating(3)
-    async with Checkpoint(tmp_path, {"model": model}) as checkpoint:
+    async with Checkpoint(tmp_path, {"model": model}, keep=Keep(every_n=1)) as checkpoint:
         checkpoint.attach(trainer, UpdateEvents.OPTIMIZER_STEPPED)
-        with pytest.raises(RuntimeError, match="save at ITERATION_COMPLETED or EPOCH_COMPLETED"):
-            await trainer.run(batches())
-        assert checkpoint.list() == []
+        trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: engine.state.metrics.update(seen=1.0))
+        await trainer.run(batches())
+        infos = checkpoint.list()
+    assert infos
+    assert {info.event for info in infos} == {"OPTIMIZER_STEPPED"}
+    assert all(info.metrics == {"seen": 1.0} for info in infos)
+
+
+def test_state_in_the_midst_of_a_step_of_the_optimizer_is_refused() -> None:
+    trainer, _ = accumulating(3)
+    (update,) = trainer.stateful_listeners()
+    trainer.add_event_handler(UpdateEvents.OPTIMIZER_STEPPED, update.state_dict)
+    with pytest.raises(RuntimeError, match="save at ITERATION_COMPLETED or EPOCH_COMPLETED"):
+        trainer.run_sync(batches())
 
 
 # The step
