@@ -191,7 +191,7 @@ class Survey:
             self.shards[id(value)] = value, local
         elif kind is not torch.Tensor and kind is not torch.nn.Parameter:
             self._look_at_other(value)
-        elif value.device.type == "meta":
+        elif value.is_meta:
             raise self._refusal(
                 "is a tensor on the meta device, which has no numbers",
                 "give its module memory with to_empty(device=...), and fill it",
