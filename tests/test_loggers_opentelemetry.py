@@ -1,9 +1,11 @@
 """OpenTelemetry: the spans and metrics that its own SDK gets of a run, and what an exporter does to it."""
 
+import gc
 import logging
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, TypeAlias
@@ -167,6 +169,7 @@ async def test_a_run_is_a_child_of_the_span_that_it_was_called_in(traces: Traces
         await engine.run([1])
         assert context.get_current() == trace.set_span_in_context(trace.get_current_span())
     await engine.run([1])
+    assert [known(run)["resumed"] for run in traces.all("run trainer")] == [False, False]
     assert traces.lines("iteration trainer") == [
         "GET /train > run trainer > epoch trainer > iteration trainer",
         "run trainer > epoch trainer > iteration trainer",
@@ -287,6 +290,21 @@ def test_run_sync_is_traced_and_leaves_no_span_behind(traces: Traces) -> None:
         engine.run_sync([1])
         assert trace.get_current_span() is main
     assert traces.lines("in the step") == ["main > run trainer > epoch trainer > iteration trainer > in the step"]
+
+
+async def test_an_instrumented_engine_is_freed_when_nobody_holds_it(traces: Traces) -> None:
+    engine: AnyEngine = Engine(plain, name="trainer")
+    instrument(engine, tracer_provider=traces.provider, iterations_every=1)
+    await engine.run([1, 2], max_epochs=2)
+    freed = weakref.ref(engine)
+    gc.disable()
+    try:
+        del engine
+        await anyio.lowlevel.checkpoint()
+        await anyio.lowlevel.checkpoint()
+        assert freed() is None
+    finally:
+        gc.enable()
 
 
 async def test_what_is_not_sampled_costs_no_span_and_fails_nothing(traces: Traces) -> None:

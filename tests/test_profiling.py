@@ -13,7 +13,7 @@ import anyio.lowlevel
 import pytest
 import torch
 from recording import Boom, at
-from torch.profiler import ProfilerActivity, schedule
+from torch.profiler import ProfilerAction, ProfilerActivity, schedule
 
 from aengine import Engine, Events
 from aengine.handlers.profiling import profile
@@ -48,15 +48,18 @@ MAKE = pytest.mark.parametrize(
 
 
 @pytest.fixture(autouse=True)
-def torch_can_be_profiled_afterwards() -> Iterator[None]:
-    """Whatever a test has done: nothing records any more, here and in other threads, and everybody may."""
+def everybody_may_profile_afterwards(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Whatever a test has done: nothing records any more, and the next one, torch's own or an engine's, works."""
     yield
-    assert not torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
     with torch.profiler.profile(**ON_CPU) as recorded:
         torch.mm(torch.ones(2, 2), torch.ones(2, 2))
     assert [one.count for one in recorded.key_averages() if one.key == "aten::mm"] == [1]
     engine: AnyEngine = Engine(multiply)
-    engine.run_sync([1])
+    profiling = profile(
+        engine, tmp_path_factory.mktemp("afterwards"), Events.ITERATION_STARTED(once=1), iterations=1, **ON_CPU
+    )
+    engine.run_sync([1, 2])
+    assert [ops(path) for path in profiling.paths] == [3]
 
 
 def events_in(path: Path) -> list[dict[str, Any]]:
@@ -182,6 +185,32 @@ async def test_a_schedule_of_torch_says_which_iterations(tmp_path: Path, make: C
     await engine.run(range(15))
     assert [path.name for path in profiling.paths] == ["trainer-4-5.pt.trace.json", "trainer-9-10.pt.trace.json"]
     assert [ops(path) for path in profiling.paths] == [6, 6]
+
+
+@WAYS
+async def test_a_schedule_of_ones_own_may_end_without_a_word(tmp_path: Path, *, thread: bool | None) -> None:
+    def second_and_third(step: int) -> ProfilerAction:
+        return ProfilerAction.RECORD if step in (1, 2) else ProfilerAction.NONE
+
+    engine: AnyEngine = Engine(multiply, name="trainer", thread=thread)
+    profiling = profile(engine, tmp_path, second_and_third, **ON_CPU)
+    await engine.run(range(6))
+    assert [(path.name, ops(path)) for path in profiling.paths] == [("trainer-2-3.pt.trace.json", 6)]
+
+
+async def test_a_schedule_that_raises_fails_the_run(tmp_path: Path) -> None:
+    calls: list[int] = []
+
+    def fails_when_it_opens(step: int) -> ProfilerAction:
+        calls.append(step)
+        if len(calls) > 1:
+            raise Boom
+        return ProfilerAction.RECORD
+
+    engine: AnyEngine = Engine(multiply, name="trainer")
+    profile(engine, tmp_path, fails_when_it_opens, **ON_CPU)
+    with pytest.raises(Boom):
+        await engine.run(range(6))
 
 
 @WAYS
@@ -454,6 +483,25 @@ async def test_a_profiler_of_the_users_inside_of_a_window_is_found_out(
         await engine.run(range(6))
     assert names_in(tmp_path) == []
     assert [one.count for one in own[0].key_averages() if one.key == "aten::mm"] == [3]
+
+
+@WAYS
+async def test_a_profiler_of_the_users_that_began_in_the_warm_up_is_found_out(
+    tmp_path: Path, *, thread: bool | None
+) -> None:
+    own = torch.profiler.profile(**ON_CPU)
+
+    def step(engine: AnyEngine, batch: int) -> float:
+        if engine.state.iteration == 1:
+            own.start()
+        return multiply(engine, batch)
+
+    engine: AnyEngine = Engine(step, name="trainer", thread=thread)
+    profile(engine, tmp_path, Events.ITERATION_STARTED(once=1), iterations=2, warmup=1, **ON_CPU)
+    engine.add_event_handler(Events.EXCEPTION_RAISED, own.stop)
+    with pytest.raises(RuntimeError, match="another profiler was started or stopped while iterations 1 to 1 were"):
+        await engine.run(range(6))
+    assert [one.count for one in own.key_averages() if one.key == "aten::mm"] == [3]
 
 
 # The door

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Awaitable, Mapping, Sequence
 from functools import partial
 from time import perf_counter, time_ns
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from aengine.engine import Engine
 from aengine.events import Event, EventEnum, Events, EventsList
@@ -174,20 +174,25 @@ class Instrumentation:
             engine.add_event_handler(event, self._stop, event.value)
         engine.add_event_handler(Events.EXCEPTION_RAISED, self._fail)
 
-        def end(event: Event) -> None:
-            for opened in event.snapshot:
-                opened.end(event.monotonic)
-            self._costs.add(engine.statistics())
-
-        def end_iteration(event: Event) -> None:
-            for opened in event.snapshot:
-                self._costs.took(event.monotonic - opened.began)
-            end(event)
-
         # A snapshot is taken after the inline handlers, whoever was added first: so all of them are within the span.
         name = f"spans of {engine.name}"
-        engine.subscribe(completed, end_iteration, snapshot=self._leave_iteration, on_error="log", name=name)
-        engine.subscribe(Events.EPOCH_COMPLETED, end, snapshot=self._leave_epoch, on_error="log", name=name)
+        leave, leave_epoch = self._leave_iteration, self._leave_epoch
+        engine.subscribe(completed, self._end_iteration, snapshot=leave, on_error="log", name=name)
+        engine.subscribe(Events.EPOCH_COMPLETED, self._end, snapshot=leave_epoch, on_error="log", name=name)
+
+    # Beside the step, in a thread
+
+    def _end_iteration(self, event: Event) -> None:
+        left: _Left = event.snapshot
+        for opened in left.opened:
+            self._costs.took(event.monotonic - opened.began)
+        self._end(event)
+
+    def _end(self, event: Event) -> None:
+        left: _Left = event.snapshot
+        for opened in left.opened:
+            opened.end(event.monotonic)
+        self._costs.add(left.engine.statistics())
 
     # Inline, where the step runs
 
@@ -207,21 +212,21 @@ class Instrumentation:
         self._iteration = self._open("iteration", outside, attributes)
         context.attach(self._iteration.context)
 
-    def _leave_iteration(self, _: AnyEngine) -> tuple["_Open", ...]:
+    def _leave_iteration(self, engine: AnyEngine) -> "_Left":
         iteration, self._iteration = self._iteration, None
         outer = self._epoch or self._run
         if iteration is None or outer is None:  # instrumented while it was under way
-            return ()
+            return _Left(engine, ())
         context.attach(outer.context)
-        return (iteration,)
+        return _Left(engine, (iteration,))
 
-    def _leave_epoch(self, _: AnyEngine) -> Awaitable[tuple["_Open", ...]]:
+    def _leave_epoch(self, engine: AnyEngine) -> Awaitable["_Left"]:
         left, outside = self._take_epoch(), self.context or context.get_current()
         context.attach(outside)
 
-        async def leave_at_home() -> tuple["_Open", ...]:
+        async def leave_at_home() -> "_Left":
             context.attach(outside)
-            return left
+            return _Left(engine, left)
 
         return leave_at_home()
 
@@ -334,6 +339,13 @@ class _Open:
 
     def end(self, at: float) -> None:
         self.span.end(self._began + int((at - self.began) * 1e9))
+
+
+class _Left(NamedTuple):
+    """What an event brings to its end. With the engine, that nobody else has to hold it: it would be a cycle."""
+
+    engine: AnyEngine
+    opened: tuple[_Open, ...]
 
 
 class _Costs:
