@@ -1,5 +1,6 @@
 """OpenTelemetry: the spans and metrics that its own SDK gets of a run, and what an exporter does to it."""
 
+import asyncio
 import gc
 import logging
 import subprocess
@@ -13,6 +14,7 @@ from typing import Any, TypeAlias
 import anyio
 import anyio.lowlevel
 import pytest
+from backends import Backend
 from opentelemetry import context, trace
 from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
@@ -546,6 +548,29 @@ async def test_a_run_instrumented_under_way_is_traced_from_there(traces: Traces)
         "run trainer > iteration trainer",
         *["run trainer > epoch trainer > iteration trainer"] * 3,
     ]
+
+
+async def test_a_run_instrumented_when_it_is_about_to_end_has_no_spans(traces: Traces) -> None:
+    engine: AnyEngine = Engine(plain, name="trainer")
+    at(engine, "IC@1/2", lambda: instrument(engine, tracer_provider=traces.provider))
+    at(engine, "IC@1/2", engine.terminate)
+    await engine.run([1, 2, 3])
+    assert not traces.spans
+    await engine.run([1, 2, 3])
+    assert known(traces.one("run trainer"))["resumed"] is True
+
+
+async def test_a_native_cancellation_ends_the_spans_too(traces: Traces, anyio_backend: Backend) -> None:
+    if anyio_backend[0] != "asyncio":
+        pytest.skip("asyncio's own")
+    engine: AnyEngine = Engine(waiting, name="trainer")
+    instrument(engine, tracer_provider=traces.provider, iterations_every=1)
+    at(engine, "IC@1/2", lambda: task.cancel())  # noqa: PLW0108 -- made below
+    task = asyncio.ensure_future(engine.run([1, 2, 3]))
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert known(traces.one("run trainer"))["stop_reason"] == "cancelled"
+    assert len(traces.all("epoch trainer")) == 1
 
 
 async def test_a_span_processor_that_fails_is_logged_and_the_run_goes_on(

@@ -171,6 +171,15 @@ async def test_windows_open_at_each_event_of_the_filter(tmp_path: Path, *, threa
     assert names_in(tmp_path) == [f"trainer-{n}-{n}.pt.trace.json" for n in (13, 5, 9)]
 
 
+async def test_an_engine_may_have_several_profiles(tmp_path: Path) -> None:
+    engine: AnyEngine = Engine(multiply, name="trainer")
+    early = profile(engine, tmp_path, Events.ITERATION_STARTED(once=1), iterations=1, **ON_CPU)
+    late = profile(engine, tmp_path, Events.ITERATION_STARTED(once=5), iterations=2, **ON_CPU)
+    await engine.run(range(9))
+    assert [path.name for path in early.paths] == ["trainer-2-2.pt.trace.json"]
+    assert [path.name for path in late.paths] == ["trainer-6-7.pt.trace.json"]
+
+
 async def test_an_event_while_a_window_is_open_opens_no_other(tmp_path: Path) -> None:
     engine: AnyEngine = Engine(multiply, name="trainer")
     profile(engine, tmp_path, Events.ITERATION_STARTED(every=2), iterations=3, warmup=1, **ON_CPU)

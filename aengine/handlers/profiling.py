@@ -167,8 +167,7 @@ class Profiling:
 
     def _close(self, engine: AnyEngine) -> None:
         window, self._window = self._window, None
-        if window is None:
-            return
+        assert window is not None, "who calls this is removed with it"  # noqa: S101
         while self._handles:
             self._handles.pop().remove()
         self._recorded = window.close(engine)

@@ -296,8 +296,7 @@ class Instrumentation:
     def _end_run(self, engine: AnyEngine) -> None:
         run, self._run, self.context = self._run, None, None
         error, self._error = self._error, None
-        if run is None:
-            return
+        assert run is not None, "it began when it asked to be told of this"  # noqa: S101
         state = engine.state
         reason = state.stop_reason
         if error is None and reason is StopReason.FAILED:  # data that gave nothing is told to no handler
