@@ -213,19 +213,17 @@ class Instrumentation:
         context.attach(self._iteration.context)
 
     def _leave_iteration(self, engine: AnyEngine) -> "_Left":
+        run = self._ensure_run(engine)
         iteration, self._iteration = self._iteration, None
-        outer = self._epoch or self._run
-        if iteration is None or outer is None:  # instrumented while it was under way
-            return _Left(engine, ())
-        context.attach(outer.context)
-        return _Left(engine, (iteration,))
+        context.attach(run if self._epoch is None else self._epoch.context)
+        return _Left(engine, () if iteration is None else (iteration,))
 
     def _leave_epoch(self, engine: AnyEngine) -> Awaitable["_Left"]:
-        left, outside = self._take_epoch(), self.context or context.get_current()
-        context.attach(outside)
+        run, left = self._ensure_run(engine), self._take_epoch()
+        context.attach(run)
 
         async def leave_at_home() -> "_Left":
-            context.attach(outside)
+            context.attach(run)
             return _Left(engine, left)
 
         return leave_at_home()
