@@ -1,0 +1,354 @@
+"""Profiling: torch.profiler on chosen iterations, where the step runs; the traces are written beside it.
+
+profile(trainer, "traces", Events.ITERATION_STARTED(once=(100, 1000)))
+profile(trainer, "traces", torch.profiler.schedule(wait=5, warmup=1, active=3, repeat=2))
+"""
+
+import gzip
+import os
+import re
+import shutil
+import threading
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple, TypeAlias, cast
+
+import torch
+from torch.autograd import profiler as torch_profiler
+from torch.profiler import ProfilerAction, record_function
+
+from aengine.engine import Engine
+from aengine.events import AnyEvent, Event, EventEnum, Events, selectors
+from aengine.publishing import RemovableEventHandle
+
+AnyEngine: TypeAlias = Engine[Any, Any]
+Schedule: TypeAlias = Callable[[int], ProfilerAction]
+"""What `torch.profiler.schedule` returns: says what to do in an iteration, counted from 0."""
+OnTrace: TypeAlias = Callable[[torch.profiler.profile, Path], object]
+
+_RECORDS = (ProfilerAction.RECORD, ProfilerAction.RECORD_AND_SAVE)
+_ENDS = Events.TERMINATE | Events.INTERRUPT | Events.COMPLETED | Events.CANCELLED | Events.EXCEPTION_RAISED
+
+_in_use = threading.Lock()
+"""Kineto, below torch.profiler, is one for the process: a second recording ruins the first, or ends in a crash. So this
+is one as well. It is held while a window is open, which torch itself does not show while it warms up."""
+
+
+class ProfilingEvents(EventEnum):
+    """What a Profiling fires on its engine, for itself."""
+
+    TRACE_RECORDED = "trace_recorded"
+
+
+def profile(
+    engine: AnyEngine,
+    directory: str | os.PathLike[str],
+    on: AnyEvent | Schedule,
+    *,
+    iterations: int = 3,
+    warmup: int = 1,
+    compress: bool = False,
+    on_trace: OnTrace | None = None,
+    **options: Any,
+) -> "Profiling":
+    """Record chosen iterations of an engine with torch.profiler: call it before other handlers are added.
+
+        def show(recorded, path):
+            print(path, recorded.key_averages().table(sort_by="self_cpu_time_total", row_limit=10))
+
+        profile(trainer, "traces", Events.ITERATION_STARTED(every=1000), iterations=5, on_trace=show)
+
+    A trace begins with an iteration's step, and ends after the handlers of the last one. In it the ranges
+    "aengine.data", "aengine.step" and "aengine.handlers" are the wait for a batch, the step, and what is done between
+    two of them: inline handlers (those added before this call are within the range of the step), and whatever else the
+    loop waits for. It holds what runs on the thread of the step, and what runs on devices, but not what is beside the
+    step.
+
+    The files are called after the engine and the first and last iterations recorded, "trainer-101-103.pt.trace.json",
+    for TensorBoard, Perfetto or chrome://tracing. One that is there already is kept, and the next gets another number;
+    several processes need folders of their own. They are written in a thread, and appear when they are whole. Torch
+    holds Python's lock while it writes, though: for 200 MB the loop stands still for about a second, and longer than
+    that when the recording stops. So choose few iterations.
+
+    A run that ends inside of a window, in whatever way, writes what was recorded by then. What fails in the writing, or
+    in `on_trace`, is logged, and the run goes on.
+
+    Args:
+        engine: whose iterations.
+        directory: where the traces go; made with the first of them.
+        on: an ITERATION_STARTED with a filter, at each of which a window opens; or a schedule of `torch.profiler`,
+            which is asked for each iteration, so that it costs a call. In it the first iteration has the number 0.
+        iterations: how many are recorded, if `on` is an event. One that comes while a window is open opens no other.
+        warmup: how many iterations go before these, in which the profiler is on already: its own beginning is slow.
+        compress: write gzip, "trainer-101-103.pt.trace.json.gz", which is some ten times smaller.
+        on_trace: `on_trace(profile, path)` is called in the writing thread when a trace has been written.
+        options: what else `torch.profiler.profile` takes, such as `record_shapes=True`.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong.
+
+    Torch has one profiler for a process. So the run fails, with a RuntimeError, where a window is to open and something
+    else is profiling, be it another engine or a torch.profiler of one's own; and, as the trace is lost, where one of
+    one's own was started while a window recorded. Started while it warms up, the process may crash.
+    """
+    windows = _windows(on, iterations, warmup)
+    if wrong := {"schedule", "on_trace_ready"} & options.keys():
+        raise TypeError(f"profile() has on= and on_trace= in the place of {', '.join(sorted(wrong))}=")
+    torch.profiler.profile(**options)  # it would fail the run later
+    profiling = Profiling(Path(directory), windows, options, on_trace, compress=compress)
+    profiling.attach(engine)
+    return profiling
+
+
+class Profiling:
+    """What `profile` returns.
+
+    Attributes:
+        paths: the traces written so far.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        windows: "_Windows",
+        options: dict[str, Any],
+        on_trace: OnTrace | None,
+        *,
+        compress: bool,
+    ) -> None:
+        self.paths: list[Path] = []
+        self._directory = directory
+        self._windows = windows
+        self._options = options
+        self._on_trace = on_trace
+        self._compress = compress
+        self._window: _Window | None = None
+        self._handles: list[RemovableEventHandle] = []
+        self._recorded: _Recorded | None = None
+
+    def attach(self, engine: AnyEngine) -> None:
+        """Listen to an engine, for `profile`."""
+        engine.register_events(*ProfilingEvents)
+        # Before the other handlers, which are not the step's; all others are added while a window is open.
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._end_step)
+        engine.add_event_handler(self._windows.event, self._open)
+        engine.subscribe(
+            ProfilingEvents.TRACE_RECORDED,
+            self._write,
+            snapshot=self._take,
+            on_error="log",
+            name=f"traces of {engine.name}",
+        )
+
+    # Inline, where the step runs: torch.profiler records the thread that it is started on, and is to be stopped there
+
+    def _open(self, engine: AnyEngine) -> None:
+        if self._window is not None:
+            return
+        iteration = engine.state.iteration
+        self._window = _Window(engine, iteration, self._windows.schedule_at(iteration), self._options)
+        for event, range_ in ((Events.GET_BATCH_STARTED, "data"), (Events.GET_BATCH_COMPLETED, "handlers")):
+            self._handles.append(engine.add_event_handler(event, self._window.begin_range, range_))
+        self._handles += [
+            engine.add_event_handler(Events.ITERATION_STARTED, self._window.begin_range, "step"),
+            engine.add_event_handler(Events.ITERATION_COMPLETED, self._end_iteration),
+            engine.add_event_handler(_ENDS, lambda *_: self._close(engine)),
+        ]
+
+    def _end_step(self) -> None:
+        if self._window is not None:
+            self._window.begin_range("handlers")
+
+    def _end_iteration(self, engine: AnyEngine) -> None:
+        if self._window is not None and not self._window.goes_on():
+            self._close(engine)
+
+    def _close(self, engine: AnyEngine) -> None:
+        window, self._window = self._window, None
+        assert window is not None, "who calls this is removed with it"  # noqa: S101
+        while self._handles:
+            self._handles.pop().remove()
+        self._recorded = window.close(engine)
+        if self._recorded is not None:
+            engine.fire_event(ProfilingEvents.TRACE_RECORDED)
+
+    def _take(self, _: AnyEngine) -> "_Recorded | None":
+        recorded, self._recorded = self._recorded, None
+        return recorded
+
+    # Beside the step, in a thread
+
+    def _write(self, event: Event) -> None:
+        recorded: _Recorded | None = event.snapshot
+        if recorded is None:  # another one of this engine's
+            return
+        self._directory.mkdir(parents=True, exist_ok=True)
+        name = f"{re.sub(r'[^-.0-9A-Za-z_]+', '_', event.engine)}-{recorded.first}-{recorded.last}"
+        with TemporaryDirectory(prefix=".partial-", dir=self._directory) as partial:
+            trace = _export(recorded.profile, Path(partial), compress=self._compress)
+            path = _free_path(self._directory, name, trace.name)
+            trace.replace(path)
+        self.paths.append(path)
+        if self._on_trace is not None:
+            self._on_trace(recorded.profile, path)
+
+
+class _Recorded(NamedTuple):
+    profile: torch.profiler.profile
+    first: int
+    last: int
+
+
+class _Windows(NamedTuple):
+    """When windows open, and what is done in the one that opens at an iteration."""
+
+    event: AnyEvent
+    schedule_at: Callable[[int], Schedule]
+
+
+class _Window:
+    """Some iterations in a row, with a profiler of their own: a trace can be written only once, and that takes long."""
+
+    def __init__(self, engine: AnyEngine, iteration: int, schedule: Schedule, options: dict[str, Any]) -> None:
+        _take_profiler(engine)
+        try:
+            self._profile = torch.profiler.profile(**options, schedule=schedule)
+            self._profile.start()
+        except BaseException:
+            _in_use.release()
+            raise
+        self._schedule = schedule
+        self._opened_at = self._iteration = iteration
+        self._first: int | None = None
+        self._range: Any = None
+        self._is_lost = False
+        self._begin_iteration()
+        self.begin_range("step")
+
+    def _begin_iteration(self) -> None:
+        self._action = self._schedule(self._iteration - self._opened_at)
+        if self._first is None and self._action in _RECORDS:
+            self._first = self._iteration
+
+    def begin_range(self, name: str) -> None:
+        """End the range under way, and begin another."""
+        self._end_range()
+        self._range = record_function(f"aengine.{name}")
+        self._range.__enter__()
+
+    def _end_range(self) -> None:
+        ended, self._range = self._range, None
+        if ended is not None:
+            ended.__exit__(None, None, None)
+
+    def goes_on(self) -> bool:
+        """An iteration has been completed: say whether the next one is of this window, and if so, begin it.
+
+        Raises:
+            RuntimeError: somebody else has used the profiler meanwhile.
+        """
+        next_action = self._schedule(self._iteration + 1 - self._opened_at)
+        if self._action is ProfilerAction.RECORD_AND_SAVE or next_action is ProfilerAction.NONE:
+            return False
+        self._end_range()
+        self._refuse_if_disturbed()
+        self._profile.step()
+        self._iteration += 1
+        self._begin_iteration()
+        self.begin_range("handlers")
+        return True
+
+    def close(self, engine: AnyEngine) -> _Recorded | None:
+        """Stop the profiler, and return what it has recorded, if that is an iteration.
+
+        Raises:
+            RuntimeError: somebody else has used the profiler meanwhile.
+        """
+        try:
+            self._end_range()
+            if self._is_lost:
+                return None
+            self._refuse_if_disturbed()
+            self._profile.stop()
+        finally:
+            _in_use.release()
+        last = min(self._iteration, engine.state.iteration)
+        return None if self._first is None or self._first > last else _Recorded(self._profile, self._first, last)
+
+    def _refuse_if_disturbed(self) -> None:
+        if _something_records() != (self._action in _RECORDS):
+            self._is_lost = True  # stopping what somebody else has stopped ends the process, by a crash
+            raise RuntimeError(
+                f"another profiler was started or stopped while iterations {self._opened_at} to {self._iteration} were"
+                " profiled, and torch has one at a time: the trace is lost. Use one of them, or choose other iterations"
+            )
+
+
+def _something_records() -> bool:
+    """Say whether a profiler records, in any thread."""
+    anything: Any = torch_profiler  # what is public knows the present thread only
+    return bool(anything._is_profiler_enabled)  # noqa: SLF001
+
+
+def _take_profiler(engine: AnyEngine) -> None:
+    if not _in_use.acquire(blocking=False):
+        by_whom = "another engine, or another profile() of this one,"
+    elif _something_records():
+        _in_use.release()
+        by_whom = "another profiler, as by a  with torch.profiler.profile():  around it,"
+    else:
+        return
+    raise RuntimeError(
+        f"iteration {engine.state.iteration} of engine {engine.name!r} cannot be profiled while {by_whom} is being"
+        " recorded: torch has one profiler for a process. Choose iterations that do not coincide, or use one of them"
+    )
+
+
+def _windows(on: Any, iterations: int, warmup: int) -> _Windows:
+    try:
+        chosen = selectors(on)
+    except TypeError:
+        if not callable(on):
+            raise TypeError(
+                "profile(on=) is an event such as Events.ITERATION_STARTED(once=100), or a"
+                f" torch.profiler.schedule(...), got {on!r}"
+            ) from None
+        return _windows_of_schedule(cast(Schedule, on))
+    if others := [str(one) for one in chosen if one.name != Events.ITERATION_STARTED.name]:
+        raise ValueError(
+            f"profile(on=) chooses iterations, by ITERATION_STARTED with a filter, got {', '.join(others)}"
+        )
+    schedule: Schedule = torch.profiler.schedule(wait=0, warmup=warmup, active=iterations, repeat=1)
+
+    def schedule_at(_: int) -> Schedule:
+        return schedule
+
+    return _Windows(on, schedule_at)
+
+
+def _windows_of_schedule(schedule: Schedule) -> _Windows:
+    def acts(_: Any, iteration: int) -> bool:
+        return schedule(iteration - 1) is not ProfilerAction.NONE
+
+    def schedule_at(opened_at: int) -> Schedule:
+        return lambda step: schedule(opened_at - 1 + step)
+
+    return _Windows(Events.ITERATION_STARTED(event_filter=acts), schedule_at)
+
+
+def _free_path(directory: Path, name: str, suffix: str) -> Path:
+    paths = (directory / f"{name}{'' if number == 1 else f'.{number}'}.{suffix}" for number in count(1))
+    return next(path for path in paths if not path.exists())
+
+
+def _export(recorded: torch.profiler.profile, directory: Path, *, compress: bool) -> Path:
+    path = directory / "pt.trace.json"  # what TensorBoard's plugin looks for
+    recorded.export_chrome_trace(str(path))
+    if not compress:
+        return path
+    compressed = path.with_name(f"{path.name}.gz")
+    with path.open("rb") as source, gzip.open(compressed, "wb") as target:
+        shutil.copyfileobj(source, target)
+    return compressed

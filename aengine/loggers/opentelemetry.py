@@ -1,0 +1,405 @@
+"""OpenTelemetry: a run as spans and metrics, in the trace of whoever started it.
+
+instrument(trainer)                                        # spans, and metrics of the loop
+track(trainer, OpenTelemetry(), Events.EPOCH_COMPLETED)    # its numbers, as gauges
+
+Needs the API of OpenTelemetry, which does nothing by itself: the SDK and an exporter are the application's choice.
+"""
+
+import re
+import sys
+import threading
+from collections.abc import Awaitable, Mapping, Sequence
+from functools import partial
+from time import perf_counter, time_ns
+from typing import Any, NamedTuple, TypeAlias
+
+from aengine.engine import Engine
+from aengine.events import Event, EventEnum, Events, EventsList
+from aengine.loggers.records import Record
+from aengine.publishing import RemovableEventHandle
+from aengine.state import StopReason
+from aengine.statistics import EngineStatistics
+
+try:
+    from opentelemetry import context, metrics, trace
+    from opentelemetry.context import Context
+    from opentelemetry.trace import Link, Span, Status, StatusCode
+except ImportError as error:
+    raise ImportError(
+        "aengine.loggers.opentelemetry needs the API of OpenTelemetry: pip install opentelemetry-api. The extra"
+        ' "opentelemetry" brings the SDK and an exporter as well: pip install -e ".[opentelemetry]"'
+    ) from error
+
+AnyEngine: TypeAlias = Engine[Any, Any]
+Attributes: TypeAlias = dict[str, str | int | bool]
+
+_NAME = "aengine"  # of the instrumentation, to OpenTelemetry
+_STOPS = Events.TERMINATE | Events.INTERRUPT | Events.CANCELLED
+_FIRST = EventsList(event for event in Events if event is not Events.STARTED)
+"""What a run may begin with that goes on with its very next event."""
+
+_BUCKETS = (1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
+"""Seconds; OpenTelemetry's own are for milliseconds."""
+
+
+class InstrumentationEvents(EventEnum):
+    """What an Instrumentation fires on its engine, for itself."""
+
+    RUN_BEGAN = "run_began"
+
+
+class OpenTelemetry:
+    """A sink for `track`: each number becomes a gauge, "aengine.values.loss", with the engine's name as attribute.
+
+    Characters that a metric's name may not have become "_". Several engines may share one. A gauge has the time of the
+    writing, for OpenTelemetry gives it no other, and keeps the last value: log as often as the reader collects.
+
+    Args:
+        meter_provider: whose meter; by default the global one.
+    """
+
+    def __init__(self, meter_provider: metrics.MeterProvider | None = None) -> None:
+        self._meter = metrics.get_meter(_NAME, meter_provider=meter_provider)
+        self._gauges: dict[str, Any] = {}
+        self._lock = threading.Lock()  # several engines, each with a thread
+
+    def write(self, records: Sequence[Record], /) -> None:
+        """Set the gauges."""
+        with self._lock:
+            for record in records:
+                attributes: Attributes = {"aengine.engine": record.engine}
+                for name, value in record.values.items():
+                    self._gauge(name).set(value, attributes)
+
+    def _gauge(self, name: str) -> Any:
+        gauge = self._gauges.get(name)
+        if gauge is None:
+            # OpenTelemetry's specification, "Instrument name syntax": 255 characters of these at most.
+            allowed = f"aengine.values.{re.sub(r'[^-_./0-9A-Za-z]', '_', name)}"[:255]
+            gauge = self._gauges[name] = self._meter.create_gauge(allowed, description=f"{name}, as it was logged")
+        return gauge
+
+    def __repr__(self) -> str:
+        return "OpenTelemetry()"
+
+
+def instrument(
+    engine: AnyEngine,
+    *,
+    tracer_provider: trace.TracerProvider | None = None,
+    meter_provider: metrics.MeterProvider | None = None,
+    iterations_every: int = 100,
+) -> "Instrumentation":
+    """Have the runs of an engine traced and measured: call it before other handlers are added, for each engine.
+
+        instrument(trainer)
+        instrument(evaluator)
+
+    A run is a span, a child of the caller's current one; its epochs are children of that, and one iteration in
+    `iterations_every` a child of its epoch. The step, and whatever handlers call, see the innermost of these as the
+    current span, on the worker thread too. So their own spans, and the runs of other engines, become its children. Two
+    cannot: async inline handlers, where a plain step runs on the worker, see the epoch in place of the iteration, and
+    subscribers see the caller's span (see `Instrumentation.context`).
+
+    A span lasts until its event is sent, so what is inline is within it; a run until `run()` returns or raises. A run
+    that fails has the status ERROR, and the exception recorded, and so have the epoch and the iteration it failed in
+    the status. "aengine.stop_reason" says how it ended otherwise, and one that goes on after `interrupt()` is a new
+    span, linked to that of the one before. It begins with its first event: a step that was interrupted at
+    ITERATION_STARTED comes before that.
+
+    Metrics, with the engine's name as attribute: "aengine.iterations" counts iterations begun; "aengine.time" the
+    seconds of `engine.statistics()`, with "aengine.activity" for what they were spent on; "aengine.iteration.duration"
+    is a histogram of the iterations that are spans. All are brought up to date with these, at the end of each epoch,
+    and at that of the run.
+
+    Iterations and epochs are ended beside the step, in a thread; the run in the task that called `run()`. A span
+    processor that exports at once, as SimpleSpanProcessor does, would hold that up: give the provider a
+    BatchSpanProcessor. What it raises is logged.
+
+    Args:
+        engine: whose runs.
+        tracer_provider: whose tracer; by default the global one, which an application may set later.
+        meter_provider: likewise.
+        iterations_every: one iteration in so many is a span.
+
+    Raises:
+        ValueError: this is no number of iterations.
+    """
+    if iterations_every < 1:
+        raise ValueError(f"iterations_every= is a number of iterations, at least 1, got {iterations_every!r}")
+    instrumentation = Instrumentation(tracer_provider, meter_provider, engine.name)
+    instrumentation.attach(engine, iterations_every)
+    return instrumentation
+
+
+class Instrumentation:
+    """What `instrument` returns: the spans of one engine's runs.
+
+    Attributes:
+        context: OpenTelemetry's context with the span of the run under way, None between runs. For code that Python's
+            context variables do not reach: a subscriber's handler gives it to `tracer.start_span(context=...)`, or
+            hands it to `opentelemetry.context.attach` before it runs another engine.
+    """
+
+    def __init__(
+        self,
+        tracer_provider: trace.TracerProvider | None,
+        meter_provider: metrics.MeterProvider | None,
+        name: str,
+    ) -> None:
+        self.context: Context | None = None
+        self._name = name
+        self._tracer = trace.get_tracer(_NAME, tracer_provider=tracer_provider)
+        self._costs = _Costs(metrics.get_meter(_NAME, meter_provider=meter_provider), name)
+        self._run: _Open | None = None
+        self._epoch: _Open | None = None
+        self._iteration: _Open | None = None
+        self._error: BaseException | None = None
+        self._stopped_at: float | None = None
+        self._interrupted: Span | None = None  # the run that the next one goes on with
+        self._is_in_epoch = False  # that one
+        self._until_resumed: RemovableEventHandle | None = None
+
+    def attach(self, engine: AnyEngine, iterations_every: int) -> None:
+        """Listen to an engine, for `instrument`."""
+        started = Events.ITERATION_STARTED(every=iterations_every)
+        completed = Events.ITERATION_COMPLETED(every=iterations_every)
+        engine.register_events(*InstrumentationEvents)
+        engine.add_event_handler(Events.STARTED, self._begin_run)
+        engine.add_event_handler(Events.EPOCH_STARTED, self._begin_epoch)
+        engine.add_event_handler(started, self._begin_iteration)
+        engine.add_event_handler(Events.TERMINATE_SINGLE_EPOCH, self._note_end_of_epoch)
+        for event in _STOPS:
+            engine.add_event_handler(event, self._stop, event.value)
+        engine.add_event_handler(Events.EXCEPTION_RAISED, self._fail)
+
+        # A snapshot is taken after the inline handlers, whoever was added first: so all of them are within the span.
+        name = f"spans of {engine.name}"
+        leave, leave_epoch = self._leave_iteration, self._leave_epoch
+        engine.subscribe(completed, self._end_iteration, snapshot=leave, on_error="log", name=name)
+        engine.subscribe(Events.EPOCH_COMPLETED, self._end, snapshot=leave_epoch, on_error="log", name=name)
+
+    # Beside the step, in a thread
+
+    def _end_iteration(self, event: Event) -> None:
+        left: _Left = event.snapshot
+        for opened in left.opened:
+            self._costs.took(event.monotonic - opened.began)
+        self._end(event)
+
+    def _end(self, event: Event) -> None:
+        left: _Left = event.snapshot
+        for opened in left.opened:
+            opened.end(event.monotonic)
+        self._costs.add(left.engine.statistics())
+
+    # Inline, where the step runs
+
+    def _begin_run(self, engine: AnyEngine) -> Awaitable[None]:
+        self._interrupted = None  # it was given up
+        return _enter(self._ensure_run(engine))
+
+    def _begin_epoch(self, engine: AnyEngine) -> Awaitable[None]:
+        run = self._ensure_run(engine)
+        for opened in self._take_epoch():  # its end was skipped
+            opened.end(perf_counter())
+        return _enter(self._open_epoch(engine, run))
+
+    def _begin_iteration(self, engine: AnyEngine) -> None:
+        outside = self._ensure_run(engine) if self._epoch is None else self._epoch.context
+        attributes = {"aengine.iteration": engine.state.iteration, "aengine.epoch": engine.state.epoch}
+        self._iteration = self._open("iteration", outside, attributes)
+        context.attach(self._iteration.context)
+
+    def _leave_iteration(self, engine: AnyEngine) -> "_Left":
+        run = self._ensure_run(engine)
+        iteration, self._iteration = self._iteration, None
+        context.attach(run if self._epoch is None else self._epoch.context)
+        return _Left(engine, () if iteration is None else (iteration,))
+
+    def _leave_epoch(self, engine: AnyEngine) -> Awaitable["_Left"]:
+        run, left = self._ensure_run(engine), self._take_epoch()
+        context.attach(run)
+
+        async def leave_at_home() -> "_Left":
+            context.attach(run)
+            return _Left(engine, left)
+
+        return leave_at_home()
+
+    def _take_epoch(self) -> tuple["_Open", ...]:
+        """Return what is open of the epoch, the innermost first."""
+        opened = tuple(one for one in (self._iteration, self._epoch) if one is not None)
+        self._iteration = self._epoch = None
+        return opened
+
+    def _note_end_of_epoch(self) -> None:
+        if self._epoch is not None:
+            self._epoch.span.add_event("aengine.epoch_terminated")
+
+    def _stop(self, _: AnyEngine, how: str) -> Awaitable[None] | None:
+        self._stopped_at = perf_counter()
+        if self._run is None:
+            return None
+        self._run.span.add_event(f"aengine.{how}")
+        return _enter(self._run.context)  # what COMPLETED brings is no longer of the epoch
+
+    def _fail(self, error: BaseException) -> None:
+        self._stopped_at, self._error = perf_counter(), error
+
+    # Runs
+
+    def _ensure_run(self, engine: AnyEngine) -> Context:
+        """Return the context of the run, which begins here if it is one that goes on, or that is under way already."""
+        if self._run is not None:
+            return self._run.context
+        handle, self._until_resumed = self._until_resumed, None
+        if handle is not None:
+            handle.remove()
+        state, interrupted = engine.state, self._interrupted
+        attributes = {
+            "aengine.engine": engine.name,
+            "aengine.max_epochs": state.max_epochs,
+            "aengine.max_iters": state.max_iters,
+            "aengine.epoch_length": state.epoch_length,
+            "aengine.resumed": interrupted is not None or state.iteration > 0,
+        }
+        links = () if interrupted is None else (Link(interrupted.get_span_context()),)
+        self._run = self._open("run", context.get_current(), attributes, links)
+        self.context = self._run.context
+        self._costs.begin(engine.statistics())
+        self._stopped_at = self._error = None
+        # It is the end that is wanted: of `run()`, however it comes to that.
+        engine.fire_between_steps(InstrumentationEvents.RUN_BEGAN, at_end=partial(self._end_run, engine))
+        if interrupted is not None and self._is_in_epoch:
+            self._open_epoch(engine, self.context)
+        self._interrupted, self._is_in_epoch = None, False
+        return self.context
+
+    def _go_on(self, engine: AnyEngine) -> Awaitable[None]:
+        run = self._ensure_run(engine)
+        return _enter(run if self._epoch is None else self._epoch.context)
+
+    def _open_epoch(self, engine: AnyEngine, run: Context) -> Context:
+        state = engine.state
+        attributes = {
+            "aengine.epoch": state.epoch,
+            "aengine.epoch_length": state.epoch_length,
+            "aengine.resumed": state.iteration > state.epoch_start or self._interrupted is not None,
+        }
+        self._epoch = self._open("epoch", run, attributes)
+        return self._epoch.context
+
+    def _end_run(self, engine: AnyEngine) -> None:
+        run, self._run, self.context = self._run, None, None
+        error, self._error = self._error, None
+        assert run is not None, "it began when it asked to be told of this"  # noqa: S101
+        state = engine.state
+        reason = state.stop_reason
+        if error is None and reason is StopReason.FAILED:  # data that gave nothing is told to no handler
+            error = sys.exception()
+        if reason is StopReason.INTERRUPTED:
+            self._interrupted, self._is_in_epoch = run.span, self._epoch is not None
+            self._until_resumed = engine.add_event_handler(_FIRST, lambda *_: self._go_on(engine))
+        now = perf_counter()
+        ends = [
+            *((one, now if self._stopped_at is None else self._stopped_at) for one in self._take_epoch()),
+            (run, now),
+        ]
+        if error is not None:
+            run.span.record_exception(error)
+        run.span.set_attributes(_known({"aengine.epoch": state.epoch, "aengine.iteration": state.iteration}))
+        for opened, at in ends:
+            opened.span.set_attributes(_known({"aengine.stop_reason": None if reason is None else str(reason)}))
+            if error is not None:
+                opened.span.set_status(Status(StatusCode.ERROR, f"{type(error).__name__}: {error}"))
+            opened.end(at)
+        self._costs.add(engine.statistics())
+
+    def _open(self, what: str, outside: Context, attributes: Mapping[str, Any], links: Sequence[Link] = ()) -> "_Open":
+        known, began, now = _known(attributes), perf_counter(), time_ns()
+        span = self._tracer.start_span(f"{what} {self._name}", outside, attributes=known, links=links, start_time=now)
+        return _Open(span, trace.set_span_in_context(span, outside), began, now)
+
+
+class _Open:
+    """A span that has begun. It is ended by the clock that does not jump, as long after as it was."""
+
+    __slots__ = ("_began", "began", "context", "span")
+
+    def __init__(self, span: Span, inside: Context, began: float, now: int) -> None:
+        self.span = span
+        self.context = inside
+        self.began = began
+        self._began = now
+
+    def end(self, at: float) -> None:
+        self.span.end(self._began + int((at - self.began) * 1e9))
+
+
+class _Left(NamedTuple):
+    """What an event brings to its end. With the engine, that nobody else has to hold it: it would be a cycle."""
+
+    engine: AnyEngine
+    opened: tuple[_Open, ...]
+
+
+class _Costs:
+    """What a run costs, as metrics: what `engine.statistics()` says, less what it said before."""
+
+    def __init__(self, meter: metrics.Meter, name: str) -> None:
+        self._engine: Attributes = {"aengine.engine": name}
+        self._iterations = meter.create_counter("aengine.iterations", "{iteration}", "Iterations begun")
+        self._time = meter.create_counter("aengine.time", "s", "Time of the loop, by what it was spent on")
+        self._duration = meter.create_histogram(
+            "aengine.iteration.duration",
+            "s",
+            "Time from ITERATION_STARTED to ITERATION_COMPLETED, of the iterations that are spans",
+            explicit_bucket_boundaries_advisory=_BUCKETS,
+        )
+        self._counted = 0
+        self._spent: dict[str, float] = {}
+        self._lock = threading.Lock()  # those who end spans are several
+
+    def begin(self, now: EngineStatistics) -> None:
+        self._counted, self._spent = now.iteration, _spent(now)
+
+    def took(self, seconds: float) -> None:
+        self._duration.record(seconds, self._engine)
+
+    def add(self, now: EngineStatistics) -> None:
+        with self._lock:
+            spent = _spent(now)
+            self._iterations.add(max(0, now.iteration - self._counted), self._engine)
+            for activity, seconds in spent.items():
+                more = max(0.0, seconds - self._spent[activity])  # less, if a handler has left with its time
+                self._time.add(more, {**self._engine, "aengine.activity": activity})
+            self._counted, self._spent = now.iteration, spent
+
+
+def _spent(statistics: EngineStatistics) -> dict[str, float]:
+    return {
+        "data": statistics.data,
+        "step": statistics.step,
+        "handlers": sum(statistics.handlers.values()),
+        "back_pressure": statistics.back_pressure,
+        "event_loop": statistics.event_loop,
+    }
+
+
+def _enter(inside: Context) -> Awaitable[None]:
+    """Make a context the current one: here, where the step runs, and, when awaited, where async handlers do.
+
+    No token is kept: both are copies that Python made for the run, and that end with it.
+    """
+    context.attach(inside)
+    return _enter_at_home(inside)
+
+
+async def _enter_at_home(inside: Context) -> None:
+    context.attach(inside)
+
+
+def _known(attributes: Mapping[str, Any]) -> Attributes:
+    return {name: value for name, value in attributes.items() if value is not None}
