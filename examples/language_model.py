@@ -91,19 +91,19 @@ def create_engine(step: Callable[[Reading, Batch], Weighed], *, thread: bool | N
     return engine
 
 
-def create_evaluator(model: Reader) -> Reading:
+def create_evaluator(model: Reader, *, thread: bool | None = None) -> Reading:
     @torch.inference_mode()
     def evaluate(engine: Reading, batch: Batch) -> Weighed:
         model.eval()
         return read(model, engine, batch).item(), batch[0].shape[1]
 
-    return create_engine(evaluate)
+    return create_engine(evaluate, thread=thread)
 
 
 def create_trainer(model: Reader, validation: list[Batch], *, thread: bool | None = None) -> Reading:
     optimizer = torch.optim.SGD(model.parameters(), lr=30)
     annealing = ReduceLROnPlateau(optimizer, factor=0.25, patience=0, threshold=0)
-    evaluator = create_evaluator(model)
+    evaluator = create_evaluator(model, thread=thread)
 
     def train_step(engine: Reading, batch: Batch) -> Weighed:
         model.train()

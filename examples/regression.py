@@ -61,14 +61,14 @@ def create_model(terms: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(terms, 1), nn.Flatten(0))  # one number for each patient
 
 
-def create_evaluator(model: nn.Module) -> Engine[Batch, Any]:
-    return create_supervised_evaluator(model, {"R2": R2Score(), "error": MeanAbsoluteError()})
+def create_evaluator(model: nn.Module, *, thread: bool | None = None) -> Engine[Batch, Any]:
+    return create_supervised_evaluator(model, {"R2": R2Score(), "error": MeanAbsoluteError()}, thread=thread)
 
 
 def create_trainer(model: nn.Module, validation: Batch, *, thread: bool | None = None) -> Engine[Batch, Tensor]:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, weight_decay=0.3)
     trainer = create_supervised_trainer(model, optimizer, nn.functional.smooth_l1_loss, thread=thread)
-    evaluator = create_evaluator(model)
+    evaluator = create_evaluator(model, thread=thread)
     attach_metric(trainer, MeanMetric(), "loss")
     EarlyStopping(patience=10, score="R2", mode="max").attach(trainer, evaluator)
 
