@@ -111,9 +111,10 @@ async def test_vae_equals_the_loop_by_hand_while_it_draws_beside_the_step(thread
 
 @THREADS
 async def test_language_model_equals_the_loop_by_hand(thread: bool | None, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: FBT001 -- pytest passes it by name
-    epochs, train_batches, valid_batches = 5, 4, 2
+    epochs, train_batches, valid_batches = 8, 3, 2  # so that both of this happens
     expected = language_model_by_hand(epochs, train_batches, valid_batches)
     assert len(set(expected.rates)) > 1, "the learning rate is annealed"
+    assert expected.scores[-1] > min(expected.scores), "the last model is not the best"
     language_model = example("language_model")
     torch.manual_seed(0)
     vocabulary, (training, validation, _) = language_model.read_manual()
