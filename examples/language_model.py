@@ -119,7 +119,7 @@ def create_trainer(model: Reader, validation: list[Batch], *, thread: bool | Non
     @trainer.on(Events.EPOCH_COMPLETED)
     async def validate(engine: Reading) -> None:
         loss = (await evaluator.run(validation)).metrics["loss"]
-        engine.state.metrics.update(perplexity=math.exp(loss), rate=annealing.get_last_lr()[0])
+        engine.state.metrics.update(perplexity=math.exp(loss), rate=optimizer.param_groups[0]["lr"])
 
     attach_scheduler(trainer, annealing, Events.EPOCH_COMPLETED, metric="perplexity")
     return trainer

@@ -28,6 +28,23 @@ def run(name: str, folder: Path) -> subprocess.CompletedProcess[str]:
     return done
 
 
+def interrupt(folder: Path, *example: str) -> str:
+    """Press Ctrl-C when an example has begun to tell. Returns all that it tells, to a clean end."""
+    with subprocess.Popen(
+        command(*example), cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            assert process.stdout is not None
+            first = process.stdout.readline()
+            process.send_signal(signal.SIGINT)
+            rest, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == 0
+    assert not errors
+    return first + rest
+
+
 def test_quickstart_reaches_95_percent_and_keeps_a_log(tmp_path: Path) -> None:
     done = run("quickstart.py", tmp_path)
     accuracy = re.search(r"test accuracy (\d\.\d+)", done.stdout)
@@ -99,23 +116,16 @@ def test_streaming_learns_until_its_time_is_up(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
 def test_streaming_ends_cleanly_at_ctrl_c(tmp_path: Path, backend: str) -> None:
-    with subprocess.Popen(
-        command("streaming.py", "--seconds", "60", "--backend", backend),
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        try:
-            assert process.stdout is not None
-            assert process.stdout.readline().startswith("iteration")
-            process.send_signal(signal.SIGINT)
-            output, errors = process.communicate(timeout=60)
-        finally:
-            process.kill()
-    assert process.returncode == 0
+    output = interrupt(tmp_path, "streaming.py", "--seconds", "60", "--backend", backend)
+    assert output.startswith("iteration")
     assert "terminated after" in output
-    assert not errors
+
+
+def test_language_model_is_tested_though_ctrl_c_ends_its_training(tmp_path: Path) -> None:
+    output = interrupt(tmp_path, "language_model.py")
+    assert output.startswith("epoch  1: ")
+    assert re.search(r"terminated after .*; test perplexity \d+", output)
+    assert "epoch 12" not in output
 
 
 def test_resume_is_killed_and_loses_nothing(tmp_path: Path) -> None:
