@@ -1,13 +1,16 @@
 """Each example is run as a user runs it: by a new interpreter, in a folder of its own."""
 
+import math
 import re
 import signal
 import subprocess
 import sys
 import time
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -23,6 +26,23 @@ def run(name: str, folder: Path) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(command(name), cwd=folder, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr
     return done
+
+
+def interrupt(folder: Path, *example: str) -> str:
+    """Press Ctrl-C when an example has begun to tell. Returns all that it tells, to a clean end."""
+    with subprocess.Popen(
+        command(*example), cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            assert process.stdout is not None
+            first = process.stdout.readline()
+            process.send_signal(signal.SIGINT)
+            rest, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == 0
+    assert not errors
+    return first + rest
 
 
 def test_quickstart_reaches_95_percent_and_keeps_a_log(tmp_path: Path) -> None:
@@ -41,6 +61,52 @@ def test_gan_draws_a_picture(tmp_path: Path) -> None:
     assert not done.stderr
 
 
+def test_regression_predicts_half_of_the_variance(tmp_path: Path) -> None:
+    done = run("regression.py", tmp_path)
+    stopped, polynomial, result = done.stdout.splitlines()
+    assert stopped.startswith("terminated after"), "the validation patients were predicted no better"
+    assert "·bmi" in polynomial
+    r2 = re.search(r"test R2 (\d\.\d+)", result)
+    assert r2 is not None
+    assert float(r2[1]) > 0.45
+    assert not done.stderr, "the bar is for terminals"
+
+
+def test_vae_draws_and_is_tested_beside_the_step(tmp_path: Path) -> None:
+    done = run("vae.py", tmp_path)
+    losses = [float(each) for each in re.findall(r"test loss (\d+\.\d+)", done.stdout)]
+    assert len(losses) == 5
+    assert losses[-1] < min(24.5, losses[0])
+    for name in ("vae-reconstructions.png", "vae-samples.png"):
+        with Image.open(tmp_path / name) as picture:
+            pixels = picture.convert("L").tobytes()
+        assert len(pixels) == 720 * 720
+        assert min(pixels) == 0
+        assert max(pixels) > 200, name
+    assert not done.stderr
+
+
+def test_language_model_learns_anneals_and_writes(tmp_path: Path) -> None:
+    done = run("language_model.py", tmp_path)
+    told = re.findall(
+        r"epoch +\d+: perplexity (\S+), training (\S+), learning rate (\S+)\n +(\S.*) \.\.\.\n", done.stdout
+    )
+    assert len(told) == 12
+    perplexities = [float(perplexity) for perplexity, *_ in told]
+    rates = [float(rate) for *_, rate, _ in told]
+    assert perplexities[-1] < perplexities[0] / 2
+    best = [math.inf, *accumulate(perplexities, min)]
+    for epoch in range(11):
+        if perplexities[epoch] != best[epoch]:  # else the digits that are not printed decide
+            expected = rates[epoch] if perplexities[epoch] < best[epoch] else rates[epoch] / 4
+            assert rates[epoch + 1] == pytest.approx(expected, rel=0.01)
+    test = re.search(r"completed after .*; test perplexity (\d+\.\d)\n(.+)\n$", done.stdout)
+    assert test is not None
+    assert float(test[1]) < 120  # of 1,400 words, and nobody knows which manual comes with the next Python
+    assert len(test[2].split()) > 40
+    assert not done.stderr
+
+
 def test_streaming_learns_until_its_time_is_up(tmp_path: Path) -> None:
     done = run("streaming.py", tmp_path)
     bits = [float(each) for each in re.findall(r"(\d+\.\d+) bits per character", done.stdout)]
@@ -50,23 +116,16 @@ def test_streaming_learns_until_its_time_is_up(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
 def test_streaming_ends_cleanly_at_ctrl_c(tmp_path: Path, backend: str) -> None:
-    with subprocess.Popen(
-        command("streaming.py", "--seconds", "60", "--backend", backend),
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        try:
-            assert process.stdout is not None
-            assert process.stdout.readline().startswith("iteration")
-            process.send_signal(signal.SIGINT)
-            output, errors = process.communicate(timeout=60)
-        finally:
-            process.kill()
-    assert process.returncode == 0
+    output = interrupt(tmp_path, "streaming.py", "--seconds", "60", "--backend", backend)
+    assert output.startswith("iteration")
     assert "terminated after" in output
-    assert not errors
+
+
+def test_language_model_is_tested_though_ctrl_c_ends_its_training(tmp_path: Path) -> None:
+    output = interrupt(tmp_path, "language_model.py")
+    assert output.startswith("epoch  1: ")
+    assert re.search(r"terminated after .*; test perplexity \d+", output)
+    assert "epoch 12" not in output
 
 
 def test_resume_is_killed_and_loses_nothing(tmp_path: Path) -> None:
@@ -104,4 +163,12 @@ def test_resume_ends_at_sigterm_with_a_checkpoint_and_goes_on(tmp_path: Path) ->
 
 
 def test_every_example_is_run_here() -> None:
-    assert {path.name for path in EXAMPLES.glob("*.py")} == {"gan.py", "quickstart.py", "resume.py", "streaming.py"}
+    assert {path.name for path in EXAMPLES.glob("*.py")} == {
+        "gan.py",
+        "language_model.py",
+        "quickstart.py",
+        "regression.py",
+        "resume.py",
+        "streaming.py",
+        "vae.py",
+    }

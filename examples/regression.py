@@ -1,0 +1,107 @@
+"""Fit a polynomial to real measurements: from ten of a patient, how far diabetes will have come in a year.
+
+    python examples/regression.py
+
+After the `regression` of https://github.com/pytorch/examples, which finds again the four coefficients of a polynomial
+that it made up. Here there are 65: of age, sex, body mass index, blood pressure and six serum values, and of the
+products of any two of them, for the 442 patients of scikit-learn (Efron et al.,
+https://doi.org/10.1214/009053604000000067).
+
+The usual loop is not written here: trainer and evaluator come from `aengine.training`, their metrics from torchmetrics.
+Progress is shown on a terminal. It stops when the validation patients are predicted no better, and ends with the
+coefficients that matter, and with how it does on patients that neither training nor validation has seen.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import anyio
+import torch
+from sklearn.datasets import load_diabetes  # type: ignore[import-untyped]  # comes without types
+from sklearn.pipeline import make_pipeline  # type: ignore[import-untyped]
+from sklearn.preprocessing import PolynomialFeatures, StandardScaler  # type: ignore[import-untyped]
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics import MeanAbsoluteError, MeanMetric, R2Score
+
+from aengine import Engine, Events
+from aengine.handlers.early_stopping import EarlyStopping
+from aengine.handlers.progress import show_progress
+from aengine.handlers.progress_tqdm import TqdmBars
+from aengine.training.metrics import attach_metric
+from aengine.training.supervised import create_supervised_evaluator, create_supervised_trainer
+
+Batch = tuple[Tensor, Tensor]
+
+
+class Patients(NamedTuple):
+    terms: list[str]  # of the polynomial
+    training: Batch
+    validation: Batch
+    test: Batch
+    spread: float  # of the progression, in its own unit, by which it is divided
+
+
+def read_patients() -> Patients:
+    measured = load_diabetes(scaled=False)
+    training, validation, test = (part.numpy() for part in torch.randperm(len(measured.data)).split([270, 80, 92]))
+    polynomial = make_pipeline(StandardScaler(), PolynomialFeatures(degree=2, include_bias=False), StandardScaler())
+    polynomial.fit(measured.data[training])
+    mean, spread = measured.target[training].mean(), measured.target[training].std()
+
+    def batch(chosen: Any) -> Batch:
+        x, y = polynomial.transform(measured.data[chosen]), (measured.target[chosen] - mean) / spread
+        return torch.tensor(x).float(), torch.tensor(y).float()
+
+    terms = list(polynomial[1].get_feature_names_out(measured.feature_names))
+    return Patients(terms, batch(training), batch(validation), batch(test), float(spread))
+
+
+def create_model(terms: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(terms, 1), nn.Flatten(0))  # one number for each patient
+
+
+def create_evaluator(model: nn.Module, *, thread: bool | None = None) -> Engine[Batch, Any]:
+    return create_supervised_evaluator(model, {"R2": R2Score(), "error": MeanAbsoluteError()}, thread=thread)
+
+
+def create_trainer(model: nn.Module, validation: Batch, *, thread: bool | None = None) -> Engine[Batch, Tensor]:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, weight_decay=0.3)
+    trainer = create_supervised_trainer(model, optimizer, nn.functional.smooth_l1_loss, thread=thread)
+    evaluator = create_evaluator(model, thread=thread)
+    attach_metric(trainer, MeanMetric(), "loss")
+    EarlyStopping(patience=10, score="R2", mode="max").attach(trainer, evaluator)
+
+    @trainer.on(Events.EPOCH_COMPLETED)
+    async def validate(engine: Engine[Batch, Tensor]) -> None:  # inline: it is short, and may stop the trainer
+        await evaluator.run([validation])
+        engine.state.metrics["validation R2"] = evaluator.state.metrics["R2"]
+
+    return trainer
+
+
+def describe(terms: Sequence[str], coefficients: Tensor) -> str:
+    largest = coefficients.abs().topk(6).indices.tolist()
+    return " ".join(f"{coefficients[n].item():+.2f}·{terms[n].replace(' ', '·')}" for n in largest)
+
+
+async def main() -> None:
+    torch.manual_seed(0)
+    patients = read_patients()
+    model = create_model(len(patients.terms))
+    trainer = create_trainer(model, patients.validation)
+    show_progress(trainer, TqdmBars())  # quiet where there is no terminal
+    state = await trainer.run(
+        DataLoader(TensorDataset(*patients.training), batch_size=32, shuffle=True), max_epochs=500
+    )
+
+    evaluator = create_evaluator(model)
+    metrics = (await evaluator.run([patients.test])).metrics
+    numbers = ", ".join(f"{name} {value:.3f}" for name, value in state.metrics.items())
+    print(f"{state.stop_reason} after {state.epoch} epochs, {trainer.statistics().total:.1f} s: {numbers}")
+    print(f"progression = {describe(patients.terms, next(model.parameters())[0])} ...")
+    print(f"test R2 {metrics['R2']:.3f}; off by {metrics['error'] * patients.spread:.0f}, where it goes from 25 to 346")
+
+
+if __name__ == "__main__":
+    anyio.run(main)
