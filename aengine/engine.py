@@ -74,7 +74,7 @@ class Engine(Publishing, Generic[Batch, Output]):
             raise TypeError(
                 f"thread=True puts a plain step on the worker, but {name_of(step)} is async: leave thread= out"
             )
-        name, state = name or name_of(step), State()
+        name, state = name or name_of(step).rpartition("<locals>.")[2], State()
         self.logger = logging.getLogger("aengine.engine")
         super().__init__(name, state, Bus(name, self.logger, state), Control())
         self._step = step

@@ -141,6 +141,15 @@ async def test_handlers_are_named_as_they_are_written() -> None:
     }
 
 
+def test_an_engine_is_called_after_its_step_wherever_that_was_made() -> None:
+    def train_step(engine: Engine[int, int], batch: int) -> int:
+        return batch
+
+    assert Engine(train_step).name == "train_step"
+    assert Engine(step).name == "step"
+    assert Engine(step, name="trainer").name == "trainer"
+
+
 async def test_times_and_counts_begin_anew_with_each_run() -> None:
     def working(engine: Engine[int, None], batch: int) -> None:
         work(batch * 1e-3)

@@ -105,6 +105,16 @@ async def test_what_is_terminated_stays_where_it_was() -> None:
     assert told.bars["it"].count("closed") == 1
 
 
+async def test_what_is_terminated_at_the_end_of_an_epoch_has_completed_it() -> None:
+    told = Told()
+    engine: AnyEngine = Engine(plain)
+    show_progress(engine, told)
+    engine.add_event_handler(Events.EPOCH_COMPLETED(once=2), engine.terminate)
+    await engine.run([1, 2, 3], max_epochs=4)
+    assert told.bars["epoch"][-2][-1] == 2
+    assert told.bars["it"][-2][-1] == 3
+
+
 async def test_a_run_that_fails_closes_its_bars() -> None:
     def fail(engine: AnyEngine, batch: int) -> None:
         raise Boom

@@ -24,6 +24,7 @@ _logger = logging.getLogger("aengine.handlers")
 
 _ENDS = Events.TERMINATE | Events.INTERRUPT | Events.COMPLETED | Events.CANCELLED | Events.EXCEPTION_RAISED
 _END_NAMES = frozenset(one.name for one in _ENDS)
+_EPOCH_ENDS = frozenset({Events.EPOCH_COMPLETED.name, Events.COMPLETED.name})
 
 
 class Bar(Protocol):
@@ -171,7 +172,9 @@ def _lines(event: Event, place: _Place) -> list[_Line]:
         return [_Line("it", name, 0, place.iteration, place.max_iters, text)]
     if epochs == 1:
         return [_Line("it", name, 0, place.of_epoch, event.epoch_length, text)]
-    is_complete = event.name in (Events.EPOCH_COMPLETED.name, Events.COMPLETED.name)
+    is_complete = event.name in _EPOCH_ENDS or (
+        event.name == Events.TERMINATE.name and place.of_epoch == event.epoch_length  # as by its EPOCH_COMPLETED
+    )
     completed = event.epoch if is_complete else max(0, event.epoch - 1)
     return [
         _Line("epoch", name, 0, completed, epochs, ""),
