@@ -8,8 +8,8 @@ Method:
   shuffle, dropout; at each step a one-cycle schedule with its warm-up, a moving average of the weights, the mean loss
   and a guard against NaN; after each epoch accuracy and F1 of the average on the digits held out, early stopping, which
   does not come to stop any of them, and a checkpoint, of which two are kept; a line of JSON and two scalars for
-  TensorBoard at each step, and their like after each epoch; a bar by tqdm, on what says that it is a terminal and throws
-  away what is drawn.
+  TensorBoard at each step, and their like after each epoch; a bar by tqdm, on what claims to be a terminal and discards
+  what is drawn.
 - By hand means one loop that does all of it in place, with the same libraries: torchmetrics, torch's averages and
   schedulers, `torch.save`, SummaryWriter, json, tqdm. It writes a checkpoint as a careful person would: into a new
   file, fsync, rename, fsync of the folder. Ours does that, too, and computes a checksum, and saves more besides. Ignite
@@ -255,7 +255,9 @@ def by_hand(training: Training) -> Sample:
                     number = loss.item()
                     if not math.isfinite(number):
                         raise FloatingPointError(f"the loss of step {step} is {number}")
-                    log.write("ITERATION_COMPLETED", "trainer", step, loss=number, rate=schedule.get_last_lr()[0])
+                    log.write(
+                        "ITERATION_COMPLETED", "trainer", step, loss=number, rate=float(schedule.get_last_lr()[0])
+                    )
                     bar.set_postfix(loss=number, refresh=False)
             log.write("EPOCH_COMPLETED", "trainer", step, **{"mean loss": mean.compute().item()})
 
