@@ -18,9 +18,10 @@ The step is that of Schulman et al., https://arxiv.org/abs/1707.06347, its advan
 
 import argparse
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack, asynccontextmanager, closing
 from copy import deepcopy
+from functools import partial
 from random import Random
 from statistics import mean
 from typing import Any, NamedTuple
@@ -108,25 +109,32 @@ class Player:
 
 
 @asynccontextmanager
-async def concurrently(seed: int) -> AsyncIterator[AsyncIterator[Batch]]:
-    sending, receiving = anyio.create_memory_object_stream[Rollout](0)  # holds nothing: each waits until it is taken
+async def concurrently(seed: int) -> AsyncIterator[Callable[[], AsyncIterator[Batch]]]:
+    finished: deque[Rollout] = deque()
+    arrived, taken = anyio.Semaphore(0), anyio.Semaphore(0)
 
     async def play_on(number: int) -> None:
         with closing(gymnasium.make("CartPole-v1")) as environment:
             player = Player(environment, seed + number)
             while True:
-                await sending.send(await player.play())
+                finished.append(await player.play())
+                arrived.release()
+                await taken.acquire()  # nobody is ahead of the learner by more than a rollout
 
     async def batches() -> AsyncIterator[Batch]:
         while True:
-            yield [await receiving.receive() for _ in range(ENVIRONMENTS)]
+            batch: Batch = []
+            while len(batch) < ENVIRONMENTS:
+                await arrived.acquire()
+                batch.append(finished.popleft())
+                taken.release()
+            yield batch
 
-    with sending, receiving:
-        async with anyio.create_task_group() as players:
-            for number in range(ENVIRONMENTS):
-                players.start_soon(play_on, number)
-            yield batches()
-            players.cancel_scope.cancel()
+    async with anyio.create_task_group() as players:
+        for number in range(ENVIRONMENTS):
+            players.start_soon(play_on, number)
+        yield batches  # the function, not a generator: what the engine has opened it also closes
+        players.cancel_scope.cancel()
 
 
 async def in_turn(trainer: Trainer, seed: int) -> AsyncIterator[Batch]:
@@ -150,7 +158,6 @@ def advantages(batch: Experience, values: Tensor) -> Tensor:
 
 def train_step(engine: Trainer, rollouts: Batch) -> float:
     """Take a few steps of the optimizer, and return the last loss."""
-    loss = torch.zeros(())
     batch = Experience(*map(torch.stack, zip(*(each.experience for each in rollouts), strict=True)))
     with torch.no_grad():
         values = critic(batch.seen).squeeze(-1)
@@ -163,7 +170,7 @@ def train_step(engine: Trainer, rollouts: Batch) -> float:
         gain = torch.minimum(ratio * better, ratio.clamp(1 - CLIP, 1 + CLIP) * better).mean()
         entropy = -(chances.exp() * chances).sum(dim=-1).mean()
         miss = nn.functional.smooth_l1_loss(critic(batch.seen).squeeze(-1), targets)
-        loss = miss - gain - ENTROPY * entropy
+        loss: Tensor = miss - gain - ENTROPY * entropy
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 0.5)
@@ -214,7 +221,7 @@ async def main(seed: int, *, is_in_turn: bool) -> None:
         print(f"batch {event.iteration:3}: mean return {of['return']:5.1f}, staleness {of['staleness']}", flush=True)
 
     with stop_on_signals(trainer):
-        await trainer.run(in_turn(trainer, seed) if is_in_turn else concurrently(seed), max_iters=600)
+        await trainer.run(partial(in_turn, trainer, seed) if is_in_turn else concurrently(seed), max_iters=600)
     spent, steps = trainer.statistics(), trainer.state.iteration * ENVIRONMENTS * LENGTH
     print(f"{trainer.state.stop_reason} after {steps} steps of the environments, in {spent.total:.1f} s")
     print(f"of which the learner learned for {spent.step:.1f} s and waited for rollouts for {spent.data:.1f} s")

@@ -165,8 +165,18 @@ def losses_of(folder: Path) -> dict[int, float]:
     return {record["step"]: record["values"]["loss"] for record in records if record["engine"] == "trainer"}
 
 
+def test_cartpole_keeps_the_pole_up(tmp_path: Path) -> None:
+    done = run("cartpole.py", tmp_path)
+    last = re.findall(r"^batch +\d+: mean return +(\d+\.\d), staleness \d+$", done.stdout, re.MULTILINE)[-1]
+    assert float(last) >= 400
+    assert "\nterminated after " in done.stdout
+    assert re.search(r"^greedily, over 10 episodes: mean return \d+\.\d$", done.stdout, re.MULTILINE)
+    assert not done.stderr
+
+
 def test_every_example_is_run_here() -> None:
     assert {path.name for path in EXAMPLES.glob("*.py")} == {
+        "cartpole.py",
         "digits.py",
         "gan.py",
         "quickstart.py",
