@@ -342,6 +342,7 @@ class ThreadState:
             yield
 
     def _enter(self, torch: Any, entered: ExitStack) -> None:
+        torch.get_num_threads()  # or convolutions do not keep to `set_num_threads()` on a thread that has never asked
         if self._cuda is not None:
             entered.enter_context(torch.cuda.device(self._cuda))
         before = torch.get_default_device()

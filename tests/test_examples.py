@@ -1,5 +1,6 @@
 """Each example is run as a user runs it: by a new interpreter, in a folder of its own."""
 
+import json
 import math
 import re
 import signal
@@ -162,8 +163,80 @@ def test_resume_ends_at_sigterm_with_a_checkpoint_and_goes_on(tmp_path: Path) ->
     assert steps == [str(step) for step in range(1, 581)], "none was skipped, and none taken twice"
 
 
+def digits_end(output: str) -> tuple[str, ...]:
+    """Return what it says at its end: the best step, its validation accuracy, the test accuracy."""
+    found = re.search(r"best is step (\d+), of validation accuracy (\S+)\ntest accuracy (\S+):", output)
+    assert found is not None, output
+    return found.groups()
+
+
+def test_digits_reaches_97_percent_and_is_then_done(tmp_path: Path) -> None:
+    done = run("digits.py", tmp_path)
+    assert done.stdout.startswith("beginning\ntrainer: ")
+    assert not done.stderr
+    best, _, accuracy = digits_end(done.stdout)
+    assert float(accuracy) >= 0.97
+    records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    last = max(record["step"] for record in records)
+    steps = [record["step"] for record in records if record["event"] == "ITERATION_COMPLETED"]
+    assert steps == list(range(10, last + 1, 10))
+    assert {"loss", "mean loss", "rate", "validation/accuracy"} == records[-2]["values"].keys()
+    assert list((tmp_path / "tensorboard").glob("events.out.tfevents.*"))
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").glob("step-*"))
+    assert len(kept) == 3, "the best and the last two"
+    assert f"step-{int(best):010}" in kept
+    assert kept[-1].startswith(f"step-{last:010}")
+
+    again = run("digits.py", tmp_path)
+    assert again.stdout.startswith(f"done at step {last}\nthe best is step {best}")
+    assert not again.stderr
+    assert digits_end(again.stdout) == digits_end(done.stdout)
+
+
+def test_digits_ends_at_ctrl_c_and_goes_on_to_the_same_numbers(tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    with subprocess.Popen(
+        command("digits.py"), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            while process.poll() is None and not (log.exists() and log.stat().st_size):
+                time.sleep(0.01)
+            process.send_signal(signal.SIGINT)
+            output, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == 0
+    assert not errors
+    stopped = re.search(r"^stopped at step (\d+): the same command goes on$", output, re.MULTILINE)
+    assert stopped is not None, output
+
+    resumed = run("digits.py", tmp_path)
+    assert resumed.stdout.startswith(f"resuming from step {stopped[1]}\n")
+    assert not resumed.stderr
+    other = tmp_path / "never stopped"
+    other.mkdir()
+    assert digits_end(resumed.stdout) == digits_end(run("digits.py", other).stdout)
+    assert losses_of(tmp_path) == losses_of(other)
+
+
+def losses_of(folder: Path) -> dict[int, float]:
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    return {record["step"]: record["values"]["loss"] for record in records if record["engine"] == "trainer"}
+
+
+def test_cartpole_keeps_the_pole_up(tmp_path: Path) -> None:
+    done = run("cartpole.py", tmp_path)
+    last = re.findall(r"^batch +\d+: mean return +(\d+\.\d), staleness \d+$", done.stdout, re.MULTILINE)[-1]
+    assert float(last) >= 400
+    assert "\nterminated after " in done.stdout
+    assert re.search(r"^greedily, over 10 episodes: mean return \d+\.\d$", done.stdout, re.MULTILINE)
+    assert not done.stderr
+
+
 def test_every_example_is_run_here() -> None:
     assert {path.name for path in EXAMPLES.glob("*.py")} == {
+        "cartpole.py",
+        "digits.py",
         "gan.py",
         "language_model.py",
         "quickstart.py",

@@ -10,6 +10,7 @@ import torch
 from anyio.lowlevel import checkpoint
 
 from aengine import Engine, Events
+from aengine.worker import _openmp
 
 
 class Settings(NamedTuple):
@@ -269,3 +270,18 @@ async def test_a_step_with_an_autocast_of_its_own_computes_with_the_weights_as_t
     await running
     assert ours == plain
     assert len(set(plain)) == 4
+
+
+@pytest.mark.parametrize("count", [1, 2])
+async def test_a_convolution_on_the_worker_keeps_to_the_number_of_threads(count: int) -> None:
+    """torch sets it for a thread that asks, as most operations do; convolutions only look at what OpenMP says."""
+    openmp = _openmp()
+    if openmp is None:
+        pytest.skip("torch has another OpenMP here")
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        state = await Engine(lambda _, batch: openmp.omp_get_max_threads()).run([1])
+    finally:
+        torch.set_num_threads(before)
+    assert state.output == count

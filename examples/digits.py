@@ -1,0 +1,157 @@
+"""Digits with everything on: what a real training has around its step, and where each of it runs.
+
+    python examples/digits.py [--out FOLDER]
+
+- Between two steps runs what steers, or changes with the weights: the schedule with its warm-up, the moving average of
+  the weights, the NaN guard; and validation of the average, which says when to stop and which checkpoint is the best.
+- Beside the step runs the rest: two logs (FOLDER/log.jsonl; FOLDER/tensorboard, for `tensorboard --logdir`), a progress
+  bar, the writing of checkpoints; and what is only looked at: how well the average knows the training digits.
+
+Ctrl-C and SIGTERM end it cleanly, with a checkpoint. The same command goes on from there, to the very numbers of a run
+that was never stopped. At the end the best checkpoint is tested, on digits that nothing has seen.
+"""
+
+import argparse
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import anyio
+import torch
+from sklearn.datasets import load_digits  # type: ignore[import-untyped]  # comes without types
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics import MetricCollection, RunningMean
+from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
+
+from aengine import Engine, Event, Events, stop_on_signals
+from aengine.checkpoint import Checkpoint, Keep
+from aengine.handlers.early_stopping import EarlyStopping
+from aengine.handlers.nan_guard import NanGuard
+from aengine.handlers.progress import show_progress
+from aengine.handlers.progress_tqdm import TqdmBars
+from aengine.handlers.report import table
+from aengine.loggers import track
+from aengine.loggers.jsonl import JSONLines
+from aengine.loggers.numbers import numbers_of
+from aengine.loggers.tensorboard import TensorBoard
+from aengine.training.averages import attach_average
+from aengine.training.metrics import attach_metric
+from aengine.training.schedules import attach_scheduler
+from aengine.training.supervised import create_supervised_evaluator, create_supervised_trainer
+from aengine.training.update import UpdateEvents
+
+EPOCHS, PATIENCE = 40, 8
+
+torch.manual_seed(0)
+torch.set_num_threads(1)  # for images of 8x8; the other cores are for what runs beside the step
+
+digits = load_digits()
+images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16
+labels = torch.tensor(digits.target)
+training, validation, test = torch.randperm(len(labels)).split([1197, 300, 300])
+loader = DataLoader(TensorDataset(images[training], labels[training]), batch_size=32, shuffle=True)
+
+model = nn.Sequential(
+    nn.Conv2d(1, 16, kernel_size=3, padding=1),
+    nn.ReLU(),
+    nn.Conv2d(16, 32, kernel_size=3, padding=1),
+    nn.ReLU(),
+    nn.MaxPool2d(2),
+    nn.Flatten(),
+    nn.Dropout(0.3),
+    nn.Linear(32 * 4 * 4, 10),
+)
+average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.98))
+optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+warm_up = LinearLR(optimizer, start_factor=0.01, total_iters=50)
+decay = CosineAnnealingLR(optimizer, T_max=EPOCHS * len(loader))
+schedule = SequentialLR(optimizer, [warm_up, decay], milestones=[50])
+
+
+def metrics() -> MetricCollection:
+    one_number, table_of_ten = MulticlassAccuracy(10, average="micro"), MulticlassConfusionMatrix(10)
+    return MetricCollection({"accuracy": one_number, "confusion": table_of_ten})
+
+
+def in_batches(which: Tensor) -> list[tuple[Tensor, Tensor]]:
+    # No DataLoader, which draws a random number for each pass. Beside the step nobody could say before which batch.
+    return list(zip(images[which].split(100), labels[which].split(100), strict=True))
+
+
+trainer = create_supervised_trainer(model, optimizer, nn.functional.cross_entropy)
+validator = create_supervised_evaluator(average, {"validation": metrics()}, name="validator")
+candidate = deepcopy(model)  # takes the weights of a snapshot: those of the trainer change meanwhile
+observer = create_supervised_evaluator(candidate, {"training": metrics()}, name="observer")
+
+attach_scheduler(trainer, schedule, UpdateEvents.OPTIMIZER_STEPPED)
+attach_average(trainer, average, model)
+attach_metric(trainer, RunningMean(window=len(loader)), "mean loss", every=10)
+NanGuard().attach(trainer)
+early_stopping = EarlyStopping(PATIENCE, "validation/accuracy", mode="max")
+early_stopping.attach(trainer, validator)
+
+
+@trainer.on(Events.EPOCH_COMPLETED)
+async def validate(engine: Engine[Any, Any]) -> None:
+    await validator.run(in_batches(validation))
+    engine.state.metrics["accuracy"] = validator.state.metrics["validation/accuracy"]
+
+
+@trainer.on(Events.EPOCH_STARTED)
+def forget(engine: Engine[Any, Any]) -> None:
+    engine.state.metrics["accuracy"] = 0.0  # what Ctrl-C saves within an epoch is not as good as the last one was
+
+
+@trainer.subscribe(Events.EPOCH_COMPLETED(every=5), snapshot=lambda _: deepcopy(average.module.state_dict()))
+async def observe(event: Event) -> None:
+    candidate.load_state_dict(event.snapshot)
+    observer.state.step = event.iteration
+    await observer.run(in_batches(training))
+
+
+def values(engine: Engine[Any, Any]) -> dict[str, Any]:
+    now = {
+        "loss": engine.state.output,
+        "mean loss": engine.state.metrics["mean loss"],
+        "rate": schedule.get_last_lr()[0],
+    }
+    return {**now, **numbers_of(validator)}
+
+
+async def main(out: Path) -> None:
+    for sink in (JSONLines(out / "log.jsonl"), TensorBoard(out / "tensorboard")):
+        track(trainer, sink, Events.ITERATION_COMPLETED(every=10) | Events.EPOCH_COMPLETED, values=values)
+        track(observer, sink, Events.COMPLETED, step=lambda engine: engine.state.step)
+    show_progress(trainer, TqdmBars())
+
+    state = {"model": model, "average": average, "optimizer": optimizer}
+    async with Checkpoint(out / "checkpoints", state, keep=Keep(last=2, best=1, metric="accuracy")) as checkpoint:
+        checkpoint.attach(trainer, Events.EPOCH_COMPLETED | Events.TERMINATE)
+        restored = await checkpoint.restore(trainer)
+        if early_stopping.waited == PATIENCE:
+            print(f"done at step {trainer.state.iteration}")
+        else:
+            print(f"resuming from step {restored.step}" if restored else "beginning", flush=True)
+            with stop_on_signals(trainer) as stop:
+                await trainer.run(loader, max_epochs=EPOCHS)
+            print(table(trainer.statistics()))
+            if stop.received:
+                print(f"stopped at step {trainer.state.iteration}: the same command goes on")
+                return
+        best = max(checkpoint.list(), key=lambda each: (each.metrics["accuracy"], each.step))
+        await checkpoint.restore(trainer, best.step)
+
+    tester = create_supervised_evaluator(average, {"test": metrics()})
+    found = (await tester.run(in_batches(test))).metrics
+    wrong = len(test) - int(found["test/confusion"].trace())
+    print(f"the best is step {best.step}, of validation accuracy {best.metrics['accuracy']:.3f}")
+    print(f"test accuracy {found['test/accuracy']:.3f}: {wrong} of {len(test)} are wrong")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Train on scikit-learn's digits, with everything on.")
+    parser.add_argument("--out", type=Path, default=Path(), help="where logs and checkpoints go (default: here)")
+    anyio.run(main, parser.parse_args().out)
