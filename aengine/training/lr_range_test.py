@@ -24,6 +24,7 @@ from aengine.data import Stateful
 from aengine.engine import Engine
 from aengine.events import Events
 from aengine.state import State
+from aengine.training.update import Update
 
 AnyEngine: TypeAlias = Engine[Any, Any]
 
@@ -154,6 +155,13 @@ async def lr_range_test(  # noqa: PLR0913 -- what is trained, and how the curve 
     own: Any = trainer  # whose step is run in its place
     step, is_threaded = own._step, own._threaded  # noqa: SLF001
 
+    updates = [one for one in trainer.stateful_listeners() if isinstance(one, Update)]
+
+    def end_step() -> None:
+        # The trainer's ITERATION_COMPLETED, by which they learn that no step is under way, is not fired.
+        for update in updates:
+            update.load_state_dict(update.state_dict())
+
     def step_of_trainer(engine: AnyEngine, batch: Any) -> Any:
         for name in _SEEN_BY_STEP:
             setattr(trainer.state, name, getattr(engine.state, name))
@@ -164,6 +172,7 @@ async def lr_range_test(  # noqa: PLR0913 -- what is trained, and how the curve 
         name=f"learning-rate range test of {trainer.name}",
         thread=None if is_threaded else False,
     )
+    test.add_event_handler(Events.ITERATION_COMPLETED, end_step)
     test.add_event_handler(Events.ITERATION_COMPLETED, sweep.note)
     with (
         own._busy(),  # noqa: SLF001 -- nobody is to run it meanwhile
@@ -339,17 +348,17 @@ def _keep_optimizer(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
         {name: value if name == "params" else copy.deepcopy(value) for name, value in group.items()}
         for group in optimizer.param_groups
     ]
-    rates = [(group["lr"], copy.copy(group["lr"])) for group in optimizer.param_groups]
+    rates = [group["lr"] for group in optimizer.param_groups]
 
     def put_back() -> None:
         state.clear()
         state.update(by_parameter)
-        for group, before, (rate, value) in zip(optimizer.param_groups, groups, rates, strict=True):
+        for group, before, rate in zip(optimizer.param_groups, groups, rates, strict=True):
             group.clear()
             group.update(before)
-            if isinstance(rate, torch.Tensor):
+            if isinstance(rate, torch.Tensor):  # the very same
+                rate.copy_(before["lr"])
                 group["lr"] = rate
-                rate.copy_(value)
 
     return put_back
 
