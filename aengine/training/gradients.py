@@ -84,7 +84,8 @@ class GradientStatistics:
         self._steps = 0
         self._values: dict[str, torch.Tensor] = {}
         self._before: list[torch.Tensor] | None = None  # the parameters, within a measured step
-        self._is_new = False
+        self._is_measured = False  # the step under way
+        self._is_new = False  # the last measurement, which nobody was told of
 
     def attach(self, engine: Engine[Any, Any]) -> RemovableEventHandle:
         """Measure from now on, and fire MEASURED on this engine. Returns what ends it."""
@@ -116,7 +117,7 @@ class GradientStatistics:
 
     @torch.no_grad()
     def _look_before(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        self._before = None
+        self._before, self._is_measured = None, False  # of a step that failed
         self._steps += 1
         if self._steps % self._every:
             return
@@ -135,13 +136,14 @@ class GradientStatistics:
                     else:
                         del numbers["zeros"], numbers["nonfinite"]
                     self._values |= {f"{_prefix(name)}{kind}/{number}": value for number, value in numbers.items()}
+        self._is_measured = True
         if self._updates:
             self._before = [one.clone() for one in weights.values()]
-        self._is_new = True
 
     @torch.no_grad()
     def _look_after(self, *_: Any) -> None:
         before, self._before = self._before, None
+        self._is_new, self._is_measured = self._is_new or self._is_measured, False
         if before is None:
             return
         differences = [
