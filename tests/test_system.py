@@ -324,7 +324,38 @@ async def test_run_does_not_wait_for_the_next_sample(end: Any, *, thread: bool |
     samples = sampled(engine, NEVER)
     await end(engine)
     assert len(samples) <= 1
-    assert engine.statistics().listeners[0].depth == 0
+    assert [one.name for one in engine.statistics().listeners] == ["end of system statistics"]
+
+
+async def test_flushing_does_not_wait_for_the_end_of_the_run() -> None:
+    engine = doing_nothing()
+    samples = sampled(engine, NEVER)
+    flushed: list[int] = []
+
+    @engine.on(SystemEvents.SAMPLED)
+    def end() -> None:
+        engine.terminate()
+
+    async def data() -> Any:
+        yield 0
+        await engine.flush()
+        flushed.append(len(samples))
+        await anyio.sleep_forever()
+
+    await engine.run(data)
+    assert len(flushed) == len(samples) == 1
+
+
+async def test_machine_that_cannot_be_read_fails_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise Boom
+
+    monkeypatch.setattr(psutil, "virtual_memory", fail)
+    engine = doing_nothing()
+    sampled(engine)
+    with pytest.raises(Boom) as caught:
+        await engine.run(endless)
+    assert "in the system statistics of engine 'doing_nothing.<locals>.<lambda>'" in caught.value.__notes__
 
 
 def test_without_an_event_loop_of_ones_own() -> None:

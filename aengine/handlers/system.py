@@ -48,11 +48,9 @@ class SystemEvents(EventEnum):
     Attributes:
         SAMPLED: there are new numbers. Fired on the event loop, beside the step; so its handlers must not take the
             engine to be between two steps.
-        SAMPLING: for the statistics themselves: a run that was interrupted goes on.
     """
 
     SAMPLED = "system_sampled"
-    SAMPLING = "system_sampling"
 
 
 class SystemStatistics:
@@ -88,9 +86,9 @@ class SystemStatistics:
             raise ValueError(f"every= is the time from one sample to the next, more than 0; got {every!r}")
         self._every = every.total_seconds()
         self._values: dict[str, float] = {}
-        self._engine: Engine[Any, Any] | None = None
+        self._is_attached = False
         self._is_over = False
-        self._end: anyio.Event | None = None  # of the run, as its task waits for it
+        self._scope: anyio.CancelScope | None = None  # of the task that samples
 
     def attach(self, engine: Engine[Any, Any]) -> None:
         """Sample in each run of an engine, from its next one on.
@@ -98,62 +96,68 @@ class SystemStatistics:
         Raises:
             RuntimeError: this has been attached before.
         """
-        if self._engine is not None:
+        if self._is_attached:
             raise RuntimeError("these SystemStatistics are attached already: make others for another engine")
-        self._engine = engine
+        self._is_attached = True
         engine.register_events(*SystemEvents)
         engine.add_event_handler(Events.STARTED, self._begin)
         engine.add_event_handler(Events.INTERRUPT, self._wait_for_continuation)
-        engine.subscribe(Events.STARTED | SystemEvents.SAMPLING, self._sample, name="system statistics")
         engine.subscribe(_ENDS, self._finish, name="end of system statistics")
 
     def values(self, _: Engine[Any, Any] | None = None) -> dict[str, float]:
         """Return the last sample, by name, for `track(values=)`. Nothing before the first."""
         return dict(self._values)
 
-    def _begin(self) -> None:
+    def _begin(self, engine: Engine[Any, Any]) -> None:
+        """Have the run start a task. A subscriber's would not do: who flushes the engine would wait for its end."""
         self._is_over = False
+        anything: Any = engine
+        driver = anything._driver  # noqa: SLF001 -- there is one, for there is a subscriber
+
+        async def sample() -> None:
+            try:
+                await self._sample(engine)
+            except Exception as error:  # noqa: BLE001 -- raised by run()
+                error.add_note(f"in the system statistics of engine {engine.name!r}")
+                driver.fail(error)
+
+        driver.spawn(sample, lambda: None)
 
     def _wait_for_continuation(self, engine: Engine[Any, Any]) -> None:
         """An interrupted run goes on without an event of its own: its next iteration has to tell."""
 
         def go_on() -> None:
             handle.remove()
-            self._begin()
-            engine.fire_event(SystemEvents.SAMPLING)
+            self._begin(engine)
 
         handle = engine.add_event_handler(Events.ITERATION_COMPLETED, go_on)
 
     async def _finish(self, _: Event) -> None:
         self._is_over = True
-        if self._end is not None:
-            self._end.set()
+        if self._scope is not None:
+            self._scope.cancel()
 
-    async def _sample(self, _: Event) -> None:
-        engine = self._engine
-        assert engine is not None, "attached"  # noqa: S101
-        self._end = anyio.Event()
+    async def _sample(self, engine: Engine[Any, Any]) -> None:
         machine = _Machine()
         try:
-            while not self._has_ended(engine):
-                values = await _in_thread(machine.read)
-                if not self._has_ended(engine):  # those who write have said their last word then
-                    self._values = values
+            # Cancelled, not waited for: a driver of a GPU that hangs is not to hold up the end of the run.
+            with anyio.CancelScope() as self._scope:
+                while not self._has_ended(engine):
+                    self._values = await _in_thread(machine.read)
                     await engine.emit(SystemEvents.SAMPLED)
                     await self._pass_time(engine)
         finally:
-            self._end = None
+            self._scope = None
             machine.close()
 
     def _has_ended(self, engine: Engine[Any, Any]) -> bool:
         return self._is_over or engine.state.stop_reason is not None
 
     async def _pass_time(self, engine: Engine[Any, Any]) -> None:
-        assert self._end is not None, "a run is under way"  # noqa: S101
         deadline = anyio.current_time() + self._every
-        while not self._has_ended(engine) and (left := deadline - anyio.current_time()) > 0:
-            with anyio.move_on_after(min(left, _LOOK)):
-                await self._end.wait()
+        # A run of no batch at all ends without an event that could be waited for.
+        while not self._has_ended(engine) and (left := deadline - anyio.current_time()) > 0:  # noqa: ASYNC110
+            await anyio.sleep(min(left, _LOOK))
 
 
 async def _in_thread(function: Callable[[], dict[str, float]]) -> dict[str, float]:
@@ -183,6 +187,7 @@ class _Machine:
 
     def close(self) -> None:
         """Let go of the GPUs."""
+        self._has_opened = True  # a thread that was given up is not to open them now
         gpus, self._gpus = self._gpus, None
         if gpus is not None and _nvml is not None:
             _nvml.nvmlShutdown()

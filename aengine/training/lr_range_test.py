@@ -137,6 +137,7 @@ async def lr_range_test(  # noqa: PLR0913 -- what is trained, and how the curve 
             the next is not put back, unless it is among `also`.
         rates: one for each step of the optimizer, rising; by default `exponential()`.
         smoothing: the weight of a new loss in the smoothed loss, which is an exponential average; 1 for no smoothing.
+            It lags some `1 / smoothing` steps behind, and so does the suggestion: take several times as many.
         divergence: the test ends when the smoothed loss is so many times its least value, or is not finite. Of a least
             value below zero, when it is above it by as much as that is above zero.
         output_transform: makes the loss of the trainer's output: a number, or a tensor of one.
