@@ -259,7 +259,8 @@ async def test_samples_go_on_in_each_run() -> None:
         assert len(samples) == number
 
 
-async def test_samples_go_on_when_an_interrupted_run_does() -> None:
+@pytest.mark.parametrize("again", [False, True], ids=["goes-on", "begins-anew"])
+async def test_samples_go_on_when_an_interrupted_run_does(*, again: bool) -> None:
     came = [anyio.Event(), anyio.Event()]
 
     async def step(engine: AnyEngine, batch: anyio.Event | None) -> None:
@@ -274,7 +275,9 @@ async def test_samples_go_on_when_an_interrupted_run_does() -> None:
     data = [came[0], None, came[1]]
     await engine.run(data)
     assert (engine.state.stop_reason, len(samples)) == (StopReason.INTERRUPTED, 1)
-    await engine.run()
+    if again:
+        engine.state.max_epochs = None
+    await engine.run(data)
     assert (engine.state.stop_reason, engine.state.iteration, len(samples)) == (StopReason.COMPLETED, 3, 2)
 
 

@@ -20,6 +20,7 @@ import anyio.to_thread
 
 from aengine.engine import Engine
 from aengine.events import Event, EventEnum, Events
+from aengine.publishing import RemovableEventHandle
 
 try:
     import psutil  # type: ignore[import-untyped]  # its stubs are a distribution of their own
@@ -89,6 +90,7 @@ class SystemStatistics:
         self._is_attached = False
         self._is_over = False
         self._scope: anyio.CancelScope | None = None  # of the task that samples
+        self._continuation: RemovableEventHandle | None = None  # of a run that was interrupted
 
     def attach(self, engine: Engine[Any, Any]) -> None:
         """Sample in each run of an engine, from its next one on.
@@ -111,6 +113,8 @@ class SystemStatistics:
     def _begin(self, engine: Engine[Any, Any]) -> None:
         """Have the run start a task. A subscriber's would not do: who flushes the engine would wait for its end."""
         self._is_over = False
+        if self._continuation is not None:
+            self._continuation.remove()
         anything: Any = engine
         driver = anything._driver  # noqa: SLF001 -- there is one, for there is a subscriber
 
@@ -125,12 +129,7 @@ class SystemStatistics:
 
     def _wait_for_continuation(self, engine: Engine[Any, Any]) -> None:
         """An interrupted run goes on without an event of its own: its next iteration has to tell."""
-
-        def go_on() -> None:
-            handle.remove()
-            self._begin(engine)
-
-        handle = engine.add_event_handler(Events.ITERATION_COMPLETED, go_on)
+        self._continuation = engine.add_event_handler(Events.ITERATION_COMPLETED, self._begin)
 
     async def _finish(self, _: Event) -> None:
         self._is_over = True
