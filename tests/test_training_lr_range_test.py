@@ -422,12 +422,14 @@ async def test_everything_is_as_it_was_and_the_training_goes_on_as_if_not(way: A
 
 async def test_trainer_that_was_not_run_is_as_new() -> None:
     model, optimizer = build()
+    model[1].eval()  # the step has all of it in training mode
     trainer = create_supervised_trainer(model, optimizer, LOSS)
     before = copy.deepcopy((model.state_dict(), optimizer.state_dict(), trainer.state_dict(), vars(trainer.state)))
     await lr_range_test(trainer, model, optimizer, batches(), RATES)
     assert_same((model.state_dict(), optimizer.state_dict(), trainer.state_dict(), vars(trainer.state)), before)
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not optimizer.state
+    assert [module.training for module in model] == [True, False, True, True]
 
 
 async def test_state_of_an_optimizer_in_float32_of_parameters_in_bfloat16_keeps_its_bits() -> None:
