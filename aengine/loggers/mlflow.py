@@ -3,13 +3,11 @@
 import logging
 import posixpath
 import re
-import socket
 import threading
-import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
-from urllib.parse import urlsplit
 
+from aengine.loggers.reach import look_for
 from aengine.loggers.records import Record, engine_and_name
 from aengine.loggers.runs import Attendance, Written
 from aengine.state import StopReason
@@ -31,9 +29,6 @@ _METRICS = 1000
 
 _KEY_LENGTH = 250
 """Of a metric's name or a parameter's, at most: likewise."""
-
-_CONNECT = 5.0
-"""Seconds that a server may take to answer the telephone."""
 
 _STATUS = {StopReason.FAILED: RunStatus.FAILED, StopReason.CANCELLED: RunStatus.KILLED}
 
@@ -127,7 +122,7 @@ class MLflow:
         with self._lock:
             records = self._written.new_of(records)
             if records:
-                _look_for(self._uri)
+                look_for(self._uri)
                 self._open(records[0].time)
             for some in _chunks(records):
                 self._client.log_batch(self._run_id, metrics=self._metrics(some), synchronous=True)
@@ -152,7 +147,7 @@ class MLflow:
                 runs, began, ended = self._runs, self._runs.began, self._runs.ended or self._latest
                 is_due = runs.is_over and (self._is_open or self._must_end)
             if is_due:
-                _look_for(self._uri)
+                look_for(self._uri)
                 self._open(began)
                 self._set_status(_STATUS.get(runs.reason, RunStatus.FINISHED), ended)
                 self._is_open = self._must_end = False
@@ -245,7 +240,7 @@ def _chunks(records: Sequence[Record]) -> list[list[Record]]:
     left = 0
     for record in records:
         left -= len(record.values)
-        if left < 0:
+        if not chunks or left < 0:
             chunks.append([])
             left = _METRICS - len(record.values)
         chunks[-1].append(record)
@@ -256,23 +251,3 @@ def _allowed(name: str) -> str:
     """Return the nearest name that MLflow allows: these characters, and what could be the path of a file."""
     path = posixpath.normpath("/" + re.sub(r"[^\w.\- :/]", "_", name)).lstrip("/")
     return path[:_KEY_LENGTH].rstrip("/") or "_"
-
-
-def _look_for(uri: str) -> None:
-    """See that somebody listens, where a server is meant, before mlflow looks for it: that would take it minutes.
-
-    Raises:
-        OSError: nobody does.
-    """
-    parts = urlsplit(uri)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        return
-    proxies = urllib.request.getproxies()
-    if (parts.scheme in proxies or "all" in proxies) and not urllib.request.proxy_bypass(parts.hostname):
-        return
-    port = parts.port or (443 if parts.scheme == "https" else 80)
-    try:
-        socket.create_connection((parts.hostname, port), _CONNECT).close()
-    except OSError as error:
-        error.add_note(f"no MLflow server answers at {uri}")
-        raise
