@@ -435,8 +435,11 @@ def has_failed(tracker: Tracker) -> bool:
 
 
 async def test_a_server_that_is_killed_and_started_again_gets_all_of_it(
-    server: tuple[str, Callable[[], None], Callable[[], None]], caplog: pytest.LogCaptureFixture
+    server: tuple[str, Callable[[], None], Callable[[], None]],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # of a request in whose midst it is killed
     uri, start, kill = server
     engine: AnyEngine = Engine(lambda engine, batch: batch, name="trainer")
     sink = MLflow(tracking_uri=uri)

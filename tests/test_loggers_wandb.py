@@ -226,7 +226,7 @@ async def test_two_runs_in_a_row_have_one_id(tmp_path: Path) -> None:
 
 def test_what_is_written_after_the_end_does_not_replace_what_was_before_it(tmp_path: Path) -> None:
     sink = WandB()
-    for step in range(1, 4):  # W&B names its folders by the second
+    for step in range(1, 4):
         sink.write([record(step, loss=step)])
         sink.close()
     assert ids(tmp_path) == [sink.run_id] * 3

@@ -43,9 +43,10 @@ class MLflow:
     Several engines may share one: the run then lasts until all of them have ended, and ends as the first of them did.
     What is written after the end is written to the same run, which is RUNNING again.
 
-    MLflow's fluent API (`mlflow.log_metric`) and its active run are not touched. Between two tries of a server that is
-    down, `track` waits; a request that is under way when the server goes down is repeated by mlflow itself, as its
-    MLFLOW_HTTP_REQUEST_MAX_RETRIES and MLFLOW_HTTP_REQUEST_TIMEOUT say, in a thread that holds up nothing.
+    MLflow's fluent API (`mlflow.log_metric`) and its active run are not touched. A server that is down is found out
+    before a request, and tried again as `track` says. One that goes down in the midst of a request is tried again by
+    mlflow itself, for some four minutes, with pauses that grow to a minute: in a thread that holds up nothing, but
+    without a word of ours. MLFLOW_HTTP_REQUEST_MAX_RETRIES=0 in the environment leaves that to `track` as well.
 
     As a part of a `Checkpoint`, it has a training that is resumed go on in the same MLflow run.
 

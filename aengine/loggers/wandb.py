@@ -4,7 +4,6 @@ import os
 import secrets
 import string
 import threading
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -95,7 +94,6 @@ class WandB:
         self._arguments: dict[str, Any] = {"project": project, "name": name, "config": dict(config or {}), "mode": mode}
         self._directory = None if directory is None else Path(directory)
         self._groups: set[str] = set()  # whose step W&B knows
-        self._begun = ""  # the second in which the last run began
         self._must_end = False  # a run that has ended, of which W&B knows nothing yet
         self._runs = Attendance()
         self._written = Written()
@@ -179,9 +177,6 @@ class WandB:
         settings: Any = wandb.setup().settings
         if (self._arguments["mode"] or settings.mode) == "online":
             look_for(settings.base_url)  # or wandb.init() takes 90 seconds, and the interpreter waits for that
-        while self._begun == (now := _second()):  # W&B would write over the files of a run begun in the same second
-            time.sleep(0.01)
-        self._begun = now
         if self._directory is not None:
             self._directory.mkdir(parents=True, exist_ok=True)  # or W&B would take another
         self._run = wandb.init(
@@ -203,10 +198,6 @@ class WandB:
             f"{group}/{name}_" if name == _STEP else f"{group}/{name}": value for name, value in record.values.items()
         }
         self._run.log({**row, f"{group}/{_STEP}": record.step, "_timestamp": record.time})
-
-
-def _second() -> str:
-    return time.strftime("%Y%m%d_%H%M%S")
 
 
 def _new_id() -> str:
