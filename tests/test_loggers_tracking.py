@@ -4,11 +4,14 @@ import asyncio
 import json
 import logging
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Awaitable, Sequence
 from contextlib import ExitStack, closing
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from itertools import product
 from typing import Any, TypeAlias
 
 import anyio
@@ -327,6 +330,31 @@ async def test_a_server_that_comes_up_late_gets_all_from_the_beginning() -> None
     assert account(tracker) == (150, 150, 0, 0)
 
 
+HANGS = """
+import sys, threading, time
+import anyio
+from aengine import Engine, Events
+from aengine.loggers import track
+
+def hang(records):
+    threading.Event().wait()
+
+engine = Engine(lambda engine, batch: batch)
+tracker = track(engine, hang, linger=0.1)
+anyio.run(engine.run, [1, 2, 3], backend=sys.argv[1])
+print(tracker.statistics().waiting)
+"""
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_a_sink_that_hangs_does_not_keep_the_process_from_ending(backend: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", HANGS, backend], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "4\n")
+    assert "still busy" in done.stderr
+
+
 # Ends
 
 
@@ -345,6 +373,34 @@ async def test_an_async_sink_is_closed_by_awaiting_it_after_the_last_record() ->
     track(engine, Async(), Events.EPOCH_COMPLETED)
     await engine.run([1], max_epochs=2)
     assert told == ["EPOCH_COMPLETED", "EPOCH_COMPLETED", "closed"]
+
+
+async def test_a_sink_is_not_closed_before_the_last_record_is_written() -> None:
+    told: list[str] = []
+
+    class Told:
+        async def write(self, records: Sequence[Record]) -> None:
+            told.extend("written" for _ in records)
+
+        async def close(self) -> None:
+            await anyio.lowlevel.checkpoint()
+            told.append("closed")
+
+    class Breathing:
+        def __init__(self, times: int) -> None:
+            self.times = times
+
+        async def __call__(self, *given: Any) -> None:
+            for _ in range(self.times):
+                await anyio.lowlevel.checkpoint()
+
+    for in_step, before_it in [*product(range(7), range(6))] * 3:  # the tasks meet in one order, and in the other
+        engine: AnyEngine = Engine(Breathing(in_step))
+        engine.add_event_handler(Events.EPOCH_STARTED, Breathing(before_it))
+        track(engine, Told(), Events.EPOCH_COMPLETED)
+        told.clear()
+        await engine.run([1], max_epochs=2)
+        assert told == ["written", "written", "closed"]
 
 
 async def test_a_sink_that_cannot_be_closed_is_warned_of_and_the_run_is_none_the_worse(
@@ -435,17 +491,27 @@ async def test_the_last_lines_before_a_cancellation_are_written() -> None:
 
 async def test_a_run_that_is_interrupted_goes_on_writing() -> None:
     sink, engine = Memory(), Engine(tenfold)
-    tracker = track(engine, sink, linger=0.2)
+    tracker = track(engine, sink, linger=0.0)  # so that the time for the last words is over as soon as it begins
     engine.add_event_handler(Events.ITERATION_COMPLETED(once=2), engine.interrupt)
 
-    @engine.on(Events.EPOCH_COMPLETED)
-    async def until_it_has_tried() -> None:  # before the true end, which begins another deadline
-        while tracker.statistics().written + tracker.statistics().failures < 3:
+    async def until_it_has_tried(events: int) -> None:
+        while tracker.statistics().written + tracker.statistics().failures < events:
             await anyio.lowlevel.checkpoint()
+
+    @engine.on(Events.INTERRUPT)
+    async def until_it_has_tried_two() -> None:
+        await until_it_has_tried(2)
+
+    @engine.on(Events.EPOCH_COMPLETED)
+    async def until_it_has_tried_three() -> None:  # before the true end, whose deadline is another
+        await until_it_has_tried(3)
+
+    @engine.on(Events.COMPLETED)
+    async def until_it_has_tried_all() -> None:
+        await until_it_has_tried(4)
 
     await engine.run([1, 2, 3])
     assert sink.steps == [1, 2]
-    await anyio.sleep(0.25)  # the deadline for the last words of what was no end passes
     await engine.run()
     assert sink.steps == [1, 2, 3, 3]
     assert tracker.statistics().failures == 0
@@ -466,3 +532,95 @@ def test_run_sync_writes_as_well() -> None:
     track(engine, sink)
     engine.run_sync([1, 2])
     assert sink.steps == [1, 2, 2]
+
+
+# Witnesses
+
+
+class Witnessed(Memory):
+    """A sink that notes down what it is told of runs, and where among its records."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: list[str] = []
+
+    def begin(self, engine: str, time: float) -> None:
+        self.told.append(f"{engine} begins")
+
+    def write(self, records: Sequence[Record]) -> None:
+        super().write(records)
+        self.told.extend(record.event for record in records)
+
+    def end(self, engine: str, time: float, reason: StopReason) -> None:
+        self.told.append(f"{engine} {reason}")
+
+    def close(self) -> None:
+        super().close()
+        self.told.append("close")
+
+
+async def test_a_witness_is_told_when_a_run_begins_and_why_it_ended() -> None:
+    sink, engine = Witnessed(), Engine(tenfold, name="trainer")
+    track(engine, sink, Events.EPOCH_COMPLETED)
+    for _ in range(2):
+        await engine.run([1])
+    assert sink.told == ["trainer begins", "EPOCH_COMPLETED", "trainer completed", "close"] * 2
+
+
+@pytest.mark.parametrize("skip", [False, True])
+async def test_a_witness_is_told_of_a_termination_once(*, skip: bool) -> None:
+    sink, engine = Witnessed(), Engine(tenfold, name="trainer")
+    track(engine, sink, Events.COMPLETED | Events.TERMINATE)
+    engine.add_event_handler(Events.ITERATION_COMPLETED(once=1), engine.terminate, skip_completed=skip)
+    await engine.run([1, 2])
+    closed = [one for one in sink.told if one != "close"]
+    last = [] if skip else ["COMPLETED"]
+    assert closed == ["trainer begins", "TERMINATE", *last, "trainer terminated"]
+    assert sink.told[-1] == "close"
+
+
+async def test_a_witness_is_told_of_a_failure() -> None:
+    def fail(engine: AnyEngine, batch: int) -> int:
+        raise Boom
+
+    sink, engine = Witnessed(), Engine(fail, name="trainer")
+    track(engine, sink)
+    with pytest.raises(Boom):
+        await engine.run([1])
+    assert sink.told == ["trainer begins", "trainer failed", "close"]
+
+
+async def test_a_witness_is_told_of_a_cancellation() -> None:
+    sink, engine = Witnessed(), Engine(tenfold, name="trainer")
+    track(engine, sink, Events.STARTED)
+    with anyio.CancelScope() as scope:
+
+        @engine.on(Events.ITERATION_COMPLETED(once=5))
+        async def cancel() -> None:
+            scope.cancel()
+
+        await engine.run(iter(int, 1), epoch_length=10**9)
+    assert sink.told == ["trainer begins", "STARTED", "trainer cancelled", "close"]
+
+
+async def test_a_witness_is_told_of_a_run_that_fails_when_it_was_completed() -> None:
+    sink, engine = Witnessed(), Engine(tenfold, name="trainer")
+    track(engine, sink, Events.EPOCH_COMPLETED)
+
+    @engine.on(Events.COMPLETED)
+    def fail() -> None:
+        raise Boom
+
+    with pytest.raises(Boom):
+        await engine.run([1])
+    assert sink.told[-2:] == ["trainer failed", "close"]
+
+
+async def test_a_run_that_is_interrupted_has_not_ended_for_a_witness() -> None:
+    sink, engine = Witnessed(), Engine(tenfold, name="trainer")
+    track(engine, sink, Events.EPOCH_COMPLETED)
+    engine.add_event_handler(Events.ITERATION_COMPLETED(once=2), engine.interrupt)
+    await engine.run([1, 2, 3])
+    assert sink.told == ["trainer begins", "close"]
+    await engine.run()
+    assert sink.told == ["trainer begins", "close", "EPOCH_COMPLETED", "trainer completed", "close"]

@@ -4,6 +4,8 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias, runtime_checkable
 
+from aengine.state import StopReason
+
 
 @dataclass(frozen=True, slots=True)
 class Record:
@@ -57,5 +59,28 @@ class Closable(Protocol):
         ...
 
 
+@runtime_checkable
+class Witness(Protocol):
+    """A sink that also wants to know which runs it is written of, and why each of them ended.
+
+    Both methods only take note: they are plain, are called on the event loop, and must not wait. Of each run that
+    begins, the end is told once, after its last records were written or given up, and before `close`. A run that was
+    interrupted has not ended. Several engines may share the sink, so that their runs overlap.
+    """
+
+    def begin(self, engine: str, time: float, /) -> None:
+        """A run of the engine of this name began, at this time, in seconds since 1970."""
+        ...
+
+    def end(self, engine: str, time: float, reason: StopReason, /) -> None:
+        """That run ended, at this time, for this reason."""
+        ...
+
+
 Write: TypeAlias = Callable[[Sequence[Record]], Awaitable[None] | None]
 """A sink that is only a function."""
+
+
+def engine_and_name(record: Record, name: str) -> str:
+    """Return the tag "trainer/loss": the engines that share a sink become the groups on its page."""
+    return f"{record.engine}/{name}"

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from aengine.loggers.records import Record
+from aengine.loggers.records import Record, engine_and_name
 
 try:
     from torch.utils.tensorboard import SummaryWriter
@@ -15,11 +15,6 @@ except ImportError as error:
         'aengine.loggers.tensorboard needs tensorboard: pip install "tensorboard>=2.17", which is what the extra'
         ' "tensorboard" brings: pip install -e ".[tensorboard]"'
     ) from error
-
-
-def engine_and_name(record: Record, name: str) -> str:
-    """Return the tag "trainer/loss": the engines that share a folder become the groups on the page."""
-    return f"{record.engine}/{name}"
 
 
 class TensorBoard:

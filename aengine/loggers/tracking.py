@@ -9,21 +9,21 @@ import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
-from typing import Any, Literal, TypeAlias, TypeVar, cast
+from typing import Any, Literal, TypeAlias, cast
 
 import anyio
-import anyio.to_thread
 
 from aengine.binding import is_async_callable, is_awaitable, name_of
 from aengine.engine import Engine
 from aengine.events import AnyEvent, Event, EventEnum, Events
+from aengine.loggers.beside import Beside
 from aengine.loggers.numbers import hold, numbers_of, read
-from aengine.loggers.records import Closable, Record, Sink, Write
+from aengine.loggers.records import Closable, Record, Sink, Witness, Write
 from aengine.loggers.spool import Spool
+from aengine.state import StopReason
+from aengine.worker import Home
 
 AnyEngine: TypeAlias = Engine[Any, Any]
-
-T = TypeVar("T")
 
 _logger = logging.getLogger("aengine.loggers")
 
@@ -84,9 +84,14 @@ class Tracker:
         must_raise: bool,
     ) -> None:
         self.name = name_of(sink) if hasattr(sink, "__qualname__") else repr(sink)
-        self._write = _writer(sink.write if isinstance(sink, Sink) else sink)
+        self._beside = Beside(f"aengine sink {self.name}")
+        self._write = self._writer(sink.write if isinstance(sink, Sink) else sink)
         anything: Any = sink
-        self._close_sink = _beside(anything.close) if isinstance(anything, Closable) else None
+        self._close_sink = self._call_beside(anything.close) if isinstance(anything, Closable) else None
+        self._witness = anything if isinstance(anything, Witness) else None
+        self._has_begun = False  # the run, as far as the sink was told
+        self._ending: tuple[float, StopReason] | None = None  # when and why, until the sink is told
+        self._engine_name = ""
         self._values = values
         self._step = step
         self._linger = linger
@@ -112,6 +117,7 @@ class Tracker:
 
     def attach(self, engine: AnyEngine, event: AnyEvent) -> None:
         """Listen to an engine, for `track`."""
+        self._engine_name = engine.name
         engine.register_events(*TrackerEvents)
 
         async def accept(event: Event) -> None:
@@ -119,6 +125,7 @@ class Tracker:
             await call_if(self._spool.waiting > 0 and perf_counter() >= self._retry_at)
 
         async def turn(event: Event) -> None:
+            await records.settled(event.sequence, Home())  # what was before it is in the spool then
             self._turn(event)
             await call_if(self._deadline is not None)
 
@@ -128,7 +135,8 @@ class Tracker:
                 await engine.emit(TrackerEvents.RECORDS_WAIT)
 
         engine.subscribe(event, accept, snapshot=self._take, name=f"records for {self.name}")
-        engine.subscribe(_BEGINS | _ENDS, turn, name=f"ends for {self.name}")
+        records = engine._bus.subscribers[-1].inbox  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]  # just added
+        engine.subscribe(_BEGINS | _ENDS, turn, snapshot=_why_it_ends, name=f"ends for {self.name}")
         engine.subscribe(TrackerEvents.RECORDS_WAIT, self._answer, name=self.name)
 
     def _take(self, engine: AnyEngine) -> tuple[int, dict[str, Any]]:
@@ -152,10 +160,26 @@ class Tracker:
         self._is_suspended = event.name == Events.INTERRUPT.name
         if event.name in {one.name for one in _BEGINS}:
             self._deadline = None
+            self._tell_of_begin(event.time)
             return
+        if event.snapshot is not None:
+            self._ending = event.time, event.snapshot
         self._deadline = anyio.current_time() + self._linger
         if self._scope is not None:
             self._scope.deadline = self._deadline
+
+    def _tell_of_begin(self, time: float) -> None:
+        if self._witness is not None and not self._has_begun:
+            self._has_begun = True
+            self._witness.begin(self._engine_name, time)
+
+    def _tell_of_end(self) -> None:
+        ending, self._ending = self._ending, None
+        if self._witness is not None and ending is not None:
+            time, reason = ending
+            self._tell_of_begin(time)  # again, where a run fails after it was COMPLETED
+            self._has_begun = False
+            self._witness.end(self._engine_name, time, reason)
 
     # Writing
 
@@ -167,13 +191,45 @@ class Tracker:
             while batch := self._spool.take(_BATCH):
                 if not await self._deliver(batch):
                     break
+        except BaseException:
+            self._beside.leave()
+            raise
         finally:
             self._spool.put_back()  # what is in hand after a failure
             self._is_called = False
         if self._deadline is not None:
-            await self._close()
+            try:
+                await self._close()
+            finally:
+                self._beside.leave()
             if self._is_suspended:
                 self._deadline = None
+
+    def _writer(self, write: Write) -> Callable[[Sequence[Record]], Awaitable[None]]:
+        """Return what first reads the numbers that are still on a device: in a thread, too, for that may take long."""
+
+        def read_and_write(batch: Sequence[Record]) -> Any:
+            return write(_read_all(batch))
+
+        if not is_async_callable(write):
+            return self._call_beside(read_and_write)
+
+        async def call(batch: Sequence[Record]) -> None:
+            await cast(Awaitable[None], write(await self._beside.call(_read_all, batch)))
+
+        return call
+
+    def _call_beside(self, function: Callable[..., Any]) -> Callable[..., Awaitable[None]]:
+        """Return the async form of what may be plain."""
+        if is_async_callable(function):
+            return function
+
+        async def call(*arguments: Any) -> None:
+            result = await self._beside.call(function, *arguments)
+            if is_awaitable(result):
+                await result
+
+        return call
 
     async def _deliver(self, batch: Sequence[Record]) -> bool:
         while error := await self._call(lambda: self._write(batch), self._deadline):
@@ -222,6 +278,7 @@ class Tracker:
                 " of the engine, and are lost with the process",
                 spool.taken, self.name, spool.dropped, spool.waiting,
             )  # fmt: skip
+        self._tell_of_end()
         if self._close_sink is not None:
             assert self._deadline is not None, "it is ending"  # noqa: S101
             deadline = max(self._deadline, anyio.current_time() + 1)  # a moment, even where all else took too long
@@ -277,38 +334,11 @@ def track(
     return tracker
 
 
-def _writer(write: Write) -> Callable[[Sequence[Record]], Awaitable[None]]:
-    """Return what first reads the numbers that are still on a device: in a thread as well, for that may take long."""
-
-    def read_and_write(batch: Sequence[Record]) -> Any:
-        return write(_read_all(batch))
-
-    if not is_async_callable(write):
-        return _beside(read_and_write)
-
-    async def call(batch: Sequence[Record]) -> None:
-        await cast(Awaitable[None], write(await _in_thread(_read_all, batch)))
-
-    return call
-
-
-def _beside(function: Callable[..., Any]) -> Callable[..., Awaitable[None]]:
-    """Return the async form of what may be plain: called in a thread, which is left to itself on cancellation."""
-    if is_async_callable(function):
-        return function
-
-    async def call(*arguments: Any) -> None:
-        (result,) = await _in_thread(lambda: (function(*arguments),))  # wrapped: trio refuses a coroutine
-        if is_awaitable(result):
-            await result
-
-    return call
-
-
-async def _in_thread(function: Callable[..., T], *arguments: Any) -> T:
-    # A limiter of its own: a sink that is slow takes none of the application's threads.
-    limiter = anyio.CapacityLimiter(1)
-    return await anyio.to_thread.run_sync(function, *arguments, abandon_on_cancel=True, limiter=limiter)
+def _why_it_ends(engine: AnyEngine) -> StopReason | None:
+    """Return the reason, at the last event of a run; None at an earlier one, and where the run is only interrupted."""
+    if engine._control.skips_completed:  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]  # TERMINATE is the last
+        return engine.state.stop_reason or StopReason.TERMINATED
+    return engine.state.stop_reason
 
 
 def _read_all(batch: Sequence[Record]) -> list[Record]:

@@ -1,0 +1,254 @@
+"""MLflow: metrics in a run of a tracking server, which ends as the engine's run did."""
+
+import logging
+import posixpath
+import re
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from aengine.loggers.reach import look_for
+from aengine.loggers.records import Record, engine_and_name
+from aengine.loggers.runs import Attendance, Written
+from aengine.state import StopReason
+
+try:
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric, Param, RunStatus, RunTag
+    from mlflow.tracking import get_tracking_uri
+except ImportError as error:
+    raise ImportError(
+        'aengine.loggers.mlflow needs mlflow: pip install "mlflow-skinny>=3", which is what the extra "mlflow" brings:'
+        ' pip install -e ".[mlflow]"'
+    ) from error
+
+_logger = logging.getLogger("aengine.loggers")
+
+_METRICS = 1000
+"""Metrics in one request, at most: MLflow's own limit."""
+
+_KEY_LENGTH = 250
+"""Of a metric's name or a parameter's, at most: likewise."""
+
+_STATUS = {StopReason.FAILED: RunStatus.FAILED, StopReason.CANCELLED: RunStatus.KILLED}
+
+
+class MLflow:
+    """Writes each number of each record as a metric of one MLflow run, with the record's step and time.
+
+        track(trainer, MLflow("digits", params={"lr": 0.01}, tracking_uri="http://127.0.0.1:5000"))
+
+    The run begins with the first record, or the first end. It ends as FINISHED where the engine's run was completed or
+    terminated, FAILED where it raised and KILLED where it was cancelled; it is left RUNNING where that was interrupted.
+    Several engines may share one: the run then lasts until all of them have ended, and ends as the first of them did.
+    What is written after the end is written to the same run, which is RUNNING again.
+
+    MLflow's fluent API (`mlflow.log_metric`) and its active run are not touched. A server that is down is found out
+    before a request, and tried again as `track` says. One that goes down in the midst of a request is tried again by
+    mlflow itself, for some four minutes, with pauses that grow to a minute: in a thread that holds up nothing, but
+    without a word of ours. MLFLOW_HTTP_REQUEST_MAX_RETRIES=0 in the environment leaves that to `track` as well.
+
+    As a part of a `Checkpoint`, it has a training that is resumed go on in the same MLflow run.
+
+    Args:
+        experiment: the name of the experiment; it is made if it is not there.
+        name: the name of the run; by default MLflow chooses one.
+        run_id: an existing run to go on with, whose experiment and name it then has.
+        tracking_uri: as for mlflow; by default what `mlflow.set_tracking_uri` or MLFLOW_TRACKING_URI said.
+        params: parameters of the run, by name. Those that the run has already stay as they are.
+        tags: tags of the run, by name.
+        tag: `tag(record, name)` returns the name of a metric. What MLflow allows in none (all but letters, digits,
+            `_`, `-`, `.`, `:`, `/` and spaces) becomes `_`, with a warning.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong.
+    """
+
+    def __init__(
+        self,
+        experiment: str | None = None,
+        *,
+        name: str | None = None,
+        run_id: str | None = None,
+        tracking_uri: str | None = None,
+        params: Mapping[str, Any] | None = None,
+        tags: Mapping[str, Any] | None = None,
+        tag: Callable[[Record, str], str] = engine_and_name,
+    ) -> None:
+        texts: dict[str, Any] = {"experiment": experiment, "name": name, "run_id": run_id, "tracking_uri": tracking_uri}
+        for argument, text in texts.items():
+            if text is not None and (not isinstance(text, str) or not text):
+                raise TypeError(f"MLflow({argument}=) is a text that is not empty, got {text!r}")
+        mappings: dict[str, Any] = {"params": params, "tags": tags}
+        for argument, mapping in mappings.items():
+            if mapping is not None and not isinstance(mapping, Mapping):
+                raise TypeError(f"MLflow({argument}=) is a mapping of names to values, got {mapping!r}")
+        if run_id is not None and (experiment is not None or name is not None):
+            raise ValueError("MLflow(run_id=) has its experiment and its name already: leave experiment and name= out")
+        self._experiment = experiment or "Default"
+        self._name = name
+        self._run_id = run_id
+        self._uri = tracking_uri or get_tracking_uri()
+        self._params = {_allowed(str(key)): str(value) for key, value in (params or {}).items()}
+        self._tags = {_allowed(str(key)): str(value) for key, value in (tags or {}).items()}
+        self._tag = tag
+        self._client: Any = None
+        self._is_open = False
+        self._must_end = False  # a run that has ended, of which the server knows nothing yet
+        self._latest: float | None = None  # the time of the last record
+        self._has_params = False
+        self._names: dict[str, str] = {}  # as they are, and as MLflow allows them
+        self._runs = Attendance()
+        self._written = Written()
+        self._notes = threading.Lock()  # of who begins and ends, on an event loop, which must not wait for a server
+        self._lock = threading.Lock()  # several engines, each with a thread
+
+    @property
+    def run_id(self) -> str | None:
+        """MLflow's name for the run; None before the first record is written."""
+        return self._run_id
+
+    def begin(self, engine: str, time: float, /) -> None:
+        """Take note that a run of an engine began."""
+        with self._notes:
+            self._runs.begin(engine, time)
+
+    def write(self, records: Sequence[Record], /) -> None:
+        """Write the records, a thousand numbers in a request. What was written of them before is not written again.
+
+        Raises:
+            OSError: nobody listens there.
+            mlflow.MlflowException: the server refused, or failed.
+        """
+        with self._lock:
+            records = self._written.new_of(records)
+            if records:
+                look_for(self._uri)
+                self._open(records[0].time)
+            for some in _chunks(records):
+                self._client.log_batch(self._run_id, metrics=self._metrics(some), synchronous=True)
+                for record in some:
+                    self._written.add(record)
+                    self._latest = record.time
+
+    def end(self, engine: str, time: float, reason: StopReason, /) -> None:
+        """Take note that a run of an engine ended."""
+        with self._notes:
+            self._runs.end(engine, time, reason)
+            self._must_end = True
+
+    def close(self) -> None:
+        """Give the run its last status, if no engine goes on.
+
+        Raises:
+            OSError, mlflow.MlflowException: as `write`.
+        """
+        with self._lock:
+            with self._notes:
+                runs, began, ended = self._runs, self._runs.began, self._runs.ended or self._latest
+                is_due = runs.is_over and (self._is_open or self._must_end)
+            if is_due:
+                look_for(self._uri)
+                self._open(began)
+                self._set_status(_STATUS.get(runs.reason, RunStatus.FINISHED), ended)
+                self._is_open = self._must_end = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed training needs to go on in the same MLflow run."""
+        return {"run_id": self._run_id}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on in the run of which this was the state; if there was none yet, in the one that there is."""
+        if state_dict["run_id"] is not None:
+            with self._lock:
+                self._run_id, self._is_open, self._has_params = state_dict["run_id"], False, False
+
+    def __repr__(self) -> str:
+        run = f"{self._experiment!r}" if self._run_id is None else f"run_id={self._run_id!r}"
+        return f"MLflow({run}, tracking_uri={self._uri!r})"
+
+    def _open(self, began: float | None) -> None:
+        """Have a run that goes on."""
+        if self._is_open:
+            return
+        if self._client is None:
+            self._client = MlflowClient(self._uri)
+        if self._run_id is None:
+            run = self._client.create_run(
+                self._experiment_id(),
+                start_time=None if began is None else _milliseconds(began),
+                run_name=self._name,
+            )
+            self._run_id = run.info.run_id
+        else:
+            run = self._client.get_run(self._run_id)
+            if run.info.status != RunStatus.to_string(RunStatus.RUNNING):
+                self._set_status(RunStatus.RUNNING, None)
+        if not self._has_params:
+            self._describe(run.data.params)
+        self._is_open = True
+
+    def _experiment_id(self) -> str:
+        experiment = self._client.get_experiment_by_name(self._experiment)
+        if experiment is None:
+            return str(self._client.create_experiment(self._experiment))
+        return str(experiment.experiment_id)
+
+    def _describe(self, there: Mapping[str, str]) -> None:
+        """Write the parameters, which cannot be changed once they are there, and the tags."""
+        changed = {key for key, value in self._params.items() if there.get(key, value) != value}
+        if changed:
+            _logger.warning(
+                "parameters of the MLflow run %s stay as they were, though others were given: %s",
+                self._run_id, ", ".join(f"{key} is {there[key]}, not {self._params[key]}" for key in sorted(changed)),
+            )  # fmt: skip
+        params = [Param(key, value) for key, value in self._params.items() if key not in there]
+        tags = [RunTag(key, value) for key, value in self._tags.items()]
+        self._client.log_batch(self._run_id, params=params, tags=tags, synchronous=True)
+        self._has_params = True
+
+    def _set_status(self, status: int, ended: float | None) -> None:
+        # Not by set_terminated(), which prints.
+        store = self._client._tracking_client.store  # noqa: SLF001 -- update_run() sets no end time
+        store.update_run_info(self._run_id, status, None if ended is None else _milliseconds(ended), None)
+
+    def _metrics(self, records: Sequence[Record]) -> list[Metric]:
+        return [
+            Metric(self._metric(self._tag(record, name)), float(value), _milliseconds(record.time), record.step)
+            for record in records
+            for name, value in record.values.items()
+        ]
+
+    def _metric(self, name: str) -> str:
+        allowed = self._names.get(name)
+        if allowed is None:
+            allowed = self._names[name] = _allowed(name)
+            if allowed != name:
+                _logger.warning("MLflow allows no metric with the name %r: it is written as %r", name, allowed)
+        return allowed
+
+
+def _milliseconds(seconds: float) -> int:
+    return round(seconds * 1000)
+
+
+def _chunks(records: Sequence[Record]) -> list[list[Record]]:
+    """Return the records in the order they have, as many together as one request may have numbers.
+
+    One that has more by itself comes alone: mlflow makes several requests of it.
+    """
+    chunks: list[list[Record]] = []
+    left = 0
+    for record in records:
+        left -= len(record.values)
+        if not chunks or left < 0:
+            chunks.append([])
+            left = _METRICS - len(record.values)
+        chunks[-1].append(record)
+    return chunks
+
+
+def _allowed(name: str) -> str:
+    """Return the nearest name that MLflow allows: these characters, and what could be the path of a file."""
+    path = posixpath.normpath("/" + re.sub(r"[^\w.\- :/]", "_", name)).lstrip("/")
+    return path[:_KEY_LENGTH].rstrip("/") or "_"

@@ -1,0 +1,204 @@
+"""Weights & Biases: metrics in a run of its own, or in one that exists."""
+
+import os
+import secrets
+import string
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from aengine.loggers.reach import look_for
+from aengine.loggers.records import Record
+from aengine.loggers.runs import Attendance, Written
+from aengine.state import StopReason
+
+try:
+    import wandb
+except ImportError as error:
+    raise ImportError(
+        'aengine.loggers.wandb needs wandb: pip install "wandb>=0.19", which is what the extra "wandb" brings:'
+        ' pip install -e ".[wandb]"'
+    ) from error
+
+_MODES = ("online", "offline", "disabled")
+
+_FAILED = 1
+"""What tells W&B that a run failed; 0 that it did not."""
+
+_STEP = "step"
+
+
+class WandB:
+    """Writes each record as a row of one W&B run: its numbers, its time, and the step of its engine.
+
+        track(trainer, WandB("digits", config={"lr": 0.01}))
+
+    A number of the engine "trainer" is called "trainer/loss" and drawn over "trainer/step", for each engine counts its
+    own steps and W&B's only ever grows. A value that is itself called "step" becomes "trainer/step_"; a `*` in the name
+    of an engine, which W&B keeps for patterns, becomes `_`.
+
+    The run begins with the first record, or the first end; it is left to W&B to say so, and nothing is printed. It is
+    finished when the engine's run ends, with exit code 1 if that raised or was cancelled, unless it was interrupted.
+    Several engines may share one: the run then lasts until all of them have ended, and ends as the first of them did.
+    What is written after the end goes to a run with the same id, which W&B resumes; offline, in a folder of its own.
+
+    `wandb.init` and `finish` may take seconds; so give `track` a larger `linger` where much is uploaded. They are
+    called in the thread of the sink, and `wandb.run` is not touched. As a part of a `Checkpoint`, it has a training
+    that is resumed go on in the same W&B run.
+
+    Args:
+        project: the name of the project; by default WANDB_PROJECT, or what W&B chooses.
+        name: the name of the run; by default W&B chooses one.
+        run_id: the id of the run; one that exists is resumed. By default a new one.
+        config: the configuration of the run, by name.
+        mode: "online", "offline" or "disabled"; by default what WANDB_MODE says, or "online".
+        directory: where W&B keeps its files, in a folder "wandb"; by default WANDB_DIR, or where the process runs.
+        run: a run of your own, from `wandb.init`, to write into instead. It is never finished here.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong.
+    """
+
+    def __init__(
+        self,
+        project: str | None = None,
+        *,
+        name: str | None = None,
+        run_id: str | None = None,
+        config: Mapping[str, Any] | None = None,
+        mode: Literal["online", "offline", "disabled"] | None = None,
+        directory: str | os.PathLike[str] | None = None,
+        run: "wandb.Run | None" = None,
+    ) -> None:
+        texts: dict[str, Any] = {"project": project, "name": name, "run_id": run_id}
+        for argument, text in texts.items():
+            if text is not None and (not isinstance(text, str) or not text):
+                raise TypeError(f"WandB({argument}=) is a text that is not empty, got {text!r}")
+        anything: Any = config
+        if config is not None and not isinstance(anything, Mapping):
+            raise TypeError(f"WandB(config=) is a mapping of names to values, got {config!r}")
+        if mode is not None and mode not in _MODES:
+            choices = ", ".join(f'"{one}"' for one in _MODES)
+            raise ValueError(f"WandB(mode=) is one of {choices}, got {mode!r}")
+        if run_id is not None and (bad := set(run_id) & set("/\\#?%:")):
+            raise ValueError(f"WandB(run_id=) may have none of the characters {' '.join(sorted(bad))}, got {run_id!r}")
+        anything = run
+        if run is not None and not isinstance(anything, wandb.Run):
+            raise TypeError(f"WandB(run=) is what wandb.init() returned, got {run!r}")
+        if run is not None and any(one is not None for one in (project, name, run_id, config, mode, directory)):
+            raise ValueError("WandB(run=) is as wandb.init() made it: give its project, name and so on there")
+        self._own = run is None
+        self._run: Any = run
+        self._run_id = _new_id() if run_id is None else run_id
+        self._arguments: dict[str, Any] = {"project": project, "name": name, "config": dict(config or {}), "mode": mode}
+        self._directory = None if directory is None else Path(directory)
+        self._groups: set[str] = set()  # whose step W&B knows
+        self._must_end = False  # a run that has ended, of which W&B knows nothing yet
+        self._runs = Attendance()
+        self._written = Written()
+        self._notes = threading.Lock()  # of who begins and ends, on an event loop, which must not wait for a server
+        self._lock = threading.Lock()  # several engines, each with a thread
+
+    @property
+    def run_id(self) -> str:
+        """W&B's name for the run."""
+        return self._run_id if self._own else str(self._run.id)
+
+    def begin(self, engine: str, time: float, /) -> None:
+        """Take note that a run of an engine began."""
+        with self._notes:
+            self._runs.begin(engine, time)
+
+    def write(self, records: Sequence[Record], /) -> None:
+        """Hand the records to W&B's own process, which brings them to the server in its own time.
+
+        Raises:
+            OSError: nobody listens there.
+            wandb.Error: there is no run to be had, or it was finished by somebody else.
+        """
+        with self._lock:
+            records = self._written.new_of(records)
+            if records:
+                self._open()
+            for record in records:
+                self._log(record)
+                self._written.add(record)
+
+    def end(self, engine: str, time: float, reason: StopReason, /) -> None:
+        """Take note that a run of an engine ended."""
+        with self._notes:
+            self._runs.end(engine, time, reason)
+            self._must_end = True
+
+    def close(self) -> None:
+        """Finish the run, if no engine goes on and it was not given to us.
+
+        Raises:
+            OSError, wandb.Error: as `write`.
+        """
+        with self._lock:
+            with self._notes:
+                is_over, reason = self._runs.is_over, self._runs.reason
+            if not self._own or not is_over or (self._run is None and not self._must_end):
+                return
+            self._open()
+            run: Any = self._run
+            self._run, self._must_end = None, False
+            run.finish(exit_code=_FAILED if reason in (StopReason.FAILED, StopReason.CANCELLED) else 0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed training needs to go on in the same W&B run."""
+        return {"run_id": self.run_id}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on in the run of which this was the state, if the run is not one that was given to us.
+
+        Raises:
+            RuntimeError: another run is under way.
+        """
+        with self._lock:
+            if self._own and self._run is not None and state_dict["run_id"] != self._run_id:
+                raise RuntimeError(
+                    f"the W&B run {self._run_id!r} is under way, and cannot become {state_dict['run_id']!r}: load the"
+                    " state before the first record is written"
+                )
+            self._run_id = state_dict["run_id"]
+
+    def __repr__(self) -> str:
+        return (
+            f"WandB({self._arguments['project']!r}, run_id={self.run_id!r})" if self._own else f"WandB(run={self._run})"
+        )
+
+    def _open(self) -> None:
+        """Have a run that goes on."""
+        if self._run is not None:
+            return
+        settings: Any = wandb.setup().settings
+        if (self._arguments["mode"] or settings.mode) == "online":
+            look_for(settings.base_url)  # or wandb.init() takes 90 seconds, and the interpreter waits for that
+        if self._directory is not None:
+            self._directory.mkdir(parents=True, exist_ok=True)  # or W&B would take another
+        self._run = wandb.init(
+            **self._arguments,
+            id=self._run_id,
+            dir=self._directory,
+            resume="allow",
+            reinit="create_new",  # beside whatever run the application has
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+        self._groups.clear()
+
+    def _log(self, record: Record) -> None:
+        group = record.engine.replace("*", "_")
+        if group not in self._groups:
+            self._run.define_metric(f"{group}/*", step_metric=f"{group}/{_STEP}")
+            self._groups.add(group)
+        row: dict[str, Any] = {
+            f"{group}/{name}_" if name == _STEP else f"{group}/{name}": value for name, value in record.values.items()
+        }
+        self._run.log({**row, f"{group}/{_STEP}": record.step, "_timestamp": record.time})
+
+
+def _new_id() -> str:
+    return "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(8))
