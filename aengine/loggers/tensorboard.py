@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from aengine.loggers.records import Record, engine_and_name
+from aengine.loggers.runs import Attendance
+from aengine.state import StopReason
 
 try:
     from torch.utils.tensorboard import SummaryWriter
@@ -20,7 +22,8 @@ except ImportError as error:
 class TensorBoard:
     """Writes each number of each record as a scalar, and has the file up to date after each call.
 
-    Several engines may share one. Each run of them begins a new event file, as TensorBoard expects.
+    Several engines may share one. When the run of one begins, and no other goes on, so does a new event file: an
+    evaluator that runs beside a trainer, or in its handlers, writes into the trainer's.
 
     Args:
         directory: where the event files go; made at the first record.
@@ -33,6 +36,8 @@ class TensorBoard:
         self.directory = Path(directory)
         self._tag = tag
         self._writer: Any = None
+        self._runs = Attendance()
+        self._ends = 0  # of runs, since the last close
         self._lock = threading.Lock()  # several engines, each with a thread
 
     def write(self, records: Sequence[Record], /) -> None:
@@ -50,9 +55,21 @@ class TensorBoard:
                     writer.add_scalar(self._tag(record, name), value, record.step, record.time)
             writer.flush()
 
+    def begin(self, engine: str, time: float, /) -> None:
+        """Take note that a run of an engine began."""
+        self._runs.begin(engine, time)
+
+    def end(self, engine: str, time: float, reason: StopReason, /) -> None:
+        """Take note that a run of an engine ended."""
+        self._runs.end(engine, time, reason)
+        self._ends += 1
+
     def close(self) -> None:
-        """Close the file until the next write."""
+        """Close the file until the next write, unless the run of another engine goes on, which writes to it."""
         with self._lock:
+            has_ended, self._ends = self._ends > 0, 0  # else it is interrupted
+            if has_ended and not self._runs.is_over:
+                return
             writer, self._writer = self._writer, None
             if writer is not None:
                 writer.close()
