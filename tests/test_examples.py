@@ -103,5 +103,18 @@ def test_resume_ends_at_sigterm_with_a_checkpoint_and_goes_on(tmp_path: Path) ->
     assert steps == [str(step) for step in range(1, 581)], "none was skipped, and none taken twice"
 
 
+def test_learning_curve_draws_two_pictures(tmp_path: Path) -> None:
+    run("learning_curve.py", tmp_path)
+    for name in ("learning_curve.png", "timeline.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+        assert (tmp_path / name).stat().st_size < 120_000
+
+
 def test_every_example_is_run_here() -> None:
-    assert {path.name for path in EXAMPLES.glob("*.py")} == {"gan.py", "quickstart.py", "resume.py", "streaming.py"}
+    assert {path.name for path in EXAMPLES.glob("*.py")} == {
+        "gan.py",
+        "learning_curve.py",
+        "quickstart.py",
+        "resume.py",
+        "streaming.py",
+    }
