@@ -188,6 +188,12 @@ def test_engine_that_was_not_told_says_so(step: Any) -> None:
         Engine(step).run_sync(data)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs that there is no GPU")
+def test_device_that_is_not_there_is_refused_at_once() -> None:
+    with pytest.raises((RuntimeError, AssertionError), match="CUDA|NVIDIA"):
+        move_ahead(Engine(double), [torch.ones(1)], "cuda")
+
+
 def test_data_keeps_its_attributes() -> None:
     loader = DataLoader(TensorDataset(torch.arange(6)), batch_size=2, generator=torch.Generator())
     data = move_ahead(Engine(double), loader, "cpu")

@@ -7,7 +7,8 @@ The prefetcher copies each batch on a stream of its own. Between two steps, wher
 told to wait for the copy, which is over by then, and the memory is marked as in use by it, so that it is not given to
 the copy of another batch before the step's kernels have run. Nobody waits for the GPU.
 
-It pays with `prefetch=`, and from pinned memory: without the one it is copied when it is asked for, without the other
+Without this, a supervised trainer with `device="cuda"` copies in its step, and unless it is given `non_blocking=True`
+waits there for all that the GPU has been given so far. It pays with `prefetch=`, and from pinned memory: without the one it is copied when it is asked for, without the other
 the thread of the prefetcher, though not the step, waits for each copy. This is how NVIDIA's apex and torchtnt do it,
 https://docs.pytorch.org/docs/stable/generated/torch.Tensor.record_stream.html says why.
 
