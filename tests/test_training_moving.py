@@ -190,7 +190,7 @@ def test_engine_that_was_not_told_says_so(step: Any) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs that there is no GPU")
 def test_device_that_is_not_there_is_refused_at_once() -> None:
-    with pytest.raises((RuntimeError, AssertionError), match="CUDA|NVIDIA"):
+    with pytest.raises((RuntimeError, AssertionError), match=r"CUDA|NVIDIA"):
         move_ahead(Engine(double), [torch.ones(1)], "cuda")
 
 

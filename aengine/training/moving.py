@@ -8,9 +8,10 @@ told to wait for the copy, which is over by then, and the memory is marked as in
 the copy of another batch before the step's kernels have run. Nobody waits for the GPU.
 
 Without this, a supervised trainer with `device="cuda"` copies in its step, and unless it is given `non_blocking=True`
-waits there for all that the GPU has been given so far. It pays with `prefetch=`, and from pinned memory: without the one it is copied when it is asked for, without the other
-the thread of the prefetcher, though not the step, waits for each copy. This is how NVIDIA's apex and torchtnt do it,
-https://docs.pytorch.org/docs/stable/generated/torch.Tensor.record_stream.html says why.
+waits there for all that the GPU has been given so far. This pays with `prefetch=`, and from pinned memory: without the
+one a batch is copied when it is asked for, without the other the thread of the prefetcher, though not the step, waits
+for each copy. NVIDIA's apex and torchtnt do it in this way; why the memory is marked,
+https://docs.pytorch.org/docs/stable/generated/torch.Tensor.record_stream.html says.
 
 What is tested without a GPU is all but the streams: what is moved, in which order, where it is resumed. The tests of
 the streams need a GPU, and have not been run on one yet. Other accelerators get a plain `to()`, beside the step.
