@@ -4,7 +4,7 @@
     await trainer.run(data, max_epochs=10, prefetch=2)
 
 The prefetcher copies each batch on a stream of its own. Between two steps, where the step runs, the step's stream is
-told to wait for the copy, if it is not over by then, and the memory is marked as in use by it, so that it is not given to
+told to wait for the copy, should it not be over, and the memory is marked as in use by it, so that it is not given to
 the copy of another batch before the step's kernels have run. Nobody waits for the GPU.
 
 Without this, a supervised trainer with `device="cuda"` copies in its step, and unless it is given `non_blocking=True`
