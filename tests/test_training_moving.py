@@ -243,7 +243,8 @@ async def test_run_that_was_stopped_goes_on_exactly(
 
 
 @pytest.mark.parametrize("prefetch", [0, 2])
-@pytest.mark.parametrize("kind", ALL_KINDS)
+# Not functions of generators, which begin anew after what was fetched ahead, and that is a matter of time.
+@pytest.mark.parametrize("kind", [kind for kind in ALL_KINDS if "generator function" not in kind])
 @pytest.mark.parametrize("event", [Events.GET_BATCH_COMPLETED, Events.ITERATION_COMPLETED], ids=["fetched", "stepped"])
 @pytest.mark.parametrize("how", ["terminate", "interrupt"])
 async def test_run_goes_on_in_memory_as_it_would_without(how: str, event: Any, kind: str, prefetch: int) -> None:
