@@ -233,12 +233,20 @@ def test_cartpole_keeps_the_pole_up(tmp_path: Path) -> None:
     assert not done.stderr
 
 
+def test_learning_curve_draws_two_pictures(tmp_path: Path) -> None:
+    run("learning_curve.py", tmp_path)
+    for name in ("learning_curve.png", "timeline.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+        assert (tmp_path / name).stat().st_size < 120_000
+
+
 def test_every_example_is_run_here() -> None:
     assert {path.name for path in EXAMPLES.glob("*.py")} == {
         "cartpole.py",
         "digits.py",
         "gan.py",
         "language_model.py",
+        "learning_curve.py",
         "quickstart.py",
         "regression.py",
         "resume.py",

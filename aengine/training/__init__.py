@@ -2,6 +2,7 @@
 
 update         gradients of a loss, gathered, clipped and stepped on
 supervised     `create_supervised_trainer`, `create_supervised_evaluator`, and their steps
+moving         batches copied to a GPU beside the step
 metrics        torchmetrics' metrics on an engine (extra `training`)
 schedules      torch's learning-rate schedulers on an engine
 averages       torch's averages of weights on an engine

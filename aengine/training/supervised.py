@@ -9,6 +9,8 @@ a trainer is by default a detached tensor, for which nobody waits; an evaluator 
 
 from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import copy
+from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
 
 import torch
@@ -52,7 +54,7 @@ def prepare_batch(batch: Any, device: Device = None, *, non_blocking: bool = Fal
 
 
 def move(value: Any, device: Device, *, non_blocking: bool = False) -> Any:
-    """Return a value with all that has `to()` on a device, at any depth of mappings, lists and tuples.
+    """Return a value with all that has `to()` on a device, at any depth of mappings, lists, tuples, dataclasses.
 
     With `non_blocking`, copies of pinned memory to a GPU are not waited for.
     """
@@ -65,6 +67,12 @@ def move(value: Any, device: Device, *, non_blocking: bool = False) -> Any:
         moved = [move(one, device, non_blocking=non_blocking) for one in cast(list[Any], value)]
         make: Any = type(value)
         return make(*moved) if hasattr(value, "_fields") else make(moved)
+    if is_dataclass(value) and not isinstance(value, type):
+        twin = copy(value)  # which also does for one that is frozen, or has fields that it does not take
+        for field in fields(value):
+            moved_field = move(getattr(value, field.name), device, non_blocking=non_blocking)
+            object.__setattr__(twin, field.name, moved_field)
+        return twin
     return value
 
 
