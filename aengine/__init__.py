@@ -9,9 +9,9 @@
 #   topic        one event and its listeners     iteration    a run for a `for` of one's own
 #   emission     driving a dispatch              publishing   the half of the face that is about events
 #   bus          topics, subscribers, streams    engine       Engine: the face
-#   control      what is asked of the loop       handlers/    ready-made: signals, early stopping, limits, progress
+#   control      what is asked of the loop       handlers/    ready-made: limits, progress, profiling, pictures
 #   consumers    the subscribers' tasks          checkpoint/  saving while training goes on, and resuming exactly
-#   data         users' data, at the door        training/    supervised steps, metrics, schedules, averages
+#   data         users' data, at the door        training/    supervised steps, metrics, schedules, range test
 #   prefetch     batches pulled ahead            loggers/     numbers of a run, written beside the step
 #                                                interop/     pytorch-ignite's metrics and handlers
 """The training-loop engine for async Python.

@@ -17,7 +17,7 @@ try:
     import wandb
 except ImportError as error:
     raise ImportError(
-        'aengine.loggers.wandb needs wandb: pip install "wandb>=0.19", which is what the extra "wandb" brings:'
+        'aengine.loggers.wandb needs wandb: pip install "wandb>=0.19.10", which is what the extra "wandb" brings:'
         ' pip install -e ".[wandb]"'
     ) from error
 
