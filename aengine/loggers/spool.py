@@ -24,6 +24,11 @@ class Spool(Generic[T]):
         """How many records wait, those in hand included."""
         return len(self) + len(self._in_hand)
 
+    @property
+    def is_passing(self) -> bool:
+        """Whether all that waits is of iterations."""
+        return not self._lasting and all(is_passing for *_, is_passing in self._in_hand)
+
     def __len__(self) -> int:
         return len(self._passing) + len(self._lasting)
 

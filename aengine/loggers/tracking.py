@@ -30,6 +30,10 @@ _logger = logging.getLogger("aengine.loggers")
 _BATCH = 1000
 """Records in one call of a sink, at most."""
 
+_PACE = 0.1
+"""Seconds from one call of a sink to the next, while records of iterations are all that waits: a call takes two changes
+of threads, which the step feels."""
+
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 60.0
 """Seconds before a sink that failed is tried again: twice as many each time."""
 
@@ -97,6 +101,9 @@ class Tracker:
         self._linger = linger
         self._must_raise = must_raise
         self._spool: Spool[Record] = Spool(spool)
+        self._enough = min(_BATCH, spool // 2)  # records to call the sink for at once
+        self._called_at = -math.inf
+        self._hurry: anyio.Event | None = None  # while more records are waited for
         self._failures = 0
         self._busy = 0.0
         self._is_called = False  # to write: the call waits, or is being answered
@@ -147,7 +154,10 @@ class Tracker:
     def _accept(self, event: Event) -> None:
         step, values = event.snapshot
         record = Record(step, event.epoch, event.time, event.name, event.engine, values)
-        self._spool.put(record, is_passing=event.name in _PASSING)
+        is_passing = event.name in _PASSING
+        self._spool.put(record, is_passing=is_passing)
+        if self._hurry is not None and (not is_passing or self._spool.waiting >= self._enough):
+            self._hurry.set()
         if self._spool.dropped and not self._has_told_of_drops:
             self._has_told_of_drops = True
             _logger.warning(
@@ -165,6 +175,8 @@ class Tracker:
         if event.snapshot is not None:
             self._ending = event.time, event.snapshot
         self._deadline = anyio.current_time() + self._linger
+        if self._hurry is not None:
+            self._hurry.set()
         if self._scope is not None:
             self._scope.deadline = self._deadline
 
@@ -188,6 +200,7 @@ class Tracker:
         if not self._is_called:  # it was for another tracker of the engine
             return
         try:
+            await self._gather()
             while batch := self._spool.take(_BATCH):
                 if not await self._deliver(batch):
                     break
@@ -204,6 +217,15 @@ class Tracker:
                 self._beside.leave()
             if self._is_suspended:
                 self._deadline = None
+
+    async def _gather(self) -> None:
+        """Let records of iterations come together, if the sink was called just now."""
+        rest = self._called_at + _PACE - perf_counter()
+        if rest > 0 and self._deadline is None and self._spool.is_passing and self._spool.waiting < self._enough:
+            self._hurry = anyio.Event()
+            with anyio.move_on_after(rest):
+                await self._hurry.wait()
+            self._hurry = None
 
     def _writer(self, write: Write) -> Callable[[Sequence[Record]], Awaitable[None]]:
         """Return what first reads the numbers that are still on a device: in a thread, too, for that may take long."""
@@ -232,6 +254,7 @@ class Tracker:
         return call
 
     async def _deliver(self, batch: Sequence[Record]) -> bool:
+        self._called_at = perf_counter()
         while error := await self._call(lambda: self._write(batch), self._deadline):
             self._meet(error)
             left = 0.0 if self._deadline is None else self._deadline - anyio.current_time()
