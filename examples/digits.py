@@ -100,9 +100,9 @@ async def validate(engine: Engine[Any, Any]) -> None:
     engine.state.metrics["accuracy"] = validator.state.metrics["validation/accuracy"]
 
 
-@trainer.on(Events.EPOCH_STARTED)
-def forget(engine: Engine[Any, Any]) -> None:
-    engine.state.metrics["accuracy"] = 0.0  # what Ctrl-C saves within an epoch is not as good as the last one was
+@trainer.on(Events.STARTED)
+def begin(engine: Engine[Any, Any]) -> None:
+    engine.state.metrics.setdefault("accuracy", 0.0)  # of what Ctrl-C saves before the first validation
 
 
 @trainer.subscribe(Events.EPOCH_COMPLETED(every=5), snapshot=lambda _: deepcopy(average.module.state_dict()))
@@ -141,7 +141,7 @@ async def main(out: Path) -> None:
             if stop.received:
                 print(f"stopped at step {trainer.state.iteration}: the same command goes on")
                 return
-        best = max(checkpoint.list(), key=lambda each: (each.metrics["accuracy"], each.step))
+        best = max(checkpoint.list(), key=lambda each: each.metrics["accuracy"])  # the first of equals, as Keep has it
         await checkpoint.restore(trainer, best.step)
 
     tester = create_supervised_evaluator(average, {"test": metrics()})

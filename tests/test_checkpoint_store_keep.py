@@ -68,9 +68,9 @@ def scored(*scores: float) -> list[CheckpointInfo]:
         pytest.param(Keep(last=2, best=1, metric="score"), scored(1, 9, 5, 3, 2), [1, 3], id="the best"),
         pytest.param(Keep(last=2, best=2, metric="score"), scored(1, 9, 5, 3, 2), [1], id="the best two"),
         pytest.param(Keep(last=2, best=1, metric="score", mode="min"), scored(4, 1, 5, 3, 2), [1, 3], id="the least"),
-        pytest.param(Keep(last=2, best=1, metric="score"), scored(7, 9, 9, 3, 2), [1, 2], id="a tie: the newer"),
+        pytest.param(Keep(last=2, best=1, metric="score"), scored(7, 9, 9, 3, 2), [1, 3], id="a tie: the older"),
         pytest.param(
-            Keep(last=2, best=1, metric="score", mode="min"), scored(7, 1, 1, 3, 2), [1, 2], id="a tie of the least"
+            Keep(last=2, best=1, metric="score", mode="min"), scored(7, 1, 1, 3, 2), [1, 3], id="a tie of the least"
         ),
         pytest.param(Keep(last=2, best=1, metric="score"), scored(1, math.nan, 0, 0, 0), [2, 3], id="NaN is not best"),
         pytest.param(

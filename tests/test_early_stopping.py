@@ -86,6 +86,20 @@ async def test_resumed_run_goes_on_waiting(tmp_path: Path) -> None:
     assert await run(4) == (6, 5)
 
 
+async def test_run_that_was_stopped_and_is_loaded_has_nothing_left(tmp_path: Path) -> None:
+    scores = [1.0, 0, 0, 5]
+    trainer, stopping = scoring(scores)
+    async with Checkpoint(tmp_path, {}, keep=Keep()) as checkpoint:
+        checkpoint.attach(trainer, Events.EPOCH_COMPLETED)
+        await trainer.run([0], max_epochs=4)
+    again, stopping = scoring(scores)
+    async with Checkpoint(tmp_path, {}, keep=Keep()) as checkpoint:
+        await checkpoint.restore(again)
+        state = await again.run([0], max_epochs=4)
+        assert (state.epoch, state.stop_reason, stopping.waited) == (3, StopReason.TERMINATED, 2)
+        assert (await again.run([0], max_epochs=4)).epoch == 4, "who runs it again all the same is served"
+
+
 def test_run_that_begins_anew_waits_anew() -> None:
     trainer, stopping = scoring([5, 4])
     for _ in range(2):

@@ -16,7 +16,7 @@ class Keep:
     Args:
         last: how many of the newest steps. Two at least, for the newest may turn out to be damaged.
         best: how many of the best by `metric`. One whose metric is missing or NaN is never among them; of equal ones,
-            the newer is better.
+            the older is better: one that is saved before the metric is measured again has that of the one before.
         metric: the name of the metric that `best` ranks by.
         mode: whether more of it is better, "max", or less, "min".
         every_n: keep every n-th checkpoint for good, counted over the whole life of the directory.
@@ -68,11 +68,11 @@ class Keep:
     def _best(self, checkpoints: list[CheckpointInfo]) -> list[CheckpointInfo]:
         sign = 1 if self.mode == "max" else -1
         ranked = [
-            (sign * value, _age(each), each)
+            (-sign * value, _age(each), each)
             for each in checkpoints
             if not math.isnan(value := each.metrics.get(self.metric or "", math.nan))
         ]
-        ranked.sort(key=lambda one: one[:2], reverse=True)
+        ranked.sort(key=lambda one: one[:2])
         return [each for _, _, each in ranked[: self.best]]
 
 

@@ -24,7 +24,7 @@ class EarlyStopping:
         EarlyStopping(patience=3, score="accuracy", mode="max").attach(trainer, evaluator)
 
     A score that is not a number is no improvement. A `Checkpoint` of the trainer saves what was seen, without being
-    asked.
+    asked. A run that was stopped by this and is loaded has nothing left, and is terminated when it begins.
 
     Args:
         patience: how many looks in a row may see no improvement; at the last of them the run is terminated.
@@ -62,6 +62,7 @@ class EarlyStopping:
         self._is_cumulative = cumulative
         self._is_relative = threshold_mode == "rel"
         self._seen = _Seen()
+        self._was_loaded = False
 
     @property
     def best(self) -> float | None:
@@ -99,10 +100,14 @@ class EarlyStopping:
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on waiting."""
         self._seen = _Seen(state_dict["best"], state_dict["waited"])
+        self._was_loaded = True
 
     def _begin(self, engine: Engine[Any, Any]) -> None:
+        was_loaded, self._was_loaded = self._was_loaded, False
         if engine.state.iteration == 0:
             self._seen = _Seen()
+        elif was_loaded and self.waited >= self._patience:
+            engine.terminate()
 
     def _look(self, engine: Engine[Any, Any], trainer: Engine[Any, Any] | None = None) -> None:
         score, best, waited = self._read(engine), self._seen.best, self._seen.waited
