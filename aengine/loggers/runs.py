@@ -37,6 +37,8 @@ class Attendance:
         """A run begins."""
         if self._going_on == 0:
             self._first, self.began, self.ended, self.reason = engine, time, None, StopReason.COMPLETED
+        elif self.began is None or time < self.began:  # it is told of later, by a task of its own
+            self._first, self.began = engine, time
         self._going_on += 1
 
     def end(self, engine: str, time: float, reason: StopReason) -> None:

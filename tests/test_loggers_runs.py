@@ -1,0 +1,33 @@
+"""Which of the engines that share a run of a tracking server decides how it ends."""
+
+from aengine import StopReason
+from aengine.loggers.runs import Attendance
+
+
+def test_the_first_that_began_decides_even_if_it_is_told_of_later() -> None:
+    runs = Attendance()
+    runs.begin("evaluator", 11.0)
+    runs.begin("trainer", 10.0)
+    runs.end("evaluator", 12.0, StopReason.COMPLETED)
+    assert not runs.is_over
+    runs.end("trainer", 13.0, StopReason.FAILED)
+    assert runs.is_over
+    assert (runs.began, runs.ended, runs.reason) == (10.0, 13.0, StopReason.FAILED)
+
+
+def test_one_that_ends_later_does_not_change_that() -> None:
+    runs = Attendance()
+    runs.begin("trainer", 10.0)
+    runs.begin("evaluator", 11.0)
+    runs.end("trainer", 12.0, StopReason.FAILED)
+    runs.end("evaluator", 13.0, StopReason.COMPLETED)
+    assert (runs.began, runs.ended, runs.reason) == (10.0, 13.0, StopReason.FAILED)
+
+
+def test_the_next_begins_anew() -> None:
+    runs = Attendance()
+    runs.begin("trainer", 10.0)
+    runs.end("trainer", 11.0, StopReason.FAILED)
+    runs.begin("another", 12.0)
+    runs.end("another", 13.0, StopReason.COMPLETED)
+    assert (runs.began, runs.ended, runs.reason) == (12.0, 13.0, StopReason.COMPLETED)
