@@ -64,6 +64,26 @@ async def test_a_second_run_begins_a_second_file(tmp_path: Path) -> None:
     assert len(files_in(tmp_path)) == 2
 
 
+async def test_an_evaluator_in_the_run_of_a_trainer_writes_into_its_file(tmp_path: Path) -> None:
+    sink = TensorBoard(tmp_path)
+    trainer: AnyEngine = Engine(lambda engine, batch: batch, name="trainer")
+    evaluator: AnyEngine = Engine(lambda engine, batch: batch * 10, name="evaluator")
+    track(trainer, sink, Events.ITERATION_COMPLETED)
+    track(evaluator, sink, Events.COMPLETED, step=lambda _: trainer.state.iteration)
+
+    @trainer.on(Events.EPOCH_COMPLETED)
+    async def evaluate() -> None:
+        await trainer.flush()  # the trainer's begin is told
+        await evaluator.run([7])
+
+    await trainer.run([1, 2], max_epochs=3)
+    assert scalars_of(tmp_path) == {
+        "trainer/output": [(1, 1.0), (2, 2.0), (3, 1.0), (4, 2.0), (5, 1.0), (6, 2.0)],
+        "evaluator/output": [(2, 70.0), (4, 70.0), (6, 70.0)],
+    }
+    assert len(files_in(tmp_path)) == 1
+
+
 def test_without_the_package_it_says_what_to_install() -> None:
     code = "import sys; sys.modules['tensorboard'] = None; import aengine.loggers.tensorboard"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -192,7 +192,7 @@ class Instrumentation:
         left: _Left = event.snapshot
         for opened in left.opened:
             opened.end(event.monotonic)
-        self._costs.add(left.engine.statistics())
+        self._costs.add(left.engine)
 
     # Inline, where the step runs
 
@@ -315,7 +315,7 @@ class Instrumentation:
             if error is not None:
                 opened.span.set_status(Status(StatusCode.ERROR, f"{type(error).__name__}: {error}"))
             opened.end(at)
-        self._costs.add(engine.statistics())
+        self._costs.add(engine)
 
     def _open(self, what: str, outside: Context, attributes: Mapping[str, Any], links: Sequence[Link] = ()) -> "_Open":
         known, began, now = _known(attributes), perf_counter(), time_ns()
@@ -368,8 +368,9 @@ class _Costs:
     def took(self, seconds: float) -> None:
         self._duration.record(seconds, self._engine)
 
-    def add(self, now: EngineStatistics) -> None:
+    def add(self, engine: AnyEngine) -> None:
         with self._lock:
+            now = engine.statistics()  # within the lock: an older one, added later, would be counted again
             spent = _spent(now)
             self._iterations.add(max(0, now.iteration - self._counted), self._engine)
             for activity, seconds in spent.items():
