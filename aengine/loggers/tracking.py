@@ -30,9 +30,9 @@ _logger = logging.getLogger("aengine.loggers")
 _BATCH = 1000
 """Records in one call of a sink, at most."""
 
-_PACE = 0.1
+_PACE = 0.02
 """Seconds from one call of a sink to the next, while records of iterations are all that waits: a call takes two changes
-of threads, which the step feels."""
+of threads, which the step feels. Not more, for `engine.flush()` may wait for it."""
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 60.0
 """Seconds before a sink that failed is tried again: twice as many each time."""
@@ -128,6 +128,8 @@ class Tracker:
         engine.register_events(*TrackerEvents)
 
         async def accept(event: Event) -> None:
+            if self._deadline is None:  # the task that tells of it may come to that later
+                self._tell_of_begin(event.time)
             self._accept(event)
             await call_if(self._spool.waiting > 0 and perf_counter() >= self._retry_at)
 
