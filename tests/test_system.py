@@ -15,10 +15,11 @@ import anyio
 import psutil  # type: ignore[import-untyped]  # its stubs are a distribution of their own
 import pynvml  # type: ignore[import-untyped]  # it has none
 import pytest
+from endings import boom, cancel, complete, find_no_data, terminate
 from recording import AnyEngine, Boom
 
 import aengine.handlers.system
-from aengine import DataExhausted, Engine, Events, StopReason
+from aengine import Engine, StopReason
 from aengine.handlers.system import SystemEvents, SystemStatistics
 from aengine.loggers import Record, track
 
@@ -282,44 +283,6 @@ async def test_samples_go_on_when_an_interrupted_run_does(*, again: bool) -> Non
         engine.state.max_epochs = None
     await engine.run(data)
     assert (engine.state.stop_reason, engine.state.iteration, len(samples)) == (StopReason.COMPLETED, 3, 2)
-
-
-async def boom(engine: AnyEngine) -> None:
-    def fail() -> None:
-        raise Boom
-
-    engine.add_event_handler(Events.ITERATION_STARTED(once=2), fail)
-    with pytest.raises(Boom):
-        await engine.run([1, 2, 3])
-
-
-async def complete(engine: AnyEngine) -> None:
-    await engine.run([1])
-
-
-async def terminate(engine: AnyEngine) -> None:
-    engine.add_event_handler(Events.ITERATION_STARTED(once=2), lambda: engine.terminate(skip_completed=True))
-    await engine.run([1, 2, 3])
-
-
-async def cancel(engine: AnyEngine) -> None:
-    with anyio.CancelScope() as scope:
-
-        @engine.on(Events.ITERATION_STARTED(once=2))
-        async def cancel() -> None:
-            scope.cancel()
-            await anyio.sleep_forever()
-
-        await engine.run([1, 2, 3])
-    assert scope.cancelled_caught
-
-
-async def find_no_data(engine: AnyEngine) -> None:
-    def nothing() -> Iterator[int]:
-        yield from ()
-
-    with pytest.raises(DataExhausted):
-        await engine.run(nothing)
 
 
 @pytest.mark.parametrize("end", [complete, terminate, boom, cancel, find_no_data], ids=lambda way: way.__name__)

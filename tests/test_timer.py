@@ -1,17 +1,17 @@
 """The timer measures what it is told to, and stops with the run. The clock is the tests' own."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-import anyio
 import pytest
+from endings import boom, cancel, find_no_data, terminate
 from recording import AnyEngine, Boom
 from theirs import ignite
 
 import aengine.handlers.timer
 import aengine.statistics
-from aengine import DataExhausted, Engine, Events, StopReason
+from aengine import Engine, Events, StopReason
 from aengine.handlers.timer import Timer
 
 THREADS = pytest.mark.parametrize("thread", [None, False], ids=["worker", "loop"])
@@ -149,39 +149,6 @@ def test_it_can_be_resumed_and_paused_twice(clock: Clock) -> None:
 
 
 # All ways out
-
-
-async def boom(engine: AnyEngine) -> None:
-    def fail() -> None:
-        raise Boom
-
-    engine.add_event_handler(Events.ITERATION_STARTED(once=2), fail)
-    with pytest.raises(Boom):
-        await engine.run([1, 2, 3])
-
-
-async def terminate(engine: AnyEngine) -> None:
-    engine.add_event_handler(Events.ITERATION_STARTED(once=2), lambda: engine.terminate(skip_completed=True))
-    await engine.run([1, 2, 3])
-
-
-async def cancel(engine: AnyEngine) -> None:
-    with anyio.CancelScope() as scope:
-
-        @engine.on(Events.ITERATION_STARTED(once=2))
-        async def cancel() -> None:
-            scope.cancel()
-            await anyio.sleep_forever()
-
-        await engine.run([1, 2, 3])
-
-
-async def find_no_data(engine: AnyEngine) -> None:
-    def nothing() -> Iterator[int]:
-        yield from ()
-
-    with pytest.raises(DataExhausted):
-        await engine.run(nothing)
 
 
 @pytest.mark.parametrize(

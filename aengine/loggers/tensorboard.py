@@ -38,6 +38,7 @@ class TensorBoard:
         self._writer: Any = None
         self._runs = Attendance()
         self._ends = 0  # of runs, since the last close
+        self._notes = threading.Lock()  # of who begins and ends, on an event loop, which must not wait for the disk
         self._lock = threading.Lock()  # several engines, each with a thread
 
     def write(self, records: Sequence[Record], /) -> None:
@@ -57,19 +58,22 @@ class TensorBoard:
 
     def begin(self, engine: str, time: float, /) -> None:
         """Take note that a run of an engine began."""
-        self._runs.begin(engine, time)
+        with self._notes:
+            self._runs.begin(engine, time)
 
     def end(self, engine: str, time: float, reason: StopReason, /) -> None:
         """Take note that a run of an engine ended."""
-        self._runs.end(engine, time, reason)
-        self._ends += 1
+        with self._notes:
+            self._runs.end(engine, time, reason)
+            self._ends += 1
 
     def close(self) -> None:
         """Close the file until the next write, unless the run of another engine goes on, which writes to it."""
         with self._lock:
-            has_ended, self._ends = self._ends > 0, 0  # else it is interrupted
-            if has_ended and not self._runs.is_over:
-                return
+            with self._notes:
+                has_ended, self._ends = self._ends > 0, 0  # else it is interrupted
+                if has_ended and not self._runs.is_over:
+                    return
             writer, self._writer = self._writer, None
             if writer is not None:
                 writer.close()

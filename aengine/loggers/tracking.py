@@ -326,8 +326,8 @@ def track(
 
         track(trainer, JSONLines("log.jsonl"), Events.ITERATION_COMPLETED(every=10) | Events.EPOCH_COMPLETED)
 
-    What waits at the end of a run, however it ends, is written before `run()` returns. `engine.flush()` does not wait
-    for it: a sink that is down would then hold up the loop.
+    What waits at the end of a run, however it ends, is written before `run()` returns. `engine.flush()` waits
+    for the call of the sink that is under way, and for no more: a sink that is down would hold up the loop.
 
     Args:
         engine: whose numbers.
