@@ -130,10 +130,12 @@ def train():
     return checkpoint._contents._process._child._process.pid
 
 pid = train()
-gc.collect()
-import os
+import os, time
 try:
-    os.kill(pid, 0)
+    for _ in range(1000):  # the thread that wrote lets go of what it held a little later than it says that it is done
+        gc.collect()
+        os.kill(pid, 0)
+        time.sleep(0.01)
 except ProcessLookupError:
     print("gone")
 """
