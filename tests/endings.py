@@ -1,6 +1,8 @@
-"""The ways a run of an engine ends: for what must end with it, however that is."""
+"""The ways a run of an engine ends, and what must have ended then: for whatever must end with it, however that is."""
 
+import weakref
 from collections.abc import Iterator
+from typing import Any
 
 import anyio
 import pytest
@@ -45,3 +47,12 @@ async def find_no_data(engine: AnyEngine) -> None:
 
     with pytest.raises(DataExhausted):
         await engine.run(nothing)
+
+
+async def is_freed(what: "weakref.ref[Any]") -> bool:
+    """Say whether nothing holds it any more. Event loops and threads let go of what ran last a little later."""
+    for _ in range(1000):
+        if what() is None:
+            return True
+        await anyio.sleep(0.001)
+    return False

@@ -17,6 +17,7 @@ import anyio.from_thread
 import pytest
 from anyio.lowlevel import checkpoint
 from backends import Backend
+from endings import is_freed
 
 from aengine import (
     Engine,
@@ -1522,11 +1523,7 @@ async def test_an_engine_is_freed_by_reference_count_after_its_run(ending: str, 
     gc.disable()
     try:
         engine = await run_and_forget(ending, prefetch, step)
-        for _ in range(100):  # event loops and pools of threads let go of what ran last a little later
-            if engine() is None:
-                break
-            await anyio.sleep(0.001)
-        assert engine() is None
+        assert await is_freed(engine)
     finally:
         gc.enable()
 
