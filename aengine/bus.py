@@ -297,6 +297,14 @@ class Bus(Publisher):
             topic.listen(one, self.count_of(topic))
         return added
 
+    def add_last(self, event: AnyEvent, handler: Callable[..., Any], name: str) -> None:
+        """Add a plain handler that sees what the inline handlers have made, whoever was added first."""
+        for selector in selectors(event):
+            last = InlineHandler(selector, handler, (), {})
+            last.name, last.is_last = name, True
+            topic = self.topic(selector.name)
+            topic.listen(last, self.count_of(topic))
+
     def remove_these(self, handlers: list[InlineHandler]) -> None:
         """Remove what `add_inline` returned."""
         for one in handlers:

@@ -221,7 +221,7 @@ class Event(NamedTuple):
     @property
     def time(self) -> float:
         """Seconds since 1970, to show: by the wall clock as it goes now."""
-        return time.time() - (time.perf_counter() - self.monotonic)  # noqa: TID251 -- the one place that shows a date
+        return date_of(self.monotonic)
 
     def __eq__(self, other: object) -> bool:
         # By identity: comparing the tensors in two events would raise, or take longer than the step that made them.
@@ -235,6 +235,11 @@ class Event(NamedTuple):
             f"Event({self.name}, engine={self.engine!r}, sequence={self.sequence}, epoch={self.epoch},"
             f" iteration={self.iteration})"
         )
+
+
+def date_of(monotonic: float) -> float:
+    """Return the seconds since 1970, by the wall clock as it goes now, of an instant of `time.perf_counter()`."""
+    return time.time() - (time.perf_counter() - monotonic)  # noqa: TID251 -- the one place that shows a date
 
 
 new_event: Callable[[type[Event], tuple[Any, ...]], Event] = tuple.__new__

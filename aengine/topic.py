@@ -74,9 +74,9 @@ class Listener:
 
 
 class InlineHandler(Listener):
-    """A handler that runs between two steps, in order, with the live engine."""
+    """A handler that runs between two steps, in order, with the live engine; or after all that are not `is_last`."""
 
-    __slots__ = ("call", "handler", "is_async", "name", "seconds")
+    __slots__ = ("call", "handler", "is_async", "is_last", "name", "seconds")
 
     def __init__(
         self, selector: Selector, handler: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -86,6 +86,7 @@ class InlineHandler(Listener):
         self.name = name_of(handler)
         self.call = bind(handler, selector.name, args, kwargs)
         self.is_async = is_async_callable(handler)
+        self.is_last = False
         self.seconds = 0.0
 
 
@@ -171,7 +172,7 @@ class Topic:
         listener.rewind(count)
         with self._publisher.lock:
             if isinstance(listener, InlineHandler):
-                self.inline += (listener,)
+                self.inline = tuple(sorted((*self.inline, listener), key=lambda one: one.is_last))
             else:
                 self.outlets += (listener,)
             self._arrange()

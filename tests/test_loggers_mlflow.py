@@ -257,6 +257,21 @@ async def test_a_trainer_that_fails_beside_an_evaluator_that_does_not_has_failed
     assert status_of(sink, uri) == "FAILED"
 
 
+async def test_an_evaluation_after_a_failure_does_not_make_it_good(uri: str) -> None:
+    def fail(engine: AnyEngine, batch: int) -> int:
+        raise Boom
+
+    sink = MLflow(tracking_uri=uri)
+    trainer: AnyEngine = Engine(fail, name="trainer")
+    evaluator: AnyEngine = Engine(lambda engine, batch: batch, name="evaluator")
+    track(trainer, sink, Events.ITERATION_COMPLETED)
+    track(evaluator, sink, Events.COMPLETED)
+    with pytest.raises(Boom):
+        await trainer.run([1])
+    await evaluator.run([1, 2, 3])
+    assert status_of(sink, uri) == "FAILED"
+
+
 # Resuming
 
 

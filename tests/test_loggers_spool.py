@@ -1,5 +1,7 @@
 """The spool: bounded, in order, and nothing unaccounted for, whatever is done to it."""
 
+import math
+
 from hypothesis import given, strategies as st
 
 from aengine.loggers.spool import Spool
@@ -34,6 +36,10 @@ def test_whatever_is_done_all_is_accounted_for_and_in_order(actions: list[str | 
         assert spool.taken == spool.written + spool.dropped + spool.waiting
         assert spool.waiting == len(spool) + len(in_hand)
         assert in_hand == sorted(in_hand)
+        all_waiting = [number for number in range(1, spool.taken + 1) if spool.oldest <= number]
+        assert len(all_waiting) >= spool.waiting
+        assert (spool.oldest == math.inf) == (spool.waiting == 0)
+        assert not in_hand or spool.oldest <= in_hand[0] + 1
     assert len(written) == len(set(written)) == spool.written
 
 

@@ -1,6 +1,7 @@
 """Loggers beside the step: what is written, in which order, and what becomes of it when a sink is slow or down."""
 
 import asyncio
+import itertools
 import json
 import logging
 import socket
@@ -9,9 +10,9 @@ import sys
 import threading
 from collections.abc import Awaitable, Sequence
 from contextlib import ExitStack, closing
+from functools import partial
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, HTTPServer
-from itertools import product
 from typing import Any, TypeAlias
 
 import anyio
@@ -22,7 +23,7 @@ import torch
 from recording import Boom
 
 from aengine import Engine, Events, HandlerTimeout, StopReason
-from aengine.loggers import Record, Tracker, track
+from aengine.loggers import Record, Tracker, track, tracking
 
 AnyEngine: TypeAlias = Engine[Any, Any]
 
@@ -215,6 +216,84 @@ async def test_a_full_spool_drops_the_oldest_iterations_and_keeps_the_epochs(cap
     assert "52 were dropped" in warnings_of(caplog)[1]
 
 
+@pytest.fixture
+def never_at_its_own_pace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have records wait for others, once the sink was called, until something calls for them."""
+    monkeypatch.setattr(tracking, "_PACE", 3600.0)
+
+
+@pytest.mark.usefixtures("never_at_its_own_pace")
+async def test_flush_waits_until_what_was_taken_is_written_and_not_for_others_to_gather() -> None:
+    sink, engine = Memory(), Engine(tenfold)
+    flushed: list[list[int]] = []
+
+    @engine.on(Events.ITERATION_COMPLETED)
+    async def hand_over() -> None:  # before the record of this iteration, which is taken last
+        await engine.flush()
+        flushed.append(list(sink.steps))
+
+    track(engine, sink, Events.ITERATION_COMPLETED)
+    await engine.run(range(50))
+    assert flushed == [list(range(1, number)) for number in range(1, 51)]
+
+
+async def test_flush_ends_though_there_are_always_more_records_than_written() -> None:
+    sink, engine = Memory(), Engine(tenfold)
+    track(engine, sink, Events.ITERATION_COMPLETED, spool=10**6)
+    has_begun = anyio.Event()
+
+    @engine.subscribe(Events.ITERATION_COMPLETED(once=10))
+    async def begin(_: object) -> None:
+        has_begun.set()
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(partial(engine.run, itertools.count(), epoch_length=10**9))
+        await has_begun.wait()
+        with anyio.fail_after(60):
+            await engine.flush()
+        assert sink.steps[:10] == list(range(1, 11))
+        engine.terminate()
+    assert sink.steps == [*range(1, engine.state.iteration + 1)]
+
+
+@pytest.mark.usefixtures("never_at_its_own_pace")
+async def test_many_records_go_to_the_sink_in_one_call() -> None:
+    sink, engine = Memory(), Engine(tenfold)
+    track(engine, sink, Events.ITERATION_COMPLETED, spool=10**6)
+    await engine.run(range(20_000))
+    assert sink.steps == list(range(1, 20_001))
+    assert len(sink.calls) <= 22  # the first, each thousand, the last
+
+
+@pytest.mark.usefixtures("never_at_its_own_pace")
+async def test_a_record_of_an_epoch_waits_for_nothing() -> None:
+    sink, engine = Memory(), Engine(tenfold)
+    tracker = track(engine, sink)
+
+    @engine.on(Events.EPOCH_STARTED)
+    async def until_it_is_there(engine: AnyEngine) -> None:
+        while tracker.statistics().waiting:
+            await anyio.lowlevel.checkpoint()
+
+    await engine.run(range(5), max_epochs=4)
+    assert sink.steps == [1, 2, 3, 4, 5, 5, 6, 7, 8, 9, 10, 10, 11, 12, 13, 14, 15, 15, 16, 17, 18, 19, 20, 20]
+
+
+async def test_only_the_tracker_that_has_something_to_write_is_called() -> None:
+    often, seldom, engine = Memory(), Memory(), Engine(tenfold)
+    track(engine, often, Events.ITERATION_COMPLETED)
+    track(engine, seldom, Events.COMPLETED)
+
+    @engine.on(Events.ITERATION_COMPLETED)
+    async def hand_over() -> None:
+        await engine.flush()
+
+    await engine.run(range(20))
+    of_often, of_seldom = (one.handled for one in engine.statistics().listeners)
+    assert of_often > 10
+    assert of_seldom <= 2  # the record, and the end
+
+
 # Sinks that fail
 
 
@@ -394,7 +473,9 @@ async def test_a_sink_is_not_closed_before_the_last_record_is_written() -> None:
             for _ in range(self.times):
                 await anyio.lowlevel.checkpoint()
 
-    for in_step, before_it in [*product(range(7), range(6))] * 3:  # the tasks meet in one order, and in the other
+    for in_step, before_it in [
+        *itertools.product(range(7), range(6))
+    ] * 3:  # the tasks meet in one order, and in the other
         engine: AnyEngine = Engine(Breathing(in_step))
         engine.add_event_handler(Events.EPOCH_STARTED, Breathing(before_it))
         track(engine, Told(), Events.EPOCH_COMPLETED)

@@ -100,7 +100,7 @@ class MLflow:
         self._names: dict[str, str] = {}  # as they are, and as MLflow allows them
         self._runs = Attendance()
         self._written = Written()
-        self._notes = threading.Lock()  # of who begins and ends, on an event loop, which must not wait for a server
+        self._notes = threading.Lock()  # of who begins and ends: what tells of it must not wait for a server
         self._lock = threading.Lock()  # several engines, each with a thread
 
     @property

@@ -63,9 +63,10 @@ class Closable(Protocol):
 class Witness(Protocol):
     """A sink that also wants to know which runs it is written of, and why each of them ended.
 
-    Both methods only take note: they are plain, are called on the event loop, and must not wait. Of each run that
-    begins, the end is told once, after its last records were written or given up, and before `close`. A run that was
-    interrupted has not ended. Several engines may share the sink, so that their runs overlap.
+    Both methods only take note: they are plain, and must not wait, for they are called where the loop runs, `begin`
+    between two steps and `end` on the event loop. Of each run that begins, the end is told once, after its last records
+    were written or given up, and before `close`. A run that was interrupted has not ended. Several engines may share
+    the sink, so that their runs overlap.
     """
 
     def begin(self, engine: str, time: float, /) -> None:

@@ -6,6 +6,9 @@ from typing import Any
 from aengine.loggers.records import Record
 from aengine.state import StopReason
 
+BAD = frozenset({StopReason.FAILED, StopReason.CANCELLED})
+"""Reasons to call a run one that did not end well."""
+
 _REMEMBERED = 4000
 
 
@@ -13,7 +16,8 @@ class Attendance:
     """Which engines' runs go on, while several share one run of a tracking server.
 
     That one lasts from the first beginning to the last end, and ends as the run did that began first: the trainer's,
-    and not that of an evaluator beside it. For who holds a lock.
+    and not that of an evaluator beside it. Once that has failed, no run of another engine makes it good, though it
+    begins when all have ended: the trainer's last evaluation, perhaps. For who holds a lock.
 
     Attributes:
         began: when the first of them began, in seconds since 1970; None if none has.
@@ -36,7 +40,9 @@ class Attendance:
     def begin(self, engine: str, time: float) -> None:
         """A run begins."""
         if self._going_on == 0:
-            self._first, self.began, self.ended, self.reason = engine, time, None, StopReason.COMPLETED
+            if engine == self._first or self.reason not in BAD:
+                self._first, self.reason = engine, StopReason.COMPLETED
+            self.began, self.ended = time, None
         elif self.began is None or time < self.began:  # it is told of later, by a task of its own
             self._first, self.began = engine, time
         self._going_on += 1

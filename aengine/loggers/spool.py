@@ -1,5 +1,6 @@
 """Spool: what waits to be written, bounded. When it is full the oldest goes first, iterations before all others."""
 
+import math
 from collections import deque
 from typing import Generic, TypeVar
 
@@ -9,7 +10,7 @@ T = TypeVar("T")
 class Spool(Generic[T]):
     """Records on their way to one sink. Always `taken == written + dropped + waiting`.
 
-    For one thread, the event loop's.
+    For who holds a lock.
     """
 
     def __init__(self, size: int) -> None:
@@ -28,6 +29,12 @@ class Spool(Generic[T]):
     def is_passing(self) -> bool:
         """Whether all that waits is of iterations."""
         return not self._lasting and all(is_passing for *_, is_passing in self._in_hand)
+
+    @property
+    def oldest(self) -> float:
+        """The number, from 1 in the order of coming, of the oldest record that waits; infinite if none does."""
+        firsts = [some[0][0] for some in (self._in_hand, self._passing, self._lasting) if some]
+        return min(firsts, default=math.inf)
 
     def __len__(self) -> int:
         return len(self._passing) + len(self._lasting)

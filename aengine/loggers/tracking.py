@@ -1,13 +1,16 @@
 """Tracking: brings the numbers of a run to a sink, beside the step.
 
-Between two steps the numbers are taken down; on the event loop they are put into a spool; from there a task of its own
-writes them, a batch at a time, and has patience with a sink that fails.
+Between two steps the numbers are put into a spool, where the step runs; from there a task of its own writes them, a
+batch at a time, and has patience with a sink that fails. It is called for the first record, and then lets others come
+together: what wakes it for each would have the step's thread and the event loop's take turns at each step.
 """
 
 import logging
 import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from threading import Lock
 from time import perf_counter
 from typing import Any, Literal, TypeAlias, cast
 
@@ -15,7 +18,7 @@ import anyio
 
 from aengine.binding import is_async_callable, is_awaitable, name_of
 from aengine.engine import Engine
-from aengine.events import AnyEvent, Event, EventEnum, Events
+from aengine.events import AnyEvent, Event, EventEnum, Events, FilteredEvent, date_of, selectors
 from aengine.loggers.beside import Beside
 from aengine.loggers.numbers import hold, numbers_of, read
 from aengine.loggers.records import Closable, Record, Sink, Witness, Write
@@ -30,9 +33,9 @@ _logger = logging.getLogger("aengine.loggers")
 _BATCH = 1000
 """Records in one call of a sink, at most."""
 
-_PACE = 0.02
-"""Seconds from one call of a sink to the next, while records of iterations are all that waits: a call takes two changes
-of threads, which the step feels. Not more, for `engine.flush()` may wait for it."""
+_PACE = 0.1
+"""Seconds from one call of a sink to the next, while records of iterations are all that waits, and nobody waits for
+them: a call takes some changes of threads, which the step feels."""
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 60.0
 """Seconds before a sink that failed is tried again: twice as many each time."""
@@ -79,6 +82,7 @@ class Tracker:
 
     def __init__(
         self,
+        engine: AnyEngine,
         sink: Sink | Write,
         values: Callable[[AnyEngine], Mapping[str, Any]],
         step: Callable[[AnyEngine], int] | None,
@@ -93,23 +97,30 @@ class Tracker:
         anything: Any = sink
         self._close_sink = self._call_beside(anything.close) if isinstance(anything, Closable) else None
         self._witness = anything if isinstance(anything, Witness) else None
-        self._has_begun = False  # the run, as far as the sink was told
-        self._ending: tuple[float, StopReason] | None = None  # when and why, until the sink is told
-        self._engine_name = ""
+        self._engine = engine
         self._values = values
         self._step = step
         self._linger = linger
         self._must_raise = must_raise
-        self._spool: Spool[Record] = Spool(spool)
         self._enough = min(_BATCH, spool // 2)  # records to call the sink for at once
-        self._called_at = -math.inf
+        self._lock = Lock()  # for what the step's thread and the event loop's both change, down to the blank line
+        self._spool: Spool[Record] = Spool(spool)
+        self._goal = 0  # the number of the last record that is to be written before the call is answered
+        self._is_called = False  # to write: the call is on its way, or being answered
+        self._is_wanted = False  # and is to be sent
+        self._has_begun = False  # the run, as far as the sink was told
+        self._ending: tuple[float, StopReason] | None = None  # when and why, until the sink is told
+        self._is_ending = False  # the run: there may be more ends of it to come
+        self._must_close = False  # the sink, after the last record
+        self._is_suspended = False  # the run, which may go on without telling
+
+        self._home: Home | None = None  # of the call, while it is answered
         self._hurry: anyio.Event | None = None  # while more records are waited for
+        self._scope: anyio.CancelScope | None = None  # of the call of the sink under way
+        self._deadline: float | None = None  # of the last words, once the run is ending
+        self._called_at = -math.inf  # the sink
         self._failures = 0
         self._busy = 0.0
-        self._is_called = False  # to write: the call waits, or is being answered
-        self._deadline: float | None = None  # of the last words, once the run is ending
-        self._is_suspended = False  # the run, which may go on without telling
-        self._scope: anyio.CancelScope | None = None  # of the call of the sink under way
         self._pause = 0.0  # before the next try; 0 while the sink is well
         self._retry_at = -math.inf
         self._quiet_until = -math.inf
@@ -122,44 +133,75 @@ class Tracker:
             self.name, spool.taken, spool.written, spool.dropped, spool.waiting, self._failures, self._busy
         )
 
-    def attach(self, engine: AnyEngine, event: AnyEvent) -> None:
-        """Listen to an engine, for `track`."""
-        self._engine_name = engine.name
+    def attach(self, event: AnyEvent) -> None:
+        """Listen to the engine, for `track`."""
+        engine = self._engine
+        bus = engine._bus  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
+        bus.add_last(Events.STARTED, self._forget_calls, f"begins for {self.name}")
+        bus.add_last(_BEGINS, self._begin, f"begins for {self.name}")
+        for one in selectors(event):
+            bus.add_last(FilteredEvent(one.name, one.filter), partial(self._take, one.name), f"records for {self.name}")
+        for one in selectors(_ENDS):
+            bus.add_last(one.name, partial(self._end, one.name), f"ends for {self.name}")
         engine.register_events(*TrackerEvents)
+        engine.subscribe(TrackerEvents.RECORDS_WAIT(self._take_call), self._answer, name=self.name)
+        bus.subscribers[-1].inbox.when_awaited = self._make_haste  # just added
 
-        async def accept(event: Event) -> None:
-            if self._deadline is None:  # the task that tells of it may come to that later
-                self._tell_of_begin(event.time)
-            self._accept(event)
-            await call_if(self._spool.waiting > 0 and perf_counter() >= self._retry_at)
+    # Between two steps, where the step runs
 
-        async def turn(event: Event) -> None:
-            await records.settled(event.sequence, Home())  # what was before it is in the spool then
-            self._turn(event)
-            await call_if(self._deadline is not None)
+    def _forget_calls(self, _: AnyEngine) -> None:
+        self._is_called = self._must_close = False  # of a run whose subscribers were given up
 
-        async def call_if(is_due: bool) -> None:  # noqa: FBT001 -- read as a sentence
-            if is_due and not self._is_called:
-                self._is_called = True
-                await engine.emit(TrackerEvents.RECORDS_WAIT)
+    def _begin(self, _: AnyEngine) -> None:
+        with self._lock:
+            self._is_ending, self._deadline = False, None
+            self._tell_of_begin(date_of(perf_counter()))
 
-        engine.subscribe(event, accept, snapshot=self._take, name=f"records for {self.name}")
-        records = engine._bus.subscribers[-1].inbox  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]  # just added
-        engine.subscribe(_BEGINS | _ENDS, turn, snapshot=_why_it_ends, name=f"ends for {self.name}")
-        engine.subscribe(TrackerEvents.RECORDS_WAIT, self._answer, name=self.name)
-
-    def _take(self, engine: AnyEngine) -> tuple[int, dict[str, Any]]:
-        """Between two steps, where the step runs."""
+    def _take(self, event: str, engine: AnyEngine, *_: object) -> None:
+        time = date_of(perf_counter())
         step = engine.state.iteration if self._step is None else self._step(engine)
-        return step, hold(self._values(engine))
+        record = Record(step, engine.state.epoch, time, event, engine.name, hold(self._values(engine)))
+        with self._lock:
+            if not self._is_ending:  # a run that goes on after an interruption may not tell
+                self._tell_of_begin(time)
+            self._spool.put(record, is_passing=event in _PASSING)
+            if self._is_called:
+                self._hurry_if_due()
+            else:
+                self._is_called = self._is_wanted = perf_counter() >= self._retry_at
+        self._tell_of_drops()
+        self._call_if_wanted()
 
-    def _accept(self, event: Event) -> None:
-        step, values = event.snapshot
-        record = Record(step, event.epoch, event.time, event.name, event.engine, values)
-        is_passing = event.name in _PASSING
-        self._spool.put(record, is_passing=is_passing)
-        if self._hurry is not None and (not is_passing or self._spool.waiting >= self._enough):
-            self._hurry.set()
+    def _end(self, event: str, engine: AnyEngine, *_: object) -> None:
+        reason = engine.state.stop_reason  # None at an event before the last, and where the run is only interrupted
+        if engine._control.skips_completed:  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]  # so this is the last
+            reason = reason or StopReason.TERMINATED
+        with self._lock:
+            if reason is not None:
+                self._ending = date_of(perf_counter()), reason
+            self._is_suspended = event == Events.INTERRUPT.name
+            self._is_ending = self._must_close = True
+            if self._home is not None:
+                self._home.call(self._limit_time)
+            if not self._is_called:
+                self._is_called = self._is_wanted = True
+        self._call_if_wanted()
+
+    def _call_if_wanted(self) -> None:
+        if self._is_wanted:
+            self._engine.fire_event(TrackerEvents.RECORDS_WAIT)
+
+    def _take_call(self, _: AnyEngine, __: int) -> bool:
+        """Say whether the event that is fired is for this tracker of the engine's."""
+        with self._lock:
+            is_wanted, self._is_wanted = self._is_wanted, False
+            return is_wanted
+
+    def _hurry_if_due(self) -> None:
+        if self._hurry is not None and self._home is not None and not self._may_gather():
+            self._home.call(self._hurry.set)
+
+    def _tell_of_drops(self) -> None:
         if self._spool.dropped and not self._has_told_of_drops:
             self._has_told_of_drops = True
             _logger.warning(
@@ -168,66 +210,85 @@ class Tracker:
                 self.name,
             )
 
-    def _turn(self, event: Event) -> None:
-        self._is_suspended = event.name == Events.INTERRUPT.name
-        if event.name in {one.name for one in _BEGINS}:
-            self._deadline = None
-            self._tell_of_begin(event.time)
-            return
-        if event.snapshot is not None:
-            self._ending = event.time, event.snapshot
-        self._deadline = anyio.current_time() + self._linger
-        if self._hurry is not None:
-            self._hurry.set()
-        if self._scope is not None:
-            self._scope.deadline = self._deadline
-
     def _tell_of_begin(self, time: float) -> None:
         if self._witness is not None and not self._has_begun:
             self._has_begun = True
-            self._witness.begin(self._engine_name, time)
+            self._witness.begin(self._engine.name, time)
 
-    def _tell_of_end(self) -> None:
-        ending, self._ending = self._ending, None
-        if self._witness is not None and ending is not None:
-            time, reason = ending
-            self._tell_of_begin(time)  # again, where a run fails after it was COMPLETED
-            self._has_begun = False
-            self._witness.end(self._engine_name, time, reason)
-
-    # Writing
+    # Beside the step
 
     async def _answer(self, _: Event) -> None:
         """Write what waits. Where the sink fails, leave it to the first record after a pause, or to the run's end."""
-        if not self._is_called:  # it was for another tracker of the engine
-            return
+        self._home = Home()
         try:
+            self._limit_time()
             await self._gather()
-            while batch := self._spool.take(_BATCH):
-                if not await self._deliver(batch):
-                    break
+            while (batch := self._next_batch()) and await self._deliver(batch):
+                pass
+            if self._may_close():
+                await self._close()
+                self._beside.leave()
         except BaseException:
+            self._is_called = False
             self._beside.leave()
             raise
         finally:
-            self._spool.put_back()  # what is in hand after a failure
-            self._is_called = False
-        if self._deadline is not None:
-            try:
-                await self._close()
-            finally:
-                self._beside.leave()
-            if self._is_suspended:
-                self._deadline = None
+            self._home = None
+            with self._lock:
+                self._spool.put_back()  # what is in hand after a failure
+        if self._has_more_to_do():
+            await self._engine.emit(TrackerEvents.RECORDS_WAIT)
+
+    def _make_haste(self) -> None:
+        """Somebody waits for the answer."""
+        with self._lock:
+            self._goal = self._spool.taken
+            self._hurry_if_due()
+
+    def _limit_time(self) -> None:
+        if self._is_ending and self._deadline is None:
+            self._deadline = anyio.current_time() + self._linger
+            if self._scope is not None:
+                self._scope.deadline = self._deadline
+            if self._hurry is not None:
+                self._hurry.set()
+
+    def _next_batch(self) -> list[Record]:
+        with self._lock:
+            return self._spool.take(_BATCH) if self._is_ending or self._spool.oldest <= self._goal else []
+
+    def _may_close(self) -> bool:
+        with self._lock:
+            is_late = self._deadline is not None and anyio.current_time() >= self._deadline
+            if not self._must_close or (self._spool.waiting and not is_late):
+                return False
+            self._must_close = False
+            return True
+
+    def _has_more_to_do(self) -> bool:
+        with self._lock:
+            if self._is_suspended and not self._must_close:
+                self._is_ending, self._is_suspended, self._deadline = False, False, None
+            has_records = self._spool.waiting > 0 and perf_counter() >= self._retry_at
+            self._is_called = self._is_wanted = self._must_close or has_records
+            return self._is_wanted
 
     async def _gather(self) -> None:
         """Let records of iterations come together, if the sink was called just now."""
         rest = self._called_at + _PACE - perf_counter()
-        if rest > 0 and self._deadline is None and self._spool.is_passing and self._spool.waiting < self._enough:
-            self._hurry = anyio.Event()
+        with self._lock:
+            if rest > 0 and self._may_gather():
+                self._hurry = anyio.Event()
+        if self._hurry is not None:
             with anyio.move_on_after(rest):
                 await self._hurry.wait()
             self._hurry = None
+        self._goal = self._spool.taken
+
+    def _may_gather(self) -> bool:
+        spool = self._spool
+        nobody_waits = self._goal < spool.oldest and not self._is_ending
+        return nobody_waits and spool.is_passing and spool.waiting < self._enough
 
     def _writer(self, write: Write) -> Callable[[Sequence[Record]], Awaitable[None]]:
         """Return what first reads the numbers that are still on a device: in a thread, too, for that may take long."""
@@ -263,7 +324,8 @@ class Tracker:
             if left <= 0:
                 return False
             await anyio.sleep(min(self._pause, left))
-        self._spool.done()
+        with self._lock:
+            self._spool.done()
         if self._pause:
             self._pause, self._retry_at = 0.0, -math.inf
             _logger.info("%s works again, and gets what has been waiting", self.name)
@@ -305,10 +367,19 @@ class Tracker:
             )  # fmt: skip
         self._tell_of_end()
         if self._close_sink is not None:
-            assert self._deadline is not None, "it is ending"  # noqa: S101
-            deadline = max(self._deadline, anyio.current_time() + 1)  # a moment, even where all else took too long
+            moment = anyio.current_time() + 1  # even where all else took too long
+            deadline = moment if self._deadline is None else max(self._deadline, moment)
             if error := await self._call(self._close_sink, deadline):
                 self._meet(error)
+
+    def _tell_of_end(self) -> None:
+        with self._lock:
+            ending, self._ending = self._ending, None
+            if self._witness is not None and ending is not None:
+                time, reason = ending
+                self._tell_of_begin(time)  # again, where a run fails after it was COMPLETED
+                self._has_begun = False
+                self._witness.end(self._engine.name, time, reason)
 
 
 def track(
@@ -326,8 +397,9 @@ def track(
 
         track(trainer, JSONLines("log.jsonl"), Events.ITERATION_COMPLETED(every=10) | Events.EPOCH_COMPLETED)
 
-    What waits at the end of a run, however it ends, is written before `run()` returns. `engine.flush()` waits
-    for the call of the sink that is under way, and for no more: a sink that is down would hold up the loop.
+    What waits at the end of a run, however it ends, is written before `run()` returns; what was taken before an
+    `engine.flush()`, before that does, unless the sink fails: one that is down would hold up who waits. Else records of
+    iterations may wait a tenth of a second for others, and come to the sink together.
 
     Args:
         engine: whose numbers.
@@ -354,16 +426,9 @@ def track(
         raise ValueError(f"spool= is the number of records that may wait, at least 1, got {spool!r}")
     if on_error not in ("warn", "raise"):
         raise ValueError(f'on_error= is "warn" or "raise", got {on_error!r}')
-    tracker = Tracker(sink, values, step, spool, linger, must_raise=on_error == "raise")
-    tracker.attach(engine, event)
+    tracker = Tracker(engine, sink, values, step, spool, linger, must_raise=on_error == "raise")
+    tracker.attach(event)
     return tracker
-
-
-def _why_it_ends(engine: AnyEngine) -> StopReason | None:
-    """Return the reason, at the last event of a run; None at an earlier one, and where the run is only interrupted."""
-    if engine._control.skips_completed:  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]  # TERMINATE is the last
-        return engine.state.stop_reason or StopReason.TERMINATED
-    return engine.state.stop_reason
 
 
 def _read_all(batch: Sequence[Record]) -> list[Record]:

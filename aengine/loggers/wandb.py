@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from aengine.loggers.reach import look_for
 from aengine.loggers.records import Record
-from aengine.loggers.runs import Attendance, Written
+from aengine.loggers.runs import BAD, Attendance, Written
 from aengine.state import StopReason
 
 try:
@@ -97,7 +97,7 @@ class WandB:
         self._must_end = False  # a run that has ended, of which W&B knows nothing yet
         self._runs = Attendance()
         self._written = Written()
-        self._notes = threading.Lock()  # of who begins and ends, on an event loop, which must not wait for a server
+        self._notes = threading.Lock()  # of who begins and ends: what tells of it must not wait for a server
         self._lock = threading.Lock()  # several engines, each with a thread
 
     @property
@@ -145,7 +145,7 @@ class WandB:
             self._open()
             run: Any = self._run
             self._run, self._must_end = None, False
-            run.finish(exit_code=_FAILED if reason in (StopReason.FAILED, StopReason.CANCELLED) else 0)
+            run.finish(exit_code=_FAILED if reason in BAD else 0)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed training needs to go on in the same W&B run."""
