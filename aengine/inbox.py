@@ -9,8 +9,6 @@ from collections.abc import Callable, Generator, Iterator
 from enum import Enum
 from typing import Any
 
-from anyio.lowlevel import checkpoint
-
 from aengine.errors import InboxOverflow
 from aengine.events import Event
 from aengine.worker import Bell, Home
@@ -40,9 +38,8 @@ class Inbox:
     """
 
     __slots__ = (
-        "_bell", "_capacity", "_limit", "_lock", "_overflow", "_put_at_limit", "_rooms", "_settled", "_waiting",
-        "accepted", "closed", "discarded", "dropped", "handled", "in_hand", "name", "reader_waits_for",
-        "when_awaited",
+        "_at_limit", "_capacity", "_lock", "_overflow", "_rooms", "_settled", "accepted", "bell", "closed", "discarded",
+        "dropped", "handled", "in_hand", "limit", "name", "reader_waits_for", "waiting", "when_awaited",
     )  # fmt: skip
 
     def __init__(self, name: str, capacity: int, overflow: Overflow, lock: Any) -> None:
@@ -54,21 +51,21 @@ class Inbox:
         self._capacity = capacity
         self._overflow = overflow
         self._lock = lock  # the bus's own, so that all its inboxes see events in one order
-        self._waiting: deque[Event] = deque()
-        self._bell: Bell | None = None
+        self.waiting: deque[Event] = deque()
+        self.bell: Bell | None = None
         self._rooms: list[Bell] = []
+        self._at_limit: Callable[[Inbox, Event], bool]
         self._settled: list[tuple[int, Bell]] = []
-        self._put_at_limit: Callable[[Inbox, Event], bool]
         self.reopen_nowait()
 
     def __len__(self) -> int:
-        return len(self._waiting)
+        return len(self.waiting)
 
     def account(self) -> tuple[int, int, int, int, int]:
         """Return what was accepted, handled, dropped and discarded, and what waits, all of one instant."""
         with self._lock:  # keeps who emits away; the reader is noticed
             while True:
-                handled, depth = self.handled, len(self._waiting)
+                handled, depth = self.handled, len(self.waiting)
                 if handled == self.handled:
                     return self.accepted, handled, self.dropped, self.discarded, depth
 
@@ -79,16 +76,21 @@ class Inbox:
             InboxOverflow: the inbox is full and its policy is ERROR. The event is counted as dropped.
         """
         self.accepted += 1
-        waiting = self._waiting
-        if len(waiting) >= self._limit:
-            return self._put_at_limit(self, event)
+        waiting = self.waiting
+        if len(waiting) >= self.limit:
+            return self.put_at_limit(event)
         waiting.append(event)
-        if self._bell is not None:
-            self._call_reader()
+        if self.bell is not None:
+            self.call_reader()
         return True
 
-    def _call_reader(self) -> None:
-        bell = self._bell  # which only the reader hangs up and takes down: he may be doing so right now
+    def put_at_limit(self, event: Event) -> bool:
+        """Do what is to be done with an event that is over the limit, as `put_nowait`."""
+        return self._at_limit(self, event)
+
+    def call_reader(self) -> None:
+        """Wake the reader, if he waits."""
+        bell = self.bell  # which only the reader hangs up and takes down: he may be doing so right now
         if bell is not None and not bell.is_called:
             bell.is_called = True
             bell.ring()
@@ -110,8 +112,8 @@ class Inbox:
         return True
 
     def _wait(self, event: Event) -> bool:
-        self._waiting.append(event)
-        self._call_reader()
+        self.waiting.append(event)
+        self.call_reader()
         return False
 
     def _drop_new(self, _: Event) -> bool:
@@ -127,14 +129,14 @@ class Inbox:
 
     def _drop_oldest(self, event: Event) -> bool:
         try:  # suppress() costs as much as all the rest, here and below
-            self._waiting.popleft()
+            self.waiting.popleft()
             self.dropped += 1
         except IndexError:  # the reader was faster
             pass
         return self._take_the_place(event)
 
     def _keep_latest(self, event: Event) -> bool:
-        waiting = self._waiting
+        waiting = self.waiting
         try:
             if waiting and waiting[-1].name == event.name:  # as it is wherever one event alone is listened to
                 waiting.pop()
@@ -149,9 +151,9 @@ class Inbox:
     def _take_the_place(self, event: Event) -> bool:
         if self._settled:
             self._settle()
-        self._waiting.append(event)
-        if self._bell is not None:
-            self._call_reader()
+        self.waiting.append(event)
+        if self.bell is not None:
+            self.call_reader()
         return True
 
     def take_nowait(self) -> Event | None:
@@ -160,7 +162,7 @@ class Inbox:
 
     def taken(self) -> Iterator[Event]:
         """Take one event after another, until none waits. The one before is thereby handled, each time."""
-        waiting, capacity = self._waiting, self._capacity
+        waiting, capacity = self.waiting, self._capacity
         if self.in_hand is not None:
             self.done_nowait()
         while True:
@@ -187,44 +189,45 @@ class Inbox:
         """Accept no more. What waits can still be taken, unless it is discarded."""
         with self._lock:
             self.closed = True
-            self._limit, self._put_at_limit = 0, Inbox._discard
+            self.limit = 0
+            self._at_limit = Inbox._discard
             if discard:
-                self.discarded += len(self._waiting) + (self.in_hand is not None)
-                self._waiting.clear()
+                self.discarded += len(self.waiting) + (self.in_hand is not None)
+                self.waiting.clear()
                 self.in_hand = None
                 self._settle()
-            if self._bell is not None:
-                self._bell.ring()
+            if self.bell is not None:
+                self.bell.ring()
             self._ring(self._rooms)
 
     def reopen_nowait(self) -> None:
         """Accept again: another run begins."""
         self.closed = False
         # At so many waiting events one more is no plain matter: it looks for its like, or is one too many, or too late.
-        self._limit = 0 if self._overflow is Overflow.LATEST else self._capacity
-        self._put_at_limit = self._policy(self._overflow)
+        self.limit = 0 if self._overflow is Overflow.LATEST else self._capacity
+        self._at_limit = self._policy(self._overflow)
 
     async def arrival(self, home: Home) -> None:
         """Wait until an event waits or the inbox is closed. For its one reader."""
         # Most often it is there after one turn of the event loop, which costs a tenth of hanging up a bell.
-        await checkpoint()
-        if self._waiting or self.closed:
+        await home.turn()
+        if self.waiting or self.closed:
             return
-        bell = self._bell = Bell(home)
+        bell = self.bell = Bell(home)
         try:
-            if not self._waiting and not self.closed:
+            if not self.waiting and not self.closed:
                 await bell.wait()
         finally:
-            self._bell = None
+            self.bell = None
 
     async def room(self, home: Home, is_given_up: Callable[[], bool] = lambda: False) -> None:
         """Wait until an event put now would not have to wait, the inbox is closed, or the wait is given up."""
 
         def must_wait() -> bool:
-            return len(self._waiting) > self._capacity and not self.closed and not is_given_up()
+            return len(self.waiting) > self._capacity and not self.closed and not is_given_up()
 
         if must_wait():
-            await checkpoint()
+            await home.turn()
         while must_wait():
             bell = Bell(home)
             self._rooms.append(bell)
@@ -247,13 +250,13 @@ class Inbox:
     @property
     def is_idle(self) -> bool:
         """Whether nothing waits and nothing is in hand."""
-        return not self._waiting and self.in_hand is None
+        return not self.waiting and self.in_hand is None
 
     @property
     def _oldest(self) -> float:
         if self.in_hand is not None:
             return self.in_hand.sequence
-        return self._waiting[0].sequence if self._waiting else float("inf")
+        return self.waiting[0].sequence if self.waiting else float("inf")
 
     def _settle(self) -> None:
         if self._settled:

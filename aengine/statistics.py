@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from time import perf_counter
 
-PERIOD = 500e-6
+PERIOD = 2e-3
 """Seconds between two timed iterations, if iterations are shorter: timing one costs 1 µs, and 5 µs if the step has
 filled the processor's caches."""
 
@@ -47,7 +47,7 @@ class EngineStatistics:
     """Where the time went since the run began; of a run that has ended, the whole of it.
 
     The times are those the loop itself spent, so they add up to `total`, but for what the loop costs and the
-    error of sampling: of iterations shorter than 500 µs one is timed about every 500 µs, and stands for the others.
+    error of sampling: of iterations shorter than 2 ms one is timed about every 2 ms, and stands for the others.
 
     Attributes:
         name: the engine's name.

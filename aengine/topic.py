@@ -377,7 +377,7 @@ class Topic:
             InboxOverflow: an inbox with that policy is full. All others have got the event.
         """
         publisher, state, full, overflow = self._publisher, engine.state, None, None
-        publisher.last_event_name = self.name
+        publisher.last_event_name = name = self.name
         metrics = state.metrics
         lock = publisher.lock
         lock.acquire()  # so that every inbox gets events in the order of their sequence numbers
@@ -386,7 +386,7 @@ class Topic:
             event = new_event(
                 Event,
                 (
-                    self.name,
+                    name,
                     publisher.name,
                     sequence,
                     state.iteration,
@@ -402,8 +402,15 @@ class Topic:
             for inbox in self._quick[2] if inboxes is None else inboxes:
                 if snapshots is not None:
                     event = new_event(Event, (*event[:-1], snapshots[inbox]))
+                inbox.accepted += 1
+                waiting = inbox.waiting
+                if len(waiting) < inbox.limit:  # `put_nowait`, but for a call that would cost a tenth of all this
+                    waiting.append(event)
+                    if inbox.bell is not None:
+                        inbox.call_reader()
+                    continue
                 try:
-                    if not inbox.put_nowait(event):
+                    if not inbox.put_at_limit(event):
                         full = [inbox] if full is None else [*full, inbox]
                 except InboxOverflow as error:
                     overflow = error

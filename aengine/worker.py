@@ -23,13 +23,17 @@ from anyio.lowlevel import RunVar, current_token
 class Home:
     """An event loop and its thread, as seen from any thread."""
 
-    __slots__ = ("_context", "_is_asyncio", "_native", "_post", "thread")
+    __slots__ = ("_context", "_is_asyncio", "_native", "_post", "thread", "turn")
 
     def __init__(self) -> None:
         native: Any = current_token().native_token
         self._native = native
         self._is_asyncio = hasattr(native, "call_soon_threadsafe")
         self._post: Callable[..., object] = native.call_soon_threadsafe if self._is_asyncio else native.run_sync_soon
+        # What anyio's checkpoint() comes to, but for finding out each time which event loop this is: a fifth of a turn.
+        self.turn: Callable[[], Awaitable[None]] = (
+            partial(sys.modules["asyncio"].sleep, 0) if self._is_asyncio else sys.modules["trio"].lowlevel.checkpoint
+        )
         self._context = copy_context()  # of here: a callback has the context of its poster, where no event loop runs
         self.thread = threading.get_ident()
 
@@ -55,6 +59,13 @@ class Home:
             self._post(partial(self._context.copy().run, function))
         except RuntimeError:  # that event loop has ended (trio's RunFinishedError is one too): nobody listens there
             return
+
+    def call_soon(self, function: Callable[[], object]) -> None:
+        """Call `function` in the next turn of the event loop. At home, where it takes a tenth of what `post` does."""
+        if self._is_asyncio:
+            self._native.call_soon(function, context=self._context)
+        else:
+            self._post(function)
 
     def start(
         self,
@@ -145,7 +156,7 @@ class Turns:
     def _look(self) -> int:
         if not self._is_counting:
             self._is_counting = True
-            self._home.post(self._pass)
+            self._home.call_soon(self._pass)
         return self._passed
 
     def _pass(self) -> None:
