@@ -20,6 +20,7 @@ class Consumers:
         self._home = home
         self._grace = grace
         self._ends: dict[Subscriber, Bell] = {}
+        self._have_ended = False
 
     def start(self, subscriber: Subscriber, group: "TaskGroup", fail: Fail) -> None:
         """Have a subscriber handle what it is sent, from now to the end of the run. Errors go to `fail`."""
@@ -45,8 +46,14 @@ class Consumers:
 
     async def flush(self) -> None:
         """Wait until every event published so far is handled. Cancellable."""
+        if self._have_ended:  # what is emitted now waits for the next run
+            return
+        awaited = {*self._ends, *self._bus.subscribers}  # those that were removed have work left, too
+        for subscriber in awaited:  # all of them now: when one has been waited for, another may have gone on to more
+            if subscriber.inbox.when_awaited is not None:
+                subscriber.inbox.when_awaited()
         sequence, home = self._bus.sequence, Home()
-        for subscriber in {*self._ends, *self._bus.subscribers}:  # those that were removed have work left, too
+        for subscriber in awaited:
             await subscriber.inbox.settled(sequence, home)
 
     async def finish(self, deadline: float) -> None:
@@ -55,10 +62,11 @@ class Consumers:
         Raises:
             HandlerTimeout: some were not done at the deadline. They have been cancelled; it says what was lost.
         """
-        with anyio.CancelScope(deadline=deadline):
+        with anyio.CancelScope(deadline=deadline) as scope:
+            await self.flush()
             while self._late:
                 await self.flush()
-        if late := self._late:
+        if scope.cancelled_caught and (late := self._late):  # else something came after the last look
             raise self._bus.give_up(late, self._grace)
 
     @property
@@ -70,3 +78,4 @@ class Consumers:
         for subscriber, end in dict(self._ends).items():
             subscriber.inbox.close_nowait()
             await end.wait()
+        self._have_ended = True

@@ -47,7 +47,7 @@ class Inbox:
         self.accepted = self.handled = self.dropped = self.discarded = 0
         self.in_hand: Event | None = None
         self.reader_waits_for: list[Inbox] = []  # where this inbox's reader waits for room, to see a circle
-        self.when_awaited: Callable[[], object] | None = None  # called when somebody waits for all to be handled
+        self.when_awaited: Callable[[], object] | None = None  # called when somebody is to wait for all to be handled
         self._capacity = capacity
         self._overflow = overflow
         self._lock = lock  # the bus's own, so that all its inboxes see events in one order
@@ -241,8 +241,6 @@ class Inbox:
     async def settled(self, sequence: int, home: Home) -> None:
         """Wait until every event up to this sequence number is handled, dropped or discarded. At the reader's home."""
         if self._oldest <= sequence:
-            if self.when_awaited is not None:
-                self.when_awaited()
             bell = Bell(home)
             self._settled.append((sequence, bell))
             await bell.wait()

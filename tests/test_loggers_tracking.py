@@ -22,8 +22,9 @@ import pytest
 import torch
 from recording import Boom
 
-from aengine import Engine, Events, HandlerTimeout, StopReason
+from aengine import DataExhausted, Engine, Events, HandlerTimeout, StopReason
 from aengine.loggers import Record, Tracker, track, tracking
+from aengine.worker import Home
 
 AnyEngine: TypeAlias = Engine[Any, Any]
 
@@ -173,6 +174,8 @@ def test_what_cannot_work_is_refused_at_once() -> None:
         track(engine, "log.jsonl")  # type: ignore[arg-type]  # as somebody might
     with pytest.raises(ValueError, match="spool="):
         track(engine, Memory(), spool=0)
+    with pytest.raises(ValueError, match="no event 'ITERATION_COMPLETE'"):
+        track(engine, Memory(), "ITERATION_COMPLETE")
     with pytest.raises(ValueError, match="on_error="):
         track(engine, Memory(), on_error="ignore")  # type: ignore[arg-type]  # likewise
 
@@ -254,6 +257,97 @@ async def test_flush_ends_though_there_are_always_more_records_than_written() ->
         assert sink.steps[:10] == list(range(1, 11))
         engine.terminate()
     assert sink.steps == [*range(1, engine.state.iteration + 1)]
+
+
+@pytest.mark.usefixtures("never_at_its_own_pace")
+async def test_flush_waits_for_what_was_taken_though_others_are_waited_for_first() -> None:
+    for _ in range(10):  # who is waited for first is left to chance
+        has_begun, go_on, engine = anyio.Event(), anyio.Event(), Engine(tenfold)
+        steps: list[int] = []
+
+        async def write(
+            records: Sequence[Record],
+            has_begun: anyio.Event = has_begun,
+            go_on: anyio.Event = go_on,
+            steps: list[int] = steps,
+        ) -> None:
+            has_begun.set()
+            await go_on.wait()
+            steps.extend(record.step for record in records)
+
+        @engine.subscribe(Events.ITERATION_COMPLETED(once=1))
+        async def take_longer(_: object, go_on: anyio.Event = go_on) -> None:
+            await go_on.wait()
+            for _ in range(10):
+                await anyio.lowlevel.checkpoint()
+
+        @engine.on(Events.ITERATION_STARTED(once=5))
+        async def hand_over(
+            engine: AnyEngine,
+            has_begun: anyio.Event = has_begun,
+            go_on: anyio.Event = go_on,
+            steps: list[int] = steps,
+        ) -> None:
+            await has_begun.wait()
+            async with anyio.create_task_group() as group:
+                group.start_soon(engine.flush)
+                for _ in range(10):
+                    await anyio.lowlevel.checkpoint()
+                go_on.set()
+            assert steps == [1, 2, 3, 4]
+
+        track(engine, write, Events.ITERATION_COMPLETED)
+        await engine.run(range(6))
+
+
+async def test_what_became_of_the_records_adds_up_whoever_asks() -> None:
+    engine = Engine(tenfold)
+    tracker = track(engine, Memory(), Events.ITERATION_COMPLETED)
+    accounts: list[tuple[int, int, int, int]] = []
+
+    def look() -> None:
+        while engine.is_running:
+            accounts.append(account(tracker))
+
+    watcher = threading.Thread(target=look)
+    engine.add_event_handler(Events.STARTED, watcher.start)
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        await engine.run(range(10_000))
+    finally:
+        sys.setswitchinterval(before)
+    watcher.join()
+    assert [one for one in accounts if one[0] != sum(one[1:])] == []
+
+
+async def test_the_step_may_find_that_a_record_is_due_while_the_event_loop_stops_waiting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = Engine(tenfold)
+    tracker = track(engine, Memory(), Events.ITERATION_COMPLETED)
+    hurry = anyio.Event()
+    tracker._hurry, tracker._home = hurry, Home()
+
+    def stop_waiting() -> bool:
+        tracker._hurry = None  # as the event loop does, on its thread
+        return False
+
+    monkeypatch.setattr(tracker, "_may_gather", stop_waiting)
+    tracker._hurry_if_due()
+    assert hurry.is_set()
+
+
+def test_a_signal_handler_may_fire_an_event_while_a_record_is_taken() -> None:
+    sink, engine = Memory(), Engine(tenfold, thread=False)
+    engine.register_events("signal")
+    tracker = track(engine, sink, Events.ITERATION_COMPLETED | "signal")
+    with tracker._lock:  # held by the thread in which the handler runs
+        assert tracker._lock.acquire(blocking=False)
+        tracker._lock.release()
+        engine.fire_event("signal")
+    engine.run_sync([1])
+    assert sorted(record.event for record in sink.records) == ["ITERATION_COMPLETED", "signal"]
 
 
 @pytest.mark.usefixtures("never_at_its_own_pace")
@@ -599,6 +693,67 @@ async def test_a_run_that_is_interrupted_goes_on_writing() -> None:
     assert sink.closed >= 2
 
 
+async def test_a_record_of_the_last_event_is_written_though_the_time_of_an_event_before_is_over() -> None:
+    sink, engine = Memory(), Engine(tenfold)
+    tracker = track(engine, sink, Events.COMPLETED, linger=0.2)
+    engine.add_event_handler(Events.ITERATION_COMPLETED(once=1), engine.terminate)
+
+    @engine.on(Events.COMPLETED)
+    async def take_longer() -> None:
+        await anyio.sleep(0.3)
+
+    await engine.run([1, 2])
+    assert sink.steps == [1]
+    assert tracker.statistics().failures == 0
+
+
+@pytest.mark.parametrize("moment", ["between runs", "at the start"])
+async def test_an_event_before_the_next_run_has_begun_has_nothing_of_the_end_of_the_last(moment: str) -> None:
+    sink, engine = Witnessed(), Engine(tenfold, name="trainer")
+    engine.register_events("mine")
+    tracker = track(engine, sink, "mine", linger=0.0, on_error="raise")
+    await engine.run([1])
+    await anyio.sleep(0.01)
+    engine.state.max_epochs = None
+    sink.told.clear()
+    if moment == "between runs":
+        await engine.emit("mine")
+    else:
+
+        @engine.on(Events.STARTED)
+        async def emit_and_wait(engine: AnyEngine) -> None:
+            await engine.emit("mine")
+            await engine.flush()
+
+    @engine.on(Events.ITERATION_COMPLETED)
+    async def hand_over(engine: AnyEngine) -> None:
+        await engine.flush()
+
+    await engine.run([1])
+    assert sink.told == ["trainer begins", "mine", "trainer completed", "close"]
+    assert account(tracker) == (1, 1, 0, 0)
+
+
+async def test_an_event_while_an_interrupted_run_ends_does_not_keep_later_records_from_being_written() -> None:
+    sink, engine = Memory(), Engine(tenfold)
+    engine.register_events("mine")
+    tracker = track(engine, sink, Events.EPOCH_COMPLETED | "mine")
+    engine.subscribe(Events.STARTED, Memory().write)  # type: ignore[arg-type]  # another task to be ended
+    engine.add_event_handler(Events.ITERATION_COMPLETED(once=1), engine.interrupt)
+
+    async def emit_late() -> None:
+        while not tracker._inbox.closed:
+            await anyio.lowlevel.checkpoint()
+        await engine.emit("mine")
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(emit_late)
+        await engine.run([1, 2])
+    await engine.run()
+    assert [record.event for record in sink.records] == ["mine", "EPOCH_COMPLETED"]
+    assert account(tracker) == (2, 2, 0, 0)
+
+
 async def test_two_trackers_of_one_engine_get_everything() -> None:
     one, other, engine = Memory(), Memory(), Engine(tenfold)
     one.fails = 1
@@ -705,3 +860,59 @@ async def test_a_run_that_is_interrupted_has_not_ended_for_a_witness() -> None:
     assert sink.told == ["trainer begins", "close"]
     await engine.run()
     assert sink.told == ["trainer begins", "close", "EPOCH_COMPLETED", "trainer completed", "close"]
+
+
+@pytest.mark.parametrize(
+    "event", [Events.ITERATION_COMPLETED(every=10, at_end=True), Events.COMPLETED(every=2, at_end=True)]
+)
+@pytest.mark.parametrize("skip", [False, True])
+async def test_a_record_that_comes_at_the_very_end_is_written_before_the_end_is_told(event: Any, *, skip: bool) -> None:
+    sink, engine = Witnessed(), Engine(tenfold, name="trainer")
+    track(engine, sink, event)
+    if skip:
+        engine.add_event_handler(Events.ITERATION_COMPLETED(once=3), engine.terminate, skip_completed=True)
+    await engine.run(range(5))
+    last = [] if skip and event == Events.COMPLETED else [event.name]
+    reason = "terminated" if skip else "completed"
+    assert sink.told == ["trainer begins", *last, f"trainer {reason}", "close"]
+
+
+async def test_a_record_after_the_end_was_told_is_of_a_run_that_is_told_of_again() -> None:
+    sink, engine = Witnessed(), Engine(tenfold, name="trainer")
+    engine.register_events("mine")
+    track(engine, sink, "mine")
+
+    @engine.subscribe(Events.COMPLETED)
+    async def emit_late(_: object) -> None:
+        while "close" not in sink.told:
+            await anyio.lowlevel.checkpoint()
+        await engine.emit("mine")
+
+    await engine.run([1])
+    once = ["trainer begins", "trainer completed", "close"]
+    assert sink.told == [*once, "trainer begins", "mine", *once[1:]]
+
+
+async def test_the_end_of_a_run_whose_sink_was_given_up_is_not_told_of_the_next() -> None:
+    class Hanging(Witnessed):
+        async def write(self, records: Sequence[Record]) -> None:  # type: ignore[override]
+            if engine.state.max_epochs == 1:
+                await anyio.sleep_forever()
+            super().write(records)
+
+    sink, engine = Hanging(), Engine(tenfold, name="trainer", grace=0.05)
+    track(engine, sink, Events.EPOCH_COMPLETED)
+    with pytest.raises(HandlerTimeout):
+        await engine.run([1])
+    assert sink.told == ["trainer begins", "trainer failed"]
+    engine.add_event_handler(Events.ITERATION_COMPLETED(once=2), engine.interrupt)
+    await engine.run([1], max_epochs=2)
+    assert sink.told[2:] == ["trainer begins", "EPOCH_COMPLETED", "close"]
+
+
+async def test_a_witness_is_told_of_a_run_that_found_no_data() -> None:
+    sink, engine = Witnessed(), Engine(tenfold, name="trainer")
+    track(engine, sink)
+    with pytest.raises(DataExhausted):
+        await engine.run(lambda: iter(()))
+    assert sink.told == ["trainer begins", "trainer failed"]

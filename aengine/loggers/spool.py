@@ -41,8 +41,8 @@ class Spool(Generic[T]):
 
     def put(self, record: T, *, is_passing: bool) -> None:
         """Accept a record. Over the bound one is dropped, and counted."""
-        self.taken += 1
-        (self._passing if is_passing else self._lasting).append((self.taken, record))
+        self.taken = number = self.taken + 1
+        (self._passing if is_passing else self._lasting).append((number, record))
         self._keep_to_size()
 
     def take(self, most: int) -> list[T]:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from threading import Lock
+from threading import RLock
 from time import perf_counter
 from typing import Any, Literal, TypeAlias, cast
 
@@ -103,19 +103,23 @@ class Tracker:
         self._linger = linger
         self._must_raise = must_raise
         self._enough = min(_BATCH, spool // 2)  # records to call the sink for at once
-        self._lock = Lock()  # for what the step's thread and the event loop's both change, down to the blank line
+        # For what the step's thread and the event loop's both change, down to the blank line. Re-entrant: a signal
+        # handler may fire an event while its own thread holds it.
+        self._lock = RLock()
         self._spool: Spool[Record] = Spool(spool)
         self._goal = 0  # the number of the last record that is to be written before the call is answered
         self._is_called = False  # to write: the call is on its way, or being answered
         self._is_wanted = False  # and is to be sent
+        self._is_insisted_on = False  # whoever sends another
         self._has_begun = False  # the run, as far as the sink was told
-        self._ending: tuple[float, StopReason] | None = None  # when and why, until the sink is told
+        self._ending: tuple[float, StopReason] | None = None  # when and why, until another run begins
         self._is_ending = False  # the run: there may be more ends of it to come
+        self._closes_at_flush = False  # the run has come to an end: who waits for all then waits for the last record
         self._must_close = False  # the sink, after the last record
         self._is_suspended = False  # the run, which may go on without telling
 
         self._home: Home | None = None  # of the call, while it is answered
-        self._hurry: anyio.Event | None = None  # while more records are waited for
+        self._hurry: anyio.Event | None = None  # while more records are waited for, and none has ended that
         self._scope: anyio.CancelScope | None = None  # of the call of the sink under way
         self._deadline: float | None = None  # of the last words, once the run is ending
         self._called_at = -math.inf  # the sink
@@ -129,41 +133,58 @@ class Tracker:
     def statistics(self) -> TrackerStatistics:
         """Return what became of the records so far."""
         spool = self._spool
-        return TrackerStatistics(
-            self.name, spool.taken, spool.written, spool.dropped, spool.waiting, self._failures, self._busy
-        )
+        with self._lock:
+            return TrackerStatistics(
+                self.name, spool.taken, spool.written, spool.dropped, spool.waiting, self._failures, self._busy
+            )
 
     def attach(self, event: AnyEvent) -> None:
         """Listen to the engine, for `track`."""
         engine = self._engine
         bus = engine._bus  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
-        bus.add_last(Events.STARTED, self._forget_calls, f"begins for {self.name}")
+        listened_to = engine._selectors(event)  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]  # or raises
+        engine.register_events(*TrackerEvents)
+        engine.subscribe(TrackerEvents.RECORDS_WAIT(self._take_call), self._answer, name=self.name)
+        self._inbox = bus.subscribers[-1].inbox  # just added
+        self._inbox.when_awaited = self._make_haste
         bus.add_last(_BEGINS, self._begin, f"begins for {self.name}")
-        for one in selectors(event):
+        for one in listened_to:
             bus.add_last(FilteredEvent(one.name, one.filter), partial(self._take, one.name), f"records for {self.name}")
         for one in selectors(_ENDS):
             bus.add_last(one.name, partial(self._end, one.name), f"ends for {self.name}")
-        engine.register_events(*TrackerEvents)
-        engine.subscribe(TrackerEvents.RECORDS_WAIT(self._take_call), self._answer, name=self.name)
-        bus.subscribers[-1].inbox.when_awaited = self._make_haste  # just added
 
     # Between two steps, where the step runs
 
-    def _forget_calls(self, _: AnyEngine) -> None:
-        self._is_called = self._must_close = False  # of a run whose subscribers were given up
-
     def _begin(self, _: AnyEngine) -> None:
         with self._lock:
-            self._is_ending, self._deadline = False, None
+            self._be_in_midst()
             self._tell_of_begin(date_of(perf_counter()))
+
+    def _be_in_midst(self) -> None:
+        self._is_ending, self._is_suspended, self._deadline = False, False, None
+
+    def _leave(self) -> None:
+        """The run is over, or interrupted, however that came: nothing of it may be taken for the next one's."""
+        with self._lock:
+            reason = self._engine.state.stop_reason
+            if self._ending is None and reason in (StopReason.FAILED, StopReason.CANCELLED):  # and no event told so
+                self._ending = date_of(perf_counter()), reason
+            self._tell_of_end()  # where the task that does so was given up
+            self._ending = None
+            self._be_in_midst()
+            self._closes_at_flush = self._must_close = False
+            self._is_called = not self._inbox.is_idle  # else its call was discarded
+        self._beside.leave()
 
     def _take(self, event: str, engine: AnyEngine, *_: object) -> None:
         time = date_of(perf_counter())
         step = engine.state.iteration if self._step is None else self._step(engine)
         record = Record(step, engine.state.epoch, time, event, engine.name, hold(self._values(engine)))
         with self._lock:
-            if not self._is_ending:  # a run that goes on after an interruption may not tell
-                self._tell_of_begin(time)
+            if self._is_ending:
+                self._must_close = not self._closes_at_flush  # again: it was told of the end before this came
+                self._begin_to_limit_time()
+            self._tell_of_begin(time)  # a run that goes on after an interruption may not tell; or it is told of again
             self._spool.put(record, is_passing=event in _PASSING)
             if self._is_called:
                 self._hurry_if_due()
@@ -178,14 +199,20 @@ class Tracker:
             reason = reason or StopReason.TERMINATED
         with self._lock:
             if reason is not None:
-                self._ending = date_of(perf_counter()), reason
+                time = date_of(perf_counter())
+                self._ending = time, reason
+                self._tell_of_begin(time)  # again, where a run fails after it was COMPLETED
             self._is_suspended = event == Events.INTERRUPT.name
-            self._is_ending = self._must_close = True
-            if self._home is not None:
-                self._home.call(self._limit_time)
+            self._is_ending = self._closes_at_flush = True
+            self._begin_to_limit_time()
             if not self._is_called:
                 self._is_called = self._is_wanted = True
         self._call_if_wanted()
+
+    def _begin_to_limit_time(self) -> None:
+        self._deadline = None  # that of an end before this one may have passed
+        if (home := self._home) is not None:
+            home.call(self._limit_time)
 
     def _call_if_wanted(self) -> None:
         if self._is_wanted:
@@ -194,12 +221,14 @@ class Tracker:
     def _take_call(self, _: AnyEngine, __: int) -> bool:
         """Say whether the event that is fired is for this tracker of the engine's."""
         with self._lock:
-            is_wanted, self._is_wanted = self._is_wanted, False
+            is_wanted, self._is_wanted = self._is_wanted or self._is_insisted_on, False
             return is_wanted
 
     def _hurry_if_due(self) -> None:
-        if self._hurry is not None and self._home is not None and not self._may_gather():
-            self._home.call(self._hurry.set)
+        hurry, home = self._hurry, self._home
+        if hurry is not None and home is not None and not self._may_gather():
+            self._hurry = None  # once is enough
+            home.call(hurry.set)
 
     def _tell_of_drops(self) -> None:
         if self._spool.dropped and not self._has_told_of_drops:
@@ -211,6 +240,7 @@ class Tracker:
             )
 
     def _tell_of_begin(self, time: float) -> None:
+        self._engine._control.at_end.add(self._leave)  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
         if self._witness is not None and not self._has_begun:
             self._has_begun = True
             self._witness.begin(self._engine.name, time)
@@ -223,35 +253,51 @@ class Tracker:
         try:
             self._limit_time()
             await self._gather()
-            while (batch := self._next_batch()) and await self._deliver(batch):
-                pass
-            if self._may_close():
+            is_well = await self._write_what_waits()
+            while self._may_close():
                 await self._close()
                 self._beside.leave()
+                is_well = is_well and await self._write_what_waits()  # for who has begun to wait meanwhile
         except BaseException:
             self._is_called = False
             self._beside.leave()
             raise
         finally:
-            self._home = None
             with self._lock:
+                self._home = None
                 self._spool.put_back()  # what is in hand after a failure
         if self._has_more_to_do():
             await self._engine.emit(TrackerEvents.RECORDS_WAIT)
 
     def _make_haste(self) -> None:
-        """Somebody waits for the answer."""
+        """Somebody waits for what was taken until now to be written; at the end of a run, the run itself."""
         with self._lock:
             self._goal = self._spool.taken
             self._hurry_if_due()
+            must_close, self._closes_at_flush = self._closes_at_flush, False
+            if must_close:
+                self._must_close = True
+            # A call may be on its way, in another thread: it would come too late to be waited for.
+            if must_close or (self._inbox.is_idle and self._spool.waiting and not self._pause):
+                self._is_called = self._is_insisted_on = True
+        if self._is_insisted_on:
+            self._engine.fire_event(TrackerEvents.RECORDS_WAIT)
+            self._is_insisted_on = False
 
     def _limit_time(self) -> None:
-        if self._is_ending and self._deadline is None:
-            self._deadline = anyio.current_time() + self._linger
-            if self._scope is not None:
-                self._scope.deadline = self._deadline
-            if self._hurry is not None:
-                self._hurry.set()
+        with self._lock:
+            if self._is_ending and self._deadline is None:
+                self._deadline = anyio.current_time() + self._linger
+                if self._scope is not None:
+                    self._scope.deadline = self._deadline
+                if self._hurry is not None:
+                    self._hurry.set()
+
+    async def _write_what_waits(self) -> bool:
+        while batch := self._next_batch():
+            if not await self._deliver(batch):
+                return False
+        return True
 
     def _next_batch(self) -> list[Record]:
         with self._lock:
@@ -263,32 +309,40 @@ class Tracker:
             if not self._must_close or (self._spool.waiting and not is_late):
                 return False
             self._must_close = False
+            self._warn_of_loss()
+            if not self._closes_at_flush:
+                self._tell_of_end()
             return True
 
     def _has_more_to_do(self) -> bool:
         with self._lock:
-            if self._is_suspended and not self._must_close:
-                self._is_ending, self._is_suspended, self._deadline = False, False, None
+            self._is_called = False
+            if self._is_suspended and not self._must_close and not self._closes_at_flush:
+                self._be_in_midst()
             has_records = self._spool.waiting > 0 and perf_counter() >= self._retry_at
-            self._is_called = self._is_wanted = self._must_close or has_records
+            if self._must_close or has_records:
+                self._is_called = self._is_wanted = True
             return self._is_wanted
 
     async def _gather(self) -> None:
         """Let records of iterations come together, if the sink was called just now."""
         rest = self._called_at + _PACE - perf_counter()
+        hurry = anyio.Event()
         with self._lock:
             if rest > 0 and self._may_gather():
-                self._hurry = anyio.Event()
-        if self._hurry is not None:
-            with anyio.move_on_after(rest):
-                await self._hurry.wait()
+                self._hurry = hurry
+        try:
+            if self._hurry is hurry:
+                with anyio.move_on_after(rest):
+                    await hurry.wait()
+        finally:
             self._hurry = None
         self._goal = self._spool.taken
 
     def _may_gather(self) -> bool:
         spool = self._spool
         nobody_waits = self._goal < spool.oldest and not self._is_ending
-        return nobody_waits and spool.is_passing and spool.waiting < self._enough
+        return nobody_waits and spool.is_passing and 0 < spool.waiting < self._enough
 
     def _writer(self, write: Write) -> Callable[[Sequence[Record]], Awaitable[None]]:
         """Return what first reads the numbers that are still on a device: in a thread, too, for that may take long."""
@@ -320,7 +374,8 @@ class Tracker:
         self._called_at = perf_counter()
         while error := await self._call(lambda: self._write(batch), self._deadline):
             self._meet(error)
-            left = 0.0 if self._deadline is None else self._deadline - anyio.current_time()
+            deadline = self._deadline
+            left = 0.0 if deadline is None else deadline - anyio.current_time()
             if left <= 0:
                 return False
             await anyio.sleep(min(self._pause, left))
@@ -357,7 +412,7 @@ class Tracker:
         self._pause = min(self._pause * 2 or _FIRST_PAUSE, _LONGEST_PAUSE)
         self._retry_at = now + self._pause
 
-    async def _close(self) -> None:
+    def _warn_of_loss(self) -> None:
         spool = self._spool
         if spool.waiting or spool.dropped:
             _logger.warning(
@@ -365,21 +420,18 @@ class Tracker:
                 " of the engine, and are lost with the process",
                 spool.taken, self.name, spool.dropped, spool.waiting,
             )  # fmt: skip
-        self._tell_of_end()
+
+    async def _close(self) -> None:
         if self._close_sink is not None:
-            moment = anyio.current_time() + 1  # even where all else took too long
-            deadline = moment if self._deadline is None else max(self._deadline, moment)
+            moment, deadline = anyio.current_time() + 1, self._deadline  # a moment, even where all else took too long
+            deadline = moment if deadline is None else max(deadline, moment)
             if error := await self._call(self._close_sink, deadline):
                 self._meet(error)
 
     def _tell_of_end(self) -> None:
-        with self._lock:
-            ending, self._ending = self._ending, None
-            if self._witness is not None and ending is not None:
-                time, reason = ending
-                self._tell_of_begin(time)  # again, where a run fails after it was COMPLETED
-                self._has_begun = False
-                self._witness.end(self._engine.name, time, reason)
+        if self._witness is not None and self._ending is not None and self._has_begun:
+            self._witness.end(self._engine.name, *self._ending)
+            self._has_begun = False
 
 
 def track(
