@@ -72,6 +72,8 @@ class Inbox:
     def put_nowait(self, event: Event) -> bool:
         """Accept an event; for who holds the bus's lock. Returns False if room is to be waited for before another.
 
+        `Topic` has these lines once more, where each event passes. What is changed here is to be changed there.
+
         Raises:
             InboxOverflow: the inbox is full and its policy is ERROR. The event is counted as dropped.
         """

@@ -61,7 +61,7 @@ class Home:
             return
 
     def call_soon(self, function: Callable[[], object]) -> None:
-        """Call `function` in the next turn of the event loop. At home, where it takes a tenth of what `post` does."""
+        """Call `function` in the next turn of the event loop. At home, where asyncio's need not be woken for that."""
         if self._is_asyncio:
             self._native.call_soon(function, context=self._context)
         else:

@@ -23,6 +23,7 @@ import torch
 from recording import Boom
 
 from aengine import DataExhausted, Engine, Events, HandlerTimeout, StopReason
+from aengine.consumers import Consumers
 from aengine.loggers import Record, Tracker, track, tracking
 from aengine.worker import Home
 
@@ -700,7 +701,7 @@ async def test_a_record_of_the_last_event_is_written_though_the_time_of_an_event
 
     @engine.on(Events.COMPLETED)
     async def take_longer() -> None:
-        await anyio.sleep(0.3)
+        await anyio.sleep(0.3)  # what the test is about: longer than the linger of the event before
 
     await engine.run([1, 2])
     assert sink.steps == [1]
@@ -713,7 +714,7 @@ async def test_an_event_before_the_next_run_has_begun_has_nothing_of_the_end_of_
     engine.register_events("mine")
     tracker = track(engine, sink, "mine", linger=0.0, on_error="raise")
     await engine.run([1])
-    await anyio.sleep(0.01)
+    await anyio.sleep(0.01)  # the deadline of the last run, whose linger is 0, is over
     engine.state.max_epochs = None
     sink.told.clear()
     if moment == "between runs":
@@ -868,7 +869,12 @@ async def test_a_run_that_is_interrupted_has_not_ended_for_a_witness() -> None:
 @pytest.mark.parametrize("skip", [False, True])
 async def test_a_record_that_comes_at_the_very_end_is_written_before_the_end_is_told(event: Any, *, skip: bool) -> None:
     sink, engine = Witnessed(), Engine(tenfold, name="trainer")
-    track(engine, sink, event)
+
+    def look(_: object) -> dict[str, int]:
+        threading.Event().wait(0.02)  # long enough for the task that writes to come to an end
+        return {}
+
+    track(engine, sink, event, values=look)
     if skip:
         engine.add_event_handler(Events.ITERATION_COMPLETED(once=3), engine.terminate, skip_completed=True)
     await engine.run(range(5))
@@ -916,3 +922,25 @@ async def test_a_witness_is_told_of_a_run_that_found_no_data() -> None:
     with pytest.raises(DataExhausted):
         await engine.run(lambda: iter(()))
     assert sink.told == ["trainer begins", "trainer failed"]
+
+
+# What the end of a run waits for
+
+
+async def test_an_event_that_comes_after_the_last_look_is_not_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(tenfold)
+    engine.subscribe(Events.STARTED, print)
+    looks = iter([[], engine._bus.subscribers])
+    consumers = Consumers(engine._bus, Home(), grace=30.0)
+    monkeypatch.setattr(Consumers, "_late", property(lambda _: next(looks)))
+    await consumers.finish(anyio.current_time() + 30)
+
+
+async def test_flush_waits_for_nobody_where_the_tasks_of_the_run_have_ended() -> None:
+    engine = Engine(tenfold)
+    engine.subscribe(Events.STARTED, print)
+    consumers = Consumers(engine._bus, Home(), grace=30.0)
+    await consumers.end()
+    await engine.emit(Events.STARTED)  # waits for the next run
+    with anyio.fail_after(10):
+        await consumers.flush()

@@ -65,8 +65,8 @@ class Witness(Protocol):
 
     Both methods only take note: they are plain, and must not wait, for they are called where the loop runs, `begin`
     between two steps and `end` on the event loop. Of each run that begins, the end is told once, after its last records
-    were written or given up, and before `close`. A run that was interrupted has not ended. Several engines may share
-    the sink, so that their runs overlap.
+    were written or given up, and before `close`; what is fired and written after that begins and ends it once more. A
+    run that was interrupted has not ended. Several engines may share the sink, so that their runs overlap.
     """
 
     def begin(self, engine: str, time: float, /) -> None:

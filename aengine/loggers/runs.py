@@ -43,7 +43,7 @@ class Attendance:
             if engine == self._first or self.reason not in BAD:
                 self._first, self.reason = engine, StopReason.COMPLETED
             self.began, self.ended = time, None
-        elif self.began is None or time < self.began:  # it is told of later, by a task of its own
+        elif self.began is None or time < self.began:  # they are told of in another order, by two threads
             self._first, self.began = engine, time
         self._going_on += 1
 
