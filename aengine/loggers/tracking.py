@@ -376,9 +376,10 @@ class Tracker:
             self._meet(error)
             deadline = self._deadline
             left = 0.0 if deadline is None else deadline - anyio.current_time()
-            if left <= 0:
+            if left < _FIRST_PAUSE:  # a call begun at the deadline is given up, and may yet be done: written twice
+                await anyio.sleep(max(0.0, left))
                 return False
-            await anyio.sleep(min(self._pause, left))
+            await anyio.sleep(min(self._pause, left / 2))
         with self._lock:
             self._spool.done()
         if self._pause:
