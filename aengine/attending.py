@@ -35,6 +35,7 @@ class Attending:
     def _dispatch(self, name: str, *payload: Any) -> Story:
         self._bus.stopwatch.weight = 1
         topic = self._bus.topic(name)
+        topic.be_the_loops()
         count = self._bus.next_count(topic)
         if count >= topic.due:
             yield from topic.publish(self._engine, count, payload) or ()

@@ -400,9 +400,11 @@ class Engine(Publishing, Generic[Batch, Output]):
         """Return where the time goes, and what becomes of the events. Cheap; at any time, from any thread."""
         bus, watch = self._bus, self._bus.stopwatch
         handlers: dict[str, float] = {}
+        of_fired: dict[str, float] = {}
         for topic in bus.topics:
+            seconds = handlers if topic.is_loops else of_fired
             for handler in topic.inline:
-                handlers[handler.name] = handlers.get(handler.name, 0.0) + handler.seconds
+                seconds[handler.name] = seconds.get(handler.name, 0.0) + handler.seconds
         return EngineStatistics(
             name=self.name,
             running=self._is_running,
@@ -412,6 +414,7 @@ class Engine(Publishing, Generic[Batch, Output]):
             data=watch.data,
             step=watch.step,
             handlers=handlers,
+            handlers_of_fired=of_fired,
             back_pressure=watch.back_pressure,
             event_loop=watch.event_loop,
             lag=watch.lag,

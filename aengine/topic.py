@@ -15,13 +15,14 @@ from typing import Any, TypeAlias
 
 from aengine.binding import bind, is_async_callable, is_awaitable, name_of, refuse_stop_iteration
 from aengine.errors import InboxOverflow
-from aengine.events import ALWAYS, NEVER, NO_METRICS, Event, Filter, Selector, new_event
+from aengine.events import ALWAYS, NEVER, NO_METRICS, Event, Events, Filter, Selector, new_event
 from aengine.inbox import Inbox, Room
 from aengine.statistics import Stopwatch
 from aengine.worker import Home
 
 Snapshot: TypeAlias = Callable[[Any], Any]
 NEVER_FIRED = ALWAYS
+_THE_LOOPS = frozenset(event.name for event in Events)
 Dispatch: TypeAlias = Generator[Awaitable[Any], Any, None]
 """Yields what must be awaited, and is sent the result or thrown the exception."""
 
@@ -150,9 +151,13 @@ class Topic:
             awaited, is returned to be driven. Exchanged as listeners come and go.
         count: of the last firing in this run, whoever listened; the loop's hot path does not keep it.
         fired: how often it was fired, if it counts that itself.
+        is_loops: whether it is the loop that fires it, so that the handlers' time is the loop's. Else that is part of
+            the time of who does, in a step or beside the loop.
     """
 
-    __slots__ = ("_arranged", "_publisher", "_quick", "count", "due", "fired", "inline", "name", "outlets", "publish")
+    __slots__ = (
+        "_arranged", "_publisher", "_quick", "count", "due", "fired", "inline", "is_loops", "name", "outlets", "publish",
+    )  # fmt: skip
 
     def __init__(self, name: str, publisher: Publisher) -> None:
         self.name = name
@@ -161,6 +166,7 @@ class Topic:
         self.due = NEVER
         self.fired = 0
         self.count = NEVER_FIRED
+        self.is_loops = name in _THE_LOOPS
         self.publish: Publish = self._publish_to_all
         self._publisher = publisher
         self._arranged: list[InlineHandler] | None = None  # the inline handlers, where `arrange` is to change them live
@@ -200,11 +206,19 @@ class Topic:
         """A run begins, at this count."""
         with self._publisher.lock:
             self.count = NEVER_FIRED
+            self.is_loops = self.name in _THE_LOOPS
             for listener in (*self.inline, *self.outlets):
                 listener.rewind(count)
             for handler in self.inline:
                 handler.seconds = 0.0
             self._arrange()
+
+    def be_the_loops(self) -> None:
+        """The loop fires this: its handlers are timed as often as the iteration that they are part of."""
+        if not self.is_loops:
+            with self._publisher.lock:
+                self.is_loops = True
+                self._arrange()
 
     def fire_at(self, count: int) -> int:
         """Take note of the count of a firing, which may be the last one's or less: some counters stand still."""
@@ -228,7 +242,8 @@ class Topic:
         has_filter = any(one.filter is not None for one in listeners)
         if self._arranged is not None and self.inline != tuple(self._arranged):  # somebody came or left
             self._arranged = list(self.inline)
-        if self._arranged is not None or has_filter or any(one.snapshot is not None for one in self.outlets):
+        has_snapshot = any(one.snapshot is not None for one in self.outlets)
+        if self._arranged is not None or has_filter or has_snapshot or (self.inline and not self.is_loops):
             self.publish = self._publish_to_due
         else:
             self.publish = self._publish_to_all if self.inline else self._send
@@ -283,7 +298,7 @@ class Topic:
 
     def _call(self, handlers: Iterator[InlineHandler], engine: Any, payload: tuple[Any, ...]) -> Awaited | None:
         """Call handlers until there is one to be awaited."""
-        weight = self._publisher.stopwatch.weight
+        weight = self._publisher.stopwatch.weight if self.is_loops else 1
         now = perf_counter()
         for handler in handlers:
             began = now
@@ -432,6 +447,7 @@ class Topic:
         for part, outlet in zip(parts[len(self.inline) :], self.outlets, strict=True):
             part.outlets = (outlet,)
         for part in parts:
+            part.is_loops = self.is_loops
             part._arrange()  # noqa: SLF001 -- another of this class
         return parts
 

@@ -117,6 +117,57 @@ def test_timed_iterations_stand_for_themselves_and_those_before_them(
     assert len(weights) == pytest.approx(timed, abs=2)
 
 
+@both_threads
+async def test_handlers_of_fired_events_are_not_counted_twice(thread: Thread) -> None:
+    engine: Engine[int, None] = Engine(lambda engine, batch: engine.fire_event("NEWS"), thread=thread)
+    engine.register_events("NEWS", "ASKED")
+
+    @engine.on("NEWS")
+    def tell() -> None:
+        work(2.5e-3)  # so that each iteration is timed, and the step's time is exact, too
+
+    @engine.on("ASKED")
+    def answer() -> None:
+        work(1e-3)
+
+    @engine.on(Events.ITERATION_COMPLETED(once=1))
+    def ask(engine: Engine[int, None]) -> None:
+        engine.fire_between_steps("ASKED")
+
+    @engine.on(Events.COMPLETED)
+    def look(engine: Engine[int, None]) -> None: ...
+
+    here = "test_handlers_of_fired_events_are_not_counted_twice.<locals>"
+    assert set(engine.statistics().handlers) == {f"{here}.ask", f"{here}.look"}
+    await engine.run(range(20))
+    statistics = engine.statistics()
+    assert set(statistics.handlers) == {f"{here}.{name}" for name in ("ask", "answer", "look")}
+    assert set(statistics.handlers_of_fired) == {f"{here}.tell"}
+    assert statistics.handlers[f"{here}.answer"] >= 1e-3
+    assert 50e-3 <= statistics.handlers_of_fired[f"{here}.tell"] <= statistics.step
+    assert statistics.step + sum(statistics.handlers.values()) <= statistics.total
+
+
+async def test_handlers_of_what_is_fired_beside_the_loop_are_timed_each_time() -> None:
+    """Though the iterations of the loop may be too short for that."""
+    engine: Engine[int, None] = Engine(async_step)
+    engine.register_events("NEWS")
+
+    @engine.on("NEWS")
+    def tell() -> None:
+        work(1e-3)
+
+    @engine.subscribe(Events.ITERATION_COMPLETED(every=100))
+    async def report(event: Event) -> None:
+        await engine.emit("NEWS")
+
+    await engine.run(range(1000))
+    statistics = engine.statistics()
+    (told,) = statistics.handlers_of_fired.values()
+    assert told >= 10e-3
+    assert not statistics.handlers
+
+
 async def test_handlers_are_named_as_they_are_written() -> None:
     engine = Engine(step)
 

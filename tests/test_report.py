@@ -28,6 +28,7 @@ STATISTICS = EngineStatistics(
     data=0.5,
     step=1.0,
     handlers={"steer": 0.002, "show": 0.0},
+    handlers_of_fired={"tell": 0.03},
     back_pressure=0.000004,
     event_loop=0.0,
     lag=0.0,
@@ -46,6 +47,9 @@ def test_the_whole_table() -> None:
         "back-pressure      4 µs    0.0%\n"
         "event loop            0    0.0%\n"
         "the rest       498.0 ms   24.9%\n"
+        "\n"
+        "of events that were fired  seconds\n"
+        "tell                       30.0 ms\n"
         "\n"
         "beside it      busy  of all  handled  waiting  dropped  discarded  errors\n"
         "log        250.0 ms   12.5%        7        1        3          0       1"

@@ -12,7 +12,8 @@ def table(statistics: EngineStatistics) -> str:
     """Return the statistics of a run, of one that is over or goes on, as lines of text.
 
     Above is what the loop did, which adds up to the whole: "the rest" is the loop itself, and its wait for those who
-    listen to be done, at the end of a run. Below are these, whose time is their own.
+    listen to be done, at the end of a run. Below are these, whose time is their own; and the handlers of events that a
+    step or a handler fired, whose time stands above already, or that were fired beside the loop.
     """
     s = statistics
     title = f"{s.name}: {s.iteration} iterations, {s.epoch} epochs, {_seconds(s.total)}"
@@ -28,6 +29,9 @@ def table(statistics: EngineStatistics) -> str:
         [name, _seconds(seconds), _share(seconds, s.total)] for name, seconds in {**spent, "the rest": rest}.items()
     ]
     parts = [title, *_rows(["in the loop", "seconds", "of all"], loop)]
+    if s.handlers_of_fired:
+        fired = [[name, _seconds(seconds)] for name, seconds in s.handlers_of_fired.items()]
+        parts += ["", *_rows(["of events that were fired", "seconds"], fired)]
     if s.listeners:
         beside = [_listener(one, s.total) for one in s.listeners]
         columns = ["beside it", "busy", "of all", "handled", "waiting", "dropped", "discarded", "errors"]
