@@ -494,7 +494,7 @@ async def test_a_full_inbox_with_overflow_error_fails_the_run(step: str) -> None
 @pytest.mark.parametrize("overflow", ["wait", "latest", "drop_oldest", "drop_new", "error"])
 async def test_a_hung_subscriber_is_named_when_the_grace_is_over(step: str, overflow: str, *, is_async: bool) -> None:
     """Until then the run is none the worse for it."""
-    rig, release = Rig(step, grace=0.05), threading.Event()
+    rig, release = Rig(step, grace=0.2), threading.Event()
 
     async def hang_async(event: Event) -> None:
         await anyio.sleep_forever()
@@ -518,7 +518,7 @@ async def test_a_hung_subscriber_is_named_when_the_grace_is_over(step: str, over
             await rig.engine.run(DATA)
     finally:
         release.set()
-    assert 0.04 <= perf_counter() - completed[0] < 5
+    assert 0.19 <= perf_counter() - completed[0] < 20
     assert rig.stepped == seen == DATA
     assert "hung" in str(caught.value)
     assert "ITERATION_COMPLETED" in str(caught.value)

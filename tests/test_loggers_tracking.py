@@ -429,6 +429,7 @@ async def test_what_a_dead_sink_did_not_get_is_told_and_waits_for_the_next_run(
     assert account(tracker) == (3, 0, 0, 3)
     assert "3 not written" in warnings_of(caplog)[-1]
     sink.fails = 0
+    tracker._sink._linger = 30.0  # on a busy machine the time of the first run might be too short for the second
     await engine.run([1, 2])
     assert sink.steps == [1, 2, 3, 1, 2]
     assert account(tracker) == (5, 5, 0, 0)
@@ -696,12 +697,14 @@ async def test_a_run_that_is_interrupted_goes_on_writing() -> None:
 
 async def test_a_record_of_the_last_event_is_written_though_the_time_of_an_event_before_is_over() -> None:
     sink, engine = Memory(), Engine(tenfold)
-    tracker = track(engine, sink, Events.COMPLETED, linger=0.2)
+    tracker = track(engine, sink, Events.COMPLETED, linger=0.01)
     engine.add_event_handler(Events.ITERATION_COMPLETED(once=1), engine.terminate)
 
     @engine.on(Events.COMPLETED)
     async def take_longer() -> None:
-        await anyio.sleep(0.3)  # what the test is about: longer than the linger of the event before
+        while not tracker._sink.is_late:  # noqa: ASYNC110 -- it is time itself that is waited for
+            await anyio.sleep(0.01)
+        tracker._sink._linger = 30.0
 
     await engine.run([1, 2])
     assert sink.steps == [1]
@@ -916,12 +919,27 @@ async def test_the_end_of_a_run_whose_sink_was_given_up_is_not_told_of_the_next(
     assert sink.told[2:] == ["trainer begins", "EPOCH_COMPLETED", "close"]
 
 
-async def test_a_witness_is_told_of_a_run_that_found_no_data() -> None:
-    sink, engine = Witnessed(), Engine(tenfold, name="trainer")
-    track(engine, sink)
+@pytest.mark.parametrize("thread", [None, False])
+async def test_what_was_taken_of_a_run_without_data_is_written_and_the_sink_closed(*, thread: bool | None) -> None:
+    """Such a run ends without an event, so that flushing has to tell."""
+    sink, engine = Witnessed(), Engine(tenfold, name="trainer", thread=thread)
+    tracker = track(engine, sink, Events.STARTED, values=lambda _: {"rate": 0.1})
+    for _ in range(2):
+        with pytest.raises(DataExhausted):
+            await engine.run(lambda: iter(()))
+        assert sink.told == ["trainer begins", "STARTED", "trainer failed", "close"]
+        sink.told.clear()
+    assert account(tracker) == (2, 2, 0, 0)
+
+
+async def test_a_sink_that_is_down_has_its_time_when_a_run_found_no_data(caplog: pytest.LogCaptureFixture) -> None:
+    sink, engine = Memory(), Engine(tenfold)
+    sink.fails = 1
+    tracker = track(engine, sink, Events.STARTED, values=lambda _: {"rate": 0.1})
     with pytest.raises(DataExhausted):
         await engine.run(lambda: iter(()))
-    assert sink.told == ["trainer begins", "trainer failed"]
+    assert (account(tracker), sink.tries, sink.closed) == ((1, 1, 0, 0), 2, 1)
+    assert len(warnings_of(caplog)) == 1
 
 
 # What the end of a run waits for

@@ -6,22 +6,21 @@ together: what wakes it for each would have the step's thread and the event loop
 """
 
 import logging
-import math
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from threading import RLock
 from time import perf_counter
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, Literal, TypeAlias
 
 import anyio
 
-from aengine.binding import is_async_callable, is_awaitable, name_of
 from aengine.engine import Engine
 from aengine.events import AnyEvent, Event, EventEnum, Events, FilteredEvent, date_of, selectors
-from aengine.loggers.beside import Beside
-from aengine.loggers.numbers import hold, numbers_of, read
-from aengine.loggers.records import Closable, Record, Sink, Witness, Write
+from aengine.loggers.numbers import hold, numbers_of
+from aengine.loggers.patience import PatientSink
+from aengine.loggers.records import Record, Sink, Witness, Write
+from aengine.loggers.runs import BAD
 from aengine.loggers.spool import Spool
 from aengine.state import StopReason
 from aengine.worker import Home
@@ -36,12 +35,6 @@ _BATCH = 1000
 _PACE = 0.1
 """Seconds from one call of a sink to the next, while records of iterations are all that waits, and nobody waits for
 them: a call takes some changes of threads, which the step feels."""
-
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 60.0
-"""Seconds before a sink that failed is tried again: twice as many each time."""
-
-_QUIET = 300.0
-"""Seconds after a warning in which a sink that fails again, having recovered, is not warned of again."""
 
 _PASSING = frozenset({"GET_BATCH_STARTED", "GET_BATCH_COMPLETED", "ITERATION_STARTED", "ITERATION_COMPLETED"})
 _BEGINS = Events.STARTED | Events.EPOCH_STARTED
@@ -91,17 +84,13 @@ class Tracker:
         *,
         must_raise: bool,
     ) -> None:
-        self.name = name_of(sink) if hasattr(sink, "__qualname__") else repr(sink)
-        self._beside = Beside(f"aengine sink {self.name}")
-        self._write = self._writer(sink.write if isinstance(sink, Sink) else sink)
+        self._sink = PatientSink(sink, linger, must_raise=must_raise)
+        self.name = self._sink.name
         anything: Any = sink
-        self._close_sink = self._call_beside(anything.close) if isinstance(anything, Closable) else None
         self._witness = anything if isinstance(anything, Witness) else None
         self._engine = engine
         self._values = values
         self._step = step
-        self._linger = linger
-        self._must_raise = must_raise
         self._enough = min(_BATCH, spool // 2)  # records to call the sink for at once
         # For what the step's thread and the event loop's both change, down to the blank line. Re-entrant: a signal
         # handler may fire an event while its own thread holds it.
@@ -120,22 +109,14 @@ class Tracker:
 
         self._home: Home | None = None  # of the call, while it is answered
         self._hurry: anyio.Event | None = None  # while more records are waited for, and none has ended that
-        self._scope: anyio.CancelScope | None = None  # of the call of the sink under way
-        self._deadline: float | None = None  # of the last words, once the run is ending
-        self._called_at = -math.inf  # the sink
-        self._failures = 0
-        self._busy = 0.0
-        self._pause = 0.0  # before the next try; 0 while the sink is well
-        self._retry_at = -math.inf
-        self._quiet_until = -math.inf
         self._has_told_of_drops = False
 
     def statistics(self) -> TrackerStatistics:
         """Return what became of the records so far."""
-        spool = self._spool
+        spool, sink = self._spool, self._sink
         with self._lock:
             return TrackerStatistics(
-                self.name, spool.taken, spool.written, spool.dropped, spool.waiting, self._failures, self._busy
+                self.name, spool.taken, spool.written, spool.dropped, spool.waiting, sink.failures, sink.busy
             )
 
     def attach(self, event: AnyEvent) -> None:
@@ -161,20 +142,21 @@ class Tracker:
             self._tell_of_begin(date_of(perf_counter()))
 
     def _be_in_midst(self) -> None:
-        self._is_ending, self._is_suspended, self._deadline = False, False, None
+        self._is_ending = self._is_suspended = False
+        self._sink.unlimit_time()
 
     def _leave(self) -> None:
         """The run is over, or interrupted, however that came: nothing of it may be taken for the next one's."""
         with self._lock:
             reason = self._engine.state.stop_reason
-            if self._ending is None and reason in (StopReason.FAILED, StopReason.CANCELLED):  # and no event told so
+            if self._ending is None and reason in BAD:  # and no event told so
                 self._ending = date_of(perf_counter()), reason
             self._tell_of_end()  # where the task that does so was given up
             self._ending = None
             self._be_in_midst()
             self._closes_at_flush = self._must_close = False
             self._is_called = not self._inbox.is_idle  # else its call was discarded
-        self._beside.leave()
+        self._sink.leave()
 
     def _take(self, event: str, engine: AnyEngine, *_: object) -> None:
         time = date_of(perf_counter())
@@ -189,7 +171,7 @@ class Tracker:
             if self._is_called:
                 self._hurry_if_due()
             else:
-                self._is_called = self._is_wanted = perf_counter() >= self._retry_at
+                self._is_called = self._is_wanted = perf_counter() >= self._sink.retry_at
         self._tell_of_drops()
         self._call_if_wanted()
 
@@ -210,7 +192,7 @@ class Tracker:
         self._call_if_wanted()
 
     def _begin_to_limit_time(self) -> None:
-        self._deadline = None  # that of an end before this one may have passed
+        self._sink.unlimit_time()  # that of an end before this one may have passed
         if (home := self._home) is not None:
             home.call(self._limit_time)
 
@@ -239,6 +221,11 @@ class Tracker:
                 self.name,
             )
 
+    @property
+    def _takes_part(self) -> bool:
+        """Whether the run under way has told this of anything."""
+        return self._leave in self._engine._control.at_end  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
+
     def _tell_of_begin(self, time: float) -> None:
         self._engine._control.at_end.add(self._leave)  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
         if self._witness is not None and not self._has_begun:
@@ -255,12 +242,12 @@ class Tracker:
             await self._gather()
             is_well = await self._write_what_waits()
             while self._may_close():
-                await self._close()
-                self._beside.leave()
+                await self._sink.close()
+                self._sink.leave()
                 is_well = is_well and await self._write_what_waits()  # for who has begun to wait meanwhile
         except BaseException:
             self._is_called = False
-            self._beside.leave()
+            self._sink.leave()
             raise
         finally:
             with self._lock:
@@ -273,30 +260,39 @@ class Tracker:
         """Somebody waits for what was taken until now to be written; at the end of a run, the run itself."""
         with self._lock:
             self._goal = self._spool.taken
+            self._notice_silent_end()
             self._hurry_if_due()
             must_close, self._closes_at_flush = self._closes_at_flush, False
             if must_close:
                 self._must_close = True
             # A call may be on its way, in another thread: it would come too late to be waited for.
-            if must_close or (self._inbox.is_idle and self._spool.waiting and not self._pause):
+            if must_close or (self._inbox.is_idle and self._spool.waiting and self._sink.is_well):
                 self._is_called = self._is_insisted_on = True
         if self._is_insisted_on:
             self._engine.fire_event(TrackerEvents.RECORDS_WAIT)
             self._is_insisted_on = False
 
+    def _notice_silent_end(self) -> None:
+        """A run without a batch ends without an event."""
+        reason = self._engine.state.stop_reason
+        if reason in BAD and not self._is_ending and self._takes_part:
+            self._ending = date_of(perf_counter()), reason
+            self._is_ending = self._closes_at_flush = True
+            self._begin_to_limit_time()
+
     def _limit_time(self) -> None:
         with self._lock:
-            if self._is_ending and self._deadline is None:
-                self._deadline = anyio.current_time() + self._linger
-                if self._scope is not None:
-                    self._scope.deadline = self._deadline
+            if self._is_ending:
+                self._sink.limit_time()
                 if self._hurry is not None:
                     self._hurry.set()
 
     async def _write_what_waits(self) -> bool:
         while batch := self._next_batch():
-            if not await self._deliver(batch):
+            if not await self._sink.write(batch):
                 return False
+            with self._lock:
+                self._spool.done()
         return True
 
     def _next_batch(self) -> list[Record]:
@@ -305,8 +301,7 @@ class Tracker:
 
     def _may_close(self) -> bool:
         with self._lock:
-            is_late = self._deadline is not None and anyio.current_time() >= self._deadline
-            if not self._must_close or (self._spool.waiting and not is_late):
+            if not self._must_close or (self._spool.waiting and not self._sink.is_late):
                 return False
             self._must_close = False
             self._warn_of_loss()
@@ -319,14 +314,14 @@ class Tracker:
             self._is_called = False
             if self._is_suspended and not self._must_close and not self._closes_at_flush:
                 self._be_in_midst()
-            has_records = self._spool.waiting > 0 and perf_counter() >= self._retry_at
+            has_records = self._spool.waiting > 0 and perf_counter() >= self._sink.retry_at
             if self._must_close or has_records:
                 self._is_called = self._is_wanted = True
             return self._is_wanted
 
     async def _gather(self) -> None:
         """Let records of iterations come together, if the sink was called just now."""
-        rest = self._called_at + _PACE - perf_counter()
+        rest = self._sink.called_at + _PACE - perf_counter()
         hurry = anyio.Event()
         with self._lock:
             if rest > 0 and self._may_gather():
@@ -344,75 +339,6 @@ class Tracker:
         nobody_waits = self._goal < spool.oldest and not self._is_ending
         return nobody_waits and spool.is_passing and 0 < spool.waiting < self._enough
 
-    def _writer(self, write: Write) -> Callable[[Sequence[Record]], Awaitable[None]]:
-        """Return what first reads the numbers that are still on a device: in a thread, too, for that may take long."""
-
-        def read_and_write(batch: Sequence[Record]) -> Any:
-            return write(_read_all(batch))
-
-        if not is_async_callable(write):
-            return self._call_beside(read_and_write)
-
-        async def call(batch: Sequence[Record]) -> None:
-            await cast(Awaitable[None], write(await self._beside.call(_read_all, batch)))
-
-        return call
-
-    def _call_beside(self, function: Callable[..., Any]) -> Callable[..., Awaitable[None]]:
-        """Return the async form of what may be plain."""
-        if is_async_callable(function):
-            return function
-
-        async def call(*arguments: Any) -> None:
-            result = await self._beside.call(function, *arguments)
-            if is_awaitable(result):
-                await result
-
-        return call
-
-    async def _deliver(self, batch: Sequence[Record]) -> bool:
-        self._called_at = perf_counter()
-        while error := await self._call(lambda: self._write(batch), self._deadline):
-            self._meet(error)
-            deadline = self._deadline
-            left = 0.0 if deadline is None else deadline - anyio.current_time()
-            if left < _FIRST_PAUSE:  # a call begun at the deadline is given up, and may yet be done: written twice
-                await anyio.sleep(max(0.0, left))
-                return False
-            await anyio.sleep(min(self._pause, left / 2))
-        with self._lock:
-            self._spool.done()
-        if self._pause:
-            self._pause, self._retry_at = 0.0, -math.inf
-            _logger.info("%s works again, and gets what has been waiting", self.name)
-        return True
-
-    async def _call(self, function: Callable[[], Awaitable[None]], deadline: float | None) -> Exception | None:
-        """Call the sink, and return what it raised."""
-        began = perf_counter()
-        try:
-            with anyio.CancelScope(deadline=math.inf if deadline is None else deadline) as self._scope:
-                await function()
-                return None
-        except Exception as error:  # noqa: BLE001 -- reported, or raised, by who called
-            return error
-        finally:
-            self._scope = None
-            self._busy += perf_counter() - began
-        return TimeoutError(f"{self.name} was still busy {self._linger} seconds after the end of the run")
-
-    def _meet(self, error: Exception) -> None:
-        self._failures += 1
-        if self._must_raise:
-            raise error
-        now = perf_counter()
-        if not self._pause:
-            level = logging.WARNING if now >= self._quiet_until else logging.INFO
-            _logger.log(level, "%s failed; it is tried again, and records wait meanwhile", self.name, exc_info=error)
-            self._quiet_until = now + _QUIET
-        self._pause = min(self._pause * 2 or _FIRST_PAUSE, _LONGEST_PAUSE)
-        self._retry_at = now + self._pause
-
     def _warn_of_loss(self) -> None:
         spool = self._spool
         if spool.waiting or spool.dropped:
@@ -421,13 +347,6 @@ class Tracker:
                 " of the engine, and are lost with the process",
                 spool.taken, self.name, spool.dropped, spool.waiting,
             )  # fmt: skip
-
-    async def _close(self) -> None:
-        if self._close_sink is not None:
-            moment, deadline = anyio.current_time() + 1, self._deadline  # a moment, even where all else took too long
-            deadline = moment if deadline is None else max(deadline, moment)
-            if error := await self._call(self._close_sink, deadline):
-                self._meet(error)
 
     def _tell_of_end(self) -> None:
         if self._witness is not None and self._ending is not None and self._has_begun:
@@ -482,7 +401,3 @@ def track(
     tracker = Tracker(engine, sink, values, step, spool, linger, must_raise=on_error == "raise")
     tracker.attach(event)
     return tracker
-
-
-def _read_all(batch: Sequence[Record]) -> list[Record]:
-    return [replace(record, values=read(record.values)) for record in batch]
