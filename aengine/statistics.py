@@ -58,8 +58,8 @@ class EngineStatistics:
         data: seconds the loop waited for batches.
         step: seconds in the step.
         handlers: seconds in each inline handler of the loop's events, by the handler's qualified name.
-        handlers_of_fired: seconds in each inline handler of events of one's own. They are part of the time of who fires:
-            the step, another handler, or a task beside the loop.
+        handlers_of_fired: seconds in each inline handler of events of one's own. They are part of the time of who
+            fires: the step, another handler, or a task beside the loop.
         back_pressure: seconds the loop waited for room in the inboxes of slow subscribers.
         event_loop: seconds the loop had given way to other tasks, or was paused.
         lag: the longest time, in seconds, that the loop waited for its turn on the event loop when it needed no more

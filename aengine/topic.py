@@ -156,7 +156,8 @@ class Topic:
     """
 
     __slots__ = (
-        "_arranged", "_publisher", "_quick", "count", "due", "fired", "inline", "is_loops", "name", "outlets", "publish",
+        "_arranged", "_publisher", "_quick", "count", "due", "fired", "inline", "is_loops", "name", "outlets",
+        "publish",
     )  # fmt: skip
 
     def __init__(self, name: str, publisher: Publisher) -> None:
