@@ -17,6 +17,8 @@ Method (`measure.py` has the rest: samples, interleaved rounds, medians with the
   the whole run. With policies that drop, many events are dropped: that is what they are for, and the share delivered
   stands beside. On the worker, a step of nothing fills the buffer of 64 in some 50 µs, and two threads change places
   for each 64 events: what that costs is the operating system's affair, and a step that takes longer does not pay it.
+- Beside it, by hand and without an event, a state or an error in it: an object through a memory stream of anyio, of 64,
+  to another task; and a thread that puts 64 objects on a deque, has the event loop take them, and waits for that.
 - The torch rows run real steps on scikit-learn's digits with torch's default threads, after the main thread has built
   the model and run parallel operations; the ratio is wall time of the default mode by that of the bare loop. A sample
   takes a second, so that what a run costs once (a thread, and OpenMP's threads for it: some 2 ms) is in proportion.
@@ -25,11 +27,16 @@ Method (`measure.py` has the rest: samples, interleaved rounds, medians with the
 from __future__ import annotations
 
 import importlib.util
+import threading
 import warnings
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping
 from functools import partial
 from typing import Any, TypeAlias
 
+import anyio
+import anyio.to_thread
+from anyio.lowlevel import current_token
 from measure import (
     BACKENDS,
     Figure,
@@ -51,6 +58,7 @@ from aengine import Engine, Events
 AnyEngine: TypeAlias = Engine[Any, Any]
 Prepare: TypeAlias = Callable[[AnyEngine, int], None]
 POLICIES = ("wait", "latest", "drop_oldest", "drop_new", "error")
+BUFFER = 64  # the default
 GROUPS = ("loop", "async", "bus", "torch")
 
 
@@ -295,7 +303,7 @@ async def receive(event: object) -> None:
 
 
 def with_subscribers(engine: AnyEngine, count: int, *, number: int, policy: str) -> None:
-    buffer = count + 1 if policy == "error" else 64
+    buffer = count + 1 if policy == "error" else BUFFER
     for _ in range(number):
         subscribe(engine, policy, buffer)
 
@@ -314,12 +322,63 @@ def share_delivered(backend: str, policy: str, *, thread: bool | None, count: in
 
     async def main() -> None:
         engine: AnyEngine = Engine(step, thread=thread)
-        buffer = count + 1 if policy == "error" else 64
+        buffer = count + 1 if policy == "error" else BUFFER
         engine.subscribe(Events.ITERATION_COMPLETED, counting, buffer=buffer, overflow=policy)
         await engine.run(list(range(count)), max_epochs=1)
 
     run_on(backend, main)
     return delivered / count
+
+
+def by_stream(count: int, *, backend: str) -> Sample:
+    """Objects to another task, as one would send them by hand."""
+
+    async def main() -> Sample:
+        send, received = anyio.create_memory_object_stream[int](BUFFER)
+
+        async def take() -> None:
+            async for _ in received:
+                pass
+
+        with Stopwatch(count) as watch:
+            async with anyio.create_task_group() as group:
+                group.start_soon(take)
+                async with send:
+                    for number in range(count):
+                        await send.send(number)
+        return watch.sample
+
+    return run_on(backend, main)
+
+
+def from_thread(count: int, *, backend: str) -> Sample:
+    """Objects from a thread to the event loop, a buffer at a time: the least that any hand-over between them costs."""
+
+    async def main() -> Sample:
+        waiting: deque[int] = deque()
+        taken = threading.Lock()
+        taken.acquire()
+
+        def take() -> None:
+            while waiting:
+                waiting.popleft()
+            taken.release()
+
+        def put(call: Callable[[Callable[[], None]], object]) -> None:
+            for _ in range(0, count, BUFFER):
+                for number in range(BUFFER):
+                    waiting.append(number)
+                call(take)
+                taken.acquire()
+
+        token: Any = current_token().native_token
+        with Stopwatch(count) as watch:
+            await anyio.to_thread.run_sync(
+                put, token.run_sync_soon if backend == "trio" else token.call_soon_threadsafe
+            )
+        return watch.sample
+
+    return run_on(backend, main)
 
 
 def bus_group(report: Report, backends: list[str], rounds: int, seconds: float, numbers: tuple[int, ...]) -> None:
@@ -329,7 +388,9 @@ def bus_group(report: Report, backends: list[str], rounds: int, seconds: float, 
     for backend in backends:
         for where, thread in (("worker", None), ("loop", False)):
             base = partial(ours, backend=backend, thread=thread)
-            subjects = {"none": Subject(base, most=100_000)}
+            hand = "a thread to the event loop" if thread is None else "a stream of anyio"
+            by_hand = partial(from_thread if thread is None else by_stream, backend=backend)
+            subjects = {"none": Subject(base, most=100_000), "hand": Subject(by_hand, most=100_000)}
             for policy in POLICIES:
                 for number in numbers:
                     prepare = partial(with_subscribers, number=number, policy=policy)
@@ -352,7 +413,8 @@ def bus_group(report: Report, backends: list[str], rounds: int, seconds: float, 
                         f"{share_delivered(backend, policy, thread=thread):.0%}",
                     )
                     for policy in POLICIES
-                ],
+                ]
+                + [(f"by hand, {hand}", series["hand"].cpu, *("" for _ in numbers))],
             )
     report.claims += [
         claim("one event to one subscriber, on the event loop: µs", 1.0, waiting["loop"]),
