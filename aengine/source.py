@@ -20,6 +20,11 @@ from aengine.host import Host
 from aengine.prefetch import Buffer, Fetched, Position, Prefetcher, TaskPrefetcher, ThreadPrefetcher
 from aengine.worker import Home
 
+_MAY_REPEAT = (
+    "goes on where it is, and is not wound forward by {} batches: without a length it may be a stream. If it gives the"
+    " same batches each time, those come again: give it __len__, or state_dict and load_state_dict"
+)
+
 
 class Pending(Enum):
     """The type of PENDING."""
@@ -190,7 +195,7 @@ class Source:
     def _resume(self) -> int:
         """Put the data where the run to be resumed stood. Returns how many batches are to be fetched and dropped."""
         position, self._resume_at = self._resume_at, None
-        randomness = self._randomness
+        randomness, level = self._randomness, logging.INFO
         if position is None or not (position["batches"] or position["state"]):
             if randomness is not None:
                 self._opening = randomness.capture(self.data)
@@ -212,7 +217,9 @@ class Source:
             self._origin += position["batches"]
             self._taken = 0
             how, to_wind = "goes on where it is: it cannot be wound forward", 0
-        self._logger.info("resuming: the data (%s) %s", self.name, how)
+            if not self.is_one_shot and not self._is_manager:  # nobody but the user knows whether that is right
+                level, how = logging.WARNING, _MAY_REPEAT.format(position["batches"])
+        self._logger.log(level, "resuming: the data (%s) %s", self.name, how)
         return to_wind
 
     def _recall(self) -> None:

@@ -184,7 +184,9 @@ def test_generator_function_is_wound_forward_once_its_length_is_known(how: Way) 
 
 
 @HERE_OR_THERE
-def test_generator_function_of_unknown_length_is_called_again(how: Way) -> None:
+def test_generator_function_of_unknown_length_is_called_again_with_a_warning(
+    how: Way, caplog: pytest.LogCaptureFixture
+) -> None:
     """It may be a stream: nobody but the user knows whether it begins where it ended."""
     engine = engine_that("IC@1/2", terminate)
     run_and_stop(engine, lambda: numbers(3), epoch_length=3)
@@ -192,6 +194,36 @@ def test_generator_function_of_unknown_length_is_called_again(how: Way) -> None:
     steps = record_steps(resumed)
     finish(resumed, lambda: iter([3, 4]))
     assert [batch for *_, batch in steps] == [3]
+    (warning,) = [one for one in caplog.records if one.levelno == logging.WARNING]
+    assert "not wound forward by 2 batches" in warning.getMessage()
+    assert "__len__" in warning.getMessage()
+
+
+@HERE_OR_THERE
+def test_generator_function_that_is_given_a_length_is_wound_forward(how: Way, caplog: pytest.LogCaptureFixture) -> None:
+    class Numbers:
+        def __iter__(self) -> Iterator[int]:
+            return numbers(3)
+
+        def __len__(self) -> int:
+            return 3
+
+    engine = engine_that("IC@1/2", terminate)
+    run_and_stop(engine, Numbers())
+    resumed = how(engine)
+    steps = record_steps(resumed)
+    finish(resumed, Numbers())
+    assert [batch for *_, batch in steps] == [3]
+    assert not [one for one in caplog.records if one.levelno >= logging.WARNING]
+
+
+@HERE_OR_THERE
+def test_a_stream_goes_on_without_a_warning(how: Way, caplog: pytest.LogCaptureFixture) -> None:
+    engine = engine_that("IC@1/2", terminate)
+    run_and_stop(engine, numbers(4), epoch_length=4)
+    resumed = how(engine)
+    finish(resumed, iter([3, 4]))
+    assert not [one for one in caplog.records if one.levelno >= logging.WARNING]
 
 
 def test_shorter_async_data_than_that_of_the_run_is_refused() -> None:
