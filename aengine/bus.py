@@ -113,9 +113,11 @@ class Subscriber(Listening):
         """
         reading.set(self.inbox)
         self._limiter = anyio.CapacityLimiter(1)  # not the application's: a slow handler takes none of its threads
+        is_done = False
         try:
             with anyio.CancelScope(shield=True) as self._scope:
                 await self._consume(home)
+                is_done = True
         except Exception as error:  # noqa: BLE001 -- handed over
             fail(error)
         except (KeyboardInterrupt, SystemExit) as error:  # asyncio would leave its loop with them at once
@@ -124,7 +126,8 @@ class Subscriber(Listening):
             self.lose(fail, error)
         finally:
             self._scope = None
-            self.inbox.close_nowait(discard=True)  # who is dead must block nobody
+            if not is_done:
+                self.inbox.close_nowait(discard=True)  # who is dead must block nobody
 
     def lose(self, fail: Fail, cancellation: BaseException | None = None) -> None:
         """Its task was cancelled from outside, in its midst or before its first step."""
@@ -157,6 +160,8 @@ class Subscriber(Listening):
                     return
                 self._rest()
                 await inbox.arrival(home)
+                if inbox.is_dismissed:
+                    return
                 self._begin_work()
         finally:
             self._rest()
@@ -347,15 +352,6 @@ class Bus(Publisher):
         self.start_clock()
         for topic in self.topics:
             topic.rewind(self.count_of(topic))
-
-    def refuse_to_flush(self) -> None:
-        """Raise RuntimeError where waiting for all subscribers would be waiting for oneself."""
-        me = reading.get()
-        if any(one.inbox is me for one in self.subscribers):
-            raise RuntimeError(
-                "flush() waits for every subscriber, and so for the one that calls it here: call it from the step, from"
-                " an inline handler, or from outside"
-            )
 
     def end_streams(self) -> None:
         """The run is over: their readers come to an end."""

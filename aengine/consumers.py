@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import anyio
 
 from aengine.bus import Bus, Fail, Subscriber
+from aengine.emission import reading
 from aengine.worker import Bell, Home
 
 if TYPE_CHECKING:
@@ -44,11 +45,24 @@ class Consumers:
         if subscriber not in self._bus.subscribers:  # a run may last for days, and see many come and go
             del self._ends[subscriber]
 
+    @property
+    def _all(self) -> set[Subscriber]:
+        return {*self._ends, *self._bus.subscribers}  # those that were removed have work left, too
+
+    def refuse_one_of_them(self) -> None:
+        """Raise RuntimeError where waiting for all would be waiting for oneself."""
+        me = reading.get()
+        if any(one.inbox is me for one in self._all):
+            raise RuntimeError(
+                "flush() waits for every subscriber, and so for the one that calls it here: call it from the step, from"
+                " an inline handler, or from outside"
+            )
+
     async def flush(self) -> None:
         """Wait until every event published so far is handled. Cancellable."""
         if self._have_ended:  # what is emitted now waits for the next run
             return
-        awaited = {*self._ends, *self._bus.subscribers}  # those that were removed have work left, too
+        awaited = self._all
         for subscriber in awaited:  # all of them now: when one has been waited for, another may have gone on to more
             if subscriber.inbox.when_awaited is not None:
                 subscriber.inbox.when_awaited()
@@ -74,8 +88,10 @@ class Consumers:
         return [one for one in self._ends if not one.inbox.is_idle]
 
     async def end(self) -> None:
-        """Let them take no more, and wait for the ends of their tasks."""
-        for subscriber, end in dict(self._ends).items():
-            subscriber.inbox.close_nowait()
+        """Let them take no more, and wait for the ends of their tasks. What comes now waits for the next run."""
+        ends = dict(self._ends)
+        for subscriber in ends:
+            subscriber.inbox.dismiss_reader()
+        for end in ends.values():
             await end.wait()
         self._have_ended = True

@@ -39,7 +39,7 @@ class Inbox:
 
     __slots__ = (
         "_at_limit", "_capacity", "_lock", "_overflow", "_rooms", "_settled", "accepted", "bell", "closed", "discarded",
-        "dropped", "handled", "in_hand", "limit", "name", "reader_waits_for", "waiting", "when_awaited",
+        "dropped", "handled", "in_hand", "is_dismissed", "limit", "name", "reader_waits_for", "waiting", "when_awaited",
     )  # fmt: skip
 
     def __init__(self, name: str, capacity: int, overflow: Overflow, lock: Any) -> None:
@@ -202,22 +202,29 @@ class Inbox:
                 self.bell.ring()
             self._ring(self._rooms)
 
+    def dismiss_reader(self) -> None:
+        """Let the reader end, who has just handled everything. What comes from now on is accepted, and waits."""
+        self.is_dismissed = True
+        if self.bell is not None:
+            self.bell.ring()
+        self._ring(self._rooms)
+
     def reopen_nowait(self) -> None:
         """Accept again: another run begins."""
-        self.closed = False
+        self.closed = self.is_dismissed = False
         # At so many waiting events one more is no plain matter: it looks for its like, or is one too many, or too late.
         self.limit = 0 if self._overflow is Overflow.LATEST else self._capacity
         self._at_limit = self._policy(self._overflow)
 
     async def arrival(self, home: Home) -> None:
-        """Wait until an event waits or the inbox is closed. For its one reader."""
+        """Wait until an event waits, or the reader is to end. For the one reader."""
         # Most often it is there after one turn of the event loop, which costs a tenth of hanging up a bell.
         await home.turn()
-        if self.waiting or self.closed:
+        if self.waiting or self.is_at_end:
             return
         bell = self.bell = Bell(home)
         try:
-            if not self.waiting and not self.closed:
+            if not self.waiting and not self.is_at_end:
                 await bell.wait()
         finally:
             self.bell = None
@@ -226,7 +233,7 @@ class Inbox:
         """Wait until an event put now would not have to wait, the inbox is closed, or the wait is given up."""
 
         def must_wait() -> bool:
-            return len(self.waiting) > self._capacity and not self.closed and not is_given_up()
+            return len(self.waiting) > self._capacity and not self.is_at_end and not is_given_up()
 
         if must_wait():
             await home.turn()
@@ -246,6 +253,11 @@ class Inbox:
             bell = Bell(home)
             self._settled.append((sequence, bell))
             await bell.wait()
+
+    @property
+    def is_at_end(self) -> bool:
+        """Whether nobody is going to read what comes now: in this run at least."""
+        return self.closed or self.is_dismissed
 
     @property
     def is_idle(self) -> bool:

@@ -84,6 +84,11 @@ class Iteration:
             if interrupts is None:
                 raise
             raise interrupts.exceptions[0] from None
+        except (Exception, KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException:  # a cancellation, after something had failed: that is raised, as by run()
+            if self._error is None and not isinstance(error, Exception):
+                raise
         finally:
             self._handle.remove()
         if error is None or (self._error is not None and self._error is not error):

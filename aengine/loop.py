@@ -64,6 +64,7 @@ class Loop(Attending):
         self.cancellations: tuple[type[BaseException], ...] = (KeyboardInterrupt, SystemExit)
         self._step = step
         self._next_source: Source | None = None
+        self._has_other_data = False  # than when the epoch began: there may be batches to be told of now, or none
         self._epoch_is_complete = progress.epoch_is_complete
         self._first = progress.iteration
         self._batch: Any = _END  # fetched and not yet stepped on, else _END
@@ -177,6 +178,9 @@ class Loop(Attending):
             while (iteration := state.iteration) < end:
                 state.batch = None  # so that its memory is free before the next one comes
                 if is_busy := iteration >= bus.next_due:
+                    if self._has_other_data:
+                        self._has_other_data = False
+                        getting, got, started, completed = self._topics_of_an_iteration()
                     if is_timed := iteration >= watch.next_reading:
                         watch.read(iteration)
                         bus.next_due = min(watch.next_reading, getting.due, got.due, started.due - 1)
@@ -408,6 +412,7 @@ class Loop(Attending):
         new.restart(self.completed)
         self._state.dataloader = new.data
         self.source = new
+        self._has_other_data, self._bus.next_due = True, ALWAYS
 
     # Ends
 

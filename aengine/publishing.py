@@ -307,7 +307,6 @@ class Publishing:
                     f"flush() would wait for ever: events wait for {waiting}, and no run is under way to handle them"
                 )
             return
-        self._bus.refuse_to_flush()
         await self._driver.flush()
 
     def _selectors(self, event: AnyEvent) -> tuple[Selector, ...]:

@@ -179,7 +179,7 @@ class Source:
         if self.entered is _NOT_ENTERED:
             assert self.host is not None, "what is awaited is awaited on an event loop"  # noqa: S101
             self.entered = await self.host.enter(self.data)
-            taken = self._open_and_take()
+            taken = _without_stop(self._open_and_take)
             if taken is not PENDING:
                 return taken
         try:
@@ -189,7 +189,7 @@ class Source:
         finally:
             self._recall()
         self._start()
-        taken = self.take()
+        taken = _without_stop(self.take)
         return await self.arrival() if taken is PENDING else taken
 
     def _resume(self) -> int:
@@ -290,10 +290,7 @@ class Source:
 
     async def _arrival_ahead(self) -> Any:
         await self._buffer.arrival()
-        try:
-            return self._take_ahead()
-        except StopIteration:  # a coroutine cannot raise it
-            raise StopAsyncIteration from None
+        return _without_stop(self._take_ahead)
 
     @property
     def _buffer(self) -> Buffer:
@@ -315,14 +312,18 @@ class Source:
             self._keep_what_was_pulled()
             self.take = self._take_after_suspension
         is_async = self._is_ours and hasattr(self._iterator, "aclose")
-        if is_async and (self._can_wind or self._stateful is not None):
-            # The event loop may end before the next run, and an async generator with it: begin again, by position.
+        if (is_async or self._is_manager) and (self._can_wind or self._stateful is not None):
+            # The event loop may end before the next run, and an async generator with it; an async context manager is
+            # left, and entered anew: begin again, by position.
             position = self.position(completed)
             await self.aclose()
             self.forget()
             self.restart(completed)
             self.resume_at(position, completed)
-        elif is_async and self.host is not None:
+            if self._is_manager:
+                self.entered = _NOT_ENTERED
+            return
+        if is_async and self.host is not None:
             self._begun_at = self.host.home
         if self._is_manager:  # it leaves the run's task group, and enters that of the next
             is_ahead = self._prefetcher is not None and self._buffer.has_ended
@@ -418,6 +419,14 @@ def _end_of_data(error: BaseException | None) -> Generator[NoReturn]:
     if error is not None:
         raise error
     yield from ()
+
+
+def _without_stop(take: Callable[[], Any]) -> Any:
+    """Take a batch in a coroutine, which cannot raise StopIteration."""
+    try:
+        return take()
+    except StopIteration:
+        raise StopAsyncIteration from None
 
 
 def _pending() -> Pending:

@@ -49,6 +49,23 @@ async def test_flush_in_an_inline_handler_waits_for_everything_before_it() -> No
     assert counts == [7, 14, 21]
 
 
+@both_threads
+async def test_flush_in_a_handler_that_has_been_removed_is_refused_as_in_any_other(thread: Thread) -> None:
+    engine = Engine(step, thread=thread)
+    refused: list[str] = []
+
+    async def flush(event: Event) -> None:
+        handle.remove()
+        with pytest.raises(RuntimeError, match="the one that calls it here"):
+            await engine.flush()
+        refused.append(event.name)
+
+    handle = engine.subscribe(Events.STARTED, flush)
+    with anyio.fail_after(20):
+        await engine.run([1, 2])
+    assert refused == ["STARTED"]
+
+
 async def test_flush_from_outside_waits_for_the_event_in_hand_and_not_for_later_ones() -> None:
     engine = Engine(async_step)
     gate, begun = anyio.Event(), anyio.Event()

@@ -343,6 +343,44 @@ async def test_run_ends_when_what_subscribers_sent_each_other_is_handled() -> No
     assert seen == 30
 
 
+@pytest.mark.parametrize("way", ["completes", "is interrupted"])
+async def test_what_others_fire_while_the_run_ends_waits_for_the_next_one(way: str) -> None:
+    engine = Engine(async_step)
+    engine.register_events("mine")
+    seen: dict[str, list[int]] = {"first": [], "second": [], "third": []}
+
+    def listen(mine: list[int]) -> None:
+        @engine.subscribe("mine")
+        async def take(event: Event) -> None:
+            mine.append(event.sequence)
+
+    for one in seen.values():
+        listen(one)
+    fired = 0
+
+    async def fire_on() -> None:
+        nonlocal fired
+        while True:
+            if engine.is_running:
+                engine.fire_event("mine")
+                fired += 1
+            await checkpoint()
+
+    if way == "is interrupted":
+        engine.add_event_handler(Events.ITERATION_COMPLETED(once=2), engine.interrupt)
+    async with anyio.create_task_group() as group:
+        group.start_soon(fire_on)
+        await engine.run([1, 2, 3])
+        group.cancel_scope.cancel()
+    if way == "completes":
+        await engine.run([1, 2, 3], max_epochs=2)
+    else:
+        await engine.run()
+    assert fired > 0
+    assert [len(one) for one in seen.values()] == [fired] * 3
+    assert {one.discarded for one in engine.statistics().listeners} == {0}
+
+
 async def test_a_handler_that_hangs_is_named_when_its_grace_is_over() -> None:
     engine = Engine(step, name="trainer", grace=0.02)
 

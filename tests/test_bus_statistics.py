@@ -150,7 +150,7 @@ async def test_handlers_of_fired_events_are_not_counted_twice(thread: Thread) ->
 
 async def test_handlers_of_what_is_fired_beside_the_loop_are_timed_each_time() -> None:
     """Though the iterations of the loop may be too short for that."""
-    engine: Engine[int, None] = Engine(async_step)
+    engine = Engine(async_step)
     engine.register_events("NEWS")
 
     @engine.on("NEWS")

@@ -1,11 +1,14 @@
 """iterate(): a run for people who keep their own `for`."""
 # ruff: noqa: PERF401, PT012 -- an `async for`, or a block with its `async with`, is what is under test
 
+import asyncio
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import anyio
 import pytest
 from anyio.lowlevel import checkpoint
+from recording import Boom
 
 from aengine import Engine, EngineBusy, Event, Events, StopReason
 
@@ -286,3 +289,52 @@ async def test_an_event_of_it_is_a_fact() -> None:
     assert [event.iteration for event in events] == [1, 2, 3]
     assert {event.name for event in events} == {"ITERATION_COMPLETED"}
     assert events[0].monotonic < events[1].monotonic < events[2].monotonic
+
+
+async def end_of(engine: Engine[int, int], turns: int, *, is_native: bool) -> str:
+    """Iterate, and be cancelled so many turns after the step has failed. Return what came of it."""
+    failed = anyio.Event()
+    engine.add_event_handler(Events.EXCEPTION_RAISED, lambda _, __: failed.set())
+
+    async def iterate() -> None:
+        async with engine.iterate([1, 2, 3]) as iterations:
+            async for _ in iterations:
+                pass
+
+    async def cancel(cancel: Callable[[], object]) -> None:
+        await failed.wait()
+        for _ in range(turns):
+            await checkpoint()
+        cancel()
+
+    async with anyio.create_task_group() as group:
+        if is_native:
+            task = asyncio.ensure_future(iterate())
+            group.start_soon(cancel, task.cancel)
+            await asyncio.wait([task])
+            return repr(task.exception())
+        with anyio.CancelScope() as scope:
+            group.start_soon(cancel, scope.cancel)
+            try:
+                await iterate()
+            except Boom as error:
+                return repr(error)
+    return "nothing"
+
+
+@pytest.mark.parametrize("is_native", [False, True], ids=["scope", "native"])
+@pytest.mark.parametrize("turns", range(12))
+async def test_an_error_is_raised_though_the_caller_is_cancelled_while_it_comes(
+    anyio_backend_name: str, turns: int, *, is_native: bool
+) -> None:
+    if is_native and anyio_backend_name != "asyncio":
+        pytest.skip("asyncio's own cancellation")
+
+    async def fail(engine: Engine[int, int], batch: int) -> int:
+        if batch == 2:
+            raise Boom
+        return batch
+
+    engine = Engine(fail)
+    assert await end_of(engine, turns, is_native=is_native) == repr(Boom())
+    assert why(engine) is StopReason.FAILED

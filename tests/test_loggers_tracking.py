@@ -750,7 +750,7 @@ async def test_an_event_while_an_interrupted_run_ends_does_not_keep_later_record
     engine.add_event_handler(Events.ITERATION_COMPLETED(once=1), engine.interrupt)
 
     async def emit_late() -> None:
-        while not tracker._inbox.closed:
+        while not tracker._inbox.is_at_end:
             await anyio.lowlevel.checkpoint()
         await engine.emit("mine")
 

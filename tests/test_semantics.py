@@ -388,6 +388,21 @@ def test_data_may_be_changed_while_running() -> None:
     assert state.dataloader == [7, 8]
 
 
+@pytest.mark.parametrize(
+    ("first", "then", "fired"),
+    [
+        ([1, 2, 3], None, "GS@1/0 GC@1/0 IC@1/1 IC@1/2 IC@1/3"),
+        (None, [1, 2], "IC@1/1 GS@1/1 GC@1/1 IC@1/2 GS@1/2 GC@1/2 IC@1/3"),
+    ],
+)
+def test_batches_are_told_of_as_soon_as_there_are_any(first: Any, then: Any, fired: str) -> None:
+    engine: AnyEngine = Engine(lambda engine, batch: batch)
+    seen = record(engine, "GS GC IC")
+    at(engine, "IC@1/1", lambda: engine.set_data(then))
+    engine.run_sync(first, epoch_length=3)
+    assert seen == fired.split()
+
+
 # Nothing is left
 
 

@@ -12,7 +12,7 @@ import anyio.to_thread
 import pytest
 from anyio.lowlevel import checkpoint
 
-from aengine import Engine, Events, HandlerTimeout, StopReason
+from aengine import DataExhausted, Engine, Events, HandlerTimeout, StopReason
 
 Thread: TypeAlias = bool | None
 
@@ -453,6 +453,72 @@ class Broker:
         for batch in range(self.length):
             await checkpoint()
             yield batch
+
+
+class Entered:
+    """A source that is entered, and then iterated as any list is."""
+
+    def __init__(self, *batches: int) -> None:
+        self.batches = batches
+
+    async def __aenter__(self) -> None: ...
+
+    async def __aexit__(self, *error: object) -> None: ...
+
+    def __iter__(self) -> Iterator[int]:
+        yield from self.batches
+
+
+class Sized(Entered):
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+class Positioned(Entered):
+    """It knows where it is."""
+
+    at = 0
+    was_put_back = False
+
+    def __iter__(self) -> Iterator[int]:
+        if not self.was_put_back:
+            self.at = 0
+        self.was_put_back = False
+        while self.at < len(self.batches):
+            self.at += 1
+            yield self.batches[self.at - 1]
+
+    def state_dict(self) -> dict[str, int]:
+        return {"at": self.at}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.at, self.was_put_back = state["at"], True
+
+
+@both_threads
+@prefetches
+@pytest.mark.parametrize("kind", [Sized, Positioned])
+@pytest.mark.parametrize("event", [Events.GET_BATCH_COMPLETED, Events.ITERATION_COMPLETED])
+@pytest.mark.parametrize("count", [1, 2, 4, 5, 9])
+async def test_a_source_with_plain_batches_that_is_interrupted_goes_on_where_it_was(
+    thread: Thread, prefetch: int, kind: type[Entered], event: Events, count: int
+) -> None:
+    stepped: list[int] = []
+    engine: Engine[int, None] = Engine(lambda engine, batch: stepped.append(batch), thread=thread)
+    source = kind(1, 2, 3, 4, 5)
+    engine.add_event_handler(event(once=count), engine.interrupt)
+    await engine.run(source, max_epochs=2, epoch_length=5, prefetch=prefetch)
+    assert engine.state.stop_reason is StopReason.INTERRUPTED
+    await engine.run(source, prefetch=prefetch)
+    assert stepped == [1, 2, 3, 4, 5] * 2
+
+
+@both_threads
+@prefetches
+async def test_a_source_with_plain_batches_that_has_none_is_refused_as_any_other(thread: Thread, prefetch: int) -> None:
+    engine = Engine(step, thread=thread)
+    with pytest.raises(DataExhausted, match="the data is empty"):
+        await engine.run(Entered(), prefetch=prefetch)
 
 
 @both_threads
