@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Awaitable, Sequence
 from contextlib import ExitStack, closing
+from datetime import timedelta
 from functools import partial
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -179,6 +180,26 @@ def test_what_cannot_work_is_refused_at_once() -> None:
         track(engine, Memory(), "ITERATION_COMPLETE")
     with pytest.raises(ValueError, match="on_error="):
         track(engine, Memory(), on_error="ignore")  # type: ignore[arg-type]  # likewise
+
+
+@pytest.mark.parametrize(
+    ("error", "argument", "value"),
+    [
+        (TypeError, "values", {"loss": 1}),
+        (TypeError, "values", lambda: {"loss": 1}),
+        (TypeError, "step", 3),
+        (TypeError, "step", lambda: 3),
+        (ValueError, "spool", "a"),
+        (TypeError, "linger", timedelta(seconds=5)),
+        (TypeError, "linger", None),
+        (ValueError, "linger", -1),
+    ],
+)
+def test_an_argument_that_cannot_be_used_is_refused_at_once(error: type[Exception], argument: str, value: Any) -> None:
+    engine: AnyEngine = Engine(tenfold)
+    with pytest.raises(error, match=f"^{argument}= "):
+        track(engine, Memory(), **{argument: value})
+    assert engine.statistics().listeners == ()
 
 
 # Slow sinks

@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeAlias
 
 import anyio
 
+from aengine.binding import check_call, check_seconds
 from aengine.engine import Engine
 from aengine.events import AnyEvent, Event, EventEnum, Events, FilteredEvent, date_of, selectors
 from aengine.loggers.numbers import hold, numbers_of
@@ -394,7 +395,11 @@ def track(
     """
     if not callable(getattr(sink, "write", sink)):
         raise TypeError(f"a sink has a method write(records), or is a function of the records, got {sink!r}")
-    if spool < 1:
+    check_call(values, "values=", "values", "engine")
+    if step is not None:
+        check_call(step, "step=", "step", "engine")
+    check_seconds(linger, "linger=", 5.0)
+    if type(spool) is not int or spool < 1:
         raise ValueError(f"spool= is the number of records that may wait, at least 1, got {spool!r}")
     if on_error not in ("warn", "raise"):
         raise ValueError(f'on_error= is "warn" or "raise", got {on_error!r}')
