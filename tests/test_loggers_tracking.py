@@ -174,6 +174,12 @@ def test_what_cannot_work_is_refused_at_once() -> None:
     engine: AnyEngine = Engine(tenfold)
     with pytest.raises(TypeError, match="write\\(records\\)"):
         track(engine, "log.jsonl")  # type: ignore[arg-type]  # as somebody might
+    with pytest.raises(TypeError, match=r"Memory is a class: track\(engine, Memory\(\.\.\.\)\)"):
+        track(engine, Memory)  # type: ignore[arg-type]  # likewise
+    with pytest.raises(TypeError, match=r"is a file: track\(engine, JSONLines\(path\)\)"):
+        track(engine, sys.__stdout__)  # type: ignore[arg-type]  # likewise
+    with pytest.raises(TypeError, match=r"cannot be called as write\(records\)"):
+        track(engine, lambda: None)  # type: ignore[arg-type, misc]  # likewise
     with pytest.raises(ValueError, match="spool="):
         track(engine, Memory(), spool=0)
     with pytest.raises(ValueError, match="no event 'ITERATION_COMPLETE'"):

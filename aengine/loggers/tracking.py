@@ -5,6 +5,7 @@ batch at a time, and has patience with a sink that fails. It is called for the f
 together: what wakes it for each would have the step's thread and the event loop's take turns at each step.
 """
 
+import io
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -393,8 +394,7 @@ def track(
     Raises:
         TypeError, ValueError: an argument is wrong.
     """
-    if not callable(getattr(sink, "write", sink)):
-        raise TypeError(f"a sink has a method write(records), or is a function of the records, got {sink!r}")
+    _check_sink(sink)
     check_call(values, "values=", "values", "engine")
     if step is not None:
         check_call(step, "step=", "step", "engine")
@@ -406,3 +406,16 @@ def track(
     tracker = Tracker(engine, sink, values, step, spool, linger, must_raise=on_error == "raise")
     tracker.attach(event)
     return tracker
+
+
+def _check_sink(sink: Any) -> None:
+    if isinstance(sink, type):
+        raise TypeError(
+            f"a sink is an object, and {sink.__qualname__} is a class: track(engine, {sink.__qualname__}(...))"
+        )
+    if isinstance(sink, io.IOBase):
+        raise TypeError(f"a sink writes records, and {sink!r} is a file: track(engine, JSONLines(path)) writes one")
+    write = getattr(sink, "write", sink)
+    if not callable(write):
+        raise TypeError(f"a sink has a method write(records), or is a function of the records, got {sink!r}")
+    check_call(write, "the sink", "write", "records")
