@@ -153,6 +153,10 @@ class Publishing:
             snapshot: `snapshot(engine)` is called inline, between steps, once for all that share it; what it returns
                 travels in `event.snapshot`.
             name: shown in notes and statistics; by default the handler's.
+
+        Raises:
+            TypeError: the handler or the snapshot cannot be called so; or this is no event.
+            ValueError: the event is not registered with this engine, or an argument is wrong.
         """
         self._selectors(event)
 

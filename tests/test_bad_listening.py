@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator, Callable, Iterator
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import pytest
@@ -273,6 +274,41 @@ def test_on_error_must_be_raise_or_log() -> None:
 def test_snapshot_must_be_callable() -> None:
     with refused(TypeError, "snapshot=", "callable", "3"):
         Engine(double).subscribe(Events.STARTED, print, snapshot=3)  # type: ignore[call-overload]  # that is what is tested
+    with refused(TypeError, "snapshot=", "callable", "3"):
+        Engine(double).stream(Events.STARTED, snapshot=3)  # type: ignore[arg-type]  # likewise
+
+
+def nothing() -> None: ...
+
+
+def two(one: object, other: object) -> None: ...
+
+
+@pytest.mark.parametrize(("function", "signature"), [(nothing, "nothing()"), (two, "two(one: object, other: object)")])
+def test_subscriber_and_snapshot_must_take_one_argument(function: Any, signature: str) -> None:
+    engine = Engine(double)
+    with refused(TypeError, "subscriber's handler", signature, "handler(event)"):
+        engine.subscribe(Events.STARTED, function)
+    with refused(TypeError, "subscriber's handler", signature, "handler(event)"):
+        engine.subscribe(Events.STARTED)(function)
+    with refused(TypeError, "snapshot=", signature, "snapshot(engine)"):
+        engine.subscribe(Events.STARTED, print, snapshot=function)
+    with refused(TypeError, "snapshot=", signature, "snapshot(engine)"):
+        engine.stream(Events.STARTED, snapshot=function)
+    assert engine.statistics().listeners == ()
+
+
+def test_subscriber_may_take_more_than_it_is_given() -> None:
+    def more(event: Event, limit: int = 3, *rest: int, **named: int) -> None:
+        seen.append((event.name, limit))
+
+    engine = Engine(double)
+    seen: list[Any] = []
+    engine.subscribe(Events.STARTED, more)
+    engine.subscribe(Events.STARTED, partial(two, "x"))
+    engine.subscribe(Events.STARTED, {}.pop, snapshot=str, on_error="log")  # a built-in without a signature
+    engine.run_sync([1])
+    assert seen == [("STARTED", 3)]
 
 
 def test_refused_subscriber_is_not_added() -> None:
