@@ -59,7 +59,13 @@ class Publishing:
     # Listening
 
     def on(self, event: AnyEvent, *args: Any, **kwargs: Any) -> Callable[[Handler], Handler]:
-        """Return a decorator that adds an inline handler, and returns it as it was. See `add_event_handler`."""
+        """Return a decorator that adds an inline handler, and returns it as it was. See `add_event_handler`.
+
+        Raises:
+            TypeError: this is no event, such as the handler itself, by `@engine.on` without parentheses.
+            ValueError: the event is not registered with this engine.
+        """
+        self._selectors(event)
 
         def add(handler: Handler) -> Handler:
             self.add_event_handler(event, handler, *args, **kwargs)

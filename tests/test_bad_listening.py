@@ -162,7 +162,7 @@ def test_handler_is_removed_only_from_what_it_listens_to() -> None:
 @pytest.mark.parametrize(
     "listen",
     [
-        lambda engine: engine.on(Own.DONE)(print),
+        lambda engine: engine.on(Own.DONE),
         lambda engine: engine.add_event_handler(Own.DONE, print),
         lambda engine: engine.subscribe(Own.DONE, print),
         lambda engine: engine.stream(Own.DONE),
@@ -180,6 +180,22 @@ def test_what_is_no_event_is_refused(event: Any) -> None:
     engine = Engine(double)
     with refused(TypeError, "expected an event", "Events.STARTED", repr(event)):
         engine.add_event_handler(event, print)
+
+
+@pytest.mark.parametrize("name", ["on", "subscribe"])
+def test_decorator_without_its_event_is_refused(name: str) -> None:
+    engine: Any = Engine(double)
+    with refused(TypeError, "expected an event", "@engine.on(Events.ITERATION_COMPLETED)"):
+
+        @getattr(engine, name)
+        def handler() -> None: ...
+
+
+def test_handler_before_its_event_is_refused() -> None:
+    def handler() -> None: ...
+
+    with refused(TypeError, "expected an event", "handler", "the event comes first"):
+        Engine(double).add_event_handler(handler, Events.STARTED)  # type: ignore[arg-type]  # that is what is tested
 
 
 def test_record_of_an_event_is_no_event_to_listen_to() -> None:

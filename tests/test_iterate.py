@@ -286,3 +286,10 @@ async def test_an_event_of_it_is_a_fact() -> None:
     assert [event.iteration for event in events] == [1, 2, 3]
     assert {event.name for event in events} == {"ITERATION_COMPLETED"}
     assert events[0].monotonic < events[1].monotonic < events[2].monotonic
+
+
+async def test_iterations_are_read_inside_their_block() -> None:
+    iterations: Any = Engine(lambda engine, batch: batch).iterate([1])
+    with pytest.raises(RuntimeError, match=r"async with engine\.iterate\(\.\.\.\) as iterations: async for"):
+        async for _ in iterations:
+            pass

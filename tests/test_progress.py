@@ -348,7 +348,7 @@ def test_without_the_package_it_says_what_to_install(kind: str) -> None:
     ],
 )
 def test_what_cannot_be_shown_is_refused_on_any_display(
-    is_quiet: bool, error: type[Exception], message: str, arguments: dict[str, Any]
+    *, is_quiet: bool, error: type[Exception], message: str, arguments: dict[str, Any]
 ) -> None:
     told = Told()
     told.is_quiet = is_quiet

@@ -410,9 +410,8 @@ def track(
 
 def _check_sink(sink: Any) -> None:
     if isinstance(sink, type):
-        raise TypeError(
-            f"a sink is an object, and {sink.__qualname__} is a class: track(engine, {sink.__qualname__}(...))"
-        )
+        name = sink.__qualname__
+        raise TypeError(f"a sink is an object, and {name} is a class: track(engine, {name}(...))")
     if isinstance(sink, io.IOBase):
         raise TypeError(f"a sink writes records, and {sink!r} is a file: track(engine, JSONLines(path)) writes one")
     write = getattr(sink, "write", sink)
