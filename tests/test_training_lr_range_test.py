@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from aengine import Engine, EngineBusy, Events
 from aengine.checkpoint import Checkpoint
 from aengine.training.averages import attach_average
+from aengine.training.gradients import GradientEvents, GradientStatistics
 from aengine.training.lr_range_test import LRRange, exponential, linear, lr_range_test
 from aengine.training.schedules import attach_scheduler
 from aengine.training.supervised import create_supervised_trainer
@@ -460,6 +461,24 @@ async def test_handlers_and_checkpoints_of_the_trainer_hear_nothing(tmp_path: An
         await lr_range_test(trainer, model, optimizer, batches(), RATES)
         assert not checkpoint.list()
     assert not heard
+
+
+async def test_gradient_statistics_show_nothing_of_the_test() -> None:
+    model, optimizer = build()
+    trainer = create_supervised_trainer(model, optimizer, LOSS)
+    gradients = GradientStatistics(model, optimizer, every=2)
+    gradients.attach(trainer)
+    measured: list[int] = []
+    trainer.add_event_handler(GradientEvents.MEASURED, lambda engine: measured.append(engine.state.iteration))
+    await lr_range_test(trainer, model, optimizer, batches(), RATES)
+    assert gradients.values() == {}
+    trainer.add_event_handler(Events.ITERATION_COMPLETED(once=3), trainer.terminate)
+    await trainer.run(batches())
+    before = gradients.values()
+    await lr_range_test(trainer, model, optimizer, batches(), RATES)
+    assert [*map(id, gradients.values().values())] == [*map(id, before.values())]
+    await trainer.run(batches())
+    assert measured == [2, 4, 6]
 
 
 async def test_what_else_the_step_changes_is_put_back_if_it_is_named() -> None:

@@ -24,6 +24,7 @@ from aengine.data import Stateful
 from aengine.engine import Engine
 from aengine.events import Events
 from aengine.state import State
+from aengine.training.gradients import GradientStatistics
 from aengine.training.update import Update
 
 AnyEngine: TypeAlias = Engine[Any, Any]
@@ -292,7 +293,10 @@ def _restored(
         kept.callback(_keep_model(model, optimizer))  # after those that bring gradients of their own
         kept.callback(_keep_optimizer(optimizer))
         for one in (*trainer.stateful_listeners(), *also):
-            kept.callback(one.load_state_dict, copy.deepcopy(one.state_dict()))
+            if isinstance(one, GradientStatistics):  # its state is a part of what it shows
+                kept.callback(one.keep())
+            else:
+                kept.callback(one.load_state_dict, copy.deepcopy(one.state_dict()))
         yield
 
 
