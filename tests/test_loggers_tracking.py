@@ -188,6 +188,24 @@ def test_what_cannot_work_is_refused_at_once() -> None:
         track(engine, Memory(), on_error="ignore")  # type: ignore[arg-type]  # likewise
 
 
+def test_a_sink_gets_the_same_values_of_an_event_once() -> None:
+    engine, other = Engine(tenfold, name="trainer"), Engine(tenfold)
+    memory = Memory()
+    every = Events.ITERATION_COMPLETED(every=2)
+    track(engine, memory, every | Events.EPOCH_COMPLETED)
+    for event in (every, Events.COMPLETED | Events.EPOCH_COMPLETED):
+        with pytest.raises(
+            RuntimeError, match=r"these values of engine 'trainer' at (ITERATION|EPOCH)_COMPLETED.* already"
+        ):
+            track(engine, memory, event)
+    assert len(engine.statistics().listeners) == 1
+    track(engine, memory, Events.ITERATION_COMPLETED(every=3))
+    track(engine, memory, Events.EPOCH_COMPLETED, values=lambda engine: {"lr": 0.1})
+    track(engine, memory, Events.EPOCH_COMPLETED, step=lambda engine: 3)
+    track(engine, Memory(), every)
+    track(other, memory, every)
+
+
 @pytest.mark.parametrize(
     ("error", "argument", "value"),
     [

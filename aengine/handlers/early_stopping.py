@@ -85,7 +85,17 @@ class EarlyStopping:
             trainer: what is terminated.
             evaluator: whose score it is; the trainer by default.
             event: when to look instead.
+
+        Raises:
+            ValueError: the event is not registered.
+            RuntimeError: this looks at the trainer or the evaluator already.
         """
+        for engine in (trainer, evaluator or trainer):
+            if engine.has_event_handler(self._look):
+                raise RuntimeError(
+                    f"this EarlyStopping looks at engine {engine.name!r} already: make another one for another score;"
+                    " event= takes several, joined by |"
+                )
         trainer.add_event_handler(Events.STARTED, self._begin)  # through this, too, its state is found
         if evaluator is None or evaluator is trainer:
             trainer.add_event_handler(event or Events.EPOCH_COMPLETED, self._look)

@@ -89,6 +89,7 @@ class Tracker:
         self._sink = PatientSink(sink, linger, must_raise=must_raise)
         self.name = self._sink.name
         anything: Any = sink
+        self._gives = id(sink), values, step  # not the sink: two of them may be equal
         self._witness = anything if isinstance(anything, Witness) else None
         self._engine = engine
         self._values = values
@@ -126,6 +127,13 @@ class Tracker:
         engine = self._engine
         bus = engine._bus  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
         listened_to = engine._selectors(event)  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]  # or raises
+        for one in listened_to:
+            for other in bus.topic(one.name).inline:
+                if other.selector.filter == one.filter and self._would_repeat(other.handler):
+                    raise RuntimeError(
+                        f"{self.name} gets these values of engine {engine.name!r} at {one} already, and would get"
+                        " each of them twice: track it once, or at other events, or with other values="
+                    )
         engine.register_events(*TrackerEvents)
         engine.subscribe(TrackerEvents.RECORDS_WAIT(self._take_call), self._answer, name=self.name)
         self._inbox = bus.subscribers[-1].inbox  # just added
@@ -135,6 +143,11 @@ class Tracker:
             bus.add_last(FilteredEvent(one.name, one.filter), partial(self._take, one.name), f"records for {self.name}")
         for one in selectors(_ENDS):
             bus.add_last(one.name, partial(self._end, one.name), f"ends for {self.name}")
+
+    def _would_repeat(self, handler: Any) -> bool:
+        take = getattr(handler, "func", None)
+        other = getattr(take, "__self__", None)
+        return isinstance(other, Tracker) and take == other._take and other._gives == self._gives  # noqa: SLF001 -- of its own kind
 
     # Between two steps, where the step runs
 
@@ -393,6 +406,7 @@ def track(
 
     Raises:
         TypeError, ValueError: an argument is wrong.
+        RuntimeError: the sink gets the same values of the same engine at one of these events already.
     """
     _check_sink(sink)
     check_call(values, "values=", "values", "engine")
