@@ -171,3 +171,10 @@ def test_second_attachment_to_an_engine_is_refused_and_one_to_the_next_is_not() 
     stopping.attach(next_one, evaluator)
     with pytest.raises(RuntimeError, match="looks at engine 'evaluator' already"):
         stopping.attach(Engine(lambda engine, batch: None), evaluator)
+
+
+def test_what_is_no_engine_is_refused() -> None:
+    _, stopping = scoring([1, 2])
+    wrong: Any = object()
+    with pytest.raises(TypeError, match=r"attach\(trainer, evaluator\) takes engines, got <object"):
+        stopping.attach(wrong)

@@ -571,15 +571,18 @@ async def test_output_that_is_no_loss_is_refused(output: Any) -> None:
         ({"smoothing": 1.5}, ValueError, "smoothing= is the weight of a new loss"),
         ({"divergence": 1}, ValueError, "divergence= is how many times"),
         ({"model": [torch.nn.Linear(1, 1)]}, TypeError, "several as torch.nn.ModuleList"),
+        ({"rates": 100}, TypeError, r"rates= are several, such as exponential\(.*; got 100"),
+        ({"trainer": torch.nn.Linear(1, 1)}, TypeError, "takes the engine that trains the model first, got Linear"),
         ({"optimizer": "SGD"}, TypeError, "needs an optimizer of torch.optim"),
     ],
-    ids=["falling", "zero", "two", "no-smoothing", "too-much", "no-divergence", "list", "text"],
+    ids=["falling", "zero", "two", "no-smoothing", "too-much", "no-divergence", "list", "number", "model", "text"],
 )
 async def test_wrong_arguments_are_refused(change: dict[str, Any], kind: type[Exception], message: str) -> None:
     model, optimizer = build()
-    given = {"model": model, "optimizer": optimizer, **change}
+    trainer = create_supervised_trainer(model, optimizer, LOSS)
+    given: dict[str, Any] = {"trainer": trainer, "model": model, "optimizer": optimizer, **change}
     with pytest.raises(kind, match=message):
-        await lr_range_test(create_supervised_trainer(model, optimizer, LOSS), data=batches(), **given)
+        await lr_range_test(data=batches(), **given)
 
 
 @pytest.mark.parametrize("make", [exponential, linear])

@@ -88,9 +88,12 @@ class EarlyStopping:
 
         Raises:
             ValueError: the event is not registered.
+            TypeError: these are no engines.
             RuntimeError: this looks at the trainer or the evaluator already.
         """
         for engine in (trainer, evaluator or trainer):
+            if not isinstance(engine, Engine):  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise TypeError(f"EarlyStopping.attach(trainer, evaluator) takes engines, got {engine!r}")
             if engine.has_event_handler(self._look):
                 raise RuntimeError(
                     f"this EarlyStopping looks at engine {engine.name!r} already: make another one for another score;"
