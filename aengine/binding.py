@@ -72,19 +72,31 @@ def refuse_generators(function: Any, what: str) -> None:
         )
 
 
-def check_step(step: Any) -> None:
-    """Raise TypeError for what cannot be called as `step(engine, batch)`."""
-    refuse_generators(step, "the step")
+def check_call(function: Any, what: str, name: str, *arguments: str) -> None:
+    """Raise TypeError for what cannot be called as `name(*arguments)`, or would do nothing.
+
+    For instance: check_call(step, "the step", "step", "engine", "batch").
+    """
+    refuse_generators(function, what)
     try:
-        signature = inspect.signature(step)
+        signature = inspect.signature(function)
     except ValueError:  # a built-in without one: it will show
         return
     try:
-        signature.bind(None, None)
+        signature.bind(*arguments)
     except TypeError:
         raise TypeError(
-            f"the step {name_of(step)}{signature} cannot be called as step(engine, batch): have it take these two"
+            f"{what} {name_of(function)}{signature} cannot be called as {name}({', '.join(arguments)}): have it take"
+            f" {' and '.join(arguments)}"
         ) from None
+
+
+def check_seconds(value: Any, what: str, usual: float) -> None:
+    """Raise TypeError or ValueError for what is no number of seconds, 0 or more; it may be infinite."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{what} is a number of seconds, such as {usual}; got {value!r}")
+    if not value >= 0:
+        raise ValueError(f"{what} is 0 seconds or more, such as {usual}; got {value!r}")
 
 
 Form: TypeAlias = Callable[[Any, tuple[Any, ...]], tuple[tuple[Any, ...], dict[str, Any]]]

@@ -11,7 +11,7 @@ import anyio
 import anyio.lowlevel
 import anyio.to_thread
 
-from aengine.binding import is_async_callable, is_awaitable, name_of, refuse_generators
+from aengine.binding import check_call, is_async_callable, is_awaitable, name_of
 from aengine.emission import reading
 from aengine.errors import HandlerTimeout, StrayCancellation
 from aengine.events import AnyEvent, Event, Selector, selectors
@@ -39,8 +39,8 @@ class Listening:
     ) -> None:
         if type(buffer) is not int or buffer < 1:
             raise ValueError(f"buffer= is the number of events that may wait, at least 1, got {buffer!r}")
-        if snapshot is not None and not callable(snapshot):
-            raise TypeError(f"snapshot= must be a callable of the engine, got {snapshot!r}")
+        if snapshot is not None:
+            check_call(snapshot, "snapshot=", "snapshot", "engine")
         if not isinstance(snapshot, Hashable):
             snapshot = partial(cast(Snapshot, snapshot))  # shared by those that were given the very same one
         self.name = name
@@ -94,7 +94,7 @@ class Subscriber(Listening):
         snapshot: Snapshot | None,
         name: str | None,
     ) -> None:
-        refuse_generators(handler, "a subscriber's handler")
+        check_call(handler, "a subscriber's handler", "handler", "event")
         if on_error not in ("raise", "log"):
             raise ValueError(f'on_error= is "raise" (the run fails) or "log" (counted and logged), got {on_error!r}')
         super().__init__(bus, event, name or name_of(handler), buffer, overflow, snapshot)

@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 import anyio
 from anyio.lowlevel import checkpoint_if_cancelled
 
-from aengine.binding import check_step, is_async_callable, name_of
+from aengine.binding import check_call, check_seconds, is_async_callable, name_of
 from aengine.bus import Bus
 from aengine.control import Control, Request
 from aengine.data import Randomness, check, check_prefetch, needs_event_loop
@@ -53,6 +53,7 @@ class Engine(Publishing, Generic[Batch, Output]):
 
     Raises:
         TypeError: the step cannot be called as `step(engine, batch)`, or `thread=True` was given for an async one.
+        TypeError, ValueError: `grace` is no number of seconds, 0 or more.
 
     Example:
         >>> engine = Engine(lambda engine, batch: batch * 2)
@@ -68,7 +69,8 @@ class Engine(Publishing, Generic[Batch, Output]):
         thread: bool | None = None,
         grace: float = 30.0,
     ) -> None:
-        check_step(step)
+        check_call(step, "the step", "step", "engine", "batch")
+        check_seconds(grace, "grace=", 30.0)
         is_async = is_async_callable(step)
         if thread and is_async:
             raise TypeError(

@@ -268,8 +268,10 @@ def selectors(event: AnyEvent) -> tuple[Selector, ...]:
 def _selector(event: Any) -> Selector:
     name = event_name(event)
     if name is None or isinstance(event, Event):
+        advice = ": the event comes first, as in  @engine.on(Events.ITERATION_COMPLETED)"
         raise TypeError(
             f"expected an event such as Events.STARTED, an event's name, or several joined by |, got {event!r}"
+            + advice * inspect.isroutine(event)
         )
     condition = getattr(event, "filter", None)
     if callable(condition):  # an event of ignite's

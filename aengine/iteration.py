@@ -49,6 +49,11 @@ class Iteration:
         return self
 
     def __aiter__(self) -> AsyncIterator[Event]:
+        if self._handle is None:
+            raise RuntimeError(
+                "iterations are read inside their block:"
+                " async with engine.iterate(...) as iterations: async for event in iterations: ..."
+            )
         return self
 
     async def __anext__(self) -> Event:

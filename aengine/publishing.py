@@ -59,7 +59,13 @@ class Publishing:
     # Listening
 
     def on(self, event: AnyEvent, *args: Any, **kwargs: Any) -> Callable[[Handler], Handler]:
-        """Return a decorator that adds an inline handler, and returns it as it was. See `add_event_handler`."""
+        """Return a decorator that adds an inline handler, and returns it as it was. See `add_event_handler`.
+
+        Raises:
+            TypeError: this is no event, such as the handler itself, by `@engine.on` without parentheses.
+            ValueError: the event is not registered with this engine.
+        """
+        self._selectors(event)
 
         def add(handler: Handler) -> Handler:
             self.add_event_handler(event, handler, *args, **kwargs)
@@ -153,6 +159,10 @@ class Publishing:
             snapshot: `snapshot(engine)` is called inline, between steps, once for all that share it; what it returns
                 travels in `event.snapshot`.
             name: shown in notes and statistics; by default the handler's.
+
+        Raises:
+            TypeError: the handler or the snapshot cannot be called so; or this is no event.
+            ValueError: the event is not registered with this engine, or an argument is wrong.
         """
         self._selectors(event)
 

@@ -1,7 +1,9 @@
 """What is refused: at the call that was wrong, saying what was expected, what came, and what to write instead."""
 
+import math
 import re
 from collections.abc import AsyncIterator, Callable, Iterator
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -59,6 +61,26 @@ def test_step_must_not_be_a_generator_function(step: Any) -> None:
 def test_async_step_cannot_be_put_on_the_worker() -> None:
     with refused(TypeError, "thread=True", "async_step", "leave thread= out"):
         Engine(async_step, thread=True)
+
+
+@pytest.mark.parametrize("value", [timedelta(seconds=30), None, "30", True])
+def test_grace_must_be_a_number_of_seconds(value: Any) -> None:
+    with refused(TypeError, "grace=", "seconds", "30.0", repr(value)):
+        Engine(double, grace=value)
+
+
+@pytest.mark.parametrize("value", [-5, math.nan])
+def test_grace_must_not_be_negative(value: float) -> None:
+    with refused(ValueError, "grace=", "0 seconds or more", repr(value)):
+        Engine(double, grace=value)
+
+
+async def test_grace_may_be_endless() -> None:
+    engine = Engine(double, grace=math.inf)
+    seen: list[int] = []
+    engine.subscribe(Events.ITERATION_COMPLETED, lambda event: seen.append(event.iteration))
+    await engine.run([1, 2, 3], prefetch=1)
+    assert seen == [1, 2, 3]
 
 
 # The data

@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator, Callable, Iterator
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import pytest
@@ -161,7 +162,7 @@ def test_handler_is_removed_only_from_what_it_listens_to() -> None:
 @pytest.mark.parametrize(
     "listen",
     [
-        lambda engine: engine.on(Own.DONE)(print),
+        lambda engine: engine.on(Own.DONE),
         lambda engine: engine.add_event_handler(Own.DONE, print),
         lambda engine: engine.subscribe(Own.DONE, print),
         lambda engine: engine.stream(Own.DONE),
@@ -179,6 +180,20 @@ def test_what_is_no_event_is_refused(event: Any) -> None:
     engine = Engine(double)
     with refused(TypeError, "expected an event", "Events.STARTED", repr(event)):
         engine.add_event_handler(event, print)
+
+
+@pytest.mark.parametrize("name", ["on", "subscribe"])
+def test_decorator_without_its_event_is_refused(name: str) -> None:
+    engine: Any = Engine(double)
+    with refused(TypeError, "expected an event", "@engine.on(Events.ITERATION_COMPLETED)"):
+        getattr(engine, name)(nothing)
+
+
+def test_handler_before_its_event_is_refused() -> None:
+    def handler() -> None: ...
+
+    with refused(TypeError, "expected an event", "handler", "the event comes first"):
+        Engine(double).add_event_handler(handler, Events.STARTED)  # type: ignore[arg-type]  # that is what is tested
 
 
 def test_record_of_an_event_is_no_event_to_listen_to() -> None:
@@ -273,6 +288,42 @@ def test_on_error_must_be_raise_or_log() -> None:
 def test_snapshot_must_be_callable() -> None:
     with refused(TypeError, "snapshot=", "callable", "3"):
         Engine(double).subscribe(Events.STARTED, print, snapshot=3)  # type: ignore[call-overload]  # that is what is tested
+    with refused(TypeError, "snapshot=", "callable", "3"):
+        Engine(double).stream(Events.STARTED, snapshot=3)  # type: ignore[arg-type]  # likewise
+
+
+def nothing() -> None: ...
+
+
+def two(one: object, other: object) -> None: ...
+
+
+@pytest.mark.parametrize(("function", "signature"), [(nothing, "nothing()"), (two, "two(one: object, other: object)")])
+def test_subscriber_and_snapshot_must_take_one_argument(function: Any, signature: str) -> None:
+    engine = Engine(double)
+    with refused(TypeError, "subscriber's handler", signature, "handler(event)"):
+        engine.subscribe(Events.STARTED, function)
+    with refused(TypeError, "subscriber's handler", signature, "handler(event)"):
+        engine.subscribe(Events.STARTED)(function)
+    with refused(TypeError, "snapshot=", signature, "snapshot(engine)"):
+        engine.subscribe(Events.STARTED, print, snapshot=function)
+    with refused(TypeError, "snapshot=", signature, "snapshot(engine)"):
+        engine.stream(Events.STARTED, snapshot=function)
+    assert engine.statistics().listeners == ()
+
+
+def test_subscriber_may_take_more_than_it_is_given() -> None:
+    def more(event: Event, limit: int = 3, *rest: int, **named: int) -> None:
+        seen.append((event.name, limit))
+
+    engine = Engine(double)
+    seen: list[Any] = []
+    builtin: Any = str  # it has no signature
+    engine.subscribe(Events.STARTED, more)
+    engine.subscribe(Events.STARTED, partial(two, "x"))
+    engine.subscribe(Events.STARTED, builtin, snapshot=builtin)
+    engine.run_sync([1])
+    assert seen == [("STARTED", 3)]
 
 
 def test_refused_subscriber_is_not_added() -> None:

@@ -439,7 +439,7 @@ async def test_a_cancelled_run_still_handles_what_was_sent() -> None:
         ({"buffer": 0}, ValueError, "buffer= is the number of events that may wait, at least 1"),
         ({"overflow": "drop"}, ValueError, 'overflow= is one of "wait", "latest"'),
         ({"on_error": "ignore"}, ValueError, 'on_error= is "raise"'),
-        ({"snapshot": 3}, TypeError, "snapshot= must be a callable"),
+        ({"snapshot": 3}, TypeError, "snapshot= must be callable"),
     ],
 )
 def test_wrong_options_are_refused(arguments: dict[str, Any], error: type[Exception], message: str) -> None:

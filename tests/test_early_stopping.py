@@ -156,3 +156,25 @@ def test_wrong_argument_is_refused(options: dict[str, Any], kind: type[Exception
     arguments: dict[str, Any] = {"patience": 1, "score": "score", "mode": "max"} | options
     with pytest.raises(kind, match=message):
         EarlyStopping(**arguments)
+
+
+def test_second_attachment_to_an_engine_is_refused_and_one_to_the_next_is_not() -> None:
+    trainer, stopping = scoring([1, 2])
+    with pytest.raises(RuntimeError, match="looks at engine 'trainer' already: make another one"):
+        stopping.attach(trainer)
+    evaluator: AnyEngine = Engine(lambda engine, batch: None, name="evaluator")
+    with pytest.raises(RuntimeError, match="looks at engine 'trainer' already"):
+        stopping.attach(trainer, evaluator)
+    next_one: AnyEngine = Engine(lambda engine, batch: None, name="next")
+    with pytest.raises(ValueError, match="no event 'MINE'"):
+        stopping.attach(next_one, evaluator, "MINE")
+    stopping.attach(next_one, evaluator)
+    with pytest.raises(RuntimeError, match="looks at engine 'evaluator' already"):
+        stopping.attach(Engine(lambda engine, batch: None), evaluator)
+
+
+def test_what_is_no_engine_is_refused() -> None:
+    _, stopping = scoring([1, 2])
+    wrong: Any = object()
+    with pytest.raises(TypeError, match=r"attach\(trainer, evaluator\) takes engines, got <object"):
+        stopping.attach(wrong)

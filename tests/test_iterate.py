@@ -338,3 +338,10 @@ async def test_an_error_is_raised_though_the_caller_is_cancelled_while_it_comes(
     engine = Engine(fail)
     assert await end_of(engine, turns, is_native=is_native) == repr(Boom())
     assert why(engine) is StopReason.FAILED
+
+
+async def test_iterations_are_read_inside_their_block() -> None:
+    iterations: Any = Engine(lambda engine, batch: batch).iterate([1])
+    with pytest.raises(RuntimeError, match=r"async with engine\.iterate\(\.\.\.\) as iterations: async for"):
+        async for _ in iterations:
+            pass

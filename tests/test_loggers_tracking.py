@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Awaitable, Sequence
 from contextlib import ExitStack, closing
+from datetime import timedelta
 from functools import partial
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -173,12 +174,56 @@ def test_what_cannot_work_is_refused_at_once() -> None:
     engine: AnyEngine = Engine(tenfold)
     with pytest.raises(TypeError, match="write\\(records\\)"):
         track(engine, "log.jsonl")  # type: ignore[arg-type]  # as somebody might
+    with pytest.raises(TypeError, match=r"Memory is a class: track\(engine, Memory\(\.\.\.\)\)"):
+        track(engine, Memory)  # type: ignore[arg-type]  # likewise
+    with pytest.raises(TypeError, match=r"is a file: track\(engine, JSONLines\(path\)\)"):
+        track(engine, sys.__stdout__)  # type: ignore[arg-type]  # likewise
+    with pytest.raises(TypeError, match=r"cannot be called as write\(records\)"):
+        track(engine, lambda: None)  # type: ignore[arg-type, misc]  # likewise
     with pytest.raises(ValueError, match="spool="):
         track(engine, Memory(), spool=0)
     with pytest.raises(ValueError, match="no event 'ITERATION_COMPLETE'"):
         track(engine, Memory(), "ITERATION_COMPLETE")
     with pytest.raises(ValueError, match="on_error="):
         track(engine, Memory(), on_error="ignore")  # type: ignore[arg-type]  # likewise
+
+
+def test_a_sink_gets_the_same_values_of_an_event_once() -> None:
+    engine, other = Engine(tenfold, name="trainer"), Engine(tenfold)
+    memory = Memory()
+    every = Events.ITERATION_COMPLETED(every=2)
+    track(engine, memory, every | Events.EPOCH_COMPLETED)
+    for event in (every, Events.COMPLETED | Events.EPOCH_COMPLETED):
+        with pytest.raises(
+            RuntimeError, match=r"these values of engine 'trainer' at (ITERATION|EPOCH)_COMPLETED.* already"
+        ):
+            track(engine, memory, event)
+    assert len(engine.statistics().listeners) == 1
+    track(engine, memory, Events.ITERATION_COMPLETED(every=3))
+    track(engine, memory, Events.EPOCH_COMPLETED, values=lambda engine: {"lr": 0.1})
+    track(engine, memory, Events.EPOCH_COMPLETED, step=lambda engine: 3)
+    track(engine, Memory(), every)
+    track(other, memory, every)
+
+
+@pytest.mark.parametrize(
+    ("error", "argument", "value"),
+    [
+        (TypeError, "values", {"loss": 1}),
+        (TypeError, "values", lambda: {"loss": 1}),
+        (TypeError, "step", 3),
+        (TypeError, "step", lambda: 3),
+        (ValueError, "spool", "a"),
+        (TypeError, "linger", timedelta(seconds=5)),
+        (TypeError, "linger", None),
+        (ValueError, "linger", -1),
+    ],
+)
+def test_an_argument_that_cannot_be_used_is_refused_at_once(error: type[Exception], argument: str, value: Any) -> None:
+    engine: AnyEngine = Engine(tenfold)
+    with pytest.raises(error, match=f"^{argument}= "):
+        track(engine, Memory(), **{argument: value})
+    assert engine.statistics().listeners == ()
 
 
 # Slow sinks

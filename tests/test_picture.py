@@ -218,6 +218,8 @@ async def test_nothing_recorded_says_what_to_do() -> None:
     await engine.run([1])
     with pytest.raises(ValueError, match=r"nothing was recorded of engine 'trainer': make the Timeline before run\(\)"):
         picture.timeline(Timeline(engine))
+    with pytest.raises(TypeError, match=r"recorded = Timeline\(engine\)  before the run; got <Engine 'trainer'"):
+        picture.timeline(engine)  # type: ignore[arg-type]  # as somebody might
 
 
 @pytest.mark.parametrize("limit", [1, 0, 2.5, True])
@@ -289,6 +291,9 @@ def test_numbers_that_are_none_are_read_as_such(tmp_path: Path) -> None:
 def test_name_that_is_not_in_the_log_is_told_with_those_that_are(log: Any) -> None:
     with pytest.raises(ValueError, match=r"nothing is called 'los' in the log; it has \['accuracy', 'loss'\]"):
         picture.read(log, "los")
+    there = r"nothing is called 'loss' at engine=None, event='ITERATION' in the log; it is at engine='.*', event='ITER"
+    with pytest.raises(ValueError, match=there):
+        picture.read(log, "loss", event="ITERATION")
 
 
 # What is drawn

@@ -334,3 +334,31 @@ def test_without_the_package_it_says_what_to_install(kind: str) -> None:
     code = f"import sys; sys.modules[{kind!r}] = None; import aengine.handlers.progress_{kind}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert f"needs {kind}: pip install" in done.stderr
+
+
+@pytest.mark.parametrize("is_quiet", [False, True])
+@pytest.mark.parametrize(
+    ("error", "message", "arguments"),
+    [
+        (TypeError, r"every= is a timedelta, such as timedelta\(seconds=0.1\); got 0.5", {"every": 0.5}),
+        (TypeError, r"every= is a timedelta, .*; got 5", {"every": 5}),
+        (ValueError, r"every= is the time .*, more than 0", {"every": timedelta(0)}),
+        (TypeError, r"values= must be callable, got \{'loss': 1\}", {"values": {"loss": 1}}),
+        (TypeError, r"values= .* cannot be called as values\(engine\)", {"values": lambda: {"loss": 1}}),
+    ],
+)
+def test_what_cannot_be_shown_is_refused_on_any_display(
+    *, is_quiet: bool, error: type[Exception], message: str, arguments: dict[str, Any]
+) -> None:
+    told = Told()
+    told.is_quiet = is_quiet
+    with pytest.raises(error, match=message):
+        show_progress(Engine(lambda engine, batch: batch), told, **arguments)
+
+
+@pytest.mark.parametrize("bars", [TqdmBars, RichBars])
+def test_a_class_of_bars_is_no_display(bars: Any) -> None:
+    with pytest.raises(TypeError, match=rf"class: show_progress\(engine, {bars.__name__}\(\)\)"):
+        show_progress(Engine(lambda engine, batch: batch), bars)
+    with pytest.raises(TypeError, match=r"bar\(unit\).* TqdmBars\(\)"):
+        show_progress(Engine(lambda engine, batch: batch), "tqdm")  # type: ignore[arg-type]  # as somebody might

@@ -236,3 +236,15 @@ def test_a_signal_ends_a_run_sync_that_has_opened_an_event_loop() -> None:
     assert engine.state.iteration == 3
     assert engine.state.stop_reason is StopReason.TERMINATED
     assert stop.received == [signal.SIGINT]
+
+
+def test_what_is_no_engine_is_refused() -> None:
+    engine = Engine(step)
+    with pytest.raises(TypeError, match=r"one after another: stop_on_signals\(trainer, evaluator\); got \[<Engine"):
+        stop_on_signals([engine, engine])  # type: ignore[arg-type]  # that is what is tested
+
+
+@pytest.mark.parametrize("signals", ["SIGINT", ["SIGINT"], signal.SIGINT, None])
+def test_what_are_no_signals_is_refused(signals: Any) -> None:
+    with pytest.raises(TypeError, match=r"signals= are several .*\[signal\.SIGTERM\]; got "):
+        stop_on_signals(Engine(step), signals=signals)

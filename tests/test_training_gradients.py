@@ -393,3 +393,19 @@ async def test_step_that_fails_is_not_told_of_and_leaves_no_copy_behind() -> Non
 def test_wrong_arguments_are_refused(make: Callable[..., Any], kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=message):
         partial(make, *build())()
+
+
+def test_it_is_attached_once_until_it_is_removed() -> None:
+    model, optimizer = build()
+    trainer = create_supervised_trainer(model, optimizer, LOSS)
+    statistics = GradientStatistics(model, optimizer)
+    handle = statistics.attach(trainer)
+    for engine in (trainer, create_supervised_trainer(model, optimizer, LOSS)):
+        with pytest.raises(RuntimeError, match=r"these GradientStatistics are attached already: remove\(\)"):
+            statistics.attach(engine)
+    handle.remove()
+    statistics.attach(trainer)
+    handle.remove()  # a second time it does nothing
+    with pytest.raises(RuntimeError, match="already"):
+        statistics.attach(trainer)
+    GradientStatistics(model, optimizer).attach(trainer)

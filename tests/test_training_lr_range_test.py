@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from aengine import Engine, EngineBusy, Events
 from aengine.checkpoint import Checkpoint
 from aengine.training.averages import attach_average
+from aengine.training.gradients import GradientEvents, GradientStatistics
 from aengine.training.lr_range_test import LRRange, exponential, linear, lr_range_test
 from aengine.training.schedules import attach_scheduler
 from aengine.training.supervised import create_supervised_trainer
@@ -462,6 +463,24 @@ async def test_handlers_and_checkpoints_of_the_trainer_hear_nothing(tmp_path: An
     assert not heard
 
 
+async def test_gradient_statistics_show_nothing_of_the_test() -> None:
+    model, optimizer = build()
+    trainer = create_supervised_trainer(model, optimizer, LOSS)
+    gradients = GradientStatistics(model, optimizer, every=2)
+    gradients.attach(trainer)
+    measured: list[int] = []
+    trainer.add_event_handler(GradientEvents.MEASURED, lambda engine: measured.append(engine.state.iteration))
+    await lr_range_test(trainer, model, optimizer, batches(), RATES)
+    assert gradients.values() == {}
+    trainer.add_event_handler(Events.ITERATION_COMPLETED(once=3), trainer.terminate)
+    await trainer.run(batches())
+    before = gradients.values()
+    await lr_range_test(trainer, model, optimizer, batches(), RATES)
+    assert [*map(id, gradients.values().values())] == [*map(id, before.values())]
+    await trainer.run(batches())
+    assert measured == [2, 4, 6]
+
+
 async def test_what_else_the_step_changes_is_put_back_if_it_is_named() -> None:
     model, optimizer = build()
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
@@ -552,15 +571,18 @@ async def test_output_that_is_no_loss_is_refused(output: Any) -> None:
         ({"smoothing": 1.5}, ValueError, "smoothing= is the weight of a new loss"),
         ({"divergence": 1}, ValueError, "divergence= is how many times"),
         ({"model": [torch.nn.Linear(1, 1)]}, TypeError, "several as torch.nn.ModuleList"),
+        ({"rates": 100}, TypeError, r"rates= are several, such as exponential\(.*; got 100"),
+        ({"trainer": torch.nn.Linear(1, 1)}, TypeError, "takes the engine that trains the model first, got Linear"),
         ({"optimizer": "SGD"}, TypeError, "needs an optimizer of torch.optim"),
     ],
-    ids=["falling", "zero", "two", "no-smoothing", "too-much", "no-divergence", "list", "text"],
+    ids=["falling", "zero", "two", "no-smoothing", "too-much", "no-divergence", "list", "number", "model", "text"],
 )
 async def test_wrong_arguments_are_refused(change: dict[str, Any], kind: type[Exception], message: str) -> None:
     model, optimizer = build()
-    given = {"model": model, "optimizer": optimizer, **change}
+    trainer = create_supervised_trainer(model, optimizer, LOSS)
+    given: dict[str, Any] = {"trainer": trainer, "model": model, "optimizer": optimizer, **change}
     with pytest.raises(kind, match=message):
-        await lr_range_test(create_supervised_trainer(model, optimizer, LOSS), data=batches(), **given)
+        await lr_range_test(data=batches(), **given)
 
 
 @pytest.mark.parametrize("make", [exponential, linear])

@@ -246,6 +246,17 @@ def test_second_metric_of_a_name_is_refused() -> None:
         attach_metric(engine, SumMetric(), "loss")
 
 
+def test_second_name_of_a_metric_is_refused() -> None:
+    engine: AnyEngine = Engine(lambda engine, batch: batch, name="evaluator")
+    other: AnyEngine = Engine(lambda engine, batch: batch)
+    metric = MeanMetric()
+    attach_metric(engine, metric, "mean")
+    with pytest.raises(RuntimeError, match="this MeanMetric is attached to engine 'evaluator' already, as 'mean'"):
+        attach_metric(engine, metric, "average")
+    attach_metric(engine, MeanMetric(), "average")
+    attach_metric(other, metric, "mean")
+
+
 def test_wrong_interval_is_refused_and_nothing_is_attached() -> None:
     engine: AnyEngine = Engine(through)
     with pytest.raises(ValueError, match="every"):

@@ -256,3 +256,29 @@ def test_average_that_does_not_fit_is_refused() -> None:
         attach_average(engine, average, average)
     with pytest.raises(ValueError, match="the average is one of another model: of its 6 parameters and the 2"):
         attach_average(engine, average, torch.nn.Linear(2, 1))
+
+
+def test_scheduler_is_attached_to_an_engine_once() -> None:
+    _, optimizer = build()
+    engine: AnyEngine = Engine(lambda engine, batch: batch, name="trainer")
+    other: AnyEngine = Engine(lambda engine, batch: batch)
+    scheduler = StepLR(optimizer, 2)
+    schedule = attach_scheduler(engine, scheduler, Events.EPOCH_COMPLETED)
+    with pytest.raises(RuntimeError, match="this StepLR is attached to engine 'trainer' already"):
+        attach_scheduler(engine, scheduler, Events.ITERATION_COMPLETED)
+    with pytest.raises(RuntimeError, match="already"):
+        schedule.attach(engine, Events.EPOCH_COMPLETED)
+    attach_scheduler(engine, StepLR(optimizer, 2), Events.EPOCH_COMPLETED)
+    attach_scheduler(other, scheduler, Events.EPOCH_COMPLETED)
+
+
+def test_average_is_attached_to_an_engine_once() -> None:
+    model, _ = build()
+    engine: AnyEngine = Engine(lambda engine, batch: batch, name="trainer")
+    other: AnyEngine = Engine(lambda engine, batch: batch)
+    average = AveragedModel(model)
+    attach_average(engine, average, model)
+    with pytest.raises(RuntimeError, match="this average is attached to engine 'trainer' already"):
+        attach_average(engine, average, model, Events.EPOCH_COMPLETED)
+    attach_average(engine, AveragedModel(model), model)
+    attach_average(other, average, model)

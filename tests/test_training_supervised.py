@@ -564,6 +564,10 @@ def test_evaluator_computes_in_the_type_it_is_told() -> None:
         ({"clip_gradients": -1.0}, ValueError, "clip_gradients= takes the greatest norm, more than 0"),
         ({"clip_gradients": True}, ValueError, "clip_gradients= takes the greatest norm, more than 0"),
         ({"model": len}, TypeError, "the model is a torch.nn.Module, got <built-in function len>"),
+        ({"loss_fn": torch.nn.MSELoss}, TypeError, r"MSELoss is a class: loss_fn=MSELoss\(\)"),
+        ({"loss_fn": "mse"}, TypeError, "loss_fn= must be callable, got 'mse'"),
+        ({"loss_fn": abs}, TypeError, r"loss_fn= abs.* cannot be called as loss_fn\(y_pred, y\)"),
+        ({"device": "gpu"}, ValueError, """device= is a device of torch, such as "cuda" or "cpu"; got 'gpu'"""),
         ({"optimizer": 0.1}, TypeError, r"the optimizer has step\(\) and zero_grad\(\)"),
     ],
     ids=str,
@@ -575,6 +579,13 @@ def test_wrong_argument_is_refused_where_it_is_given(
     arguments: dict[str, Any] = {"model": model, "optimizer": optimizer, "loss_fn": LOSS}
     with pytest.raises(kind, match=message):
         create_supervised_trainer(**(arguments | options))
+
+
+def test_metrics_of_an_evaluator_have_names() -> None:
+    model, _ = build()
+    wrong: Any = [len]
+    with pytest.raises(TypeError, match=r'metrics by name, such as \{"accuracy": metric\}; got \[<built-in'):
+        create_supervised_evaluator(model, wrong)
 
 
 def test_scaler_that_is_asked_for_by_true_is_one_for_the_device_of_the_model() -> None:

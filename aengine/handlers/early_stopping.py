@@ -85,7 +85,20 @@ class EarlyStopping:
             trainer: what is terminated.
             evaluator: whose score it is; the trainer by default.
             event: when to look instead.
+
+        Raises:
+            ValueError: the event is not registered.
+            TypeError: these are no engines.
+            RuntimeError: this looks at the trainer or the evaluator already.
         """
+        for engine in (trainer, evaluator or trainer):
+            if not isinstance(engine, Engine):  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise TypeError(f"EarlyStopping.attach(trainer, evaluator) takes engines, got {engine!r}")
+            if engine.has_event_handler(self._look):
+                raise RuntimeError(
+                    f"this EarlyStopping looks at engine {engine.name!r} already: make another one for another score;"
+                    " event= takes several, joined by |"
+                )
         trainer.add_event_handler(Events.STARTED, self._begin)  # through this, too, its state is found
         if evaluator is None or evaluator is trainer:
             trainer.add_event_handler(event or Events.EPOCH_COMPLETED, self._look)

@@ -127,10 +127,18 @@ def read(
     """
     found: dict[int, float] = {}
     others: set[str] = set()
+    places: set[str] = set()
     for step, line_engine, line_event, values in _lines(log):
         others.update(values)
-        if name in values and engine in (None, line_engine) and event in (None, line_event):
-            found[step] = float(values[name])
+        if name in values:
+            places.add(f"engine={line_engine!r}, event={line_event!r}")
+            if engine in (None, line_engine) and event in (None, line_event):
+                found[step] = float(values[name])
+    if not found and places:
+        raise ValueError(
+            f"nothing is called {name!r} at engine={engine!r}, event={event!r} in the log; it is at"
+            f" {'; '.join(sorted(places))}"
+        )
     if not found:
         raise ValueError(f"nothing is called {name!r} in the log; it has {sorted(others)}")
     steps = sorted(found)
@@ -176,8 +184,14 @@ def timeline(recorded: Timeline) -> Picture:
     is left out. "The rest" is the loop itself, and at the end its wait for subscribers to be done.
 
     Raises:
+        TypeError: this is no Timeline.
         ValueError: nothing was recorded.
     """
+    if not isinstance(recorded, Timeline):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(
+            "timeline() draws what a Timeline has recorded: write  recorded = Timeline(engine)  before the run; got"
+            f" {recorded!r}"
+        )
     edges, shares, whole = _shares(recorded)
     scale, unit = _unit(edges[-1])
     shown = [part for part in _PARTS if whole[part] >= 0.0005]  # noqa: PLR2004 -- 0.1 %, rounded

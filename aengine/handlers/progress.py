@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
+from aengine.binding import check_call
 from aengine.engine import Engine
 from aengine.events import Event, Events
 from aengine.publishing import RemovableEventHandle
@@ -96,7 +97,16 @@ def show_progress(
         values: `values(engine)` returns what is shown beside the bar, by name; what is no number is left out. Called
             between two steps; numbers on a device are read beside the step.
         every: the time between two looks.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong.
     """
+    _check_display(display)
+    check_call(values, "values=", "values", "engine")
+    if not isinstance(every, timedelta):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"every= is a timedelta, such as timedelta(seconds=0.1); got {every!r}")
+    if not every > timedelta(0):
+        raise ValueError(f"every= is the time from one look to the next, more than 0; got {every!r}")
     if display.is_quiet:
         return RemovableEventHandle(lambda: None)
 
@@ -110,6 +120,16 @@ def show_progress(
     return engine.subscribe(
         when, _Drawing(display).draw, snapshot=look, overflow="latest", name=f"progress of {engine.name}"
     )
+
+
+def _check_display(display: Any) -> None:
+    if isinstance(display, type):
+        raise TypeError(
+            f"a display is an object, and {display.__qualname__} is a class: show_progress(engine,"
+            f" {display.__qualname__}())"
+        )
+    if not callable(getattr(display, "bar", None)):
+        raise TypeError(f"a display has a method bar(unit), as TqdmBars() and RichBars() have; got {display!r}")
 
 
 class _Drawing:

@@ -34,15 +34,22 @@ class stop_on_signals:  # noqa: N801 -- used as a function is, like contextlib.s
         received: the signals that came, in order.
 
     Raises:
+        TypeError: these are no engines, or no signals.
         RuntimeError: not in the main thread, the only one that Python lets handle signals.
     """
 
     def __init__(
         self, *engines: Engine[Any, Any], signals: Iterable[signal.Signals] = (signal.SIGINT, signal.SIGTERM)
     ) -> None:
+        for engine in engines:
+            if not isinstance(engine, Engine):  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise TypeError(
+                    "stop_on_signals() takes engines, one after another: stop_on_signals(trainer, evaluator); got"
+                    f" {engine!r}"
+                )
         self.received: list[signal.Signals] = []
         self._engines = engines
-        self._signals = tuple(signals)
+        self._signals = _signals(signals)
         self._entered = ExitStack()
         self._cancel: Callable[[], None] | None = None
 
@@ -77,3 +84,10 @@ class stop_on_signals:  # noqa: N801 -- used as a function is, like contextlib.s
             raise KeyboardInterrupt
         else:
             self._cancel()
+
+
+def _signals(signals: Any) -> tuple[signal.Signals, ...]:
+    chosen: tuple[Any, ...] = tuple(signals) if isinstance(signals, Iterable) else (None,)
+    if not all(isinstance(one, int) for one in chosen):
+        raise TypeError(f"signals= are several of the module signal, such as [signal.SIGTERM]; got {signals!r}")
+    return chosen

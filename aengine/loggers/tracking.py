@@ -5,6 +5,7 @@ batch at a time, and has patience with a sink that fails. It is called for the f
 together: what wakes it for each would have the step's thread and the event loop's take turns at each step.
 """
 
+import io
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any, Literal, TypeAlias
 
 import anyio
 
+from aengine.binding import check_call, check_seconds
 from aengine.engine import Engine
 from aengine.events import AnyEvent, Event, EventEnum, Events, FilteredEvent, date_of, selectors
 from aengine.loggers.numbers import hold, numbers_of
@@ -87,6 +89,7 @@ class Tracker:
         self._sink = PatientSink(sink, linger, must_raise=must_raise)
         self.name = self._sink.name
         anything: Any = sink
+        self._gives = id(sink), values, step  # not the sink: two of them may be equal
         self._witness = anything if isinstance(anything, Witness) else None
         self._engine = engine
         self._values = values
@@ -124,6 +127,13 @@ class Tracker:
         engine = self._engine
         bus = engine._bus  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
         listened_to = engine._selectors(event)  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]  # or raises
+        for one in listened_to:
+            for other in bus.topic(one.name).inline:
+                if other.selector.filter == one.filter and self._would_repeat(other.handler):
+                    raise RuntimeError(
+                        f"{self.name} gets these values of engine {engine.name!r} at {one} already, and would get"
+                        " each of them twice: track it once, or at other events, or with other values="
+                    )
         engine.register_events(*TrackerEvents)
         engine.subscribe(TrackerEvents.RECORDS_WAIT(self._take_call), self._answer, name=self.name)
         self._inbox = bus.subscribers[-1].inbox  # just added
@@ -133,6 +143,11 @@ class Tracker:
             bus.add_last(FilteredEvent(one.name, one.filter), partial(self._take, one.name), f"records for {self.name}")
         for one in selectors(_ENDS):
             bus.add_last(one.name, partial(self._end, one.name), f"ends for {self.name}")
+
+    def _would_repeat(self, handler: Any) -> bool:
+        take = getattr(handler, "func", None)
+        other = getattr(take, "__self__", None)
+        return isinstance(other, Tracker) and take == other._take and other._gives == self._gives  # noqa: SLF001 -- of its own kind
 
     # Between two steps, where the step runs
 
@@ -391,13 +406,29 @@ def track(
 
     Raises:
         TypeError, ValueError: an argument is wrong.
+        RuntimeError: the sink gets the same values of the same engine at one of these events already.
     """
-    if not callable(getattr(sink, "write", sink)):
-        raise TypeError(f"a sink has a method write(records), or is a function of the records, got {sink!r}")
-    if spool < 1:
+    _check_sink(sink)
+    check_call(values, "values=", "values", "engine")
+    if step is not None:
+        check_call(step, "step=", "step", "engine")
+    check_seconds(linger, "linger=", 5.0)
+    if type(spool) is not int or spool < 1:
         raise ValueError(f"spool= is the number of records that may wait, at least 1, got {spool!r}")
     if on_error not in ("warn", "raise"):
         raise ValueError(f'on_error= is "warn" or "raise", got {on_error!r}')
     tracker = Tracker(engine, sink, values, step, spool, linger, must_raise=on_error == "raise")
     tracker.attach(event)
     return tracker
+
+
+def _check_sink(sink: Any) -> None:
+    if isinstance(sink, type):
+        name = sink.__qualname__
+        raise TypeError(f"a sink is an object, and {name} is a class: track(engine, {name}(...))")
+    if isinstance(sink, io.IOBase):
+        raise TypeError(f"a sink writes records, and {sink!r} is a file: track(engine, JSONLines(path)) writes one")
+    write = getattr(sink, "write", sink)
+    if not callable(write):
+        raise TypeError(f"a sink has a method write(records), or is a function of the records, got {sink!r}")
+    check_call(write, "the sink", "write", "records")

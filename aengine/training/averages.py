@@ -35,8 +35,14 @@ def attach_average(
     Raises:
         TypeError: these are no average and model.
         ValueError: the average is one of another model, or the event is not registered.
+        RuntimeError: the average is attached to the engine already.
     """
     _check(average, model)
+    if engine.has_event_handler(average.update_parameters):
+        raise RuntimeError(
+            f"this average is attached to engine {engine.name!r} already, and would take the weights in twice: make"
+            " another one; its event may be several, joined by |"
+        )
     if event is None:
         tells = engine.has_registered_events(UpdateEvents.OPTIMIZER_STEPPED)
         event = UpdateEvents.OPTIMIZER_STEPPED if tells else Events.ITERATION_COMPLETED

@@ -7,7 +7,7 @@
 Nothing is read from a device: the results stay there, as tensors of one number, until somebody wants them.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
@@ -81,6 +81,7 @@ class GradientStatistics:
         self._optimizer = optimizer
         self._every = every
         self._updates = updates
+        self._is_attached = False
         self._steps = 0
         self._values: dict[str, torch.Tensor] = {}
         self._before: list[torch.Tensor] | None = None  # the parameters, within a measured step
@@ -88,15 +89,26 @@ class GradientStatistics:
         self._is_new = False  # the last measurement, which nobody was told of
 
     def attach(self, engine: Engine[Any, Any]) -> RemovableEventHandle:
-        """Measure from now on, and fire MEASURED on this engine. Returns what ends it."""
+        """Measure from now on, and fire MEASURED on this engine. Returns what ends it.
+
+        Raises:
+            RuntimeError: this is attached already.
+        """
+        if self._is_attached:  # to any engine: each step of the optimizer would count twice
+            raise RuntimeError(
+                "these GradientStatistics are attached already: remove() what attach() returned, or make others for"
+                " another engine"
+            )
         engine.register_events(*GradientEvents)
         handles: list[Any] = [
             self._optimizer.register_step_pre_hook(self._look_before),
             self._optimizer.register_step_post_hook(self._look_after),
             engine.add_event_handler(Events.ITERATION_COMPLETED, self._tell),
         ]
+        self._is_attached = True
 
         def remove() -> None:
+            self._is_attached = False
             for handle in handles:
                 handle.remove()
 
@@ -114,6 +126,15 @@ class GradientStatistics:
         """Go on counting."""
         self._steps = state_dict["steps"]
         self._is_new = False
+
+    def keep(self) -> Callable[[], None]:
+        """Return what puts the measurements back as they are now, for `lr_range_test`."""
+        kept = self._steps, self._values, self._is_new
+
+        def put_back() -> None:
+            self._steps, self._values, self._is_new = kept
+
+        return put_back
 
     @torch.no_grad()
     def _look_before(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:

@@ -24,6 +24,7 @@ from aengine.data import Stateful
 from aengine.engine import Engine
 from aengine.events import Events
 from aengine.state import State
+from aengine.training.gradients import GradientStatistics
 from aengine.training.update import Update
 
 AnyEngine: TypeAlias = Engine[Any, Any]
@@ -151,6 +152,11 @@ async def lr_range_test(  # noqa: PLR0913 -- what is trained, and how the curve 
 
     Cancellation waits for the step in flight, puts everything back, and goes on.
     """
+    if not isinstance(trainer, Engine):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(
+            "lr_range_test(trainer, model, optimizer, data) takes the engine that trains the model first, got"
+            f" {trainer!r}"
+        )
     sweep = _Sweep(optimizer, exponential() if rates is None else rates, smoothing, divergence, output_transform)
     _check_model(model)
     own: Any = trainer  # whose step is run in its place
@@ -292,7 +298,10 @@ def _restored(
         kept.callback(_keep_model(model, optimizer))  # after those that bring gradients of their own
         kept.callback(_keep_optimizer(optimizer))
         for one in (*trainer.stateful_listeners(), *also):
-            kept.callback(one.load_state_dict, copy.deepcopy(one.state_dict()))
+            if isinstance(one, GradientStatistics):  # its state is a part of what it shows
+                kept.callback(one.keep())
+            else:
+                kept.callback(one.load_state_dict, copy.deepcopy(one.state_dict()))
         yield
 
 
@@ -379,7 +388,10 @@ def _check_ends(start: float, end: float, steps: int) -> None:
 
 
 def _rising(rates: Any) -> tuple[float, ...]:
-    rising = tuple(float(rate) for rate in rates)
+    if not isinstance(rates, Iterable):
+        raise TypeError(f"rates= are several, such as exponential(1e-7, 10.0, steps=100); got {rates!r}")
+    several: Iterable[Any] = rates
+    rising = tuple(float(rate) for rate in several)
     if len(rising) < _FEWEST or not all(0 < one < other < math.inf for one, other in pairwise(rising)):
         raise ValueError(
             f"the rates of a range test are {_FEWEST} or more, rising, from more than 0, as exponential() and linear()"

@@ -63,6 +63,7 @@ def attach_metric(
     Raises:
         TypeError: this is no metric of torchmetrics.
         ValueError: another one has this name on this engine; or `every` is less than 1.
+        RuntimeError: this very metric is attached to this engine already.
     """
     attached = AttachedMetric(metric, name, output_transform=output_transform, epoch_bound=epoch_bound)
     attached.attach(engine, every=every)
@@ -95,8 +96,14 @@ class AttachedMetric:
 
     def attach(self, engine: Engine[Any, Any], *, every: int | None = None) -> None:
         """Have it computed by an engine: see `attach_metric`."""
-        others = [one.name for one in engine.stateful_listeners() if isinstance(one, AttachedMetric)]
-        if self.name in others:
+        others = [one for one in engine.stateful_listeners() if isinstance(one, AttachedMetric)]
+        for one in others:
+            if one.metric is self.metric:
+                raise RuntimeError(
+                    f"this {type(self.metric).__qualname__} is attached to engine {engine.name!r} already, as"
+                    f" {one.name!r}, and would be updated twice: make another one for {self.name!r}"
+                )
+        if self.name in [one.name for one in others]:
             raise ValueError(f"engine {engine.name!r} has a metric {self.name!r} already: give this one another name")
         now_and_then = None if every is None else Events.ITERATION_COMPLETED(every=every)
         engine.add_event_handler(Events.EPOCH_STARTED, self._begin)

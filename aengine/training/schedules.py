@@ -39,6 +39,7 @@ def attach_scheduler(
     Raises:
         TypeError: this is no scheduler; or one that needs a metric has none, or the other way round.
         ValueError: the event is not registered.
+        RuntimeError: the scheduler is attached to the engine already.
     """
     schedule = Schedule(scheduler, metric=metric)
     schedule.attach(engine, event)
@@ -60,7 +61,18 @@ class Schedule:
             self._metric = score_reader(metric, "metric")
 
     def attach(self, engine: Engine[Any, Any], event: AnyEvent) -> None:
-        """Take a step at each firing of an event."""
+        """Take a step at each firing of an event.
+
+        Raises:
+            ValueError: the event is not registered.
+            RuntimeError: the scheduler is attached to the engine already.
+        """
+        others = (one for one in engine.stateful_listeners() if isinstance(one, Schedule))
+        if any(one.scheduler is self.scheduler for one in others):
+            raise RuntimeError(
+                f"this {type(self.scheduler).__qualname__} is attached to engine {engine.name!r} already, and would"
+                " take two steps for one: its event may be several, joined by |"
+            )
         engine.add_event_handler(event, self._step)
 
     def state_dict(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
 
 import torch
 
+from aengine.binding import check_call
 from aengine.engine import Engine
 from aengine.training.update import Clip, Update
 
@@ -111,6 +112,10 @@ def supervised_training_step(  # noqa: PLR0913 -- pytorch-ignite's arguments
 ) -> Step:
     """Return the step of `create_supervised_trainer`. Whoever needs another one copies what is inside."""
     autocast = _autocast(amp_mode, device, model)
+    if isinstance(loss_fn, type):
+        name = loss_fn.__qualname__
+        raise TypeError(f"loss_fn= is called as loss_fn(y_pred, y), and {name} is a class: loss_fn={name}()")
+    check_call(loss_fn, "loss_fn=", "loss_fn", "y_pred", "y")
 
     def train_step(engine: AnyEngine, batch: Any) -> Any:
         model.train()
@@ -267,6 +272,8 @@ def create_supervised_evaluator(  # noqa: PLR0913 -- pytorch-ignite's arguments
         ValueError, TypeError: an argument is wrong.
         ImportError: there are metrics, and torchmetrics is not installed.
     """
+    if metrics is not None and not isinstance(metrics, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f'metrics= are metrics by name, such as {{"accuracy": metric}}; got {metrics!r}')
     step = supervised_evaluation_step(
         model,
         device,
@@ -308,6 +315,7 @@ def _autocast(
 ) -> Callable[[], AbstractContextManager[object]]:
     if not isinstance(model, torch.nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"the model is a torch.nn.Module, got {model!r}")
+    _check_device(device)
     if amp_mode is None:
         return nullcontext
     if amp_mode not in (torch.bfloat16, torch.float16):
@@ -328,6 +336,14 @@ def _autocast(
             torch.clear_autocast_cache()
 
     return autocast
+
+
+def _check_device(device: Device) -> None:
+    if device is not None:
+        try:
+            torch.device(device)
+        except RuntimeError:
+            raise ValueError(f'device= is a device of torch, such as "cuda" or "cpu"; got {device!r}') from None
 
 
 def _device_type(device: Device, model: torch.nn.Module) -> str:
