@@ -7,12 +7,13 @@ one tree of plain values and tensors, and loaded from one.
 import logging
 import random
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeAlias, cast
 
 import torch
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from aengine.checkpoint.trees import path_text
 from aengine.data import Stateful
 from aengine.engine import Engine
 from aengine.errors import CheckpointMismatch
@@ -80,6 +81,55 @@ def gather(parts: Parts, engine: Engine[Any, Any]) -> dict[str, Any]:
     }
 
 
+class Choice:
+    """The user's parts, or some of them by name: what is loaded without the engine.
+
+    Attributes:
+        places: how the places begin, in what `gather` reads, where these are.
+
+    Raises:
+        TypeError, ValueError: there are no parts of these names.
+    """
+
+    def __init__(self, parts: Parts, only: Iterable[str] | None) -> None:
+        self._names = None if only is None else _names_among(parts, only)
+        self._parts = parts
+        self.places: tuple[str, ...] = (path_text(["state"]),)
+        if self._names is not None:
+            self._parts = {name: cast(dict[str, Parts], parts)[name] for name in self._names}
+            self.places = tuple(path_text(["state", name]) for name in self._names)
+
+    def gather(self) -> dict[str, Any]:
+        """Read them, as `gather` does."""
+        return {"state": _read(self._parts)}
+
+    def scatter(self, tree: Mapping[str, Any]) -> None:
+        """Load them from what `gather` read.
+
+        Raises:
+            CheckpointMismatch: it does not fit. What was loaded before stays loaded.
+        """
+        saved = tree["state"]
+        if self._names is not None:
+            if absent := [name for name in self._names if name not in saved]:
+                raise CheckpointMismatch(f"only= names {absent}, which the checkpoint has not: it has {list(saved)}")
+            saved = {name: saved[name] for name in self._names}
+        _load(self._parts, saved, "state", strict=True)
+
+
+def _names_among(parts: Parts, only: Iterable[str]) -> list[str]:
+    names = [] if isinstance(only, str) else list(only)
+    if not names or not all(isinstance(name, str) for name in names):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f'only= takes the names of parts, such as only=["model"], got {only!r}')
+    if not isinstance(parts, dict):
+        raise ValueError(  # noqa: TRY004 -- the state is as it may be
+            f"the state is one thing ({_shown(parts)}), and its parts have no names: leave only= out"
+        )
+    if unknown := [name for name in names if name not in parts]:
+        raise ValueError(f"only= names {unknown}, which the state has not: it has {list(parts)}")
+    return names
+
+
 def scatter(tree: Mapping[str, Any], parts: Parts, engine: Engine[Any, Any], *, strict: bool) -> None:
     """Load what `gather` read.
 
@@ -117,7 +167,7 @@ def _load(parts: Parts, saved: Any, path: str, *, strict: bool) -> None:
         if strict:
             raise CheckpointMismatch(
                 f"{said}. Build the same, handlers attached, before restore(); or leave out what only one side has, by"
-                " restore(..., strict=False)"
+                " restore(..., strict=False); or name the parts that are wanted, by load(..., only=[...])"
             )
         _logger.warning("%s: what only one side has is left out", said)
     for name, one in parts.items():
