@@ -13,6 +13,7 @@ from typing import Any, Literal, Self
 import anyio
 from anyio.to_thread import run_sync as in_thread
 
+from aengine.checkpoint.arguments import check_choice, check_directory, check_engine, check_keep, check_serializer
 from aengine.checkpoint.contents import Contents
 from aengine.checkpoint.keep import Keep
 from aengine.checkpoint.manifest import CheckpointInfo
@@ -90,11 +91,16 @@ class Checkpoint(Restoring):
         on_error: Literal["raise", "warn"] = "raise",
         write_in: Literal["thread", "process"] = "thread",
     ) -> None:
-        _check_choice("when_busy", when_busy, "wait", "skip")
-        _check_choice("on_error", on_error, "raise", "warn")
-        _check_choice("write_in", write_in, "thread", "process")
-        contents = Contents(serializer or TorchFile(), in_process=write_in == "process")
-        super().__init__(parts_of(state), Store(directory, keep or Keep()), contents)
+        keep = Keep() if keep is None else keep
+        serializer = TorchFile() if serializer is None else serializer
+        check_directory(directory)
+        check_keep(keep)
+        check_serializer(serializer)
+        check_choice("when_busy", when_busy, "wait", "skip")
+        check_choice("on_error", on_error, "raise", "warn")
+        check_choice("write_in", write_in, "thread", "process")
+        contents = Contents(serializer, in_process=write_in == "process")
+        super().__init__(parts_of(state), Store(directory, keep), contents)
         self.skipped = 0
         self.failures = 0
         self._when_busy = when_busy
@@ -119,8 +125,11 @@ class Checkpoint(Restoring):
         `restore()` prefers any that is not.
 
         Raises:
-            ValueError: this Checkpoint serves another engine.
+            TypeError: this is no engine, or no event.
+            ValueError: this Checkpoint serves another engine; or the engine has no such event.
         """
+        check_engine(engine, "attach(engine, event)")
+        chosen = selectors(event)
         self._serve(engine)
         handles = [
             engine.subscribe(
@@ -129,7 +138,7 @@ class Checkpoint(Restoring):
                 snapshot=partial(self._take, one.name),
                 name=f"Checkpoint({str(self.directory)!r})",
             )
-            for one in selectors(event)
+            for one in chosen
         ]
         self._handles += handles
 
@@ -394,8 +403,3 @@ class Checkpoint(Restoring):
         self.failures += 1
         _logger.error("a checkpoint failed, and the run goes on", exc_info=error)
         warnings.warn(f"a checkpoint failed, and the run goes on: {error}", CheckpointWarning, stacklevel=2)
-
-
-def _check_choice(name: str, value: Any, *choices: str) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}= is one of {', '.join(map(repr, choices))}, got {value!r}")

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 from anyio.to_thread import run_sync as in_thread
 
+from aengine.checkpoint.arguments import check_engine
 from aengine.checkpoint.contents import Contents
 from aengine.checkpoint.manifest import CheckpointInfo
 from aengine.checkpoint.occasions import CheckpointEvents
@@ -91,6 +92,7 @@ class Restoring(ABC):
         Cancellable while it reads; nothing is changed then.
         """
         check_which(which, self._store)
+        check_engine(engine, "restore(engine, which)")
         self._serve(engine)
         live = partial(gather, self._parts, engine)
         found = await self._find(which, Reader(self._store, partial(self._contents.read, live=live)), "restore")
