@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from saving import saving
 
 from aengine import Engine, Events
 from aengine.checkpoint import Checkpoint, TorchFile
@@ -44,3 +45,25 @@ async def test_what_is_no_engine_is_neither_attached_nor_restored(tmp_path: Path
     with pytest.raises(TypeError, match="expected an event"):
         checkpoint.attach(engine, model)
     checkpoint.attach(Engine(lambda engine, batch: None), Events.COMPLETED)  # it serves none of those
+
+
+async def test_it_is_attached_to_an_event_once_and_to_others_as_well(tmp_path: Path) -> None:
+    async with saving(tmp_path) as run:
+        every = Events.ITERATION_COMPLETED(every=2)
+        handle = run.checkpoint.attach(run.engine, every)
+        run.checkpoint.attach(run.engine, Events.ITERATION_COMPLETED(once=3) | Events.EPOCH_COMPLETED)
+        for again in (
+            every,
+            Events.ITERATION_COMPLETED(every=2),
+            "EPOCH_COMPLETED",
+            Events.COMPLETED | Events.COMPLETED,
+        ):
+            with pytest.raises(RuntimeError, match=r"attached to .*COMPLETED.* already, and would save twice"):
+                run.checkpoint.attach(run.engine, again)
+        handle.remove()
+        run.checkpoint.attach(run.engine, every)
+        await run.engine.run([1, 2, 3, 4, 5])
+        assert [(info.step, info.revision) for info in run.checkpoint.list()] == [(3, 1), (4, 1), (5, 1)]
+        await run.checkpoint.close()
+        handle.remove()
+        run.checkpoint.attach(run.engine, every)

@@ -33,7 +33,7 @@ from aengine.checkpoint.saving import Saving
 from aengine.checkpoint.serializers import Serializer, TorchFile
 from aengine.checkpoint.store import Store
 from aengine.errors import CheckpointWarning, InboxOverflow
-from aengine.events import AnyEvent, Event, Events, FilteredEvent, selectors
+from aengine.events import AnyEvent, Event, Events, FilteredEvent, Selector, selectors
 from aengine.publishing import RemovableEventHandle
 from aengine.topic import NotYet
 
@@ -108,7 +108,7 @@ class Checkpoint(Restoring):
         self._requests = Requests()
         self._is_staging = threading.Lock()  # where the step runs, or, between runs, where save_now() was called
         self._has_failed = False  # nothing more is saved of this run
-        self._handles: list[RemovableEventHandle] = []
+        self._handles: dict[RemovableEventHandle, Selector | None] = {}  # of each, where it saves, if it does
 
     @property
     def committed(self) -> CheckpointInfo | None:
@@ -127,24 +127,29 @@ class Checkpoint(Restoring):
         Raises:
             TypeError: this is no engine, or no event.
             ValueError: this Checkpoint serves another engine; or the engine has no such event.
+            RuntimeError: it saves at that very event, with that very filter, already.
         """
         check_engine(engine, "attach(engine, event)")
         chosen = selectors(event)
         self._serve(engine)
-        handles = [
+        for index, one in enumerate(chosen):
+            if one in (*self._handles.values(), *chosen[:index]):
+                raise RuntimeError(f"this Checkpoint is attached to {one} already, and would save twice there")
+        handles = {
             engine.subscribe(
                 FilteredEvent(one.name, one.filter),
                 partial(self._follow, engine),
                 snapshot=partial(self._take, one.name),
                 name=f"Checkpoint({str(self.directory)!r})",
-            )
+            ): one
             for one in chosen
-        ]
-        self._handles += handles
+        }
+        self._handles |= handles
 
         def remove() -> None:
             for handle in handles:
                 handle.remove()
+                self._handles.pop(handle, None)
 
         return RemovableEventHandle(remove)
 
@@ -212,7 +217,7 @@ class Checkpoint(Restoring):
         """
         for handle in self._handles:
             handle.remove()
-        self._handles, self._engine, self._writer.saved_step = [], None, None
+        self._handles, self._engine, self._writer.saved_step = {}, None, None
         self._requests.refuse("the Checkpoint was closed before the save that was asked for")
         try:
             await self.drain()
@@ -247,9 +252,9 @@ class Checkpoint(Restoring):
         if engine.randomness is None:
             engine.randomness = RandomStates()
         engine.register_events(*CheckpointEvents)
-        self._handles.append(engine.add_event_handler(Events.STARTED, self._begin))
-        self._handles.append(engine.add_event_handler(Events.CANCELLED, self._ask_again))
-        self._handles.append(engine.add_event_handler(Events.EXCEPTION_RAISED, self._ask_again))
+        self._handles[engine.add_event_handler(Events.STARTED, self._begin)] = None
+        self._handles[engine.add_event_handler(Events.CANCELLED, self._ask_again)] = None
+        self._handles[engine.add_event_handler(Events.EXCEPTION_RAISED, self._ask_again)] = None
         self.attach(engine, CheckpointEvents.CHECKPOINT_REQUESTED)
 
     def _served(self) -> AnyEngine:
