@@ -63,6 +63,8 @@ class Checkpoint(Restoring):
         directory: where the checkpoints are; made when the first one is written.
         state: what has `state_dict` and `load_state_dict`, or a dictionary of that, nested. torch's, numpy's and
             python's random generators may be in it. DistributedDataParallel and compiled modules are unwrapped.
+            An engine in it, such as an evaluator that a handler runs, is saved with its metrics and its handlers that
+            have a `state_dict`; once restored, it begins anew at its next run if it was done, as in memory.
         keep: which checkpoints stay.
         serializer: how the state is written; by default `torch.save`, loaded with `weights_only=True` only.
         when_busy: what happens when a save is due while the one before is being written: "wait" has the loop wait,

@@ -7,7 +7,8 @@ one tree of plain values and tensors, and loaded from one.
 import logging
 import random
 import sys
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -27,12 +28,16 @@ _logger = logging.getLogger("aengine.checkpoint")
 def parts_of(state: Any, path: str = "state") -> Parts:
     """Turn what the user hands in into parts: DDP and compiled modules unwrapped, random generators given a state_dict.
 
+    An engine among them is one that the handlers of another run: it goes on as it would have in memory.
+
     Raises:
         TypeError: something in it has no state that could be saved and loaded.
     """
     state = _unwrap(state)
     if generator := _generator_of(state):
         return generator
+    if isinstance(state, Engine):
+        return _NestedEngine(state)
     if isinstance(state, Stateful) and not isinstance(state, type):
         return state
     if isinstance(state, list | tuple):
@@ -176,15 +181,28 @@ def _load(parts: Parts, saved: Any, path: str, *, strict: bool) -> None:
 
 
 def _listeners(parts: Parts, engine: Engine[Any, Any]) -> dict[str, Stateful]:
-    """Return the handlers that have state, by their type and their place among those of one type."""
+    """Return the handlers that have state, each once, by their type and their place among those of one type.
+
+    Those of the engine, and those of the engines among the parts.
+    """
     known = set(_ids(parts))
     found: dict[str, Stateful] = {}
-    for one in engine.stateful_listeners():
-        if id(_unwrap(one)) not in known and not isinstance(one, Engine):
-            kind = type(one).__qualname__
-            number = 1 + sum(type(other).__qualname__ == kind for other in found.values())
-            found[kind if number == 1 else f"{kind}-{number}"] = one
+    for owner, its_engine in (("", engine), *_engines_in(parts)):
+        kinds: Counter[str] = Counter()
+        for one in its_engine.stateful_listeners():
+            if id(_unwrap(one)) not in known and not isinstance(one, Engine):
+                known.add(id(_unwrap(one)))
+                kinds[kind := type(one).__qualname__] += 1
+                found[(kind if kinds[kind] == 1 else f"{kind}-{kinds[kind]}") + owner] = one
     return found
+
+
+def _engines_in(parts: Parts, path: str = "state") -> Iterator[tuple[str, Engine[Any, Any]]]:
+    if isinstance(parts, dict):
+        for name, one in parts.items():
+            yield from _engines_in(one, f"{path}[{name!r}]")
+    elif isinstance(parts, _NestedEngine):
+        yield f" of {path}", parts.engine
 
 
 def _ids(parts: Parts) -> list[int]:
@@ -194,6 +212,20 @@ def _ids(parts: Parts) -> list[int]:
 def _shown(value: Any) -> str:
     kind = type(value)
     return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+
+
+class _NestedEngine:
+    """One that was done begins anew when it is run next, as in memory, where a run that is resumed would be over."""
+
+    def __init__(self, engine: Engine[Any, Any]) -> None:
+        self.engine = engine
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"engine": self.engine.state_dict(), "metrics": dict(self.engine.state.metrics)}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        self.engine.load_state_dict(state_dict["engine"], begins_anew=True)
+        self.engine.state.metrics.update(state_dict["metrics"])
 
 
 class _TorchGenerator:
