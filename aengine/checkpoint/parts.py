@@ -14,6 +14,7 @@ from typing import Any, TypeAlias, cast
 import torch
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from aengine.checkpoint.metrics import MetricPart, is_metric
 from aengine.checkpoint.trees import path_text
 from aengine.data import Stateful
 from aengine.engine import Engine
@@ -28,7 +29,8 @@ _logger = logging.getLogger("aengine.checkpoint")
 def parts_of(state: Any, path: str = "state") -> Parts:
     """Turn what the user hands in into parts: DDP and compiled modules unwrapped, random generators given a state_dict.
 
-    An engine among them is one that the handlers of another run: it goes on as it would have in memory.
+    A metric of torchmetrics is given a state_dict that has its state. An engine is one that the handlers of another
+    run: it goes on as it would have in memory.
 
     Raises:
         TypeError: something in it has no state that could be saved and loaded.
@@ -38,6 +40,8 @@ def parts_of(state: Any, path: str = "state") -> Parts:
         return generator
     if isinstance(state, Engine):
         return _NestedEngine(state)
+    if is_metric(state):
+        return MetricPart(state)
     if isinstance(state, Stateful) and not isinstance(state, type):
         return state
     if isinstance(state, list | tuple):
@@ -206,7 +210,9 @@ def _engines_in(parts: Parts, path: str = "state") -> Iterator[tuple[str, Engine
 
 
 def _ids(parts: Parts) -> list[int]:
-    return [one for part in parts.values() for one in _ids(part)] if isinstance(parts, dict) else [id(parts)]
+    if isinstance(parts, dict):
+        return [one for part in parts.values() for one in _ids(part)]
+    return [id(parts.metric if isinstance(parts, MetricPart) else parts)]
 
 
 def _shown(value: Any) -> str:
