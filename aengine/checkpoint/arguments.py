@@ -1,7 +1,6 @@
 """Arguments: what a Checkpoint is given is looked at where it is given, not when the first save comes to it."""
 
 import os
-import reprlib
 from typing import Any
 
 from aengine.checkpoint.keep import Keep
@@ -11,7 +10,7 @@ from aengine.engine import Engine
 def check_directory(directory: Any) -> None:
     """Raise a TypeError if this is no path."""
     if not isinstance(directory, str | os.PathLike):
-        raise TypeError(f"Checkpoint(directory, state) takes a path first, got {reprlib.repr(directory)}")
+        raise TypeError(f"Checkpoint(directory, state) takes a path first, got {type(directory).__qualname__}")
 
 
 def check_keep(keep: Any) -> None:
@@ -41,4 +40,4 @@ def check_choice(name: str, value: Any, *choices: str) -> None:
 def check_engine(engine: Any, call: str) -> None:
     """Raise a TypeError if this is no engine."""
     if not isinstance(engine, Engine):
-        raise TypeError(f"{call} takes an Engine first, got {reprlib.repr(engine)}")
+        raise TypeError(f"{call} takes an Engine first, got {type(engine).__qualname__}")

@@ -1,6 +1,5 @@
 """Resuming: finding the checkpoint that is meant, and reading it. Synchronous, for a thread: disks are slow."""
 
-import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from os import PathLike
@@ -24,7 +23,7 @@ Which: TypeAlias = int | str | PathLike[str] | None
 def check_which(which: Any, store: Store) -> None:
     """Raise what is wrong with asking for this one."""
     if not isinstance(which, int | str | PathLike | None) or isinstance(which, bool):
-        raise TypeError(f'which= is a step, a path, "best", "must" or None, got {reprlib.repr(which)}')
+        raise TypeError(f'which= is a step, a path, "best", "must" or None, got {type(which).__qualname__}')
     if which == "best" and store.keep.metric is None:
         raise ValueError(
             'which checkpoint is the "best" is for keep= to say: make the Checkpoint with a metric, such as'
