@@ -3,6 +3,7 @@
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Mapping
 from contextlib import AbstractAsyncContextManager, contextmanager
+from dataclasses import replace
 from functools import partial
 from time import perf_counter
 from typing import Any, Generic, TypeVar
@@ -382,8 +383,13 @@ class Engine(Publishing, Generic[Batch, Output]):
             saved["random"] = self.randomness.capture(self.state.dataloader)
         return saved
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Any], *, begins_anew: bool = False) -> None:
         """Go on, at the next `run()`, where a `state_dict` was taken, by this engine or by pytorch-ignite's.
+
+        Args:
+            state_dict: what was taken.
+            begins_anew: whether an engine that was done begins anew, as it does in memory: for one that is run again
+                and again, as an evaluator. By default it has nothing left but its last event.
 
         Raises:
             EngineBusy: a run is under way.
@@ -392,6 +398,8 @@ class Engine(Publishing, Generic[Batch, Output]):
         if self._is_running:
             raise EngineBusy(f"engine {self.name!r} is running: load its state before run()")
         self._progress = from_state_dict(state_dict, self.state, self.state_dict_user_keys)
+        if begins_anew:
+            self._progress = replace(self._progress, is_loaded=False)
         self._give_up()
         self._to_recall = state_dict.get("random")
         fired = state_dict.get("fired", {})

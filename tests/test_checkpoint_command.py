@@ -156,6 +156,20 @@ def test_an_empty_directory_is_fine(say: Say) -> None:
     assert say() == (0, "A run would begin anew: there is no checkpoint.\n", "")
 
 
+@pytest.mark.parametrize("action", [[], ["--json"], ["verify"], ["pin", "500"], ["export", "--safetensors", "weights"]])
+def test_a_checkpoint_is_not_taken_for_an_empty_directory_of_them(
+    store: Store, capsys: pytest.CaptureFixture[str], action: list[str]
+) -> None:
+    path = write(store, 500).path
+    write(store, 600)
+    [aside] = store.abandon_after(store.find(500))
+    for one in path, aside:
+        assert main(["checkpoints", str(one), *action]) == 2
+        printed, errors = capsys.readouterr()
+        assert printed == ""
+        assert f"{one} is one checkpoint: give the directory that it is in, which is {store.directory}\n" in errors
+
+
 def test_what_may_not_be_read_is_not_called_damaged(store: Store, say: Say, monkeypatch: pytest.MonkeyPatch) -> None:
     write(store, 500)
     forbidden = write(store, 1000).path / "state.pt"

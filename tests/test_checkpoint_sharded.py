@@ -108,6 +108,17 @@ def test_nothing_of_the_users_can_be_taken_for_a_place(mesh: DeviceMesh) -> None
     assert put_in_shards(divided.tree, {}).tree == state
 
 
+def test_shards_of_chosen_places_are_read_and_no_others(mesh: DeviceMesh, store: ShardStore, tmp_path: Path) -> None:
+    saved, live = state_of(mesh), {"model": state_of(mesh)["model"]}
+    write(saved, store, tmp_path)
+    with (tmp_path / "state.pt").open("rb") as file:
+        back = put_in_shards(TorchFile().read(file), live, ("state['model']",))
+    assert set(back.shards) == {"state['model']['weight']"}
+    store.read(back.shards, tmp_path / "dcp")
+    assert full(live["model"]["weight"]).equal(full(saved["model"]["weight"]))
+    assert back.tree["optimizer"]["state"][0]["average"] is None
+
+
 def test_shards_are_written_from_another_thread(mesh: DeviceMesh, store: ShardStore, tmp_path: Path) -> None:
     state = state_of(mesh)
     thread = threading.Thread(target=write, args=(state, store, tmp_path))

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from aengine.checkpoint.draft import size_words, words
 from aengine.checkpoint.listing import Condition, Entry, Page, entries, outlook, plain, record
+from aengine.checkpoint.manifest import MANIFEST, step_and_revision
 from aengine.checkpoint.store import Store
 from aengine.errors import CheckpointDamaged, CheckpointError, CheckpointNotFound
 
@@ -69,6 +70,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if not directory.is_dir():
             raise CheckpointNotFound(f"there is no directory {directory}")
+        if step_and_revision(directory.name) is not None or (directory / MANIFEST).exists():
+            raise CheckpointNotFound(
+                f"{directory} is one checkpoint: give the directory that it is in, which is {directory.parent}"
+            )
         return int(_ACTIONS[asked.action](directory, asked))
     except CheckpointDamaged as error:
         return _fail(str(error), DAMAGED)

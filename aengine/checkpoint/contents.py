@@ -60,8 +60,8 @@ class Contents:
                 draft.add(files.measure(path))
         return {"serializer": self._serializer.name, "shards": len(shards)}
 
-    def read(self, info: CheckpointInfo, live: Callable[[], Any]) -> Mapping[str, Any]:
-        """Return the tree of a checkpoint that verifies. Shards are read into those of the live tree.
+    def read(self, info: CheckpointInfo, live: Callable[[], Any], places: tuple[str, ...] = ("",)) -> Mapping[str, Any]:
+        """Return the tree of a checkpoint that verifies. Shards are read into those of the live tree, at these places.
 
         Raises:
             CheckpointDamaged: a file is not what the serializer wrote.
@@ -78,7 +78,7 @@ class Contents:
         if info.extra.get("shards"):
             from aengine.checkpoint.sharded import put_in_shards  # noqa: PLC0415 -- it loads torch.distributed
 
-            tree, shards = put_in_shards(tree, live())
+            tree, shards = put_in_shards(tree, live(), places)
             self._shards().read(shards, info.path / SUBDIRECTORY)
         return tree
 

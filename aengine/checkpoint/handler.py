@@ -8,12 +8,12 @@ import os
 import threading
 import warnings
 from functools import partial
-from pathlib import Path
-from typing import Any, Literal, Self, TypeAlias
+from typing import Any, Literal, Self
 
 import anyio
 from anyio.to_thread import run_sync as in_thread
 
+from aengine.checkpoint.arguments import check_choice, check_directory, check_engine, check_keep, check_serializer
 from aengine.checkpoint.contents import Contents
 from aengine.checkpoint.keep import Keep
 from aengine.checkpoint.manifest import CheckpointInfo
@@ -25,26 +25,22 @@ from aengine.checkpoint.occasions import (
     CheckpointEvents,
     is_in_a_step,
 )
-from aengine.checkpoint.parts import gather, parts_of, scatter
+from aengine.checkpoint.parts import parts_of
 from aengine.checkpoint.randomness import RandomStates
 from aengine.checkpoint.requests import Requests
-from aengine.checkpoint.resume import Found, Reader
+from aengine.checkpoint.restoring import AnyEngine, Restoring
 from aengine.checkpoint.saving import Saving
 from aengine.checkpoint.serializers import Serializer, TorchFile
 from aengine.checkpoint.store import Store
-from aengine.checkpoint.writer import Writer
-from aengine.engine import Engine
-from aengine.errors import CheckpointNotFound, CheckpointWarning, EngineBusy, InboxOverflow
-from aengine.events import AnyEvent, Event, Events, FilteredEvent, selectors
+from aengine.errors import CheckpointWarning, InboxOverflow
+from aengine.events import AnyEvent, Event, Events, FilteredEvent, Selector, selectors
 from aengine.publishing import RemovableEventHandle
 from aengine.topic import NotYet
-
-AnyEngine: TypeAlias = Engine[Any, Any]
 
 _logger = logging.getLogger("aengine.checkpoint")
 
 
-class Checkpoint:
+class Checkpoint(Restoring):
     """Saves the state of a run into a directory, while the run goes on, and restores it.
 
         checkpoint = Checkpoint("checkpoints", {"model": model, "optimizer": optimizer})
@@ -67,6 +63,8 @@ class Checkpoint:
         directory: where the checkpoints are; made when the first one is written.
         state: what has `state_dict` and `load_state_dict`, or a dictionary of that, nested. torch's, numpy's and
             python's random generators may be in it. DistributedDataParallel and compiled modules are unwrapped.
+            An engine in it, such as an evaluator that a handler runs, is saved with its metrics and its handlers that
+            have a `state_dict`; once restored, it begins anew at its next run if it was done, as in memory.
         keep: which checkpoints stay.
         serializer: how the state is written; by default `torch.save`, loaded with `weights_only=True` only.
         when_busy: what happens when a save is due while the one before is being written: "wait" has the loop wait,
@@ -78,7 +76,7 @@ class Checkpoint:
     Attributes:
         skipped: saves that were skipped.
         failures: saves that failed and were warned of.
-        damaged: what `restore` found damaged.
+        damaged: what `restore` and `load` found damaged.
 
     Raises:
         TypeError, ValueError: an argument is wrong.
@@ -95,29 +93,24 @@ class Checkpoint:
         on_error: Literal["raise", "warn"] = "raise",
         write_in: Literal["thread", "process"] = "thread",
     ) -> None:
-        _check_choice("when_busy", when_busy, "wait", "skip")
-        _check_choice("on_error", on_error, "raise", "warn")
-        _check_choice("write_in", write_in, "thread", "process")
+        keep = Keep() if keep is None else keep
+        serializer = TorchFile() if serializer is None else serializer
+        check_directory(directory)
+        check_keep(keep)
+        check_serializer(serializer)
+        check_choice("when_busy", when_busy, "wait", "skip")
+        check_choice("on_error", on_error, "raise", "warn")
+        check_choice("write_in", write_in, "thread", "process")
+        contents = Contents(serializer, in_process=write_in == "process")
+        super().__init__(parts_of(state), Store(directory, keep), contents)
         self.skipped = 0
         self.failures = 0
-        self.damaged: tuple[Path, ...] = ()
-        self._parts = parts_of(state)
-        self._store = Store(directory, keep or Keep())
-        self._contents = Contents(serializer or TorchFile(), in_process=write_in == "process")
-        self._writer = Writer(self._parts, self._store, self._contents)
         self._when_busy = when_busy
         self._on_error = on_error
-        self._engine: AnyEngine | None = None
-        self._saving: Saving | None = None
         self._requests = Requests()
         self._is_staging = threading.Lock()  # where the step runs, or, between runs, where save_now() was called
         self._has_failed = False  # nothing more is saved of this run
-        self._handles: list[RemovableEventHandle] = []
-
-    @property
-    def directory(self) -> Path:
-        """Where the checkpoints are."""
-        return self._store.directory
+        self._handles: dict[RemovableEventHandle, Selector | None] = {}  # of each, where it saves, if it does
 
     @property
     def committed(self) -> CheckpointInfo | None:
@@ -134,23 +127,31 @@ class Checkpoint:
         `restore()` prefers any that is not.
 
         Raises:
-            ValueError: this Checkpoint serves another engine.
+            TypeError: this is no engine, or no event.
+            ValueError: this Checkpoint serves another engine; or the engine has no such event.
+            RuntimeError: it saves at that very event, with that very filter, already.
         """
+        check_engine(engine, "attach(engine, event)")
+        chosen = selectors(event)
         self._serve(engine)
-        handles = [
+        for index, one in enumerate(chosen):
+            if one in (*self._handles.values(), *chosen[:index]):
+                raise RuntimeError(f"this Checkpoint is attached to {one} already, and would save twice there")
+        handles = {
             engine.subscribe(
                 FilteredEvent(one.name, one.filter),
                 partial(self._follow, engine),
                 snapshot=partial(self._take, one.name),
                 name=f"Checkpoint({str(self.directory)!r})",
-            )
-            for one in selectors(event)
-        ]
-        self._handles += handles
+            ): one
+            for one in chosen
+        }
+        self._handles |= handles
 
         def remove() -> None:
             for handle in handles:
                 handle.remove()
+                self._handles.pop(handle, None)
 
         return RemovableEventHandle(remove)
 
@@ -218,7 +219,7 @@ class Checkpoint:
         """
         for handle in self._handles:
             handle.remove()
-        self._handles, self._engine, self._writer.saved_step = [], None, None
+        self._handles, self._engine, self._writer.saved_step = {}, None, None
         self._requests.refuse("the Checkpoint was closed before the save that was asked for")
         try:
             await self.drain()
@@ -253,9 +254,9 @@ class Checkpoint:
         if engine.randomness is None:
             engine.randomness = RandomStates()
         engine.register_events(*CheckpointEvents)
-        self._handles.append(engine.add_event_handler(Events.STARTED, self._begin))
-        self._handles.append(engine.add_event_handler(Events.CANCELLED, self._ask_again))
-        self._handles.append(engine.add_event_handler(Events.EXCEPTION_RAISED, self._ask_again))
+        self._handles[engine.add_event_handler(Events.STARTED, self._begin)] = None
+        self._handles[engine.add_event_handler(Events.CANCELLED, self._ask_again)] = None
+        self._handles[engine.add_event_handler(Events.EXCEPTION_RAISED, self._ask_again)] = None
         self.attach(engine, CheckpointEvents.CHECKPOINT_REQUESTED)
 
     def _served(self) -> AnyEngine:
@@ -298,10 +299,6 @@ class Checkpoint:
                 return None
             self._requests.answer(saving)
             return saving
-
-    def _under_way(self) -> Saving | None:
-        saving = self._saving
-        return None if saving is None or saving.is_over else saving
 
     def _ask(self, engine: AnyEngine) -> bool:
         """Have the loop serve the requests before its next step. Whom it does not come to is told so at its end."""
@@ -413,87 +410,3 @@ class Checkpoint:
         self.failures += 1
         _logger.error("a checkpoint failed, and the run goes on", exc_info=error)
         warnings.warn(f"a checkpoint failed, and the run goes on: {error}", CheckpointWarning, stacklevel=2)
-
-    # What there is
-
-    def list(self) -> list[CheckpointInfo]:
-        """Return the committed checkpoints, oldest first. Not verified: see `restore`."""
-        return self._store.list()
-
-    def pin(self, step: int) -> None:
-        """Have the checkpoint of a step stay, whatever `keep` says.
-
-        Raises:
-            CheckpointNotFound: there is none of this step.
-        """
-        self._store.pin(self._store.find(step))
-
-    def unpin(self, step: int) -> None:
-        """Let `keep` decide over it again."""
-        self._store.unpin(self._store.find(step))
-
-    # Restoring
-
-    async def restore(
-        self, engine: AnyEngine, which: int | str | os.PathLike[str] | None = None, *, strict: bool = True
-    ) -> CheckpointInfo | None:
-        """Put the engine and the state back to a checkpoint, before `run()`. Returns which, None if there is none yet.
-
-        Files are read in a thread, and verified by their checksums. The state is loaded in the calling task.
-
-        Args:
-            engine: the one to go on, with its handlers attached.
-            which: None for the newest that is whole; "must" for the same, which must then exist; a step; or a path.
-                One that was asked for by step or path is taken, or it is an error; when the run then saves, later ones
-                are set aside as abandoned, so that they are not gone on from. Of the newest, a damaged one is set
-                aside, CHECKPOINT_DAMAGED is fired and a warning given, and the one before is tried.
-            strict: whether the checkpoint must have just the parts and handlers that there are here.
-
-        Raises:
-            CheckpointNotFound: there is none, and there must be.
-            CheckpointDamaged: none of those that there are is whole: a run is not begun anew in their place.
-            CheckpointMismatch: it has other keys or shapes than the state here. No other is tried then.
-            EngineBusy: the engine runs.
-            ValueError: this Checkpoint serves another engine.
-
-        Cancellable while it reads; nothing is changed then.
-        """
-        self._serve(engine)
-        if engine.is_running:
-            raise EngineBusy(f"engine {engine.name!r} is running: restore() comes before run()")
-        while (saving := self._under_way()) is not None:  # which may be the newest
-            await saving.wait()
-        reader = Reader(self._store, partial(self._contents.read, live=partial(gather, self._parts, engine)))
-        if which is None or which == "must":
-            found = await self._newest(engine, reader, must=which is not None)
-        else:
-            found = await in_thread(reader.read, which)
-        if found is None:
-            return None
-        info = found.info
-        if info.is_mid_step and not (which is not None and which != "must"):
-            said = f"there is no checkpoint but of the middle of a step: the one after step {info.step} was begun"
-            warnings.warn(f"{said}, and is begun again ({info.path})", CheckpointWarning, stacklevel=2)
-        scatter(found.tree, self._parts, engine, strict=strict)
-        self._writer.go_on_from(info, is_newest=which is None or which == "must")
-        _logger.info("restored step %d, epoch %d, from %s", info.step, info.epoch, info.path)
-        return info
-
-    async def _newest(self, engine: AnyEngine, reader: Reader, *, must: bool) -> Found | None:
-        try:
-            found = await in_thread(reader.newest)
-        finally:
-            for problem in reader.problems:
-                self.damaged += (problem.path,)
-                said = f"a checkpoint is damaged, and was not used ({problem.path}): {problem.why}"
-                _logger.warning(said)
-                warnings.warn(said, CheckpointWarning, stacklevel=3)
-                await engine.emit(CheckpointEvents.CHECKPOINT_DAMAGED)
-        if found is None and must:
-            raise CheckpointNotFound(f"there is no checkpoint in {self.directory}, and one must be there")
-        return found
-
-
-def _check_choice(name: str, value: Any, *choices: str) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}= is one of {', '.join(map(repr, choices))}, got {value!r}")

@@ -57,23 +57,31 @@ class Keep:
         a step, which stays until there is a later one.
         """
         ordered = sorted(checkpoints, key=_age)
-        latest_revisions = list({each.step: each for each in ordered if not each.is_mid_step}.values())
+        latest_revisions = _latest_revisions(ordered)
         kept = {each.path for each in latest_revisions[-self.last :]}
         kept.update(each.path for each in ordered[-1:] if each.is_mid_step)
-        kept.update(each.path for each in self._best(latest_revisions))
+        kept.update(each.path for each in self.ranked(ordered)[: self.best])
         if self.every_n is not None:
             kept.update(each.path for each in latest_revisions if each.number % self.every_n == 0)
         return [each for each in ordered if not (each.pinned or each.path in kept or each.path in protected)]
 
-    def _best(self, checkpoints: list[CheckpointInfo]) -> list[CheckpointInfo]:
+    def ranked(self, checkpoints: Iterable[CheckpointInfo]) -> list[CheckpointInfo]:
+        """Return those that can be the best by `metric` and `mode`, the best first; of each step the last revision.
+
+        Never one whose metric is missing or NaN, nor one that was taken in the middle of a step.
+        """
         sign = 1 if self.mode == "max" else -1
         ranked = [
             (-sign * value, _age(each), each)
-            for each in checkpoints
+            for each in _latest_revisions(sorted(checkpoints, key=_age))
             if not math.isnan(value := each.metrics.get(self.metric or "", math.nan))
         ]
         ranked.sort(key=lambda one: one[:2])
-        return [each for _, _, each in ranked[: self.best]]
+        return [each for _, _, each in ranked]
+
+
+def _latest_revisions(ordered: list[CheckpointInfo]) -> list[CheckpointInfo]:
+    return list({each.step: each for each in ordered if not each.is_mid_step}.values())
 
 
 def _age(info: CheckpointInfo) -> tuple[int, int]:

@@ -7,12 +7,15 @@ one tree of plain values and tensors, and loaded from one.
 import logging
 import random
 import sys
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeAlias, cast
 
 import torch
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from aengine.checkpoint.metrics import MetricPart, is_metric
+from aengine.checkpoint.trees import path_text
 from aengine.data import Stateful
 from aengine.engine import Engine
 from aengine.errors import CheckpointMismatch
@@ -26,12 +29,19 @@ _logger = logging.getLogger("aengine.checkpoint")
 def parts_of(state: Any, path: str = "state") -> Parts:
     """Turn what the user hands in into parts: DDP and compiled modules unwrapped, random generators given a state_dict.
 
+    A metric of torchmetrics is given a state_dict that has its state. An engine is one that the handlers of another
+    run: it goes on as it would have in memory.
+
     Raises:
         TypeError: something in it has no state that could be saved and loaded.
     """
     state = _unwrap(state)
     if generator := _generator_of(state):
         return generator
+    if isinstance(state, Engine):
+        return _NestedEngine(state)
+    if is_metric(state):
+        return MetricPart(state)
     if isinstance(state, Stateful) and not isinstance(state, type):
         return state
     if isinstance(state, list | tuple):
@@ -80,6 +90,55 @@ def gather(parts: Parts, engine: Engine[Any, Any]) -> dict[str, Any]:
     }
 
 
+class Choice:
+    """The user's parts, or some of them by name: what is loaded without the engine.
+
+    Attributes:
+        places: how the places begin, in what `gather` reads, where these are.
+
+    Raises:
+        TypeError, ValueError: there are no parts of these names.
+    """
+
+    def __init__(self, parts: Parts, only: Iterable[str] | None) -> None:
+        self._names = None if only is None else _names_among(parts, only)
+        self._parts = parts
+        self.places: tuple[str, ...] = (path_text(["state"]),)
+        if self._names is not None:
+            self._parts = {name: cast(dict[str, Parts], parts)[name] for name in self._names}
+            self.places = tuple(path_text(["state", name]) for name in self._names)
+
+    def gather(self) -> dict[str, Any]:
+        """Read them, as `gather` does."""
+        return {"state": _read(self._parts)}
+
+    def scatter(self, tree: Mapping[str, Any]) -> None:
+        """Load them from what `gather` read.
+
+        Raises:
+            CheckpointMismatch: it does not fit. What was loaded before stays loaded.
+        """
+        saved = tree["state"]
+        if self._names is not None:
+            if absent := [name for name in self._names if name not in saved]:
+                raise CheckpointMismatch(f"only= names {absent}, which the checkpoint has not: it has {list(saved)}")
+            saved = {name: saved[name] for name in self._names}
+        _load(self._parts, saved, "state", strict=True)
+
+
+def _names_among(parts: Parts, only: Iterable[str]) -> list[str]:
+    names = [] if isinstance(only, str) else list(only)
+    if not names or not all(isinstance(name, str) for name in names):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f'only= takes the names of parts, such as only=["model"], got {only!r}')
+    if not isinstance(parts, dict):
+        raise ValueError(  # noqa: TRY004 -- the state is as it may be
+            f"the state is one thing ({_shown(parts)}), and its parts have no names: leave only= out"
+        )
+    if unknown := [name for name in names if name not in parts]:
+        raise ValueError(f"only= names {unknown}, which the state has not: it has {list(parts)}")
+    return names
+
+
 def scatter(tree: Mapping[str, Any], parts: Parts, engine: Engine[Any, Any], *, strict: bool) -> None:
     """Load what `gather` read.
 
@@ -117,7 +176,7 @@ def _load(parts: Parts, saved: Any, path: str, *, strict: bool) -> None:
         if strict:
             raise CheckpointMismatch(
                 f"{said}. Build the same, handlers attached, before restore(); or leave out what only one side has, by"
-                " restore(..., strict=False)"
+                " restore(..., strict=False); or name the parts that are wanted, by load(..., only=[...])"
             )
         _logger.warning("%s: what only one side has is left out", said)
     for name, one in parts.items():
@@ -126,24 +185,53 @@ def _load(parts: Parts, saved: Any, path: str, *, strict: bool) -> None:
 
 
 def _listeners(parts: Parts, engine: Engine[Any, Any]) -> dict[str, Stateful]:
-    """Return the handlers that have state, by their type and their place among those of one type."""
+    """Return the handlers that have state, each once, by their type and their place among those of one type.
+
+    Those of the engine, and those of the engines among the parts.
+    """
     known = set(_ids(parts))
     found: dict[str, Stateful] = {}
-    for one in engine.stateful_listeners():
-        if id(_unwrap(one)) not in known and not isinstance(one, Engine):
-            kind = type(one).__qualname__
-            number = 1 + sum(type(other).__qualname__ == kind for other in found.values())
-            found[kind if number == 1 else f"{kind}-{number}"] = one
+    for owner, its_engine in (("", engine), *_engines_in(parts)):
+        kinds: Counter[str] = Counter()
+        for one in its_engine.stateful_listeners():
+            if id(_unwrap(one)) not in known and not isinstance(one, Engine):
+                known.add(id(_unwrap(one)))
+                kinds[kind := type(one).__qualname__] += 1
+                found[(kind if kinds[kind] == 1 else f"{kind}-{kinds[kind]}") + owner] = one
     return found
 
 
+def _engines_in(parts: Parts, path: str = "state") -> Iterator[tuple[str, Engine[Any, Any]]]:
+    if isinstance(parts, dict):
+        for name, one in parts.items():
+            yield from _engines_in(one, f"{path}[{name!r}]")
+    elif isinstance(parts, _NestedEngine):
+        yield f" of {path}", parts.engine
+
+
 def _ids(parts: Parts) -> list[int]:
-    return [one for part in parts.values() for one in _ids(part)] if isinstance(parts, dict) else [id(parts)]
+    if isinstance(parts, dict):
+        return [one for part in parts.values() for one in _ids(part)]
+    return [id(parts.metric if isinstance(parts, MetricPart) else parts)]
 
 
 def _shown(value: Any) -> str:
     kind = type(value)
     return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+
+
+class _NestedEngine:
+    """One that was done begins anew when it is run next, as in memory, where a run that is resumed would be over."""
+
+    def __init__(self, engine: Engine[Any, Any]) -> None:
+        self.engine = engine
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"engine": self.engine.state_dict(), "metrics": dict(self.engine.state.metrics)}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        self.engine.load_state_dict(state_dict["engine"], begins_anew=True)
+        self.engine.state.metrics.update(state_dict["metrics"])
 
 
 class _TorchGenerator:

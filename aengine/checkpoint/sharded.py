@@ -47,8 +47,13 @@ def take_out_shards(tree: Any) -> Divided:
     return Divided({"state": rebuild(tree, replace), "shards": places}, shards)
 
 
-def put_in_shards(divided: Mapping[str, Any], live: Any) -> Divided:
+def put_in_shards(divided: Mapping[str, Any], live: Any, within: tuple[str, ...] = ("",)) -> Divided:
     """Return the tree that was divided, with the DTensors of a live tree in the empty places; and these, to be read.
+
+    Args:
+        divided: what `take_out_shards` made of a tree.
+        live: a tree of the same form.
+        within: how the places begin that are to be filled; the others stay empty.
 
     Raises:
         CheckpointMismatch: the live tree has no DTensor where one was saved.
@@ -61,7 +66,8 @@ def put_in_shards(divided: Mapping[str, Any], live: Any) -> Divided:
         return leaf
 
     rebuild(live, find)
-    places: dict[str, str] = divided["shards"]
+    saved: dict[str, str] = divided["shards"]
+    places = {place: name for place, name in saved.items() if place.startswith(within)}
     missing = [place for place in places if place not in found]
     if missing:
         raise CheckpointMismatch(
@@ -71,7 +77,7 @@ def put_in_shards(divided: Mapping[str, Any], live: Any) -> Divided:
         )
 
     def replace(leaf: Any, path: Any) -> Any:
-        place = path_text(path) if leaf is None else None
+        place = path_text(path) if leaf is None else ""
         return found[place] if place in places else leaf
 
     return Divided(rebuild(divided["state"], replace), {name: found[place] for place, name in places.items()})

@@ -1,0 +1,103 @@
+"""Metrics: torchmetrics' metrics handed in as state, whose own `state_dict` has not the state under way.
+
+That is left out by default, and what `persistent(True)` puts there lacks the number of updates and whatever is not
+registered as state. torchmetrics is not imported for this: a metric is known by what it has.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeAlias, cast
+
+import torch
+
+Plain: TypeAlias = bool | int | float | str | None
+
+_CACHES = {"_cache", "_computed", "_forward_cache"}
+
+
+def is_metric(value: Any) -> bool:
+    """Say whether this is a metric of torchmetrics, or a collection, a wrapper or a tracker of them."""
+    return (
+        isinstance(value, torch.nn.Module)
+        and all(callable(getattr(value, name, None)) for name in ("update", "compute", "reset"))
+        and any(True for _ in _metrics_in(value))
+    )
+
+
+class MetricPart:
+    """The state under way of a metric, and of those that it is made of, beside its own `state_dict`."""
+
+    def __init__(self, metric: Any) -> None:
+        self.metric = metric
+        # What differs from this is state, and the rest is how the metric was made.
+        self._made = {path: _plain_values(one) for path, one in _metrics_in(metric)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all of it. The tensors are live."""
+        if hasattr(self.metric, "compute_groups"):
+            self.metric.items(copy_state=False)  # those that share the state of another one have it up to date
+        return {
+            "module": self.metric.state_dict(),
+            "metrics": {path: self._state_of(path, one) for path, one in _metrics_in(self.metric)},
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on with a state under way.
+
+        Raises:
+            ValueError: it is of a metric that is made of others.
+        """
+        saved: Mapping[str, Any] = state_dict["metrics"]
+        if hasattr(self.metric, "increment"):  # a tracker, which has one more for each
+            while len(dict(_metrics_in(self.metric))) < len(saved):
+                self.metric.increment()
+        here = dict(_metrics_in(self.metric))
+        if (now := _states_in(here)) != (then := {path: list(one["states"]) for path, one in saved.items()}):
+            raise ValueError(f"the metric has the states {now} here, and what was saved had {then}")
+        self.metric.load_state_dict(state_dict["module"])
+        for path, one in here.items():
+            one.reset()  # forgets what it has cached
+            for name, value in {**self._made.get(path, {}), **saved[path]["values"]}.items():
+                setattr(one, name, value)
+            for name, value in {**saved[path]["states"], **saved[path]["tensors"]}.items():
+                setattr(one, name, _moved(value, one.device))
+
+    def _state_of(self, path: str, metric: Any) -> dict[str, Any]:
+        made = self._made.get(path, {})  # of a tracker's, that came later: all
+        states: dict[str, Any] = metric.metric_state
+        return {
+            "states": {name: [*value] if isinstance(value, list) else value for name, value in states.items()},
+            "tensors": {
+                name: value
+                for name, value in vars(metric).items()
+                if isinstance(value, torch.Tensor) and name not in states and name not in _CACHES
+            },
+            "values": {name: value for name, value in _plain_values(metric).items() if made.get(name, metric) != value},
+        }
+
+
+def _metrics_in(metric: torch.nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield the metrics that one is made of, itself included, each with its path. A collection is none."""
+    for path, one in metric.named_modules():
+        if hasattr(one, "metric_state") and hasattr(one, "add_state"):
+            yield path, one
+
+
+def _states_in(metrics: Mapping[str, Any]) -> dict[str, list[str]]:
+    return {path: list(one.metric_state) for path, one in metrics.items()}
+
+
+def _plain_values(metric: Any) -> dict[str, Plain]:
+    return {
+        name: value
+        for name, value in vars(metric).items()
+        if name not in _CACHES and isinstance(value, bool | int | float | str | None)
+    }
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.to(device, copy=True)
+    if isinstance(value, list | tuple):
+        make: Any = type(value)
+        return make([_moved(one, device) for one in cast(list[Any], value)])
+    return value
