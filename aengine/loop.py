@@ -278,6 +278,7 @@ class Loop(Attending):
             yield self.source.suspend(self.completed + (self._batch is not _END))
         phase = control.phase
         yield from self._take_no_more_requests()
+        control.asked.discard(Request.INTERRUPT)  # it was asked for again meanwhile, and has been done
         yield Signal.FLUSH
         state.stop_reason = StopReason.INTERRUPTED
         yield Signal.SUSPEND

@@ -263,6 +263,14 @@ def test_interrupt_of_a_run_that_ends_does_not_reach_the_next(where: str) -> Non
     assert seen == ["C@1/2", "C@1/3"]
 
 
+def test_interrupt_that_is_asked_for_again_while_it_is_being_done_is_done_once() -> None:
+    engine = engine_that("IC@1/1", lambda engine: engine.interrupt())
+    engine.add_event_handler(Events.INTERRUPT, engine.interrupt)
+    assert engine.run_sync([1, 2]).stop_reason is StopReason.INTERRUPTED
+    state = engine.run_sync()
+    assert (state.stop_reason, state.iteration) == (StopReason.COMPLETED, 2)
+
+
 def test_terminate_wins_over_interrupt() -> None:
     engine = engine_that("IC@1/1", lambda engine: (engine.interrupt(), engine.terminate()))
     seen = record(engine, "INT T C")
