@@ -24,21 +24,15 @@ def is_metric(value: Any) -> bool:
 
 
 class MetricPart:
-    """The state under way of a metric, and of those that it is made of, beside its own `state_dict`."""
+    """A metric with its state under way, beside its own `state_dict`."""
 
     def __init__(self, metric: Any) -> None:
         self.metric = metric
-        # What differs from this is state, and the rest is how the metric was made.
-        self._made = {path: _plain_values(one) for path, one in _metrics_in(metric)}
+        self._states = MetricStates(metric)
 
     def state_dict(self) -> dict[str, Any]:
         """Return all of it. The tensors are live."""
-        if hasattr(self.metric, "compute_groups"):
-            self.metric.items(copy_state=False)  # those that share the state of another one have it up to date
-        return {
-            "module": self.metric.state_dict(),
-            "metrics": {path: self._state_of(path, one) for path, one in _metrics_in(self.metric)},
-        }
+        return {"module": self.metric.state_dict(), "metrics": self._states.state_dict()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on with a state under way.
@@ -46,19 +40,49 @@ class MetricPart:
         Raises:
             ValueError: it is of a metric that is made of others.
         """
-        saved: Mapping[str, Any] = state_dict["metrics"]
-        if hasattr(self.metric, "increment"):  # a tracker, which has one more for each
-            while len(dict(_metrics_in(self.metric))) < len(saved):
-                self.metric.increment()
-        here = dict(_metrics_in(self.metric))
-        if (now := _states_in(here)) != (then := {path: list(one["states"]) for path, one in saved.items()}):
-            raise ValueError(f"the metric has the states {now} here, and what was saved had {then}")
+        self._states.check(state_dict["metrics"])
         self.metric.load_state_dict(state_dict["module"])
+        self._states.load_state_dict(state_dict["metrics"])
+
+
+class MetricStates:
+    """The state under way of a metric, and of those that it is made of, by their paths."""
+
+    def __init__(self, metric: Any, name: str = "the metric") -> None:
+        self._metric = metric
+        self._name = name
+        # What differs from this is state, and the rest is how the metric was made.
+        self._made = {path: _plain_values(one) for path, one in _metrics_in(metric)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all of it. The tensors are live."""
+        if hasattr(self._metric, "compute_groups"):
+            self._metric.items(copy_state=False)  # those that share the state of another one have it up to date
+        return {path: self._state_of(path, one) for path, one in _metrics_in(self._metric)}
+
+    def check(self, state_dict: Mapping[str, Any]) -> None:
+        """Raise a ValueError if this is of a metric that is made of others. A tracker is given as many as it had."""
+        if hasattr(self._metric, "increment"):
+            while len(dict(_metrics_in(self._metric))) < len(state_dict):
+                self._metric.increment()
+        here = dict(_metrics_in(self._metric))
+        _compare(self._name, here, state_dict)
         for path, one in here.items():
+            _compare(f"{self._name} {path}".strip(), one.metric_state, state_dict[path]["states"])
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on with a state under way.
+
+        Raises:
+            ValueError: it is of a metric that is made of others.
+        """
+        self.check(state_dict)
+        for path, one in _metrics_in(self._metric):
+            saved = state_dict[path]
             one.reset()  # forgets what it has cached
-            for name, value in {**self._made.get(path, {}), **saved[path]["values"]}.items():
+            for name, value in {**self._made.get(path, {}), **saved["values"]}.items():
                 setattr(one, name, value)
-            for name, value in {**saved[path]["states"], **saved[path]["tensors"]}.items():
+            for name, value in {**saved["states"], **saved["tensors"]}.items():
                 setattr(one, name, _moved(value, one.device))
 
     def _state_of(self, path: str, metric: Any) -> dict[str, Any]:
@@ -66,7 +90,7 @@ class MetricPart:
         states: dict[str, Any] = metric.metric_state
         return {
             "states": {name: [*value] if isinstance(value, list) else value for name, value in states.items()},
-            "tensors": {
+            "tensors": {  # such as the least and greatest of MinMaxMetric
                 name: value
                 for name, value in vars(metric).items()
                 if isinstance(value, torch.Tensor) and name not in states and name not in _CACHES
@@ -82,8 +106,13 @@ def _metrics_in(metric: torch.nn.Module) -> Iterator[tuple[str, Any]]:
             yield path, one
 
 
-def _states_in(metrics: Mapping[str, Any]) -> dict[str, list[str]]:
-    return {path: list(one.metric_state) for path, one in metrics.items()}
+def _compare(what: str, here: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    if here.keys() != saved.keys():
+        raise ValueError(f"{what} has {_shown(here)} here, and what was saved had {_shown(saved)}")
+
+
+def _shown(names: Mapping[str, Any]) -> list[str]:
+    return [name or "itself" for name in names]
 
 
 def _plain_values(metric: Any) -> dict[str, Plain]:

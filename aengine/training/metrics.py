@@ -9,11 +9,12 @@ must be waited for: `nan_strategy="disable"` and `validate_args=False` are faste
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias, cast
 
 import torch
 
+from aengine.checkpoint.metrics import MetricStates
 from aengine.engine import Engine
 from aengine.events import Events
 
@@ -27,9 +28,6 @@ except ImportError as error:
     ) from error
 
 AnyMetric: TypeAlias = Metric | MetricCollection | MetricTracker
-Plain: TypeAlias = bool | int | float | str | None
-
-_CACHES = {"_cache", "_computed", "_forward_cache"}
 
 _logger = logging.getLogger("aengine.training")
 
@@ -91,8 +89,7 @@ class AttachedMetric:
         self.iterations = 0
         self._transform = output_transform
         self._is_epoch_bound = epoch_bound
-        # What differs from this is state, and the rest is how the metric was made.
-        self._made = {path: _plain_values(one) for path, one in _metrics_in(metric)}
+        self._states = MetricStates(metric, name)
 
     def attach(self, engine: Engine[Any, Any], *, every: int | None = None) -> None:
         """Have it computed by an engine: see `attach_metric`."""
@@ -113,13 +110,8 @@ class AttachedMetric:
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._publish)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the metric's state under way."""
-        if isinstance(self.metric, MetricCollection):
-            self.metric.items(copy_state=False)  # those that share the state of another one have it up to date
-        return {
-            "iterations": self.iterations,
-            "metrics": {path: self._state_of(path, one) for path, one in _metrics_in(self.metric)},
-        }
+        """Return the state under way. The tensors are live: a `Checkpoint` copies what is saved."""
+        return {"iterations": self.iterations, "metrics": self._states.state_dict()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on with a state under way.
@@ -127,15 +119,7 @@ class AttachedMetric:
         Raises:
             ValueError: it is of a metric that is made of others.
         """
-        saved: Mapping[str, Any] = state_dict["metrics"]
-        if isinstance(self.metric, MetricTracker):
-            while len(dict(_metrics_in(self.metric))) < len(saved):
-                self.metric.increment()
-        here = dict(_metrics_in(self.metric))
-        if here.keys() != saved.keys():
-            raise ValueError(f"the metric has {_shown(here)} here, and what was saved had {_shown(saved)}")
-        for path, one in here.items():
-            _load(one, saved[path], self._made.get(path, {}), f"{self.name} {path}".strip())
+        self._states.load_state_dict(state_dict["metrics"])
         self.iterations = state_dict["iterations"]
 
     def _begin(self, engine: Engine[Any, Any]) -> None:
@@ -170,64 +154,6 @@ class AttachedMetric:
     def _publish(self, engine: Engine[Any, Any]) -> None:
         engine.state.metrics.update(_results(self.name, self.metric.compute()))
 
-    def _state_of(self, path: str, metric: Metric) -> dict[str, Any]:
-        made = self._made.get(path, {})  # of a tracker's, that came later: all
-        return {
-            "states": {name: _copied_list(value) for name, value in metric.metric_state.items()},
-            "tensors": _other_tensors(metric),
-            "values": {name: value for name, value in _plain_values(metric).items() if made.get(name, metric) != value},
-        }
-
-
-def _metrics_in(metric: AnyMetric) -> Iterator[tuple[str, Metric]]:
-    """Yield the metrics that one is made of, itself included, each with its path."""
-    for path, one in cast(torch.nn.Module, metric).named_modules():
-        if isinstance(one, Metric):
-            yield path, one
-
-
-def _plain_values(metric: Metric) -> dict[str, Plain]:
-    return {
-        name: value
-        for name, value in vars(metric).items()
-        if name not in _CACHES and isinstance(value, bool | int | float | str | None)
-    }
-
-
-def _other_tensors(metric: Metric) -> dict[str, torch.Tensor]:
-    """Return tensors that are not among the registered states, such as the least and greatest of MinMaxMetric."""
-    registered = metric.metric_state
-    return {
-        name: value
-        for name, value in vars(metric).items()
-        if isinstance(value, torch.Tensor) and name not in registered and name not in _CACHES
-    }
-
-
-def _load(metric: Metric, saved: Mapping[str, Any], made: Mapping[str, Plain], what: str) -> None:
-    states: Mapping[str, Any] = saved["states"]
-    if metric.metric_state.keys() != states.keys():
-        raise ValueError(f"{what} has {_shown(metric.metric_state)} here, and what was saved had {_shown(states)}")
-    metric.reset()  # forgets what it has cached
-    for name, value in {**made, **saved["values"]}.items():
-        setattr(metric, name, value)
-    for name, value in {**states, **saved["tensors"]}.items():
-        setattr(metric, name, _moved(value, metric.device))
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.to(device, copy=True)
-    if isinstance(value, list | tuple):
-        make: Any = type(value)
-        return make([_moved(one, device) for one in cast(list[Any], value)])
-    return value
-
-
-def _copied_list(value: Any) -> Any:
-    """Return a state that the metric does not append to."""
-    return [*value] if isinstance(value, list) else value
-
 
 def _results(name: str, result: Any) -> dict[str, Any]:
     """Return results by full name: numbers as plain ones, so that they can be written down anywhere."""
@@ -246,10 +172,6 @@ def _plain(result: Any) -> Any:
     if isinstance(result, list | tuple):
         return [_plain(one) for one in cast(list[Any], result)]
     return result
-
-
-def _shown(names: Mapping[str, Any]) -> list[str]:
-    return [name or "itself" for name in names]
 
 
 def _check(metric: Any, name: Any) -> None:
