@@ -14,6 +14,7 @@ import threading
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any, TypeAlias
@@ -27,10 +28,12 @@ from recording import Boom
 
 from aengine import Engine, Events
 from aengine.checkpoint import Checkpoint
-from aengine.loggers import Record, Tracker, track
+from aengine.loggers import Record, Tracker, track as track_briefly
 from aengine.loggers.mlflow import MLflow
 
 AnyEngine: TypeAlias = Engine[Any, Any]
+
+track = partial(track_briefly, linger=25.0)  # on a busy machine it takes seconds to begin
 
 SERVER = os.environ.get("AENGINE_TEST_MLFLOW")
 PROGRAM = os.environ.get("AENGINE_TEST_MLFLOW_SERVER")

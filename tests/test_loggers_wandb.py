@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any, TypeAlias
@@ -19,10 +20,12 @@ from wandb.proto.wandb_internal_pb2 import Record as Written  # type: ignore[att
 
 from aengine import Engine, Events, StopReason
 from aengine.checkpoint import Checkpoint
-from aengine.loggers import Record, track
+from aengine.loggers import Record, track as track_briefly
 from aengine.loggers.wandb import WandB
 
 AnyEngine: TypeAlias = Engine[Any, Any]
+
+track = partial(track_briefly, linger=25.0)  # on a busy machine it takes seconds to begin
 
 _BLOCK, _HEADER = 1 << 15, 7
 
