@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -110,5 +110,8 @@ def strays(directory: Path) -> list[str]:
 
 def open_files(directory: Path) -> list[str]:
     """Return which files there this process has open, where the system tells."""
-    links = [path for path in Path("/proc/self/fd").glob("*") if path.is_symlink()]
-    return [target for link in links if (target := str(link.readlink())).startswith(str(directory))]
+    found: list[str] = []
+    for link in Path("/proc/self/fd").glob("*"):
+        with suppress(FileNotFoundError):  # another thread's, which has just closed it
+            found.append(str(link.readlink()))
+    return [target for target in found if target.startswith(str(directory))]
