@@ -35,7 +35,7 @@ class Attending:
     def _dispatch(self, name: str, *payload: Any) -> Story:
         self._bus.stopwatch.weight = 1
         topic = self._bus.topic(name)
-        topic.be_the_loops()
+        topic.mark_fired_by_loop()
         count = self._bus.next_count(topic)
         if count >= topic.due:
             yield from topic.publish(self._engine, count, payload) or ()

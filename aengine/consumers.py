@@ -46,13 +46,13 @@ class Consumers:
             del self._ends[subscriber]
 
     @property
-    def _all(self) -> set[Subscriber]:
+    def _awaited(self) -> set[Subscriber]:
         return {*self._ends, *self._bus.subscribers}  # those that were removed have work left, too
 
-    def refuse_one_of_them(self) -> None:
+    def refuse_own_flush(self) -> None:
         """Raise RuntimeError where waiting for all would be waiting for oneself."""
         me = reading.get()
-        if any(one.inbox is me for one in self._all):
+        if any(one.inbox is me for one in self._awaited):
             raise RuntimeError(
                 "flush() waits for every subscriber, and so for the one that calls it here: call it from the step, from"
                 " an inline handler, or from outside"
@@ -62,7 +62,7 @@ class Consumers:
         """Wait until every event published so far is handled. Cancellable."""
         if self._have_ended:  # what is emitted now waits for the next run
             return
-        awaited = self._all
+        awaited = self._awaited
         for subscriber in awaited:  # all of them now: when one has been waited for, another may have gone on to more
             if subscriber.inbox.when_awaited is not None:
                 subscriber.inbox.when_awaited()

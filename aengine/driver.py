@@ -172,7 +172,7 @@ class Driver:
 
     async def flush(self) -> None:
         """Wait until every event published so far is handled. Cancellable."""
-        self._consumers.refuse_one_of_them()
+        self._consumers.refuse_own_flush()
         await self._consumers.flush()
 
     def fail(self, error: BaseException) -> None:

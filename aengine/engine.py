@@ -412,7 +412,7 @@ class Engine(Publishing, Generic[Batch, Output]):
         handlers: dict[str, float] = {}
         of_fired: dict[str, float] = {}
         for topic in bus.topics:
-            seconds = handlers if topic.is_loops else of_fired
+            seconds = handlers if topic.is_fired_by_loop else of_fired
             for handler in topic.inline:
                 seconds[handler.name] = seconds.get(handler.name, 0.0) + handler.seconds
         return EngineStatistics(

@@ -22,7 +22,7 @@ from aengine.worker import Home
 
 Snapshot: TypeAlias = Callable[[Any], Any]
 NEVER_FIRED = ALWAYS
-_THE_LOOPS = frozenset(event.name for event in Events)
+_LOOP_EVENTS = frozenset(event.name for event in Events)
 Dispatch: TypeAlias = Generator[Awaitable[Any], Any, None]
 """Yields what must be awaited, and is sent the result or thrown the exception."""
 
@@ -151,12 +151,12 @@ class Topic:
             awaited, is returned to be driven. Exchanged as listeners come and go.
         count: of the last firing in this run, whoever listened; the loop's hot path does not keep it.
         fired: how often it was fired, if it counts that itself.
-        is_loops: whether it is the loop that fires it, so that the handlers' time is the loop's. Else that is part of
-            the time of who does, in a step or beside the loop.
+        is_fired_by_loop: so that the handlers' time is the loop's. Else it is part of the time of who fires it, in a
+            step or beside the loop.
     """
 
     __slots__ = (
-        "_arranged", "_publisher", "_quick", "count", "due", "fired", "inline", "is_loops", "name", "outlets",
+        "_arranged", "_publisher", "_quick", "count", "due", "fired", "inline", "is_fired_by_loop", "name", "outlets",
         "publish",
     )  # fmt: skip
 
@@ -167,7 +167,7 @@ class Topic:
         self.due = NEVER
         self.fired = 0
         self.count = NEVER_FIRED
-        self.is_loops = name in _THE_LOOPS
+        self.is_fired_by_loop = name in _LOOP_EVENTS
         self.publish: Publish = self._publish_to_all
         self._publisher = publisher
         self._arranged: list[InlineHandler] | None = None  # the inline handlers, where `arrange` is to change them live
@@ -207,18 +207,18 @@ class Topic:
         """A run begins, at this count."""
         with self._publisher.lock:
             self.count = NEVER_FIRED
-            self.is_loops = self.name in _THE_LOOPS
+            self.is_fired_by_loop = self.name in _LOOP_EVENTS
             for listener in (*self.inline, *self.outlets):
                 listener.rewind(count)
             for handler in self.inline:
                 handler.seconds = 0.0
             self._arrange()
 
-    def be_the_loops(self) -> None:
+    def mark_fired_by_loop(self) -> None:
         """The loop fires this: its handlers are timed as often as the iteration that they are part of."""
-        if not self.is_loops:
+        if not self.is_fired_by_loop:
             with self._publisher.lock:
-                self.is_loops = True
+                self.is_fired_by_loop = True
                 self._arrange()
 
     def fire_at(self, count: int) -> int:
@@ -244,7 +244,7 @@ class Topic:
         if self._arranged is not None and self.inline != tuple(self._arranged):  # somebody came or left
             self._arranged = list(self.inline)
         has_snapshot = any(one.snapshot is not None for one in self.outlets)
-        if self._arranged is not None or has_filter or has_snapshot or (self.inline and not self.is_loops):
+        if self._arranged is not None or has_filter or has_snapshot or (self.inline and not self.is_fired_by_loop):
             self.publish = self._publish_to_due
         else:
             self.publish = self._publish_to_all if self.inline else self._send
@@ -299,7 +299,7 @@ class Topic:
 
     def _call(self, handlers: Iterator[InlineHandler], engine: Any, payload: tuple[Any, ...]) -> Awaited | None:
         """Call handlers until there is one to be awaited."""
-        weight = self._publisher.stopwatch.weight if self.is_loops else 1
+        weight = self._publisher.stopwatch.weight if self.is_fired_by_loop else 1
         now = perf_counter()
         for handler in handlers:
             began = now
@@ -448,7 +448,7 @@ class Topic:
         for part, outlet in zip(parts[len(self.inline) :], self.outlets, strict=True):
             part.outlets = (outlet,)
         for part in parts:
-            part.is_loops = self.is_loops
+            part.is_fired_by_loop = self.is_fired_by_loop
             part._arrange()  # noqa: SLF001 -- another of this class
         return parts
 

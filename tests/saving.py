@@ -99,6 +99,22 @@ async def until(condition: Callable[[], bool]) -> None:
         await breathe()
 
 
+class Counted:
+    """A handler with a state."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self) -> None:
+        self.count += 1
+
+    def state_dict(self) -> dict[str, int]:
+        return {"count": self.count}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self.count = state_dict["count"]
+
+
 def endless() -> Iterator[int]:
     return count()
 

@@ -6,25 +6,10 @@ from typing import Any
 import pytest
 import torch
 from recording import AnyEngine
+from saving import Counted
 
 from aengine import Engine, Events
 from aengine.checkpoint import Checkpoint
-
-
-class Counted:
-    """A handler with a state."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def __call__(self) -> None:
-        self.count += 1
-
-    def state_dict(self) -> dict[str, int]:
-        return {"count": self.count}
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        self.count = state_dict["count"]
 
 
 class Training:

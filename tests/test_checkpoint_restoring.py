@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from killing import DAMAGES, checkpoints, flip
-from saving import Run, endless, saving
+from saving import Counted, Run, endless, saving
 
 from aengine import Event, Events
 from aengine.checkpoint import Checkpoint, CheckpointEvents, Keep
@@ -117,22 +117,6 @@ async def test_what_another_writes_is_read_and_nothing_of_it_set_aside(tmp_path:
         reader.checkpoint.attach(reader.engine, Events.COMPLETED)
         with pytest.raises(CheckpointLocked):
             await reader.engine.run(endless)
-
-
-class Counted:
-    """A handler with a state."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def __call__(self) -> None:
-        self.count += 1
-
-    def state_dict(self) -> dict[str, int]:
-        return {"count": self.count}
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        self.count = state_dict["count"]
 
 
 async def test_handlers_and_metrics_are_restored_with_the_engine(tmp_path: Path) -> None:
