@@ -1,19 +1,15 @@
-# The house, from the ground up: a module imports from those before it, never from those after.
-#   errors       the exception tree              host         where a source lives while a run lasts
-#   state        what the loop knows             source       any data, as the next batch
-#   events       names, filters, Event           progress     what is completed, limits, resuming
-#   statistics   where the time went             attending    the half of the loop about events and requests
-#   worker       threads, and the way back       loop         the loop itself: a generator that does no I/O
-#   binding      users' functions, at the door   driver       advances the loop; owns its tasks and its thread
-#   inbox        one listener's queue            synchronous  advances the loop without an event loop
-#   topic        one event and its listeners     iteration    a run for a `for` of one's own
-#   emission     driving a dispatch              publishing   the half of the face that is about events
-#   bus          topics, subscribers, streams    engine       Engine: the face
-#   control      what is asked of the loop       handlers/    ready-made: limits, progress, profiling, pictures
-#   consumers    the subscribers' tasks          checkpoint/  saving while training goes on, and resuming exactly
-#   data         users' data, at the door        training/    supervised steps, metrics, schedules, range test
-#   prefetch     batches pulled ahead            loggers/     numbers of a run, written beside the step
-#                                                interop/     pytorch-ignite's metrics and handlers
+# The rooms, from the ground up: a room imports from those before it, never from those after.
+#   errors       the exception tree                 engine       Engine: run, stop, resume, save
+#   state        what the loop knows                checkpoint/  saving while training goes on, and resuming exactly
+#   events       names, filters, the Event record     capture/     every part's state at one instant, copied
+#   statistics   where the time went                  formats/     how it becomes files, and state again
+#   callables    users' functions, checked, bound     store/       the directory: commits, locks, retention
+#   threads/     crossing threads                     cli/         python -m aengine checkpoints
+#   bus/         who listens                        handlers/    ready-made: limits, progress, profiling, pictures
+#   data/        any data as the next batch         signals      stop_on_signals
+#   loop/        the loop: a generator, no I/O      training/    supervised steps, metrics, schedules, range test
+#   drivers/     who advances the loop              loggers/     numbers of a run, written beside the step
+#                                                   interop/     pytorch-ignite's metrics and handlers
 """The training-loop engine for async Python.
 
 from aengine import Engine, Events
@@ -22,6 +18,8 @@ trainer = Engine(train_step)
 await trainer.run(loader, max_epochs=10)
 """
 
+from aengine.bus.emitter import RemovableEventHandle
+from aengine.bus.inbox import Overflow
 from aengine.engine import Engine
 from aengine.errors import (
     AengineError,
@@ -41,9 +39,7 @@ from aengine.errors import (
     StrayCancellation,
 )
 from aengine.events import Event, EventEnum, Events, EventsList
-from aengine.handlers.signals import stop_on_signals
-from aengine.inbox import Overflow
-from aengine.publishing import RemovableEventHandle
+from aengine.signals import stop_on_signals
 from aengine.state import State, StopReason
 from aengine.statistics import EngineStatistics
 

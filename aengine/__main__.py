@@ -4,7 +4,7 @@ import io
 import signal
 import sys
 
-from aengine.checkpoint.command import main
+from aengine.checkpoint.cli.command import main
 
 if __name__ == "__main__":
     if hasattr(signal, "SIGPIPE"):

@@ -11,30 +11,30 @@ from typing import Any, Generic, TypeVar
 import anyio
 from anyio.lowlevel import checkpoint_if_cancelled
 
-from aengine.binding import check_call, check_seconds, is_async_callable, name_of
-from aengine.bus import Bus
-from aengine.control import Control, Request
-from aengine.data import Randomness, check, check_prefetch, needs_event_loop
-from aengine.driver import Driver
-from aengine.emission import close_unawaited
+from aengine.bus.bus import Bus
+from aengine.bus.dispatch import close_unawaited
+from aengine.bus.emitter import EventEmitter
+from aengine.callables import check_call, check_seconds, is_async_callable, name_of
+from aengine.data.adapt import check, check_prefetch, needs_event_loop
+from aengine.data.prefetch import Fetched
+from aengine.data.source import Source
+from aengine.drivers.driver import Driver
+from aengine.drivers.iterate import IterationStream
+from aengine.drivers.sync import DONE, SUSPENDED, drive, runs_in_event_loop
 from aengine.errors import EngineBusy, raise_failures
 from aengine.events import Event, Events
-from aengine.iteration import Iteration
-from aengine.loop import Loop
-from aengine.prefetch import Fetched
-from aengine.progress import Progress, begin, from_state_dict, to_state_dict
-from aengine.publishing import Publishing
-from aengine.source import Source
-from aengine.state import State
+from aengine.loop.effects import LoopGenerator
+from aengine.loop.loop import Loop
+from aengine.loop.progress import Progress, begin, from_state_dict, to_state_dict
+from aengine.loop.requests import Request, Requests
+from aengine.state import Randomness, State
 from aengine.statistics import EngineStatistics
-from aengine.story import Story
-from aengine.synchronous import OVER, SUSPENDED, drive_here, runs_in_event_loop
 
 Batch = TypeVar("Batch")
 Output = TypeVar("Output")
 
 
-class Engine(Publishing, Generic[Batch, Output]):
+class Engine(EventEmitter, Generic[Batch, Output]):
     """Loops over data, runs a step for each batch, and publishes what happens.
 
     Args:
@@ -79,15 +79,15 @@ class Engine(Publishing, Generic[Batch, Output]):
             )
         name, state = name or name_of(step).rpartition("<locals>.")[2], State()
         self.logger = logging.getLogger("aengine.engine")
-        super().__init__(name, state, Bus(name, self.logger, state), Control())
+        super().__init__(name, state, Bus(name, self.logger, state), Requests())
         self._step = step
         self._threaded = not is_async and thread is not False
         self._is_async = is_async
         self._grace = grace
         self._progress = Progress()
-        self._left: tuple[Any, list[Fetched]] | None = None
-        self._to_recall: Any = None
-        self._story: Story | None = None
+        self._unread: tuple[Any, list[Fetched]] | None = None
+        self._rng_to_restore: Any = None
+        self._generator: LoopGenerator | None = None
         self._is_running = False
         self.state_dict_user_keys: list[str] = []
         self.randomness: Randomness | None = None
@@ -129,8 +129,8 @@ class Engine(Publishing, Generic[Batch, Output]):
         await checkpoint_if_cancelled()
         with self._busy():
             check_prefetch(prefetch)
-            loop, story = self._begin(data, max_epochs, max_iters, epoch_length)
-            await self._drive(loop, story, prefetch)
+            loop, generator = self._begin(data, max_epochs, max_iters, epoch_length)
+            await self._drive(loop, generator, prefetch)
         return self.state
 
     def run_sync(
@@ -156,16 +156,16 @@ class Engine(Publishing, Generic[Batch, Output]):
         if self._is_async or prefetch or self._bus.must_await or needs_event_loop(data):
             return anyio.run(partial(self.run, data, max_epochs, max_iters, epoch_length, prefetch=prefetch))
         with self._busy():
-            loop, story = self._begin(data, max_epochs, max_iters, epoch_length)
+            loop, generator = self._begin(data, max_epochs, max_iters, epoch_length)
             failures: list[BaseException] = []
-            wanted = drive_here(story, self._control, failures)
-            if wanted is not OVER and wanted is not SUSPENDED:
+            wanted = drive(generator, self._requests, failures)
+            if wanted is not DONE and wanted is not SUSPENDED:
                 try:
-                    anyio.run(partial(self._drive, loop, story, 0, wanted))
+                    anyio.run(partial(self._drive, loop, generator, 0, wanted))
                 finally:
                     close_unawaited(wanted)  # where it was not come to
             else:
-                self._end(loop, story, is_suspended=wanted is SUSPENDED)
+                self._end(loop, generator, is_suspended=wanted is SUSPENDED)
                 try:
                     raise_failures(self.name, [*failures, *loop.also_raised])
                 finally:
@@ -190,7 +190,7 @@ class Engine(Publishing, Generic[Batch, Output]):
         The body is part of the run: its exception fails the run, and leaving the block early terminates it. Raises and
         cancels as `run` does.
         """
-        return Iteration(
+        return IterationStream(
             partial(self.run, data, max_epochs, max_iters, epoch_length, prefetch=prefetch),
             self.terminate,
             partial(self.add_event_handler, Events.ITERATION_COMPLETED),
@@ -210,42 +210,44 @@ class Engine(Publishing, Generic[Batch, Output]):
             yield
         finally:
             self._is_running = False
-            self._control.end()
+            self._requests.end()
 
     def _begin(
         self, data: Any, max_epochs: int | None, max_iters: int | None, epoch_length: int | None
-    ) -> tuple[Loop, Story]:
+    ) -> tuple[Loop, LoopGenerator]:
         check(data)
         if self.state.max_epochs is None and self.state.max_iters is None:
             self._give_up()
-        if self._loop is not None and self._story is not None:
+        if self._loop is not None and self._generator is not None:
             self._refuse_other_arguments(data, max_epochs, max_iters, epoch_length)
             self._bus.start_clock()
-            return self._loop, self._story
+            return self._loop, self._generator
         state = self.state
         progress = begin(state, self._progress, data, max_epochs, max_iters, epoch_length)
-        left = self._left[1] if self._left is not None and self._left[0] is data else None
-        source = Source(data, self.logger, left, self.randomness)
+        unread = self._unread[1] if self._unread is not None and self._unread[0] is data else None
+        source = Source(data, self.logger, unread, self.randomness)
         if progress.position is not None:
             source.resume_at(progress.position, progress.iteration)
         else:
             source.restart(progress.iteration)
         state.dataloader = data
-        self._control.begin()
-        self._bus.rewind()
-        loop = self._loop = Loop(self, self._step, source, progress, state=state, bus=self._bus, control=self._control)
-        to_recall, self._to_recall = self._to_recall, None
-        if self.randomness is not None and to_recall is not None:
-            loop.to_recall = partial(self.randomness.restore, to_recall, data)
-        story = self._story = loop.tell()
-        return loop, story
+        self._requests.begin()
+        self._bus.reset()
+        loop = self._loop = Loop(
+            self, self._step, source, progress, state=state, bus=self._bus, requests=self._requests
+        )
+        restore_rng, self._rng_to_restore = self._rng_to_restore, None
+        if self.randomness is not None and restore_rng is not None:
+            loop.restore_rng = partial(self.randomness.restore, restore_rng, data)
+        generator = self._generator = loop.run()
+        return loop, generator
 
     def _give_up(self) -> None:
         """Begin anew, or elsewhere: what was interrupted will not be gone on with."""
-        if self._loop is not None and self._story is not None:
-            self._story.close()
-            self._keep_left(self._loop.source)
-        self._loop = self._story = None
+        if self._loop is not None and self._generator is not None:
+            self._generator.close()
+            self._keep_unread(self._loop.source)
+        self._loop = self._generator = None
 
     def _refuse_other_arguments(
         self, data: Any, max_epochs: int | None, max_iters: int | None, epoch_length: int | None
@@ -265,12 +267,12 @@ class Engine(Publishing, Generic[Batch, Output]):
                 " call run() with what it was called with, or without arguments; set_data() changes the data"
             )
 
-    async def _drive(self, loop: Loop, story: Story, prefetch: int, wanted: Any = None) -> State:
+    async def _drive(self, loop: Loop, generator: LoopGenerator, prefetch: int, wanted: Any = None) -> State:
         driver = self._driver = Driver(
             loop,
-            story,
+            generator,
             self._bus,
-            self._control,
+            self._requests,
             threaded=self._threaded and wanted is None,
             grace=self._grace,
             prefetch=prefetch,
@@ -281,22 +283,22 @@ class Engine(Publishing, Generic[Batch, Output]):
         finally:
             self._driver = None
             if not driver.has_abandoned:
-                self._end(loop, story, is_suspended=driver.is_suspended)
+                self._end(loop, generator, is_suspended=driver.is_suspended)
         return self.state
 
-    def _end(self, loop: Loop, story: Story, *, is_suspended: bool) -> None:
+    def _end(self, loop: Loop, generator: LoopGenerator, *, is_suspended: bool) -> None:
         self._bus.stopwatch.stop()
         self._progress = loop.progress()
         if is_suspended:
             return
-        self._loop = self._story = None
-        self._keep_left(loop.source)
-        story.close()
+        self._loop = self._generator = None
+        self._keep_unread(loop.source)
+        generator.close()
 
-    def _keep_left(self, source: Source) -> None:
+    def _keep_unread(self, source: Source) -> None:
         """Keep what was fetched and not stepped on, for the next run over the same data."""
-        left = source.left()
-        self._left = (source.data, left) if left else None
+        unread = source.unread()
+        self._unread = (source.data, unread) if unread else None
 
     # Stopping
 
@@ -308,7 +310,7 @@ class Engine(Publishing, Generic[Batch, Output]):
         Args:
             skip_completed: fire no COMPLETED.
         """
-        self._control.terminate(skip_completed=skip_completed)
+        self._requests.terminate(skip_completed=skip_completed)
 
     def terminate_epoch(self, *, skip_epoch_completed: bool = False) -> None:
         """End the epoch before its next step: the data begins again with the next epoch. From any thread or task.
@@ -319,19 +321,19 @@ class Engine(Publishing, Generic[Batch, Output]):
         Raises:
             RuntimeError: called at STARTED or EPOCH_STARTED, where no iteration has begun.
         """
-        self._control.terminate_epoch(skip_epoch_completed=skip_epoch_completed)
+        self._requests.terminate_epoch(skip_epoch_completed=skip_epoch_completed)
 
     def interrupt(self) -> None:
         """Leave the run before its next step, to go on with the very next event at the next `run()`."""
-        self._control.interrupt()
+        self._requests.interrupt()
 
     def pause(self) -> None:
         """Have the loop wait before its next step, inside `run()`, until `resume()`. From any thread or task."""
-        self._control.ask(Request.PAUSE)
+        self._requests.request(Request.PAUSE)
 
     def resume(self) -> None:
         """End a pause. From any thread or task."""
-        self._control.withdraw(Request.PAUSE)
+        self._requests.cancel(Request.PAUSE)
 
     def set_data(self, data: Any) -> None:
         """Have the next batch come from other data. The length of the epoch stays. From any thread or task.
@@ -355,17 +357,17 @@ class Engine(Publishing, Generic[Batch, Output]):
     @property
     def should_terminate(self) -> bool:
         """Whether `terminate()` was called of the run under way, or of the last one."""
-        return Request.TERMINATE in self._control.asked
+        return Request.TERMINATE in self._requests.pending
 
     @property
     def should_terminate_single_epoch(self) -> bool:
         """Whether `terminate_epoch()` was called and is yet to take effect."""
-        return Request.TERMINATE_EPOCH in self._control.asked
+        return Request.TERMINATE_EPOCH in self._requests.pending
 
     @property
     def should_interrupt(self) -> bool:
         """Whether `interrupt()` was called and is yet to take effect."""
-        return Request.INTERRUPT in self._control.asked
+        return Request.INTERRUPT in self._requests.pending
 
     # Saving and looking
 
@@ -377,7 +379,7 @@ class Engine(Publishing, Generic[Batch, Output]):
         with `engine.randomness`, also the states of random number generators, as tensors.
         """
         progress = self._progress if self._loop is None else self._loop.progress()
-        fired = {topic.name: topic.fired for topic in self._bus.topics if topic.fired}
+        fired = {topic.name: topic.own_count for topic in self._bus.topics if topic.own_count}
         saved = to_state_dict(progress, self.state, fired, self.state_dict_user_keys)
         if self.randomness is not None:
             saved["random"] = self.randomness.capture(self.state.dataloader)
@@ -401,10 +403,10 @@ class Engine(Publishing, Generic[Batch, Output]):
         if begins_anew:
             self._progress = replace(self._progress, is_loaded=False)
         self._give_up()
-        self._to_recall = state_dict.get("random")
+        self._rng_to_restore = state_dict.get("random")
         fired = state_dict.get("fired", {})
         for topic in {*self._bus.topics, *map(self._bus.topic, fired)}:
-            topic.fired = fired.get(topic.name, 0)
+            topic.own_count = fired.get(topic.name, 0)
 
     def statistics(self) -> EngineStatistics:
         """Return where the time goes, and what becomes of the events. Cheap; at any time, from any thread."""

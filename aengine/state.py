@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 
 class StopReason(Enum):
@@ -107,3 +107,28 @@ class State:
             for name, value in vars(self).items()
         }
         return f"State({', '.join(f'{name}={value}' for name, value in shown.items())})"
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """What can say where it stands, and be put back there."""
+
+    def state_dict(self) -> Any:
+        """Return where it stands: a value that does not change when this goes on."""
+
+    def load_state_dict(self, state_dict: Any) -> Any:
+        """Go back to where it stood."""
+
+
+class Randomness(Protocol):
+    """What captures the states of random number generators and restores them, to have data come again as it came."""
+
+    def capture(self, data: Any) -> Any:
+        """Return where the generators stand: those that everybody shares, and those that the data has of its own."""
+
+    def restore(self, captured: Any, data: Any) -> None:
+        """Put them back there; with None for the data, only those that everybody shares."""
+
+    def has_own(self, data: Any) -> bool:
+        """Say whether the data has generators of its own."""
+        ...

@@ -61,7 +61,7 @@ from aengine.handlers.progress_tqdm import TqdmBars
 from aengine.handlers.report import table
 from aengine.loggers import track
 from aengine.loggers.jsonl import JSONLines
-from aengine.loggers.numbers import numbers_of
+from aengine.loggers.scalars import numbers_of
 from aengine.loggers.tensorboard import TensorBoard
 from aengine.training.averages import attach_average
 from aengine.training.metrics import attach_metric

@@ -17,7 +17,7 @@ from aengine import Events
 from aengine.handlers import picture
 from aengine.handlers.timeline import Timeline
 from aengine.loggers.jsonl import JSONLines
-from aengine.loggers.tracking import track
+from aengine.loggers.tracker import track
 
 
 def draw(out: anyio.Path, timeline: Timeline) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import hypothesis
 import pytest
-from backends import BACKENDS, Backend
+from support.backends import BACKENDS, Backend
 
 # The machines are shared, so a slow example is no finding; and what fails here failed before, since the examples are
 # always the same. To look for new ones: --hypothesis-profile=explore.

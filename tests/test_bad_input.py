@@ -7,7 +7,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from recording import AnyEngine, Unsized, at, double, engine_that, record
+from support.record import AnyEngine, Unsized, at, double, engine_that, record
 
 from aengine import Engine, EngineBusy, EventEnum, Events
 

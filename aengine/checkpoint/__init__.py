@@ -13,14 +13,14 @@ What needs torch is loaded when it is first asked for: `python -m aengine checkp
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from aengine.checkpoint.keep import Keep
-from aengine.checkpoint.manifest import CheckpointInfo
+from aengine.checkpoint.store.manifest import CheckpointInfo
+from aengine.checkpoint.store.retention import Keep
 
 if TYPE_CHECKING:
-    from aengine.checkpoint.handler import Checkpoint
+    from aengine.checkpoint.capture.randomness import RandomStates
+    from aengine.checkpoint.checkpoint import Checkpoint
+    from aengine.checkpoint.formats.serializers import Serializer, TorchFile
     from aengine.checkpoint.occasions import CheckpointEvents
-    from aengine.checkpoint.randomness import RandomStates
-    from aengine.checkpoint.serializers import Serializer, TorchFile
 else:  # out of sight of type checkers, which would take any name for one of this module's
 
     def __getattr__(name: str) -> object:
@@ -33,9 +33,9 @@ else:  # out of sight of type checkers, which would take any name for one of thi
 __all__ = ["Checkpoint", "CheckpointEvents", "CheckpointInfo", "Keep", "RandomStates", "Serializer", "TorchFile"]
 
 _WITH_TORCH = {
-    "Checkpoint": "handler",
+    "Checkpoint": "checkpoint",
     "CheckpointEvents": "occasions",
-    "RandomStates": "randomness",
-    "Serializer": "serializers",
-    "TorchFile": "serializers",
+    "RandomStates": "capture.randomness",
+    "Serializer": "formats.serializers",
+    "TorchFile": "formats.serializers",
 }

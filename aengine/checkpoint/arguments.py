@@ -3,7 +3,7 @@
 import os
 from typing import Any
 
-from aengine.checkpoint.keep import Keep
+from aengine.checkpoint.store.retention import Keep
 from aengine.engine import Engine
 
 

@@ -2,9 +2,9 @@
 
 import threading
 
-from aengine.checkpoint.saving import Saving
+from aengine.checkpoint.save import Saving
 from aengine.errors import CheckpointNotWritten
-from aengine.worker import Bell, Home
+from aengine.threads.event_loop import EventLoopHandle, ThreadSafeEvent
 
 _RUN_ENDED = (
     "the run ended before the save that was asked for: in a step that did not complete, or while the save before it was"
@@ -18,12 +18,12 @@ class Request:
     def __init__(self) -> None:
         self.saving: Saving | None = None
         self.error: BaseException | None = None
-        self._bell = Bell(Home())
+        self._wakeup = ThreadSafeEvent(EventLoopHandle())
 
     def answer(self, saving: Saving | None, error: BaseException | None) -> None:
         """Give him his save, or say why there is none."""
         self.saving, self.error = saving, error
-        self._bell.ring()
+        self._wakeup.set()
 
     async def granted(self) -> Saving:
         """Wait for the save to be staged, and return it.
@@ -31,7 +31,7 @@ class Request:
         Raises:
             BaseException: it was not.
         """
-        await self._bell.wait()
+        await self._wakeup.wait()
         error, self.error = self.error, None  # its traceback holds what holds this
         try:
             if error is not None:

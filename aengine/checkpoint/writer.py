@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from aengine.checkpoint.contents import Contents
-from aengine.checkpoint.files import Stopped
-from aengine.checkpoint.manifest import CheckpointInfo
-from aengine.checkpoint.parts import Parts, gather
-from aengine.checkpoint.store import Store
+from aengine.checkpoint.capture.parts import Parts, gather
+from aengine.checkpoint.formats.contents import Contents
+from aengine.checkpoint.store.files import Stopped
+from aengine.checkpoint.store.manifest import CheckpointInfo
+from aengine.checkpoint.store.store import Store
 from aengine.engine import Engine
 from aengine.errors import CheckpointNotWritten
 

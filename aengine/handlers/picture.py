@@ -24,7 +24,7 @@ import numpy as np
 from aengine.handlers.timeline import Timeline
 
 if TYPE_CHECKING:
-    from aengine.loggers.records import Record
+    from aengine.loggers.sink import Record
 
 try:
     from matplotlib.axes import Axes

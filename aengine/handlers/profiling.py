@@ -19,9 +19,9 @@ import torch
 from torch.autograd import profiler as torch_profiler
 from torch.profiler import ProfilerAction, record_function
 
+from aengine.bus.emitter import RemovableEventHandle
 from aengine.engine import Engine
 from aengine.events import AnyEvent, Event, EventEnum, Events, selectors
-from aengine.publishing import RemovableEventHandle
 
 AnyEngine: TypeAlias = Engine[Any, Any]
 Schedule: TypeAlias = Callable[[int], ProfilerAction]

@@ -14,10 +14,10 @@ from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
-from aengine.binding import check_call
+from aengine.bus.emitter import RemovableEventHandle
+from aengine.callables import check_call
 from aengine.engine import Engine
 from aengine.events import Event, Events
-from aengine.publishing import RemovableEventHandle
 
 AnyEngine: TypeAlias = Engine[Any, Any]
 

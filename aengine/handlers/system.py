@@ -18,9 +18,9 @@ from typing import Any
 import anyio
 import anyio.to_thread
 
+from aengine.bus.emitter import RemovableEventHandle
 from aengine.engine import Engine
 from aengine.events import Event, EventEnum, Events
-from aengine.publishing import RemovableEventHandle
 
 try:
     import psutil  # type: ignore[import-untyped]  # its stubs are a distribution of their own

@@ -37,12 +37,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeAlias, TypeVar, cast, overload
 
-from aengine.binding import bind
-from aengine.bus import Bus
+from aengine.bus.bus import Bus
+from aengine.bus.emitter import RemovableEventHandle
+from aengine.bus.listeners import InlineHandler
+from aengine.bus.topic import Topic
+from aengine.callables import bind
 from aengine.engine import Engine
 from aengine.events import AnyEvent, Selector, event_name, selectors
-from aengine.publishing import RemovableEventHandle
-from aengine.topic import InlineHandler, Topic
 
 try:
     import ignite.engine

@@ -8,7 +8,7 @@ track(trainer, JSONLines("log.jsonl"), Events.ITERATION_COMPLETED(every=10) | Ev
 One file for each place to write to; `records` says what one's own needs.
 """
 
-from aengine.loggers.records import Closable, Record, Sink, Witness, Write
-from aengine.loggers.tracking import Tracker, TrackerStatistics, track
+from aengine.loggers.sink import Closable, Record, Sink, Witness, Write
+from aengine.loggers.tracker import Tracker, TrackerStatistics, track
 
 __all__ = ["Closable", "Record", "Sink", "Tracker", "TrackerStatistics", "Witness", "Write", "track"]

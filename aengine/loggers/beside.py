@@ -7,7 +7,8 @@ from functools import partial
 from queue import SimpleQueue
 from typing import Any, TypeAlias, TypeVar
 
-from aengine.worker import Bell, Home, context_for_thread
+from aengine.threads.event_loop import EventLoopHandle, ThreadSafeEvent
+from aengine.threads.thread_state import context_for_thread
 
 T = TypeVar("T")
 
@@ -31,10 +32,10 @@ class Beside:
             self._calls = SimpleQueue()
             threading.Thread(target=_work, args=(self._calls,), name=self._name, daemon=True).start()
         outcome: Future[T] = Future()
-        bell = Bell(Home())
-        self._calls.put(partial(_perform, partial(context_for_thread().run, function, *arguments), outcome, bell))
+        wakeup = ThreadSafeEvent(EventLoopHandle())
+        self._calls.put(partial(_perform, partial(context_for_thread().run, function, *arguments), outcome, wakeup))
         try:
-            await bell.wait()
+            await wakeup.wait()
         except BaseException:
             self.leave()
             raise
@@ -53,9 +54,9 @@ def _work(calls: _Calls) -> None:
         del call  # while waiting for the next, keep no reference to what it holds
 
 
-def _perform(call: Callable[[], T], outcome: "Future[T]", bell: Bell) -> None:
+def _perform(call: Callable[[], T], outcome: "Future[T]", wakeup: ThreadSafeEvent) -> None:
     try:
         outcome.set_result(call())
     except BaseException as error:  # noqa: BLE001 -- every outcome is handed over, none is swallowed
         outcome.set_exception(error)
-    bell.ring()
+    wakeup.set()

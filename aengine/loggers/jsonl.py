@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from aengine.checkpoint.files import sync_directory
-from aengine.loggers.records import Record
+from aengine.checkpoint.store.files import sync_directory
+from aengine.loggers.sink import Record
 
 _logger = logging.getLogger("aengine.loggers")
 

@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from aengine.loggers.reach import look_for
-from aengine.loggers.records import Record, engine_and_name
-from aengine.loggers.runs import Attendance, Written
+from aengine.loggers.runs import RecentRecords, SharedRun
+from aengine.loggers.sink import Record, engine_and_name
 from aengine.state import StopReason
 
 try:
@@ -98,8 +98,8 @@ class MLflow:
         self._latest: float | None = None  # the time of the last record
         self._has_params = False
         self._names: dict[str, str] = {}  # as they are, and as MLflow allows them
-        self._runs = Attendance()
-        self._written = Written()
+        self._runs = SharedRun()
+        self._written = RecentRecords()
         self._notes = threading.Lock()  # of who begins and ends: what tells of it must not wait for a server
         self._lock = threading.Lock()  # several engines, each with a thread
 

@@ -14,10 +14,10 @@ from functools import partial
 from time import perf_counter, time_ns
 from typing import Any, NamedTuple, TypeAlias
 
+from aengine.bus.emitter import RemovableEventHandle
 from aengine.engine import Engine
 from aengine.events import Event, EventEnum, Events, EventsList
-from aengine.loggers.records import Record
-from aengine.publishing import RemovableEventHandle
+from aengine.loggers.sink import Record
 from aengine.state import StopReason
 from aengine.statistics import EngineStatistics
 

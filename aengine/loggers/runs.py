@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from aengine.loggers.records import Record
+from aengine.loggers.sink import Record
 from aengine.state import StopReason
 
 BAD = frozenset({StopReason.FAILED, StopReason.CANCELLED})
@@ -12,7 +12,7 @@ BAD = frozenset({StopReason.FAILED, StopReason.CANCELLED})
 _REMEMBERED = 4000
 
 
-class Attendance:
+class SharedRun:
     """Which engines' runs go on, while several share one run of a tracking server.
 
     That one lasts from the first beginning to the last end, and ends as the run did that began first: the trainer's,
@@ -55,7 +55,7 @@ class Attendance:
             self.reason = reason
 
 
-class Written:
+class RecentRecords:
     """The last records that were written, to know them when they come again: after a failure in the middle of them."""
 
     def __init__(self) -> None:

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from aengine.loggers.records import Record, engine_and_name
-from aengine.loggers.runs import Attendance
+from aengine.loggers.runs import SharedRun
+from aengine.loggers.sink import Record, engine_and_name
 from aengine.state import StopReason
 
 try:
@@ -36,7 +36,7 @@ class TensorBoard:
         self.directory = Path(directory)
         self._tag = tag
         self._writer: Any = None
-        self._runs = Attendance()
+        self._runs = SharedRun()
         self._ends = 0  # of runs, since the last close
         self._notes = threading.Lock()  # of who begins and ends, on an event loop, which must not wait for the disk
         self._lock = threading.Lock()  # several engines, each with a thread

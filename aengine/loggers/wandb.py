@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from aengine.loggers.reach import look_for
-from aengine.loggers.records import Record
-from aengine.loggers.runs import BAD, Attendance, Written
+from aengine.loggers.runs import BAD, RecentRecords, SharedRun
+from aengine.loggers.sink import Record
 from aengine.state import StopReason
 
 try:
@@ -95,8 +95,8 @@ class WandB:
         self._directory = None if directory is None else Path(directory)
         self._groups: set[str] = set()  # whose step W&B knows
         self._must_end = False  # a run that has ended, of which W&B knows nothing yet
-        self._runs = Attendance()
-        self._written = Written()
+        self._runs = SharedRun()
+        self._written = RecentRecords()
         self._notes = threading.Lock()  # of who begins and ends: what tells of it must not wait for a server
         self._lock = threading.Lock()  # several engines, each with a thread
 

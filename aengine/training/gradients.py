@@ -12,9 +12,9 @@ from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 
+from aengine.bus.emitter import RemovableEventHandle
 from aengine.engine import Engine
 from aengine.events import EventEnum, Events
-from aengine.publishing import RemovableEventHandle
 
 _foreach_norm: Any = torch._foreach_norm  # noqa: SLF001  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
 """Computes the norms of several tensors at once: what torch.nn.utils calls, in newer versions by a public name."""

@@ -19,11 +19,10 @@ from typing import Any, TypeAlias, cast
 
 import torch
 
-from aengine.checkpoint.randomness import RandomStates
-from aengine.data import Stateful
+from aengine.checkpoint.capture.randomness import RandomStates
 from aengine.engine import Engine
 from aengine.events import Events
-from aengine.state import State
+from aengine.state import State, Stateful
 from aengine.training.gradients import GradientStatistics
 from aengine.training.update import Update
 

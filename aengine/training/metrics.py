@@ -14,7 +14,7 @@ from typing import Any, TypeAlias, cast
 
 import torch
 
-from aengine.checkpoint.metrics import MetricStates
+from aengine.checkpoint.capture.metrics import MetricStates
 from aengine.engine import Engine
 from aengine.events import Events
 

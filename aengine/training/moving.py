@@ -25,9 +25,10 @@ import anyio
 import anyio.to_thread
 import torch
 
-from aengine.data import Stateful, check, has, is_factory, is_one_shot
+from aengine.data.adapt import check, has, is_factory, is_one_shot
 from aengine.engine import Engine
 from aengine.events import Events
+from aengine.state import Stateful
 from aengine.training.supervised import Device, move
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
 
 import torch
 
-from aengine.binding import check_call
+from aengine.callables import check_call
 from aengine.engine import Engine
 from aengine.training.update import Clip, Update
 

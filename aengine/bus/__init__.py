@@ -1,0 +1,1 @@
+"""Who listens: topics, inboxes, subscribers, streams."""

@@ -1,0 +1,114 @@
+"""Emission: driving a dispatch, the three ways there are: awaiting, blocking, and neither.
+
+A dispatch is what `Topic.publish` leaves to be done: it yields handlers' awaitables, and Rooms to wait for.
+"""
+
+from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
+from typing import Any
+
+from aengine.bus.inbox import BackpressureWait, Inbox
+from aengine.bus.topic import Dispatch
+from aengine.errors import InboxOverflow
+
+reading: ContextVar[Inbox | None] = ContextVar("aengine_reading", default=None)
+"""The inbox of the subscriber whose handler this is, None elsewhere."""
+
+
+async def drive(dispatch: Dispatch | None, *, can_wait: bool) -> None:
+    """Drive a dispatch from async code.
+
+    A subscriber that emits waits for room like anyone else, unless that inbox's own reader waits, directly or
+    through others, for room in the emitter's: then the event is accepted over the bound, and nobody is stuck.
+
+    Raises:
+        InboxOverflow: there is no room, and, as `can_wait` says, nobody who makes some.
+    """
+    if dispatch is None:
+        return
+    resume: Callable[[Any], Any] = dispatch.send
+    value: Any = None
+    while True:
+        try:
+            wanted = resume(value)
+        except StopIteration:
+            return
+        try:
+            value = await (_room_for_reader(wanted, can_wait=can_wait) if type(wanted) is BackpressureWait else wanted)
+            resume = dispatch.send
+        except BaseException as error:  # noqa: BLE001 -- thrown into the dispatch, which lets it out again
+            resume, value = dispatch.throw, error
+
+
+def drive_blocking(dispatch: Dispatch | None, wait_for: Callable[[Awaitable[Any]], Any]) -> None:
+    """Drive a dispatch from plain code: `settle` returns the result of what it yields, or raises."""
+    if dispatch is None:
+        return
+    resume: Callable[[Any], Any] = dispatch.send
+    value: Any = None
+    while True:
+        try:
+            wanted = resume(value)
+        except StopIteration:
+            return
+        try:
+            resume, value = dispatch.send, wait_for(wanted)
+        except BaseException as error:  # noqa: BLE001 -- thrown into the dispatch, which lets it out again
+            resume, value = dispatch.throw, error
+
+
+def drive_nowait(dispatch: Dispatch | None, name: str) -> list[BackpressureWait]:
+    """Drive a dispatch where nothing can be awaited. Returns the waits for room that it owes: the events are accepted.
+
+    Raises:
+        RuntimeError: a handler turned out to be async. It was not run.
+    """
+    deferred: list[BackpressureWait] = []
+
+    def wait_for(wanted: Awaitable[Any]) -> None:
+        if not isinstance(wanted, BackpressureWait):
+            close_unawaited(wanted)
+            raise RuntimeError(async_handler_message(name))  # noqa: TRY004 -- the type is right, the place is wrong
+        deferred.append(wanted)
+
+    drive_blocking(dispatch, wait_for)
+    return deferred
+
+
+def async_handler_message(name: str) -> str:
+    """Say what to write instead of a plain `fire_event`."""
+    return (
+        f"{name} has an async inline handler, which fire_event() cannot await here: write  await engine.emit({name!r})"
+    )
+
+
+def no_room(room: BackpressureWait) -> InboxOverflow:
+    """Return the error of an event that would wait for ever. It was accepted."""
+    return InboxOverflow(
+        f"the inbox of {room.inbox.name!r} is full, and no run is under way in which it is emptied: emit fewer events"
+        " between runs, make its buffer= larger, or choose another overflow="
+    )
+
+
+def close_unawaited(wanted: object) -> None:
+    """Give up a coroutine that will not be awaited, without Python's warning that it was not."""
+    getattr(wanted, "close", lambda: None)()
+
+
+async def _room_for_reader(room: BackpressureWait, *, can_wait: bool) -> None:
+    if not can_wait:
+        raise no_room(room)
+    me = reading.get()
+    if me is None:
+        await room
+    elif not _waits_for(room.inbox, me):
+        me.blocked_on.append(room.inbox)
+        try:
+            await room
+        finally:
+            me.blocked_on.remove(room.inbox)
+
+
+def _waits_for(inbox: Inbox, other: Inbox) -> bool:
+    """Say whether room in `inbox` depends on room in `other`."""
+    return inbox is other or any(_waits_for(one, other) for one in inbox.blocked_on)

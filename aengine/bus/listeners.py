@@ -1,0 +1,98 @@
+"""Listeners: what a topic dispatches to, and when each is due next."""
+
+from collections.abc import Awaitable, Callable, Mapping
+from time import perf_counter
+from typing import Any, TypeAlias
+
+from aengine.bus.inbox import Inbox
+from aengine.callables import bind, is_async_callable, name_of
+from aengine.events import ALWAYS, Filter, Selector
+
+Snapshot: TypeAlias = Callable[[Any], Any]
+
+
+class Listener:
+    """What listens to one topic: when it is due next, and whether it is to be called then."""
+
+    __slots__ = ("_next_time", "_runs_at_end", "due", "filter", "last_run", "selector")
+
+    def __init__(self, selector: Selector) -> None:
+        self.selector = selector
+        self.filter: Filter | None = selector.filter
+        self.due = ALWAYS
+        self.last_run: int | None = None
+        self._next_time = 0.0
+        self._runs_at_end = False
+
+    def reset(self, count: int) -> None:
+        """A run begins, at this count of the event."""
+        self.last_run = None
+        if self.filter is not None:
+            self.due = self.filter.next_due(count)
+            if self.filter.interval is not None:
+                self._next_time = perf_counter() + self.filter.interval
+
+    def should_run(self, engine: Any, count: int) -> bool:
+        """Say whether a filtered listener that is due is to be called, and find when it is due next."""
+        condition = self.filter
+        assert condition is not None, "asked of filtered listeners only"  # noqa: S101
+        if self._runs_at_end:
+            self._runs_at_end = False
+            return True
+        exact = self.due == count or condition.next_due(count) == count
+        self.due = condition.next_due(count + 1)
+        if exact and condition.test is not None:
+            exact = bool(condition.test(engine, count))
+        if exact and condition.interval is not None:
+            now = perf_counter()
+            exact = now >= self._next_time
+            if exact:
+                self._next_time = now + condition.interval
+        if exact:
+            self.last_run = count
+        return exact
+
+    def runs_at_end(self, count: int) -> bool:
+        """Say whether this is to be called once more, for the count at the end of the run; then it is admitted."""
+        self._runs_at_end = self.filter is not None and self.filter.at_end and self.last_run != count
+        return self._runs_at_end
+
+
+class InlineHandler(Listener):
+    """A handler that runs between two steps, in order, with the live engine; or after all that are not `is_last`."""
+
+    __slots__ = ("call", "handler", "is_async", "is_last", "name", "seconds")
+
+    def __init__(
+        self, selector: Selector, handler: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> None:
+        super().__init__(selector)
+        self.handler = handler
+        self.name = name_of(handler)
+        self.call = bind(handler, selector.name, args, kwargs)
+        self.is_async = is_async_callable(handler)
+        self.is_last = False
+        self.seconds = 0.0
+
+
+class InboxListener(Listener):
+    """Where a topic hands its events to the inbox of a subscriber or a stream."""
+
+    __slots__ = ("inbox", "snapshot")
+
+    def __init__(self, selector: Selector, inbox: Inbox, snapshot: Snapshot | None) -> None:
+        super().__init__(selector)
+        self.inbox = inbox
+        self.snapshot = snapshot
+
+
+class NotYet:
+    """What a snapshot returns that cannot be taken now: this is awaited, and then the snapshot is asked for again.
+
+    So it is taken where the step runs, though what it waits for is awaited on the event loop.
+    """
+
+    __slots__ = ("awaitable",)
+
+    def __init__(self, awaitable: Awaitable[object]) -> None:
+        self.awaitable = awaitable

@@ -1,0 +1,73 @@
+"""Streams: events for readers who keep their own `async for`."""
+
+from typing import TYPE_CHECKING, Self
+
+import anyio
+import anyio.lowlevel
+import anyio.to_thread
+
+from aengine.bus.inbox import Overflow
+from aengine.bus.listeners import Snapshot
+from aengine.bus.subscriber import TURN_EVENTS, Subscription
+from aengine.events import AnyEvent, Event, selectors
+from aengine.threads.event_loop import EventLoopHandle
+
+if TYPE_CHECKING:
+    from aengine.bus.bus import Bus
+
+
+class Stream(Subscription):
+    """Events for whoever reads them.
+
+        async with engine.stream(event) as events:
+            async for event in events: ...
+
+    It owns no task, so it can be dropped anywhere. It begins with the `async with`, and ends when the run under way,
+    or else the next one, ends; what is left can still be read then. Its reader is one task.
+
+    Raises:
+        RuntimeError: it is read outside of its `async with`.
+    """
+
+    def __init__(
+        self, bus: "Bus", event: AnyEvent, *, buffer: int, overflow: Overflow | str, snapshot: Snapshot | None
+    ) -> None:
+        super().__init__(bus, event, f"stream of {' | '.join(map(str, selectors(event)))}", buffer, overflow, snapshot)
+        self._bus = bus
+        self._loop_handle: EventLoopHandle | None = None
+        self._taken = 0
+
+    async def __aenter__(self) -> Self:
+        self._loop_handle = EventLoopHandle()
+        self.inbox.reopen_nowait()
+        self._bus.streams += (self,)
+        self.subscribe(self._bus.count_of)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._loop_handle = None
+        self.unsubscribe()
+        self._bus.streams = tuple(stream for stream in self._bus.streams if stream is not self)
+        self.inbox.close_nowait(discard=True)
+
+    def __aiter__(self) -> "Stream":
+        return self
+
+    async def __anext__(self) -> Event:
+        loop_handle = self._loop_handle
+        if loop_handle is None:
+            raise RuntimeError(
+                "a stream is read inside its block:"
+                " async with engine.stream(...) as events: async for event in events: ..."
+            )
+        if self._taken % TURN_EVENTS == TURN_EVENTS - 1:
+            await anyio.lowlevel.checkpoint()
+        else:
+            await anyio.lowlevel.checkpoint_if_cancelled()
+        while (event := self.inbox.take_nowait()) is None:
+            if self.inbox.closed:
+                raise StopAsyncIteration
+            await self.inbox.arrival(loop_handle)
+        self.inbox.done_nowait()
+        self._taken += 1
+        return event

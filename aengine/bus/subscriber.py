@@ -1,0 +1,217 @@
+"""Subscribers: handlers beside the step, each with an inbox and a task of its own."""
+
+from collections.abc import Callable, Hashable
+from functools import partial
+from itertools import islice
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
+
+import anyio
+import anyio.to_thread
+
+from aengine.bus.dispatch import reading
+from aengine.bus.inbox import Inbox, Overflow
+from aengine.bus.listeners import InboxListener, Snapshot
+from aengine.bus.topic import Topic
+from aengine.callables import check_call, is_async_callable, is_awaitable, name_of
+from aengine.errors import StrayCancellation
+from aengine.events import AnyEvent, Event, selectors
+from aengine.statistics import ListenerStatistics
+from aengine.threads.event_loop import EventLoopHandle
+
+if TYPE_CHECKING:
+    from aengine.bus.bus import Bus
+
+OnError: TypeAlias = str
+
+
+Fail: TypeAlias = Callable[[BaseException], None]
+
+
+_TURN = 0.002
+"""Seconds that a subscriber whose handler never waits goes on before it lets other tasks have a turn."""
+
+
+TURN_EVENTS = 32
+"""Events that a subscriber handles from one look at the clock to the next, and that a stream gives in one turn."""
+
+
+class Subscription:
+    """What a subscriber and a stream have in common: an inbox, fed by one or several topics."""
+
+    def __init__(
+        self, bus: "Bus", event: AnyEvent, name: str, buffer: int, overflow: Overflow | str, snapshot: Snapshot | None
+    ) -> None:
+        if type(buffer) is not int or buffer < 1:
+            raise ValueError(f"buffer= is the number of events that may wait, at least 1, got {buffer!r}")
+        if snapshot is not None:
+            check_call(snapshot, "snapshot=", "snapshot", "engine")
+        if not isinstance(snapshot, Hashable):
+            snapshot = partial(cast(Snapshot, snapshot))  # shared by those that were given the very same one
+        self.name = name
+        self.errors = 0
+        self._busy = 0.0
+        self._busy_since: float | None = None
+        self.selectors = selectors(event)
+        self.inbox = Inbox(name, buffer, _overflow(overflow), bus.lock)
+        self._listeners = [InboxListener(selector, self.inbox, snapshot) for selector in self.selectors]
+        self._topics = [bus.topic(selector.name) for selector in self.selectors]
+
+    def subscribe(self, count_of: Callable[[Topic], int]) -> None:
+        """Begin to listen."""
+        for topic, listener in zip(self._topics, self._listeners, strict=True):
+            topic.listen(listener, count_of(topic))
+
+    def unsubscribe(self) -> None:
+        """Listen no more."""
+        for topic in self._topics:
+            topic.unsubscribe(self._listeners)
+
+    def statistics(self) -> ListenerStatistics:
+        """Return what became of the events so far."""
+        accepted, handled, dropped, discarded, depth = self.inbox.account()
+        since = self._busy_since
+        return ListenerStatistics(
+            name=self.name,
+            events=" | ".join(map(str, self.selectors)),
+            depth=depth,
+            accepted=accepted,
+            handled=handled,
+            dropped=dropped,
+            discarded=discarded,
+            errors=self.errors,
+            busy=self._busy if since is None else self._busy + perf_counter() - since,
+        )
+
+
+class Subscriber(Subscription):
+    """A handler beside the step: while a run lasts, in a task of its own, one event at a time, in order."""
+
+    def __init__(
+        self,
+        bus: "Bus",
+        event: AnyEvent,
+        handler: Callable[[Event], Any],
+        *,
+        buffer: int,
+        overflow: Overflow | str,
+        on_error: OnError,
+        snapshot: Snapshot | None,
+        name: str | None,
+    ) -> None:
+        check_call(handler, "a subscriber's handler", "handler", "event")
+        if on_error not in ("raise", "log"):
+            raise ValueError(f'on_error= is "raise" (the run fails) or "log" (counted and logged), got {on_error!r}')
+        super().__init__(bus, event, name or name_of(handler), buffer, overflow, snapshot)
+        self.handler = handler
+        self._is_async = is_async_callable(handler)
+        self._isolated = on_error == "log"
+        self._logger = bus.logger
+        self._scope: anyio.CancelScope | None = None
+        self._limiter: anyio.CapacityLimiter | None = None
+        self._turn_began = 0.0
+
+    async def consume(self, loop_handle: EventLoopHandle, fail: Fail) -> None:
+        """Handle what arrives until the inbox is closed and empty. Errors go to `fail`, not to the task group.
+
+        Shielded: what was accepted before a cancellation is still handled. `give_up()` ends it all the same.
+        """
+        reading.set(self.inbox)
+        self._limiter = anyio.CapacityLimiter(1)  # not the application's: a slow handler takes none of its threads
+        is_done = False
+        try:
+            with anyio.CancelScope(shield=True) as self._scope:
+                await self._consume(loop_handle)
+                is_done = True
+        except Exception as error:  # noqa: BLE001 -- handed over
+            fail(error)
+        except (KeyboardInterrupt, SystemExit) as error:  # asyncio would leave its loop with them at once
+            fail(error)
+        except BaseException as error:  # noqa: BLE001 -- handed over; our own cancellation the scope would have kept
+            self.lose(fail, error)
+        finally:
+            self._scope = None
+            if not is_done:
+                self.inbox.close_nowait(discard=True)  # who is dead must block nobody
+
+    def lose(self, fail: Fail, cancellation: BaseException | None = None) -> None:
+        """Its task was cancelled from outside, in its midst or before its first step."""
+        stray = StrayCancellation(
+            f"subscriber {self.name!r} was cancelled from outside the run, or let a cancellation out"
+        )
+        stray.__cause__ = cancellation
+        self.inbox.close_nowait(discard=True)
+        fail(stray)
+
+    async def _consume(self, loop_handle: EventLoopHandle) -> None:
+        inbox, handler, is_async = self.inbox, self.handler, self._is_async
+        self._begin_work()
+        try:
+            while True:
+                for event in islice(inbox.taken(), TURN_EVENTS):
+                    try:
+                        if is_async:
+                            await handler(event)
+                        else:
+                            await self._handle_in_thread(event)
+                    except Exception as error:
+                        if not self._isolates(error, event):
+                            raise
+                if inbox.in_hand is not None:  # and handled: there may be more
+                    inbox.done_nowait()
+                    if perf_counter() - self._turn_began < _TURN:
+                        continue
+                elif inbox.closed:
+                    return
+                self._rest()
+                await inbox.arrival(loop_handle)
+                if inbox.is_dismissed:
+                    return
+                self._begin_work()
+        finally:
+            self._rest()
+
+    def _begin_work(self) -> None:
+        self._busy_since = self._turn_began = perf_counter()
+
+    def _rest(self) -> None:
+        since, self._busy_since = self._busy_since, None
+        if since is not None:
+            self._busy += perf_counter() - since
+
+    def _isolates(self, error: Exception, event: Event) -> bool:
+        """Note on an error where it was raised. Says whether it was logged, and the handler goes on."""
+        self.errors += 1
+        error.add_note(f"in subscriber {self.name!r} of {event.name}, {place_of(event)}")
+        if self._isolated:
+            self._logger.error(
+                "subscriber %r of %s failed, going on (%s)", self.name, event.name, place_of(event), exc_info=error
+            )
+        return self._isolated
+
+    async def _handle_in_thread(self, event: Event) -> None:
+        def call() -> tuple[Any]:  # wrapped: trio refuses a coroutine that comes out of a thread
+            return (self.handler(event),)
+
+        (result,) = await anyio.to_thread.run_sync(call, abandon_on_cancel=True, limiter=self._limiter)
+        if result is not None and is_awaitable(result):
+            await result
+
+    def give_up(self) -> None:
+        """Cancel the handler: its time is over."""
+        if self._scope is None:  # its task has not taken its first step, and will find nothing to do
+            self.inbox.close_nowait(discard=True)
+        else:
+            self._scope.cancel()
+
+
+def place_of(event: Event) -> str:
+    return f"engine {event.engine!r}, epoch {event.epoch}, iteration {event.iteration}"
+
+
+def _overflow(value: Overflow | str) -> Overflow:
+    try:
+        return Overflow(value)
+    except ValueError:
+        choices = ", ".join(f'"{one.value}"' for one in Overflow)
+        raise ValueError(f"overflow= is one of {choices}, got {value!r}") from None

@@ -1,0 +1,1 @@
+"""What is saved: every part's state at one instant, copied."""

@@ -1,0 +1,1 @@
+"""How captured state becomes files, and files become state again."""

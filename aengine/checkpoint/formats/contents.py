@@ -1,0 +1,105 @@
+"""Contents: what lies in a checkpoint's directory besides its manifest: the tree, and the shards of what is sharded."""
+
+import sys
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from aengine.checkpoint.capture.staging import Staging
+from aengine.checkpoint.formats.serializers import Serializer
+from aengine.checkpoint.formats.writer_process import WriterProcess
+from aengine.checkpoint.store import files
+from aengine.checkpoint.store.draft import Draft
+from aengine.checkpoint.store.manifest import SUBDIRECTORY, CheckpointInfo
+from aengine.errors import CheckpointMismatch
+
+if TYPE_CHECKING:
+    from aengine.checkpoint.formats.sharded import ShardStore
+
+STATE = "state.pt"
+"""The file that holds the tree."""
+
+
+class Contents:
+    """Stages trees, writes them into drafts, in this process or in another, and reads them again."""
+
+    def __init__(self, serializer: Serializer, *, in_process: bool) -> None:
+        self._serializer = serializer
+        self._process = WriterProcess() if in_process else None
+        self._staging = Staging(None if self._process is None else self._process.memory, root=None)
+        self._shard_store: ShardStore | None = None
+
+    def stage(self, tree: Any) -> Any:
+        """Copy a tree, between two steps. Valid until the next one is staged.
+
+        Raises:
+            NotSerializable: something in it could not be loaded back.
+        """
+        return self._staging.stage(tree)
+
+    def write(self, tree: Any, draft: Draft, is_stopped: Callable[[], bool]) -> dict[str, Any]:
+        """Write a staged tree into a draft. Returns what the manifest is to say of it."""
+        shards: Mapping[str, Any] = {}
+        if "torch.distributed.tensor" in sys.modules:
+            from aengine.checkpoint.formats.sharded import take_out_shards  # noqa: PLC0415 -- it loads torch.distributed
+
+            divided = take_out_shards(tree)
+            if divided.shards:
+                tree, shards = divided
+        write = partial(self._serializer.write, tree)
+        if self._process is None:
+            draft.write(STATE, write, is_stopped)
+        else:
+            draft.write(STATE, write, elsewhere=self._process.call)
+        if shards:
+            directory = draft.path / SUBDIRECTORY
+            directory.mkdir(mode=0o700)
+            self._shards().write(shards, directory)
+            for path in sorted(directory.iterdir()):
+                path.chmod(0o600)
+                draft.add(files.measure(path))
+        return {"serializer": self._serializer.name, "shards": len(shards)}
+
+    def read(self, info: CheckpointInfo, live: Callable[[], Any], places: tuple[str, ...] = ("",)) -> Mapping[str, Any]:
+        """Return the tree of a checkpoint that verifies. Shards are read into those of the live tree, at these places.
+
+        Raises:
+            CheckpointDamaged: a file is not what the serializer wrote.
+            CheckpointMismatch: another serializer wrote it; or it has shards, and they do not fit the live tree.
+        """
+        written_by = info.extra.get("serializer")
+        if written_by != self._serializer.name:
+            raise CheckpointMismatch(
+                f"{info.path} was written by the serializer {written_by!r}, and is to be read by"
+                f" {self._serializer.name!r}: pass the Checkpoint the serializer= it was written by"
+            )
+        with (info.path / STATE).open("rb") as file:
+            tree: Mapping[str, Any] = self._serializer.read(file)
+        if info.extra.get("shards"):
+            from aengine.checkpoint.formats.sharded import put_in_shards  # noqa: PLC0415 -- it loads torch.distributed
+
+            tree, shards = put_in_shards(tree, live(), places)
+            self._shards().read(shards, info.path / SUBDIRECTORY)
+        return tree
+
+    def _shards(self) -> "ShardStore":
+        from aengine.checkpoint.formats.sharded import ShardStore  # noqa: PLC0415 -- it loads torch.distributed
+
+        if self._shard_store is None:
+            self._shard_store = ShardStore()
+        return self._shard_store
+
+    def start(self) -> None:
+        """Have the other process, if that is to write, begin to load: it takes seconds, and nobody waits for it."""
+        if self._process is not None:
+            self._process.start()
+
+    def stop(self) -> None:
+        """Give up a write in another process: nobody wants to wait for it any longer. From any thread."""
+        if self._process is not None:
+            self._process.terminate()
+
+    def close(self) -> None:
+        """Let the other process end, and wait for that."""
+        if self._process is not None:
+            self._process.close()

@@ -1,0 +1,1 @@
+"""The directory: drafts, commits, locks, retention, verification. No torch."""

@@ -1,0 +1,106 @@
+"""One writer for a directory of checkpoints: a lock that a dead process cannot keep."""
+
+import errno
+import fcntl
+import os
+import re
+import socket
+import weakref
+from contextlib import suppress
+from functools import partial
+from io import FileIO
+from pathlib import Path
+
+from aengine.errors import CheckpointLocked
+
+
+class DirectoryLock:
+    """Makes sure that a directory has one writer, by `flock` on a file in it. The file stays when the lock is given up.
+
+    The system gives it up for a process that dies. A child made by fork does not hold it, so that workers that outlive
+    a killed parent for some seconds do not keep its successor out.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: FileIO | None = None  # no bare descriptor: dropped without release(), it must not lock for ever
+        self._watches_forks = False
+
+    def acquire(self) -> bool:
+        """Take the lock, and return whether it was not held already. Never waits.
+
+        Raises:
+            CheckpointLocked: somebody else has it.
+            OSError: the file cannot be made, is a link, or the file system does not know locks.
+        """
+        if self._file is not None:
+            return False
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        file = FileIO(os.open(self._path, flags, 0o600), "r+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            with file:
+                raise CheckpointLocked(_who_holds(self._path.parent, file.read(300))) from None
+        except OSError:
+            file.close()
+            raise
+        if not self._watches_forks:
+            os.register_at_fork(after_in_child=partial(_drop_in_child, weakref.ref(self)))
+            self._watches_forks = True
+        self._file = file
+        with suppress(OSError):  # on a full disk the lock holds without a name on it
+            file.truncate(0)
+            file.write(_signature())
+        return True
+
+    def release(self) -> None:
+        """Give the lock up, if it is held."""
+        if self._file is not None:
+            fcntl.flock(self._file, fcntl.LOCK_UN)  # closing would not do if a child had been forked in C
+            self.drop()
+
+    def check(self) -> None:
+        """Make sure that the lock is held, and on the file that others would find.
+
+        Raises:
+            RuntimeError: it was never taken.
+            OSError: the directory was removed meanwhile, and perhaps made anew.
+        """
+        if self._file is None:
+            raise RuntimeError(f"writing to {self._path.parent} needs its lock: call lock() first, in this process")
+        if not os.path.samestat(os.fstat(self._file.fileno()), self._path.lstat()):
+            raise OSError(errno.ESTALE, "the lock file was replaced, so another writer may be at work", str(self._path))
+
+    def __del__(self) -> None:
+        self.drop()  # who is dropped without release() has said all that there is to say: no ResourceWarning
+
+    def drop(self) -> None:
+        """Forget the lock without giving it up: another process holds it."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def _drop_in_child(lock: "weakref.ref[DirectoryLock]") -> None:
+    held = lock()
+    if held is not None:
+        held.drop()
+
+
+def _signature() -> bytes:
+    return f"{os.getpid()} {socket.gethostname()}\n".encode()
+
+
+def _who_holds(directory: Path, holder: bytes) -> str:
+    if holder == _signature():
+        return (
+            f"{directory} is in use by another Checkpoint of this very process ({os.getpid()}). Two would remove each"
+            " other's checkpoints: use the same one, let its run end first, or give each a directory of its own."
+        )
+    match = re.fullmatch(rb"([0-9]+) ([A-Za-z0-9._-]+)\n", holder)
+    who = f"process {match[1].decode()} on host {match[2].decode()}" if match else "another process"
+    return (
+        f"{directory} is in use by {who}. Two writers would remove each other's checkpoints: wait until it has ended,"
+        " end it, or choose another directory."
+    )

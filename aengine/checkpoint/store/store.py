@@ -1,0 +1,240 @@
+"""The store: a directory of checkpoints, each of them there as a whole or not at all.
+
+    DIR/step-0000000500/manifest.json  state.pt  [dcp/...]  [pinned]
+    DIR/step-0000000500.2/...          a second one of the same step, taken at the end of the epoch, say
+    DIR/.tmp-...  .trash-...           being written, being removed: strays of a dead writer are swept by the next
+    DIR/damaged-step-...               set aside by `set_aside()`, and never looked at again
+    DIR/abandoned-step-...             later than a checkpoint that a run went back to: likewise
+    DIR/.lock                          one writer at a time
+
+The rename is the commit, and retention comes after it: at no instant is the newest good checkpoint missing, whether the
+process is killed or the power fails. There is no file that says which is the latest: the latest is the highest step
+that verifies. Everything here is synchronous, and may be called from any thread, one call at a time.
+
+A checksum proves integrity, not origin: load what is in here with `weights_only=True`, as if a stranger had made it.
+"""
+
+import builtins
+import itertools
+import os
+from collections.abc import Collection
+from contextlib import suppress
+from pathlib import Path
+
+from aengine.checkpoint.store import files, verify as reading
+from aengine.checkpoint.store.draft import (
+    TEMPORARY,
+    TRASH,
+    Draft,
+    advice,
+    free_space,
+    remove_all,
+    steps,
+    to_trash,
+    words,
+)
+from aengine.checkpoint.store.lock import DirectoryLock
+from aengine.checkpoint.store.manifest import PINNED, CheckpointInfo, check_step
+from aengine.checkpoint.store.retention import Keep
+from aengine.checkpoint.store.verify import ABANDONED, DAMAGED, WHY, Problem
+from aengine.errors import CheckpointNotFound, CheckpointNotWritten
+
+__all__ = ["Draft", "Problem", "Store"]
+
+
+class Store:
+    """A directory of checkpoints. Reading needs no lock; writing, removing and setting aside need `lock()`.
+
+    Attributes:
+        directory: where they lie, as an absolute path.
+        keep: which of them stay when `retain()` is called.
+
+    Example:
+        store = Store("checkpoints", Keep(last=3))
+        store.lock()
+        with store.begin(500) as draft:
+            draft.write("state.pt", lambda file: torch.save(state, file))
+            info = draft.commit(step=500, epoch=1, event="iteration_completed", metrics={}, versions={})
+        store.retain()
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], keep: Keep = Keep()) -> None:  # noqa: B008 -- it is frozen
+        self.directory = Path(directory).absolute()  # wherever the process goes later
+        self.keep = keep
+        self._lock = DirectoryLock(self.directory / ".lock")
+        self._last_committed: Path | None = None
+
+    def lock(self) -> None:
+        """Become the one writer, making the directory if need be, and sweep what dead writers left. Idempotent.
+
+        Raises:
+            CheckpointLocked: there is another writer.
+            CheckpointNotWritten: the directory cannot be made or written to.
+        """
+        try:
+            files.make_directory(self.directory)
+            is_new = self._lock.acquire()
+            there_are = reading.entries(self.directory)
+        except OSError as error:
+            raise CheckpointNotWritten(
+                f"no checkpoint can be written to {self.directory}: {words(error)}. {advice(error)}"
+            ) from error
+        if is_new:
+            remove_all(path for path in there_are if path.name.startswith((TEMPORARY, TRASH)))
+
+    def unlock(self) -> None:
+        """Let others write, if this was the writer."""
+        self._lock.release()
+
+    def list(self) -> list[CheckpointInfo]:
+        """Return what is committed and has a manifest that can be read, oldest first. Its files are not looked at.
+
+        What vanishes meanwhile is left out. A checkpoint that could not be looked at (no permission, say) is an OSError
+        and not left out: to go on from an older one because of that would lose work.
+        """
+        return reading.committed(self.directory)
+
+    def find(self, step: int) -> CheckpointInfo:
+        """Return the checkpoint of a step, the last revision of it.
+
+        Raises:
+            CheckpointNotFound: there is none; says which there are.
+        """
+        there_are = self.list()
+        for info in reversed(there_are):
+            if info.step == step:
+                return info
+        raise CheckpointNotFound(f"{self.directory} has no checkpoint of step {step}; it has {steps(there_are)}")
+
+    def open(self, path: str | os.PathLike[str]) -> CheckpointInfo:
+        """Return what the checkpoint at `path` says it is, in this directory or elsewhere. Its files are not looked at.
+
+        Raises:
+            CheckpointNotFound: nothing is there, or nothing that is called as a checkpoint is.
+            CheckpointDamaged: its manifest is missing, cannot be understood, or something is a symbolic link.
+        """
+        return reading.read(Path(path).absolute())
+
+    def problems(self) -> builtins.list[Problem]:
+        """Return what should be a checkpoint and cannot be read as one, and what was set aside, with the reasons."""
+        return reading.problems(self.directory)
+
+    def verify(self, info: CheckpointInfo) -> None:
+        """Read every file of a checkpoint and compare it with the manifest. Takes as long as reading takes.
+
+        Raises:
+            CheckpointDamaged: says which file, and how.
+        """
+        reading.verify(info)
+
+    def set_aside(self, path: Path, why: str) -> Path:
+        """Rename a damaged checkpoint so that nobody takes it for one, and return where it is now. Removes nothing.
+
+        The reason is put beside its files as why.txt, if that can be done.
+
+        Raises:
+            OSError: it could not be renamed, and is where it was.
+        """
+        return self._set_aside(path, DAMAGED, why)
+
+    def abandon_after(self, info: CheckpointInfo) -> builtins.list[Path]:
+        """Rename what is later than a checkpoint that was gone back to, and return where it is now. Removes nothing.
+
+        Else the next run would go on from the latest of those, on the way that was left.
+
+        Raises:
+            OSError: one could not be renamed, and is where it was.
+        """
+        later = [one for one in self.list() if (one.step, one.revision) > (info.step, info.revision)]
+        why = f"the run went back to step {info.step} and went on from there"
+        return [self._set_aside(one.path, ABANDONED, why) for one in reversed(later)]
+
+    def _set_aside(self, path: Path, prefix: str, why: str) -> Path:
+        self._lock.check()
+        names = itertools.chain([f"{prefix}{path.name}"], (f"{prefix}{path.name}-{n}" for n in itertools.count(2)))
+        target = next(free for name in names if not os.path.lexists(free := path.with_name(name)))
+        files.rename(path, target)
+        files.sync_directory(path.parent)
+        if not target.is_symlink():
+            with suppress(OSError):
+                files.write_file(target / WHY, lambda file: file.write(f"{why}\n".encode()))
+        return target
+
+    def begin(self, step: int, *, size: int | None = None) -> Draft:
+        """Return a draft of a checkpoint, to be entered with `with`.
+
+        Args:
+            step: iterations completed.
+            size: bytes that are to be written, as far as that is known: said when they do not fit.
+        """
+        check_step(step)
+        return Draft(self.directory, self._lock, step, size, self._remember)
+
+    def retain(self, protected: Collection[Path] = ()) -> builtins.list[CheckpointInfo]:
+        """Remove what `keep` does not keep, and return it. To be called after a commit, never before.
+
+        What was committed last stays, even where it is not the newest step: a run that went back to an older checkpoint
+        writes below those that it left behind.
+
+        What cannot be removed is a CheckpointWarning, after everything else was done: it takes up space, and does no
+        harm.
+
+        Args:
+            protected: checkpoints that stay whatever the rule says: the one that was resumed from.
+        """
+        removed: list[CheckpointInfo] = []
+        trash: list[Path] = []
+        troubles: list[str] = []
+        try:
+            self._lock.check()
+            for info in self._removable(protected):
+                try:
+                    trash.append(to_trash(info.path))
+                except OSError as error:
+                    troubles.append(words(error))
+                else:
+                    removed.append(info)
+            if trash:  # or a power cut could bring back the name of a checkpoint whose files are gone
+                files.sync_directory(self.directory)
+        except OSError as error:
+            troubles.append(words(error))
+            trash.clear()  # what was renamed is swept by the next `lock()`
+        remove_all(trash, troubles)
+        return removed
+
+    def pin(self, info: CheckpointInfo) -> None:
+        """Keep a checkpoint for good, until `unpin()`. Needs no lock: it may be that of a run under way.
+
+        Raises:
+            CheckpointNotFound: it is gone.
+        """
+        try:
+            os.close(files.create(info.path / PINNED))
+        except FileExistsError:
+            return
+        except FileNotFoundError:
+            raise CheckpointNotFound(
+                f"there is no checkpoint at {info.path} any more, so it cannot be pinned"
+            ) from None
+        files.sync_directory(info.path)
+
+    def unpin(self, info: CheckpointInfo) -> None:
+        """Leave a checkpoint to the rules again."""
+        with suppress(FileNotFoundError):
+            (info.path / PINNED).unlink()
+            files.sync_directory(info.path)
+
+    def free_space(self) -> int:
+        """Return how many bytes this user can still write where the directory is, or will be."""
+        return free_space(self.directory)
+
+    def _remember(self, info: CheckpointInfo) -> None:
+        self._last_committed = info.path
+
+    def _removable(self, protected: Collection[Path]) -> builtins.list[CheckpointInfo]:
+        checkpoints = self.list()
+        resolved = {path.resolve() for path in protected}  # the directory may be known by several names
+        stays = [each.path for each in checkpoints if each.path.resolve() in resolved]
+        if self._last_committed is not None:
+            stays.append(self._last_committed)
+        return self.keep.removable(checkpoints, stays)

@@ -1,0 +1,1 @@
+"""Any data as the next batch: opened, restarted, prefetched, closed."""

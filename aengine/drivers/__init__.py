@@ -1,0 +1,1 @@
+"""Who advances the loop: on an event loop, on a thread, or on neither."""

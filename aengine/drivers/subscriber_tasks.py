@@ -1,0 +1,100 @@
+"""Consumers: the tasks of one run in which its subscribers handle what they are sent, from their start to their end."""
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+import anyio
+
+from aengine.bus.bus import Bus
+from aengine.bus.dispatch import reading
+from aengine.bus.subscriber import Fail, Subscriber
+from aengine.threads.event_loop import EventLoopHandle, ThreadSafeEvent
+
+if TYPE_CHECKING:
+    from anyio.abc import TaskGroup
+
+
+class SubscriberTasks:
+    """A task for each subscriber, in the run's group. Everything here is called at home."""
+
+    def __init__(self, bus: Bus, loop_handle: EventLoopHandle, grace: float) -> None:
+        self._bus = bus
+        self._loop_handle = loop_handle
+        self._grace = grace
+        self._ends: dict[Subscriber, ThreadSafeEvent] = {}
+        self._have_ended = False
+
+    def start(self, subscriber: Subscriber, group: "TaskGroup", fail: Fail) -> None:
+        """Have a subscriber handle what it is sent, from now to the end of the run. Errors go to `fail`."""
+        if subscriber not in self._ends:
+            subscriber.inbox.reopen_nowait()
+            self._ends[subscriber] = ThreadSafeEvent(self._loop_handle)
+            self._loop_handle.start(
+                group, partial(self._consume, subscriber, fail), partial(self._lose, subscriber, fail)
+            )
+
+    async def _consume(self, subscriber: Subscriber, fail: Fail) -> None:
+        try:
+            await subscriber.consume(self._loop_handle, fail)
+        finally:
+            self._has_ended(subscriber)
+
+    def _lose(self, subscriber: Subscriber, fail: Fail) -> None:
+        subscriber.lose(fail)
+        self._has_ended(subscriber)
+
+    def _has_ended(self, subscriber: Subscriber) -> None:
+        self._ends[subscriber].set()
+        if subscriber not in self._bus.subscribers:  # a run may last for days, and see many come and go
+            del self._ends[subscriber]
+
+    @property
+    def _awaited(self) -> set[Subscriber]:
+        return {*self._ends, *self._bus.subscribers}  # those that were removed have work left, too
+
+    def refuse_own_flush(self) -> None:
+        """Raise RuntimeError where waiting for all would be waiting for oneself."""
+        me = reading.get()
+        if any(one.inbox is me for one in self._awaited):
+            raise RuntimeError(
+                "flush() waits for every subscriber, and so for the one that calls it here: call it from the step, from"
+                " an inline handler, or from outside"
+            )
+
+    async def flush(self) -> None:
+        """Wait until every event published so far is handled. Cancellable."""
+        if self._have_ended:  # what is emitted now waits for the next run
+            return
+        awaited = self._awaited
+        for subscriber in awaited:  # all of them now: when one has been waited for, another may have gone on to more
+            if subscriber.inbox.when_awaited is not None:
+                subscriber.inbox.when_awaited()
+        sequence, loop_handle = self._bus.sequence, EventLoopHandle()
+        for subscriber in awaited:
+            await subscriber.inbox.wait_processed(sequence, loop_handle)
+
+    async def finish(self, deadline: float) -> None:
+        """Wait until all is handled that was accepted, and what they send each other meanwhile.
+
+        Raises:
+            HandlerTimeout: some were not done at the deadline. They have been cancelled; it says what was lost.
+        """
+        with anyio.CancelScope(deadline=deadline) as scope:
+            await self.flush()
+            while self._late:
+                await self.flush()
+        if scope.cancelled_caught and (late := self._late):  # else something came after the last look
+            raise self._bus.give_up(late, self._grace)
+
+    @property
+    def _late(self) -> list[Subscriber]:
+        return [one for one in self._ends if not one.inbox.is_idle]
+
+    async def end(self) -> None:
+        """Let them take no more, and wait for the ends of their tasks. What comes now waits for the next run."""
+        ends = dict(self._ends)
+        for subscriber in ends:
+            subscriber.inbox.dismiss_reader()
+        for end in ends.values():
+            await end.wait()
+        self._have_ended = True

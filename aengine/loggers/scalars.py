@@ -1,0 +1,71 @@
+"""Numbers: what is kept of a value between two steps, without waiting for a device, and read beside the step."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from aengine.engine import Engine
+
+
+class _OnDevice:
+    """A number that a device has yet to come to: a copy of it, and what says when the copy is there."""
+
+    __slots__ = ("_copied", "_copy")
+
+    def __init__(self, value: torch.Tensor) -> None:
+        self._copy = value.detach().clone()
+        # Read from another thread, whose stream is another: it would not wait for the one that computes.
+        self._copied = torch.cuda.current_stream(value.device).record_event() if value.is_cuda else None
+
+    def resolve(self) -> Any:
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._copy.item()
+
+
+def numbers_of(engine: Engine[Any, Any]) -> dict[str, Any]:
+    """Return what is a number of the last output and of the metrics: what is logged unless told otherwise.
+
+    An output that is a mapping gives its entries, one that is a number is called "output". The rest is left out.
+    """
+    output, metrics = engine.state.output, engine.state.metrics
+    named: Mapping[Any, Any] = output if isinstance(output, Mapping) else {"output": output}
+    return {str(name): value for name, value in (*named.items(), *metrics.items()) if is_number(value)}
+
+
+def is_number(value: Any) -> bool:
+    """Say whether this is one real number, be it in a tensor or an array."""
+    if isinstance(value, int | float):
+        return True
+    if isinstance(value, torch.Tensor):
+        return value.numel() == 1 and not value.is_complex()
+    return getattr(value, "size", None) == 1 and getattr(getattr(value, "dtype", None), "kind", "") in "biuf"
+
+
+def snapshot(values: Any) -> dict[str, Any]:
+    """Keep numbers as they are now: what is in memory is read, what is on a device is copied there.
+
+    Raises:
+        TypeError: these are no numbers by name.
+    """
+    if not isinstance(values, Mapping):
+        raise TypeError(f"track(values=) must return a mapping of names to numbers, got {values!r}")
+    held: dict[str, Any] = {}
+    for name, value in values.items():
+        if type(value) is float or type(value) is int:
+            held[str(name)] = value
+        elif not is_number(value):
+            raise TypeError(
+                f"track(values=) must give single numbers, but {name!r} is {value!r}: leave it out, or give its mean"
+            )
+        elif isinstance(value, torch.Tensor):
+            held[str(name)] = value.item() if value.device.type == "cpu" else _OnDevice(value)
+        else:
+            held[str(name)] = value.item() if hasattr(value, "item") else value
+    return held
+
+
+def resolve(held: Mapping[str, Any]) -> dict[str, int | float]:
+    """Return the numbers that `hold` kept. Waits for devices: not for the event loop's thread."""
+    return {name: value.resolve() if type(value) is _OnDevice else value for name, value in held.items()}

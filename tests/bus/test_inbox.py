@@ -1,0 +1,545 @@
+"""Inboxes: five policies, the account that always adds up, and waits that lose nothing."""
+
+import asyncio
+import threading
+from collections import deque
+from threading import RLock
+
+import anyio
+import anyio.abc
+import anyio.to_thread
+import pytest
+from anyio.lowlevel import checkpoint
+from hypothesis import settings, strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from aengine import Event, InboxOverflow, Overflow
+from aengine.bus.inbox import Inbox
+from aengine.threads.event_loop import EventLoopHandle
+
+POLICIES = list(Overflow)
+
+
+def event(sequence: int, name: str = "ITERATION_COMPLETED") -> Event:
+    return Event(
+        name,
+        engine="engine",
+        sequence=sequence,
+        iteration=sequence,
+        epoch=1,
+        epoch_length=None,
+        max_epochs=1,
+        output=None,
+        metrics={},
+        monotonic=0.0,
+        snapshot=None,
+    )
+
+
+def inbox(capacity: int = 2, overflow: Overflow = Overflow.WAIT) -> Inbox:
+    return Inbox("listener", capacity, overflow, RLock())
+
+
+def take_all(inbox: Inbox) -> list[int]:
+    """Take and handle everything that waits; return the sequence numbers."""
+    taken = []
+    while (one := inbox.take_nowait()) is not None:
+        taken.append(one.sequence)
+    return taken
+
+
+def account(inbox: Inbox) -> int:
+    """What the account says was accepted."""
+    in_hand = inbox.in_hand is not None
+    return inbox.handled + inbox.dropped + inbox.discarded + len(inbox) + in_hand
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_events_leave_in_the_order_they_came(policy: Overflow) -> None:
+    box = inbox(3, policy)
+    for sequence, name in enumerate("abc"):
+        assert box.put_nowait(event(sequence, name))
+    assert take_all(box) == [0, 1, 2]
+    assert box.is_idle
+    assert (box.accepted, box.handled, box.dropped, box.discarded) == (3, 3, 0, 0)
+
+
+def test_wait_accepts_over_the_bound_and_says_to_wait() -> None:
+    box = inbox(2)
+    assert [box.put_nowait(event(n)) for n in range(4)] == [True, True, False, False]
+    assert take_all(box) == [0, 1, 2, 3]
+    assert box.dropped == 0
+
+
+def test_drop_oldest_keeps_the_newest() -> None:
+    box = inbox(2, Overflow.DROP_OLDEST)
+    assert all(box.put_nowait(event(n)) for n in range(5))
+    assert take_all(box) == [3, 4]
+    assert box.dropped == 3
+
+
+def test_drop_new_keeps_the_oldest() -> None:
+    box = inbox(2, Overflow.DROP_NEW)
+    assert all(box.put_nowait(event(n)) for n in range(5))
+    assert take_all(box) == [0, 1]
+    assert box.dropped == 3
+
+
+def test_latest_keeps_one_of_each_event_in_the_order_of_their_numbers() -> None:
+    box = inbox(1, Overflow.LATEST)
+    for sequence, name in enumerate("abaca"):
+        assert box.put_nowait(event(sequence, name))
+    assert take_all(box) == [1, 3, 4]
+    assert box.dropped == 2
+
+
+def test_error_raises_and_says_what_to_do() -> None:
+    box = inbox(1, Overflow.ERROR)
+    box.put_nowait(event(0))
+    with pytest.raises(InboxOverflow, match=r"'listener' is full: 1 events wait.*buffer=.*overflow="):
+        box.put_nowait(event(1))
+    assert box.accepted == account(box) == 2
+    assert take_all(box) == [0]
+    assert box.dropped == 1
+
+
+def test_the_event_in_hand_takes_no_room() -> None:
+    box = inbox(1, Overflow.ERROR)
+    box.put_nowait(event(0))
+    assert box.take_nowait() is not None
+    assert box.put_nowait(event(1))
+    assert not box.is_idle
+    box.done_nowait()
+    assert take_all(box) == [1]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_closed_inbox_discards_what_comes_and_keeps_what_waits(policy: Overflow) -> None:
+    box = inbox(2, policy)
+    box.put_nowait(event(0))
+    box.close_nowait()
+    assert box.put_nowait(event(1))
+    assert box.discarded == 1
+    assert take_all(box) == [0]
+    box.reopen_nowait()
+    assert box.put_nowait(event(2))
+    assert take_all(box) == [2]
+    assert box.accepted == account(box)
+
+
+def test_closing_can_discard_what_waits_and_what_is_in_hand() -> None:
+    box = inbox(4)
+    for sequence in range(3):
+        box.put_nowait(event(sequence))
+    box.take_nowait()
+    box.close_nowait(discard=True)
+    assert box.is_idle
+    assert box.discarded == box.accepted == 3
+
+
+async def test_arrival_returns_when_an_event_comes_or_the_inbox_closes() -> None:
+    box, home = inbox(), EventLoopHandle()
+    arrivals = 0
+
+    async def reader() -> None:
+        nonlocal arrivals
+        while not box.closed:
+            await box.arrival(home)
+            arrivals += len(take_all(box))
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(reader)
+        for sequence in range(3):
+            await anyio.wait_all_tasks_blocked()
+            box.put_nowait(event(sequence))
+        await anyio.wait_all_tasks_blocked()
+        assert arrivals == 3
+        box.close_nowait()
+
+
+async def test_room_is_given_to_everyone_who_waits_for_it() -> None:
+    box, home = inbox(1), EventLoopHandle()
+    for sequence in range(3):
+        box.put_nowait(event(sequence))
+    let_in = 0
+
+    async def emitter() -> None:
+        nonlocal let_in
+        await box.room(home)
+        let_in += 1
+
+    async with anyio.create_task_group() as group:
+        for _ in range(5):
+            group.start_soon(emitter)
+        await anyio.wait_all_tasks_blocked()
+        box.take_nowait()
+        await anyio.wait_all_tasks_blocked()
+        assert let_in == 0  # two wait where one may
+        box.done_nowait()
+        box.take_nowait()
+        await anyio.wait_all_tasks_blocked()
+        assert let_in == 5
+    assert not box.put_nowait(event(3))
+
+
+async def test_closing_lets_go_of_who_waits_for_room() -> None:
+    box, home = inbox(1), EventLoopHandle()
+    for sequence in range(3):
+        box.put_nowait(event(sequence))
+    async with anyio.create_task_group() as group:
+        group.start_soon(box.room, home)
+        await anyio.wait_all_tasks_blocked()
+        box.close_nowait()
+
+
+async def test_settled_waits_for_the_event_in_hand_too() -> None:
+    box, home = inbox(4), EventLoopHandle()
+    for sequence in range(1, 4):
+        box.put_nowait(event(sequence))
+    settled: list[int] = []
+
+    async def wait(sequence: int) -> None:
+        await box.wait_processed(sequence, home)
+        settled.append(sequence)
+
+    async with anyio.create_task_group() as group:
+        for sequence in range(5):
+            group.start_soon(wait, sequence)
+        await anyio.wait_all_tasks_blocked()
+        assert settled == [0]
+        box.take_nowait()
+        await anyio.wait_all_tasks_blocked()
+        assert settled == [0]
+        box.done_nowait()
+        await anyio.wait_all_tasks_blocked()
+        assert settled == [0, 1]
+        take_all(box)
+    assert sorted(settled) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("policy", [Overflow.LATEST, Overflow.DROP_OLDEST])
+async def test_what_is_dropped_is_settled(policy: Overflow) -> None:
+    box, home = inbox(1, policy), EventLoopHandle()
+    box.put_nowait(event(1))
+    async with anyio.create_task_group() as group:
+        group.start_soon(box.wait_processed, 1, home)
+        await anyio.wait_all_tasks_blocked()
+        box.put_nowait(event(2))
+
+
+async def test_what_is_discarded_is_settled() -> None:
+    box, home = inbox(), EventLoopHandle()
+    box.put_nowait(event(1))
+    async with anyio.create_task_group() as group:
+        group.start_soon(box.wait_processed, 1, home)
+        await anyio.wait_all_tasks_blocked()
+        box.close_nowait(discard=True)
+
+
+async def test_events_put_by_a_thread_wake_the_reader_at_home() -> None:
+    box, home = inbox(8), EventLoopHandle()
+    seen: list[int] = []
+    has_room = threading.Semaphore(8)
+
+    def produce() -> None:
+        for sequence in range(1000):
+            has_room.acquire()
+            box.put_nowait(event(sequence))
+        box.close_nowait()
+
+    thread = threading.Thread(target=produce)
+    thread.start()
+    while True:
+        if (one := box.take_nowait()) is None:
+            if box.closed and not len(box):
+                break
+            await box.arrival(home)
+            continue
+        seen.append(one.sequence)
+        box.done_nowait()
+        has_room.release()
+    await anyio.to_thread.run_sync(thread.join)
+    assert seen == list(range(1000))
+    assert box.accepted == box.handled == 1000
+
+
+async def test_room_made_by_a_thread_wakes_the_emitter_at_home() -> None:
+    box, home = inbox(1), EventLoopHandle()
+    seen: list[int] = []
+    arrived = threading.Semaphore(0)
+
+    def consume() -> None:
+        while len(seen) < 500:
+            arrived.acquire()
+            seen.extend(take_all(box))
+
+    thread = threading.Thread(target=consume)
+    thread.start()
+    for sequence in range(500):
+        must_wait = not box.put_nowait(event(sequence))
+        arrived.release()
+        if must_wait:
+            await box.room(home)
+        assert len(box) <= 1
+    await anyio.to_thread.run_sync(thread.join)
+    assert seen == list(range(500))
+
+
+async def test_settled_is_told_by_a_thread() -> None:
+    box, home = inbox(4), EventLoopHandle()
+    for sequence in range(3):
+        box.put_nowait(event(sequence))
+    async with anyio.create_task_group() as group:
+        group.start_soon(box.wait_processed, 2, home)
+        await anyio.wait_all_tasks_blocked()
+        assert await anyio.to_thread.run_sync(take_all, box) == [0, 1, 2]
+
+
+async def test_threads_that_put_at_once_lose_nothing() -> None:
+    box, home = inbox(1), EventLoopHandle()  # far over its bound: nobody here waits for room
+
+    def produce(first: int) -> None:
+        for sequence in range(first, first + 250):
+            box.put_nowait(event(sequence))
+
+    threads = [threading.Thread(target=produce, args=(first,)) for first in range(0, 1000, 250)]
+    for thread in threads:
+        thread.start()
+    seen: list[int] = []
+    while len(seen) < 1000:
+        await box.arrival(home)
+        seen += take_all(box)
+    for thread in threads:
+        await anyio.to_thread.run_sync(thread.join)
+    assert sorted(seen) == list(range(1000))
+    assert account(box) == box.accepted == 1000
+
+
+# Native cancellation, the one that anyio's own streams lose items to
+
+with_and_without_uvloop = pytest.mark.parametrize(
+    "options", [{"use_uvloop": False}, {"use_uvloop": True}], ids=["asyncio", "uvloop"]
+)
+
+
+async def read_one(box: Inbox, home: EventLoopHandle, seen: list[int]) -> None:
+    while (one := box.take_nowait()) is None:
+        await box.arrival(home)
+    seen.append(one.sequence)
+    box.done_nowait()
+
+
+@with_and_without_uvloop
+def test_native_cancellation_of_a_reader_that_was_woken_loses_nothing(options: dict[str, bool]) -> None:
+    """Where a memory stream of anyio's loses 300 items of 300."""
+
+    async def main() -> None:
+        box, home = inbox(), EventLoopHandle()
+        seen: list[int] = []
+        for sequence in range(300):
+            reader = asyncio.create_task(read_one(box, home, seen))
+            await asyncio.sleep(0)
+            box.put_nowait(event(sequence))
+            for _ in range(sequence % 3):  # before the wake-up reaches it, and after
+                await asyncio.sleep(0)
+            reader.cancel()
+            await asyncio.wait([reader])
+        seen += take_all(box)
+        assert seen == list(range(300))
+        assert box.accepted == box.handled == 300
+
+    anyio.run(main, backend="asyncio", backend_options=options)
+
+
+@with_and_without_uvloop
+def test_native_cancellation_of_a_reader_fed_by_a_thread_loses_nothing(options: dict[str, bool]) -> None:
+    async def main() -> None:
+        box, home = inbox(), EventLoopHandle()
+        seen: list[int] = []
+        puts = threading.Semaphore(0)
+
+        def produce() -> None:
+            for sequence in range(300):
+                puts.acquire()
+                box.put_nowait(event(sequence))
+
+        thread = threading.Thread(target=produce)
+        thread.start()
+        for _ in range(300):
+            reader = asyncio.create_task(read_one(box, home, seen))
+            await asyncio.sleep(0)
+            puts.release()
+            await asyncio.sleep(0)
+            reader.cancel()
+            await asyncio.wait([reader])
+        await asyncio.to_thread(thread.join)
+        seen += take_all(box)
+        assert seen == list(range(300))
+
+    anyio.run(main, backend="asyncio", backend_options=options)
+
+
+@with_and_without_uvloop
+def test_native_cancellation_of_an_emitter_that_waits_for_room_loses_nothing(options: dict[str, bool]) -> None:
+    async def main() -> None:
+        box, home = inbox(1), EventLoopHandle()
+
+        async def emit(sequence: int) -> None:
+            if not box.put_nowait(event(sequence)):
+                await box.room(home)
+
+        seen: list[int] = []
+        for sequence in range(300):
+            emitter = asyncio.create_task(emit(sequence))
+            await asyncio.sleep(0)
+            if sequence % 2:
+                seen += take_all(box)
+            emitter.cancel()
+            await asyncio.wait([emitter])
+        seen += take_all(box)
+        assert seen == list(range(300))
+        assert box.put_nowait(event(300))
+        await asyncio.wait_for(box.room(home), 5)  # the bells of those who left bother nobody
+
+    anyio.run(main, backend="asyncio", backend_options=options)
+
+
+@with_and_without_uvloop
+def test_native_cancellation_of_one_barrier_does_not_end_another(options: dict[str, bool]) -> None:
+    async def main() -> None:
+        box, home = inbox(), EventLoopHandle()
+        for sequence in range(0, 400, 2):
+            box.put_nowait(event(sequence))
+            cancelled = asyncio.create_task(box.wait_processed(sequence, home))
+            other = asyncio.create_task(box.wait_processed(sequence, home))
+            await asyncio.sleep(0)
+            cancelled.cancel()
+            assert not other.done()
+            take_all(box)
+            await asyncio.wait_for(other, 5)
+
+    anyio.run(main, backend="asyncio", backend_options=options)
+
+
+async def test_cancelled_waits_leave_the_inbox_usable() -> None:
+    box, home = inbox(1), EventLoopHandle()
+    for _ in range(100):
+        with anyio.CancelScope() as scope:
+            scope.cancel()
+            await box.arrival(home)
+        assert scope.cancelled_caught
+    box.put_nowait(event(0))
+    box.put_nowait(event(1))
+    for _ in range(100):
+        with anyio.CancelScope() as scope:
+            scope.cancel()
+            await box.room(home)
+        assert scope.cancelled_caught
+    async with anyio.create_task_group() as group:
+        group.start_soon(box.room, home)
+        await checkpoint()
+        assert take_all(box) == [0, 1]
+
+
+# Against a model
+
+
+class InboxMachine(RuleBasedStateMachine):
+    """The inbox does what a list and five lines a policy do."""
+
+    policy: Overflow
+    capacity: int
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.box = inbox(self.capacity, self.policy)
+        self.waiting: deque[Event] = deque()
+        self.in_hand: Event | None = None
+        self.closed = False
+        self.handled = self.dropped = self.discarded = self.sequence = 0
+
+    @rule(name=st.sampled_from("ab"))
+    def put(self, name: str) -> None:
+        self.sequence += 1
+        new = event(self.sequence, name)
+        if not self.closed and self.policy is Overflow.ERROR and len(self.waiting) >= self.capacity:
+            self.dropped += 1
+            with pytest.raises(InboxOverflow):
+                self.box.put_nowait(new)
+            return
+        go_on = self.box.put_nowait(new)
+        if self.closed:
+            self.discarded += 1
+        elif self.policy is Overflow.LATEST:
+            kept = [one for one in self.waiting if one.name != name]
+            self.dropped += len(self.waiting) - len(kept)
+            self.waiting = deque([*kept, new])
+        elif self.policy is Overflow.DROP_NEW and len(self.waiting) >= self.capacity:
+            self.dropped += 1
+        else:
+            self.waiting.append(new)
+            if self.policy is Overflow.DROP_OLDEST and len(self.waiting) > self.capacity:
+                self.waiting.popleft()
+                self.dropped += 1
+        is_over = self.policy is Overflow.WAIT and len(self.waiting) > self.capacity
+        assert go_on is (self.closed or not is_over)
+
+    @rule()
+    def take(self) -> None:
+        self.handled += self.in_hand is not None  # who comes for the next has handled this one
+        self.in_hand = self.waiting.popleft() if self.waiting else None
+        assert self.box.take_nowait() is self.in_hand
+
+    @precondition(lambda self: self.in_hand is not None)
+    @rule()
+    def done(self) -> None:
+        self.box.done_nowait()
+        self.in_hand = None
+        self.handled += 1
+
+    @rule()
+    def close(self) -> None:
+        self.box.close_nowait()
+        self.closed = True
+
+    @rule()
+    def discard(self) -> None:
+        self.box.close_nowait(discard=True)
+        self.closed = True
+        self.discarded += len(self.waiting) + (self.in_hand is not None)
+        self.waiting.clear()
+        self.in_hand = None
+
+    @rule()
+    def reopen(self) -> None:
+        self.box.reopen_nowait()
+        self.closed = False
+
+    @invariant()
+    def agrees(self) -> None:
+        box = self.box
+        assert len(box) == len(self.waiting)
+        assert box.closed is self.closed
+        assert box.in_hand is self.in_hand
+        assert box.is_idle is (not self.waiting and self.in_hand is None)
+        assert (box.handled, box.dropped, box.discarded) == (
+            self.handled,
+            self.dropped,
+            self.discarded,
+        )
+        assert box.accepted == self.sequence == account(box)
+        if self.policy not in (Overflow.WAIT, Overflow.LATEST):
+            assert len(box) <= self.capacity
+
+
+@pytest.mark.parametrize("capacity", [1, 2, 5])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_inbox_agrees_with_a_model(policy: Overflow, capacity: int) -> None:
+    machine = type("Machine", (InboxMachine,), {"policy": policy, "capacity": capacity})
+    run_state_machine_as_test(machine, settings=settings(max_examples=25, deadline=None))

@@ -1,0 +1,69 @@
+"""What a Checkpoint is given: refused at the call that was wrong, with what to write instead."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.saving_run import saving
+
+from aengine import Engine, Events
+from aengine.checkpoint import Checkpoint, TorchFile
+
+
+class Nameless:
+    write = read = None
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"keep": 3}, r"keep= is a Keep, such as Keep\(last=3\), got 3"),
+        ({"keep": 0}, "keep= is a Keep"),
+        ({"serializer": "torch"}, r"serializer= is an object with .*, such as TorchFile\(\), got 'torch'"),
+        ({"serializer": TorchFile}, r"such as TorchFile\(\), got <class"),
+        ({"serializer": Nameless()}, "serializer= is an object with a name and the methods"),
+        ({"serializer": ""}, "serializer= is an object with a name and the methods"),
+        ({"directory": torch.nn.Linear(1, 1)}, r"Checkpoint\(directory, state\) takes a path first, got Linear"),
+        ({"directory": None}, "takes a path first, got NoneType"),
+    ],
+)
+def test_wrong_types_are_refused_where_they_are_handed_in(tmp_path: Path, wrong: dict[str, Any], said: str) -> None:
+    with pytest.raises(TypeError, match=said):
+        Checkpoint(**{"directory": tmp_path, "state": {}, **wrong})
+
+
+async def test_what_is_no_engine_is_neither_attached_nor_restored(tmp_path: Path) -> None:
+    engine: Any = Engine(lambda engine, batch: None)
+    completed: Any = Events.COMPLETED
+    model: Any = torch.nn.Linear(1, 1)
+    checkpoint = Checkpoint(tmp_path, {})
+    with pytest.raises(TypeError, match=r"attach\(engine, event\) takes an Engine first, got Events"):
+        checkpoint.attach(completed, engine)
+    with pytest.raises(TypeError, match=r"restore\(engine, which\) takes an Engine first, got Linear"):
+        await checkpoint.restore(model)
+    with pytest.raises(TypeError, match="expected an event"):
+        checkpoint.attach(engine, model)
+    checkpoint.attach(Engine(lambda engine, batch: None), Events.COMPLETED)  # it serves none of those
+
+
+async def test_it_is_attached_to_an_event_once_and_to_others_as_well(tmp_path: Path) -> None:
+    async with saving(tmp_path) as run:
+        every = Events.ITERATION_COMPLETED(every=2)
+        handle = run.checkpoint.attach(run.engine, every)
+        run.checkpoint.attach(run.engine, Events.ITERATION_COMPLETED(once=3) | Events.EPOCH_COMPLETED)
+        for again in (
+            every,
+            Events.ITERATION_COMPLETED(every=2),
+            "EPOCH_COMPLETED",
+            Events.COMPLETED | Events.COMPLETED,
+        ):
+            with pytest.raises(RuntimeError, match=r"attached to .*COMPLETED.* already, and would save twice"):
+                run.checkpoint.attach(run.engine, again)
+        handle.remove()
+        run.checkpoint.attach(run.engine, every)
+        await run.engine.run([1, 2, 3, 4, 5])
+        assert [(info.step, info.revision) for info in run.checkpoint.list()] == [(3, 1), (4, 1), (5, 1)]
+        await run.checkpoint.close()
+        handle.remove()
+        run.checkpoint.attach(run.engine, every)

@@ -1,0 +1,1013 @@
+"""Loggers beside the step: what is written, in which order, and what becomes of it when a sink is slow or down."""
+
+import asyncio
+import itertools
+import json
+import logging
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Awaitable, Sequence
+from contextlib import ExitStack, closing
+from datetime import timedelta
+from functools import partial
+from http.client import HTTPConnection
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from typing import Any, TypeAlias
+
+import anyio
+import anyio.lowlevel
+import anyio.to_thread
+import pytest
+import torch
+from support.record import Boom
+
+from aengine import DataExhausted, Engine, Events, HandlerTimeout, StopReason
+from aengine.drivers.subscriber_tasks import SubscriberTasks
+from aengine.loggers import Record, Tracker, track, tracker as tracker_module
+from aengine.threads.event_loop import EventLoopHandle
+
+AnyEngine: TypeAlias = Engine[Any, Any]
+
+
+class Memory:
+    """A sink that keeps what it gets, call by call; raises while it is down."""
+
+    def __init__(self) -> None:
+        self.calls: list[list[Record]] = []
+        self.tries = 0
+        self.fails = 0
+        self.closed = 0
+
+    def write(self, records: Sequence[Record]) -> None:
+        self.tries += 1
+        if self.fails:
+            self.fails -= 1
+            raise Boom(f"try {self.tries}")
+        self.calls.append(list(records))
+
+    def close(self) -> None:
+        self.closed += 1
+
+    @property
+    def records(self) -> list[Record]:
+        return [record for call in self.calls for record in call]
+
+    @property
+    def steps(self) -> list[int]:
+        return [record.step for record in self.records]
+
+
+class Held(Memory):
+    """A sink that is as slow as it gets: its calls wait for the test."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_busy = threading.Event()
+        self.go_on = threading.Event()
+
+    def write(self, records: Sequence[Record]) -> None:
+        self.is_busy.set()
+        self.go_on.wait()
+        super().write(records)
+
+
+def tenfold(engine: AnyEngine, batch: int) -> int:
+    return batch * 10
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    logged = [record for record in caplog.records if record.name == "aengine.loggers"]
+    return [record.getMessage() for record in logged if record.levelno >= logging.WARNING]
+
+
+def account(tracker: Tracker) -> tuple[int, int, int, int]:
+    now = tracker.statistics()
+    return now.taken, now.written, now.dropped, now.waiting
+
+
+# What is written
+
+
+@pytest.mark.parametrize("thread", [None, False])
+async def test_each_event_is_a_record_in_order(*, thread: bool | None) -> None:
+    sink, engine = Memory(), Engine(tenfold, name="trainer", thread=thread)
+    tracker = track(engine, sink)
+    await engine.run([1, 2], max_epochs=2)
+    seen = [(record.event, record.engine, record.step, record.epoch, record.values) for record in sink.records]
+    ic, ec = "ITERATION_COMPLETED", "EPOCH_COMPLETED"
+    assert seen == [
+        (ic, "trainer", 1, 1, {"output": 10}),
+        (ic, "trainer", 2, 1, {"output": 20}),
+        (ec, "trainer", 2, 1, {"output": 20}),
+        (ic, "trainer", 3, 2, {"output": 10}),
+        (ic, "trainer", 4, 2, {"output": 20}),
+        (ec, "trainer", 4, 2, {"output": 20}),
+    ]
+    assert account(tracker) == (6, 6, 0, 0)
+    assert sink.closed
+
+
+async def test_an_async_sink_is_awaited_on_the_event_loop() -> None:
+    engine, threads = Engine(tenfold), set()
+    steps: list[int] = []
+
+    async def write(records: Sequence[Record]) -> None:
+        await anyio.lowlevel.checkpoint()
+        threads.add(threading.get_ident())
+        steps.extend(record.step for record in records)
+
+    track(engine, write, Events.ITERATION_COMPLETED)
+    await engine.run([1, 2, 3])
+    assert (threads, steps) == ({threading.get_ident()}, [1, 2, 3])
+
+
+async def test_a_plain_sink_is_called_in_another_thread() -> None:
+    engine, threads = Engine(tenfold), []
+    track(engine, lambda records: threads.append(threading.current_thread()), Events.COMPLETED)
+    await engine.run([1])
+    assert threads
+    assert threads[0] is not threading.current_thread()
+
+
+async def test_values_are_taken_after_the_inline_handlers_whoever_was_added_first() -> None:
+    sink, engine = Memory(), Engine(tenfold)
+    track(engine, sink, Events.EPOCH_COMPLETED)
+    engine.add_event_handler(Events.EPOCH_COMPLETED, lambda engine: engine.state.metrics.update(accuracy=0.5))
+    await engine.run([1])
+    assert sink.records[0].values == {"output": 10, "accuracy": 0.5}
+
+
+async def test_a_tensor_is_written_as_it_was_though_the_next_step_changes_it() -> None:
+    total = torch.zeros(())
+
+    def add_up(engine: AnyEngine, batch: int) -> dict[str, Any]:
+        return {"total": total.add_(batch), "logits": torch.zeros(3), "name": "x"}
+
+    sink, engine = Memory(), Engine(add_up)
+    track(engine, sink, Events.ITERATION_COMPLETED)
+    await engine.run([1, 2, 3])
+    assert [record.values for record in sink.records] == [{"total": 1.0}, {"total": 3.0}, {"total": 6.0}]
+
+
+async def test_a_step_of_ones_own_takes_the_place_of_the_iteration() -> None:
+    sink, trainer, evaluator = Memory(), Engine(tenfold), Engine(tenfold)
+    track(evaluator, sink, Events.COMPLETED, step=lambda _: trainer.state.iteration)
+
+    @trainer.on(Events.EPOCH_COMPLETED)
+    async def evaluate() -> None:
+        await evaluator.run([1, 2, 3])
+
+    await trainer.run([1, 2], max_epochs=2)
+    assert sink.steps == [2, 4]
+
+
+async def test_what_is_no_number_is_refused_where_it_is_asked_for() -> None:
+    engine = Engine(tenfold)
+    track(engine, Memory(), values=lambda engine: {"rates": [0.1, 0.2]})
+    with pytest.raises(TypeError, match=r"'rates' is \[0.1, 0.2\]"):
+        await engine.run([1])
+
+
+def test_what_cannot_work_is_refused_at_once() -> None:
+    engine: AnyEngine = Engine(tenfold)
+    with pytest.raises(TypeError, match="write\\(records\\)"):
+        track(engine, "log.jsonl")  # type: ignore[arg-type]  # as somebody might
+    with pytest.raises(TypeError, match=r"Memory is a class: track\(engine, Memory\(\.\.\.\)\)"):
+        track(engine, Memory)  # type: ignore[arg-type]  # likewise
+    with pytest.raises(TypeError, match=r"is a file: track\(engine, JSONLines\(path\)\)"):
+        track(engine, sys.__stdout__)  # type: ignore[arg-type]  # likewise
+    with pytest.raises(TypeError, match=r"cannot be called as write\(records\)"):
+        track(engine, lambda: None)  # type: ignore[arg-type, misc]  # likewise
+    with pytest.raises(ValueError, match="spool="):
+        track(engine, Memory(), spool=0)
+    with pytest.raises(ValueError, match="no event 'ITERATION_COMPLETE'"):
+        track(engine, Memory(), "ITERATION_COMPLETE")
+    with pytest.raises(ValueError, match="on_error="):
+        track(engine, Memory(), on_error="ignore")  # type: ignore[arg-type]  # likewise
+
+
+def test_a_sink_gets_the_same_values_of_an_event_once() -> None:
+    engine, other = Engine(tenfold, name="trainer"), Engine(tenfold)
+    memory = Memory()
+    every = Events.ITERATION_COMPLETED(every=2)
+    track(engine, memory, every | Events.EPOCH_COMPLETED)
+    for event in (every, Events.COMPLETED | Events.EPOCH_COMPLETED):
+        with pytest.raises(
+            RuntimeError, match=r"these values of engine 'trainer' at (ITERATION|EPOCH)_COMPLETED.* already"
+        ):
+            track(engine, memory, event)
+    assert len(engine.statistics().listeners) == 1
+    track(engine, memory, Events.ITERATION_COMPLETED(every=3))
+    track(engine, memory, Events.EPOCH_COMPLETED, values=lambda engine: {"lr": 0.1})
+    track(engine, memory, Events.EPOCH_COMPLETED, step=lambda engine: 3)
+    track(engine, Memory(), every)
+    track(other, memory, every)
+
+
+@pytest.mark.parametrize(
+    ("error", "argument", "value"),
+    [
+        (TypeError, "values", {"loss": 1}),
+        (TypeError, "values", lambda: {"loss": 1}),
+        (TypeError, "step", 3),
+        (TypeError, "step", lambda: 3),
+        (ValueError, "spool", "a"),
+        (TypeError, "linger", timedelta(seconds=5)),
+        (TypeError, "linger", None),
+        (ValueError, "linger", -1),
+    ],
+)
+def test_an_argument_that_cannot_be_used_is_refused_at_once(error: type[Exception], argument: str, value: Any) -> None:
+    engine: AnyEngine = Engine(tenfold)
+    with pytest.raises(error, match=f"^{argument}= "):
+        track(engine, Memory(), **{argument: value})
+    assert engine.statistics().listeners == ()
+
+
+# Slow sinks
+
+
+async def test_a_slow_sink_delays_no_step_and_gets_what_waited_in_one_call() -> None:
+    sink, engine = Held(), Engine(tenfold)
+
+    @engine.on(Events.ITERATION_COMPLETED(once=2))
+    async def until_busy() -> None:
+        await anyio.to_thread.run_sync(sink.is_busy.wait)
+
+    @engine.on(Events.ITERATION_COMPLETED(once=500))  # reached while the first call has not returned
+    def let_go() -> None:
+        assert sink.calls == []
+        sink.go_on.set()
+
+    track(engine, sink, Events.ITERATION_COMPLETED)
+    await engine.run(range(500))
+    assert sink.steps == list(range(1, 501))
+    assert len(sink.calls) <= 3
+
+
+async def test_a_full_spool_drops_the_oldest_iterations_and_keeps_the_epochs(caplog: pytest.LogCaptureFixture) -> None:
+    sink, engine = Held(), Engine(tenfold)
+
+    @engine.on(Events.ITERATION_STARTED(once=2))
+    async def until_busy() -> None:
+        await anyio.to_thread.run_sync(sink.is_busy.wait)
+
+    tracker = track(engine, sink, spool=10)
+    engine.add_event_handler(Events.COMPLETED, sink.go_on.set)
+    await engine.run(range(20), max_epochs=3)
+    epochs = [record.epoch for record in sink.records if record.event == "EPOCH_COMPLETED"]
+    assert epochs == [1, 2, 3]
+    assert sink.steps == [1, 20, 40, *range(54, 61), 60]
+    assert account(tracker) == (63, 11, 52, 0)
+    assert len(warnings_of(caplog)) == 2  # the first drop, and the sum at the end
+    assert "52 were dropped" in warnings_of(caplog)[1]
+
+
+@pytest.fixture
+def never_at_its_own_pace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have records wait for others, once the sink was called, until something calls for them."""
+    monkeypatch.setattr(tracker_module, "_PACE", 3600.0)
+
+
+@pytest.mark.usefixtures("never_at_its_own_pace")
+async def test_flush_waits_until_what_was_taken_is_written_and_not_for_others_to_gather() -> None:
+    sink, engine = Memory(), Engine(tenfold)
+    flushed: list[list[int]] = []
+
+    @engine.on(Events.ITERATION_COMPLETED)
+    async def hand_over() -> None:  # before the record of this iteration, which is taken last
+        await engine.flush()
+        flushed.append(list(sink.steps))
+
+    track(engine, sink, Events.ITERATION_COMPLETED)
+    await engine.run(range(50))
+    assert flushed == [list(range(1, number)) for number in range(1, 51)]
+
+
+async def test_flush_ends_though_there_are_always_more_records_than_written() -> None:
+    sink, engine = Memory(), Engine(tenfold)
+    track(engine, sink, Events.ITERATION_COMPLETED, spool=10**6)
+    has_begun = anyio.Event()
+
+    @engine.subscribe(Events.ITERATION_COMPLETED(once=10))
+    async def begin(_: object) -> None:
+        has_begun.set()
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(partial(engine.run, itertools.count(), epoch_length=10**9))
+        await has_begun.wait()
+        with anyio.fail_after(60):
+            await engine.flush()
+        assert sink.steps[:10] == list(range(1, 11))
+        engine.terminate()
+    assert sink.steps == [*range(1, engine.state.iteration + 1)]
+
+
+@pytest.mark.usefixtures("never_at_its_own_pace")
+async def test_flush_waits_for_what_was_taken_though_others_are_waited_for_first() -> None:
+    for _ in range(10):  # who is waited for first is left to chance
+        has_begun, go_on, engine = anyio.Event(), anyio.Event(), Engine(tenfold)
+        steps: list[int] = []
+
+        async def write(
+            records: Sequence[Record],
+            has_begun: anyio.Event = has_begun,
+            go_on: anyio.Event = go_on,
+            steps: list[int] = steps,
+        ) -> None:
+            has_begun.set()
+            await go_on.wait()
+            steps.extend(record.step for record in records)
+
+        @engine.subscribe(Events.ITERATION_COMPLETED(once=1))
+        async def take_longer(_: object, go_on: anyio.Event = go_on) -> None:
+            await go_on.wait()
+            for _ in range(10):
+                await anyio.lowlevel.checkpoint()
+
+        @engine.on(Events.ITERATION_STARTED(once=5))
+        async def hand_over(
+            engine: AnyEngine,
+            has_begun: anyio.Event = has_begun,
+            go_on: anyio.Event = go_on,
+            steps: list[int] = steps,
+        ) -> None:
+            await has_begun.wait()
+            async with anyio.create_task_group() as group:
+                group.start_soon(engine.flush)
+                for _ in range(10):
+                    await anyio.lowlevel.checkpoint()
+                go_on.set()
+            assert steps == [1, 2, 3, 4]
+
+        track(engine, write, Events.ITERATION_COMPLETED)
+        await engine.run(range(6))
+
+
+async def test_what_became_of_the_records_adds_up_whoever_asks() -> None:
+    engine = Engine(tenfold)
+    tracker = track(engine, Memory(), Events.ITERATION_COMPLETED)
+    accounts: list[tuple[int, int, int, int]] = []
+
+    def look() -> None:
+        while engine.is_running:
+            accounts.append(account(tracker))
+
+    watcher = threading.Thread(target=look)
+    engine.add_event_handler(Events.STARTED, watcher.start)
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        await engine.run(range(10_000))
+    finally:
+        sys.setswitchinterval(before)
+    watcher.join()
+    assert [one for one in accounts if one[0] != sum(one[1:])] == []
+
+
+async def test_the_step_may_find_that_a_record_is_due_while_the_event_loop_stops_waiting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = Engine(tenfold)
+    tracker = track(engine, Memory(), Events.ITERATION_COMPLETED)
+    hurry = anyio.Event()
+    tracker._hurry, tracker._loop_handle = hurry, EventLoopHandle()
+
+    def stop_waiting() -> bool:
+        tracker._hurry = None  # as the event loop does, on its thread
+        return False
+
+    monkeypatch.setattr(tracker, "_may_gather", stop_waiting)
+    tracker._hurry_if_due()
+    assert hurry.is_set()
+
+
+def test_a_signal_handler_may_fire_an_event_while_a_record_is_taken() -> None:
+    sink, engine = Memory(), Engine(tenfold, thread=False)
+    engine.register_events("signal")
+    tracker = track(engine, sink, Events.ITERATION_COMPLETED | "signal")
+    with tracker._lock:  # held by the thread in which the handler runs
+        assert tracker._lock.acquire(blocking=False)
+        tracker._lock.release()
+        engine.fire_event("signal")
+    engine.run_sync([1])
+    assert sorted(record.event for record in sink.records) == ["ITERATION_COMPLETED", "signal"]
+
+
+@pytest.mark.usefixtures("never_at_its_own_pace")
+async def test_many_records_go_to_the_sink_in_one_call() -> None:
+    sink, engine = Memory(), Engine(tenfold)
+    track(engine, sink, Events.ITERATION_COMPLETED, spool=10**6)
+    await engine.run(range(20_000))
+    assert sink.steps == list(range(1, 20_001))
+    assert len(sink.calls) < 100  # one for the first, then for a thousand; a batch that is behind leaves a rest
+
+
+@pytest.mark.usefixtures("never_at_its_own_pace")
+async def test_a_record_of_an_epoch_waits_for_nothing() -> None:
+    sink, engine = Memory(), Engine(tenfold)
+    tracker = track(engine, sink)
+
+    @engine.on(Events.EPOCH_STARTED)
+    async def until_it_is_there(engine: AnyEngine) -> None:
+        while tracker.statistics().waiting:
+            await anyio.lowlevel.checkpoint()
+
+    await engine.run(range(5), max_epochs=4)
+    assert sink.steps == [1, 2, 3, 4, 5, 5, 6, 7, 8, 9, 10, 10, 11, 12, 13, 14, 15, 15, 16, 17, 18, 19, 20, 20]
+
+
+async def test_only_the_tracker_that_has_something_to_write_is_called() -> None:
+    often, seldom, engine = Memory(), Memory(), Engine(tenfold)
+    track(engine, often, Events.ITERATION_COMPLETED)
+    track(engine, seldom, Events.COMPLETED)
+
+    @engine.on(Events.ITERATION_COMPLETED)
+    async def hand_over() -> None:
+        await engine.flush()
+
+    await engine.run(range(20))
+    of_often, of_seldom = (one.handled for one in engine.statistics().listeners)
+    assert of_often > 10
+    assert of_seldom <= 2  # the record, and the end
+
+
+# Sinks that fail
+
+
+async def test_a_sink_that_is_down_costs_one_warning_and_loses_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    sink, engine = Memory(), Engine(tenfold)
+    sink.fails = 3
+    tracker = track(engine, sink, Events.ITERATION_COMPLETED)
+    await engine.run(range(100))
+    assert sink.steps == list(range(1, 101))
+    assert tracker.statistics().failures == 3
+    assert len(warnings_of(caplog)) == 1
+    said = [record.getMessage() for record in caplog.records if record.name == "aengine.loggers"]
+    assert ["failed" in one for one in said] == [True, False]
+    assert "works again" in said[1]
+
+
+async def test_a_sink_that_is_down_is_left_alone_between_two_tries() -> None:
+    sink, engine = Memory(), Engine(tenfold)
+    sink.fails = 10**6
+    track(engine, sink, linger=0.0)
+
+    @engine.on(Events.EPOCH_COMPLETED)
+    async def hand_over() -> None:
+        await engine.flush()  # comes back, though nothing could be written
+
+    await engine.run([1], max_epochs=1000)
+    assert sink.tries < 20  # of two thousand records; the pauses grow from 0.1 s
+
+
+async def test_what_a_dead_sink_did_not_get_is_told_and_waits_for_the_next_run(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Dead(Memory):
+        async def write(self, records: Sequence[Record]) -> None:  # type: ignore[override]
+            super().write(records)  # not in a thread: there, a call that was given up might come to it later
+
+    sink, engine = Dead(), Engine(tenfold)
+    sink.fails = 10**6
+    tracker = track(engine, sink, Events.ITERATION_COMPLETED, linger=0.2)
+    await engine.run([1, 2, 3])
+    assert account(tracker) == (3, 0, 0, 3)
+    assert "3 not written" in warnings_of(caplog)[-1]
+    sink.fails = 0
+    tracker._sink._linger = 30.0  # on a busy machine the time of the first run might be too short for the second
+    await engine.run([1, 2])
+    assert sink.steps == [1, 2, 3, 1, 2]
+    assert account(tracker) == (5, 5, 0, 0)
+
+
+@pytest.mark.parametrize("is_async", [True, False])
+async def test_a_sink_that_hangs_does_not_keep_the_run_from_ending(*, is_async: bool) -> None:
+    release = threading.Event()
+
+    async def hang(records: Sequence[Record]) -> None:
+        await anyio.sleep_forever()
+
+    def hang_in_thread(records: Sequence[Record]) -> None:
+        release.wait()
+
+    engine = Engine(tenfold)
+    tracker = track(engine, hang if is_async else hang_in_thread, linger=0.05)
+    try:
+        await engine.run([1, 2, 3])  # without HandlerTimeout
+    finally:
+        release.set()
+    assert tracker.statistics().waiting == 4
+
+
+async def test_with_raise_the_error_of_the_sink_fails_the_run() -> None:
+    sink, engine = Memory(), Engine(tenfold)
+    sink.fails = 1
+    track(engine, sink, on_error="raise")
+    with pytest.raises(Boom):
+        await engine.run([1, 2, 3])
+
+
+async def test_a_server_that_comes_up_late_gets_all_from_the_beginning() -> None:
+    received: list[int] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            received.extend(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = free.getsockname()
+
+    def post(records: Sequence[Record]) -> None:
+        with closing(HTTPConnection(address[0], address[1], timeout=10)) as connection:
+            connection.request("POST", "/", json.dumps([record.step for record in records]))
+            assert connection.getresponse().status == 204
+
+    engine = Engine(tenfold)
+    tracker = track(engine, post, Events.ITERATION_COMPLETED)
+
+    @engine.on(Events.ITERATION_COMPLETED(once=50))
+    async def until_it_has_failed() -> None:
+        while not tracker.statistics().failures:
+            await anyio.lowlevel.checkpoint()
+
+    with ExitStack() as entered:
+
+        @engine.on(Events.ITERATION_COMPLETED(once=100))
+        def come_up() -> None:
+            server = entered.enter_context(HTTPServer(address, Handler))
+            thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+            thread.start()
+            entered.callback(thread.join)
+            entered.callback(server.shutdown)
+
+        await engine.run(range(150))
+    assert received == list(range(1, 151))
+    assert account(tracker) == (150, 150, 0, 0)
+
+
+HANGS = """
+import sys, threading, time
+import anyio
+from aengine import Engine, Events
+from aengine.loggers import track
+
+def hang(records):
+    threading.Event().wait()
+
+engine = Engine(lambda engine, batch: batch)
+tracker = track(engine, hang, linger=0.1)
+anyio.run(engine.run, [1, 2, 3], backend=sys.argv[1])
+print(tracker.statistics().waiting)
+"""
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_a_sink_that_hangs_does_not_keep_the_process_from_ending(backend: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", HANGS, backend], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "4\n")
+    assert "still busy" in done.stderr
+
+
+# Ends
+
+
+async def test_an_async_sink_is_closed_by_awaiting_it_after_the_last_record() -> None:
+    told: list[str] = []
+
+    class Async:
+        async def write(self, records: Sequence[Record]) -> None:
+            told.extend(record.event for record in records)
+
+        async def close(self) -> None:
+            await anyio.lowlevel.checkpoint()
+            told.append("closed")
+
+    engine = Engine(tenfold)
+    track(engine, Async(), Events.EPOCH_COMPLETED)
+    await engine.run([1], max_epochs=2)
+    assert told == ["EPOCH_COMPLETED", "EPOCH_COMPLETED", "closed"]
+
+
+async def test_a_sink_is_not_closed_before_the_last_record_is_written() -> None:
+    told: list[str] = []
+
+    class Told:
+        async def write(self, records: Sequence[Record]) -> None:
+            told.extend("written" for _ in records)
+
+        async def close(self) -> None:
+            await anyio.lowlevel.checkpoint()
+            told.append("closed")
+
+    class Breathing:
+        def __init__(self, times: int) -> None:
+            self.times = times
+
+        async def __call__(self, *given: Any) -> None:
+            for _ in range(self.times):
+                await anyio.lowlevel.checkpoint()
+
+    for in_step, before_it in [
+        *itertools.product(range(7), range(6))
+    ] * 3:  # the tasks meet in one order, and in the other
+        engine: AnyEngine = Engine(Breathing(in_step))
+        engine.add_event_handler(Events.EPOCH_STARTED, Breathing(before_it))
+        track(engine, Told(), Events.EPOCH_COMPLETED)
+        told.clear()
+        await engine.run([1], max_epochs=2)
+        assert told == ["written", "written", "closed"]
+
+
+async def test_a_sink_that_cannot_be_closed_is_warned_of_and_the_run_is_none_the_worse(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Full(Memory):
+        def close(self) -> None:
+            raise OSError("no space left")
+
+    engine = Engine(tenfold)
+    tracker = track(engine, Full(), Events.ITERATION_COMPLETED)
+    await engine.run([1, 2])
+    assert engine.state.stop_reason is StopReason.COMPLETED
+    assert account(tracker) == (2, 2, 0, 0)
+    assert len(warnings_of(caplog)) == 1
+
+
+async def test_a_plain_function_may_return_what_is_to_be_awaited() -> None:
+    steps: list[int] = []
+
+    async def write(records: Sequence[Record]) -> None:
+        await anyio.lowlevel.checkpoint()
+        steps.extend(record.step for record in records)
+
+    engine = Engine(tenfold)
+
+    def hand_over(records: Sequence[Record]) -> Awaitable[None]:
+        return write(records)
+
+    track(engine, hand_over, Events.ITERATION_COMPLETED)
+    await engine.run([1, 2])
+    assert steps == [1, 2]
+
+
+async def test_a_sink_that_outlives_the_grace_of_the_engine_fails_the_run_and_nothing_is_unaccounted_for() -> None:
+    async def hang(records: Sequence[Record]) -> None:
+        await anyio.sleep_forever()
+
+    engine = Engine(tenfold, grace=0.05)
+    tracker = track(engine, hang, Events.ITERATION_COMPLETED)  # linger=5
+    with pytest.raises(HandlerTimeout, match="hang"):
+        await engine.run([1, 2, 3])
+    assert account(tracker) == (3, 0, 0, 3)
+
+
+async def test_a_native_cancellation_loses_no_line(anyio_backend_name: str) -> None:
+    if anyio_backend_name != "asyncio":
+        pytest.skip("trio has none")
+    sink, engine = Held(), Engine(tenfold)
+    track(engine, sink, Events.ITERATION_COMPLETED, spool=10**6)
+    task = asyncio.create_task(engine.run(iter(int, 1), epoch_length=10**9))
+    await asyncio.to_thread(sink.is_busy.wait)
+    task.cancel()
+    sink.go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert sink.steps == list(range(1, engine.state.iteration + 1))
+
+
+async def test_the_last_lines_before_a_failure_are_written() -> None:
+    def fail(engine: AnyEngine, batch: int) -> int:
+        if batch == 3:
+            raise Boom
+        return batch
+
+    sink, engine = Memory(), Engine(fail)
+    track(engine, sink)
+    with pytest.raises(Boom):
+        await engine.run([1, 2, 3, 4])
+    assert sink.steps == [1, 2]
+    assert sink.closed
+
+
+async def test_the_last_lines_before_a_cancellation_are_written() -> None:
+    sink, engine = Memory(), Engine(tenfold)
+    track(engine, sink, spool=10**6)
+    with anyio.CancelScope() as scope:
+
+        @engine.subscribe(Events.ITERATION_COMPLETED(once=5))
+        async def cancel(_: object) -> None:
+            scope.cancel()
+
+        await engine.run(iter(int, 1), epoch_length=10**9)
+    assert sink.steps == list(range(1, engine.state.iteration + 1))
+    assert engine.state.iteration >= 5
+    assert sink.closed
+
+
+async def test_a_run_that_is_interrupted_goes_on_writing() -> None:
+    sink, engine = Memory(), Engine(tenfold)
+    tracker = track(engine, sink, linger=0.0)  # so that the time for the last words is over as soon as it begins
+    engine.add_event_handler(Events.ITERATION_COMPLETED(once=2), engine.interrupt)
+
+    async def until_it_has_tried(events: int) -> None:
+        while tracker.statistics().written + tracker.statistics().failures < events:
+            await anyio.lowlevel.checkpoint()
+
+    @engine.on(Events.INTERRUPT)
+    async def until_it_has_tried_two() -> None:
+        await until_it_has_tried(2)
+
+    @engine.on(Events.EPOCH_COMPLETED)
+    async def until_it_has_tried_three() -> None:  # before the true end, whose deadline is another
+        await until_it_has_tried(3)
+
+    @engine.on(Events.COMPLETED)
+    async def until_it_has_tried_all() -> None:
+        await until_it_has_tried(4)
+
+    await engine.run([1, 2, 3])
+    assert sink.steps == [1, 2]
+    await engine.run()
+    assert sink.steps == [1, 2, 3, 3]
+    assert tracker.statistics().failures == 0
+    assert sink.closed >= 2
+
+
+async def test_a_record_of_the_last_event_is_written_though_the_time_of_an_event_before_is_over() -> None:
+    sink, engine = Memory(), Engine(tenfold)
+    tracker = track(engine, sink, Events.COMPLETED, linger=0.01)
+    engine.add_event_handler(Events.ITERATION_COMPLETED(once=1), engine.terminate)
+
+    @engine.on(Events.COMPLETED)
+    async def take_longer() -> None:
+        while not tracker._sink.is_late:  # noqa: ASYNC110 -- it is time itself that is waited for
+            await anyio.sleep(0.01)
+        tracker._sink._linger = 30.0
+
+    await engine.run([1, 2])
+    assert sink.steps == [1]
+    assert tracker.statistics().failures == 0
+
+
+@pytest.mark.parametrize("moment", ["between runs", "at the start"])
+async def test_an_event_before_the_next_run_has_begun_has_nothing_of_the_end_of_the_last(moment: str) -> None:
+    sink, engine = Witnessed(), Engine(tenfold, name="trainer")
+    engine.register_events("mine")
+    tracker = track(engine, sink, "mine", linger=0.0, on_error="raise")
+    await engine.run([1])
+    await anyio.sleep(0.01)  # the deadline of the last run, whose linger is 0, is over
+    engine.state.max_epochs = None
+    sink.told.clear()
+    if moment == "between runs":
+        await engine.emit("mine")
+    else:
+
+        @engine.on(Events.STARTED)
+        async def emit_and_wait(engine: AnyEngine) -> None:
+            await engine.emit("mine")
+            await engine.flush()
+
+    @engine.on(Events.ITERATION_COMPLETED)
+    async def hand_over(engine: AnyEngine) -> None:
+        await engine.flush()
+
+    await engine.run([1])
+    assert sink.told == ["trainer begins", "mine", "trainer completed", "close"]
+    assert account(tracker) == (1, 1, 0, 0)
+
+
+async def test_an_event_while_an_interrupted_run_ends_does_not_keep_later_records_from_being_written() -> None:
+    sink, engine = Memory(), Engine(tenfold)
+    engine.register_events("mine")
+    tracker = track(engine, sink, Events.EPOCH_COMPLETED | "mine")
+    engine.subscribe(Events.STARTED, Memory().write)  # type: ignore[arg-type]  # another task to be ended
+    engine.add_event_handler(Events.ITERATION_COMPLETED(once=1), engine.interrupt)
+
+    async def emit_late() -> None:
+        while not tracker._inbox.is_at_end:
+            await anyio.lowlevel.checkpoint()
+        await engine.emit("mine")
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(emit_late)
+        await engine.run([1, 2])
+    await engine.run()
+    assert [record.event for record in sink.records] == ["mine", "EPOCH_COMPLETED"]
+    assert account(tracker) == (2, 2, 0, 0)
+
+
+async def test_two_trackers_of_one_engine_get_everything() -> None:
+    one, other, engine = Memory(), Memory(), Engine(tenfold)
+    one.fails = 1
+    track(engine, one, Events.ITERATION_COMPLETED)
+    track(engine, other, Events.ITERATION_COMPLETED(every=2))
+    await engine.run(range(10))
+    assert (one.steps, other.steps) == ([*range(1, 11)], [2, 4, 6, 8, 10])
+
+
+def test_run_sync_writes_as_well() -> None:
+    sink, engine = Memory(), Engine(tenfold)
+    track(engine, sink)
+    engine.run_sync([1, 2])
+    assert sink.steps == [1, 2, 2]
+
+
+# Witnesses
+
+
+class Witnessed(Memory):
+    """A sink that notes down what it is told of runs, and where among its records."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: list[str] = []
+
+    def begin(self, engine: str, time: float) -> None:
+        self.told.append(f"{engine} begins")
+
+    def write(self, records: Sequence[Record]) -> None:
+        super().write(records)
+        self.told.extend(record.event for record in records)
+
+    def end(self, engine: str, time: float, reason: StopReason) -> None:
+        self.told.append(f"{engine} {reason}")
+
+    def close(self) -> None:
+        super().close()
+        self.told.append("close")
+
+
+async def test_a_witness_is_told_when_a_run_begins_and_why_it_ended() -> None:
+    sink, engine = Witnessed(), Engine(tenfold, name="trainer")
+    track(engine, sink, Events.EPOCH_COMPLETED)
+    for _ in range(2):
+        await engine.run([1])
+    assert sink.told == ["trainer begins", "EPOCH_COMPLETED", "trainer completed", "close"] * 2
+
+
+@pytest.mark.parametrize("skip", [False, True])
+async def test_a_witness_is_told_of_a_termination_once(*, skip: bool) -> None:
+    sink, engine = Witnessed(), Engine(tenfold, name="trainer")
+    track(engine, sink, Events.COMPLETED | Events.TERMINATE)
+    engine.add_event_handler(Events.ITERATION_COMPLETED(once=1), engine.terminate, skip_completed=skip)
+    await engine.run([1, 2])
+    closed = [one for one in sink.told if one != "close"]
+    last = [] if skip else ["COMPLETED"]
+    assert closed == ["trainer begins", "TERMINATE", *last, "trainer terminated"]
+    assert sink.told[-1] == "close"
+
+
+async def test_a_witness_is_told_of_a_failure() -> None:
+    def fail(engine: AnyEngine, batch: int) -> int:
+        raise Boom
+
+    sink, engine = Witnessed(), Engine(fail, name="trainer")
+    track(engine, sink)
+    with pytest.raises(Boom):
+        await engine.run([1])
+    assert sink.told == ["trainer begins", "trainer failed", "close"]
+
+
+async def test_a_witness_is_told_of_a_cancellation() -> None:
+    sink, engine = Witnessed(), Engine(tenfold, name="trainer")
+    track(engine, sink, Events.STARTED)
+    with anyio.CancelScope() as scope:
+
+        @engine.on(Events.ITERATION_COMPLETED(once=5))
+        async def cancel() -> None:
+            scope.cancel()
+
+        await engine.run(iter(int, 1), epoch_length=10**9)
+    assert sink.told == ["trainer begins", "STARTED", "trainer cancelled", "close"]
+
+
+async def test_a_witness_is_told_of_a_run_that_fails_when_it_was_completed() -> None:
+    sink, engine = Witnessed(), Engine(tenfold, name="trainer")
+    track(engine, sink, Events.EPOCH_COMPLETED)
+
+    @engine.on(Events.COMPLETED)
+    def fail() -> None:
+        raise Boom
+
+    with pytest.raises(Boom):
+        await engine.run([1])
+    assert sink.told[-2:] == ["trainer failed", "close"]
+
+
+async def test_a_run_that_is_interrupted_has_not_ended_for_a_witness() -> None:
+    sink, engine = Witnessed(), Engine(tenfold, name="trainer")
+    track(engine, sink, Events.EPOCH_COMPLETED)
+    engine.add_event_handler(Events.ITERATION_COMPLETED(once=2), engine.interrupt)
+    await engine.run([1, 2, 3])
+    assert sink.told == ["trainer begins", "close"]
+    await engine.run()
+    assert sink.told == ["trainer begins", "close", "EPOCH_COMPLETED", "trainer completed", "close"]
+
+
+@pytest.mark.parametrize(
+    "event", [Events.ITERATION_COMPLETED(every=10, at_end=True), Events.COMPLETED(every=2, at_end=True)]
+)
+@pytest.mark.parametrize("skip", [False, True])
+async def test_a_record_that_comes_at_the_very_end_is_written_before_the_end_is_told(event: Any, *, skip: bool) -> None:
+    sink, engine = Witnessed(), Engine(tenfold, name="trainer")
+
+    def look(_: object) -> dict[str, int]:
+        threading.Event().wait(0.02)  # long enough for the task that writes to come to an end
+        return {}
+
+    track(engine, sink, event, values=look)
+    if skip:
+        engine.add_event_handler(Events.ITERATION_COMPLETED(once=3), engine.terminate, skip_completed=True)
+    await engine.run(range(5))
+    last = [] if skip and event == Events.COMPLETED else [event.name]
+    reason = "terminated" if skip else "completed"
+    assert sink.told == ["trainer begins", *last, f"trainer {reason}", "close"]
+
+
+async def test_a_record_after_the_end_was_told_is_of_a_run_that_is_told_of_again() -> None:
+    sink, engine = Witnessed(), Engine(tenfold, name="trainer")
+    engine.register_events("mine")
+    track(engine, sink, "mine")
+
+    @engine.subscribe(Events.COMPLETED)
+    async def emit_late(_: object) -> None:
+        while "close" not in sink.told:
+            await anyio.lowlevel.checkpoint()
+        await engine.emit("mine")
+
+    await engine.run([1])
+    once = ["trainer begins", "trainer completed", "close"]
+    assert sink.told == [*once, "trainer begins", "mine", *once[1:]]
+
+
+async def test_the_end_of_a_run_whose_sink_was_given_up_is_not_told_of_the_next() -> None:
+    class Hanging(Witnessed):
+        async def write(self, records: Sequence[Record]) -> None:  # type: ignore[override]
+            if engine.state.max_epochs == 1:
+                await anyio.sleep_forever()
+            super().write(records)
+
+    sink, engine = Hanging(), Engine(tenfold, name="trainer", grace=0.05)
+    track(engine, sink, Events.EPOCH_COMPLETED)
+    with pytest.raises(HandlerTimeout):
+        await engine.run([1])
+    assert sink.told == ["trainer begins", "trainer failed"]
+    engine.add_event_handler(Events.ITERATION_COMPLETED(once=2), engine.interrupt)
+    await engine.run([1], max_epochs=2)
+    assert sink.told[2:] == ["trainer begins", "EPOCH_COMPLETED", "close"]
+
+
+@pytest.mark.parametrize("thread", [None, False])
+async def test_what_was_taken_of_a_run_without_data_is_written_and_the_sink_closed(*, thread: bool | None) -> None:
+    """Such a run ends without an event, so that flushing has to tell."""
+    sink, engine = Witnessed(), Engine(tenfold, name="trainer", thread=thread)
+    tracker = track(engine, sink, Events.STARTED, values=lambda _: {"rate": 0.1})
+    for _ in range(2):
+        with pytest.raises(DataExhausted):
+            await engine.run(lambda: iter(()))
+        assert sink.told == ["trainer begins", "STARTED", "trainer failed", "close"]
+        sink.told.clear()
+    assert account(tracker) == (2, 2, 0, 0)
+
+
+async def test_a_sink_that_is_down_has_its_time_when_a_run_found_no_data(caplog: pytest.LogCaptureFixture) -> None:
+    sink, engine = Memory(), Engine(tenfold)
+    sink.fails = 1
+    tracker = track(engine, sink, Events.STARTED, values=lambda _: {"rate": 0.1})
+    with pytest.raises(DataExhausted):
+        await engine.run(lambda: iter(()))
+    assert (account(tracker), sink.tries, sink.closed) == ((1, 1, 0, 0), 2, 1)
+    assert len(warnings_of(caplog)) == 1
+
+
+# What the end of a run waits for
+
+
+async def test_an_event_that_comes_after_the_last_look_is_not_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(tenfold)
+    engine.subscribe(Events.STARTED, print)
+    looks = iter([[], engine._bus.subscribers])
+    consumers = SubscriberTasks(engine._bus, EventLoopHandle(), grace=30.0)
+    monkeypatch.setattr(SubscriberTasks, "_late", property(lambda _: next(looks)))
+    await consumers.finish(anyio.current_time() + 30)
+
+
+async def test_flush_waits_for_nobody_where_the_tasks_of_the_run_have_ended() -> None:
+    engine = Engine(tenfold)
+    engine.subscribe(Events.STARTED, print)
+    consumers = SubscriberTasks(engine._bus, EventLoopHandle(), grace=30.0)
+    await consumers.end()
+    await engine.emit(Events.STARTED)  # waits for the next run
+    with anyio.fail_after(10):
+        await consumers.flush()

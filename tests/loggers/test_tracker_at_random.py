@@ -1,0 +1,223 @@
+"""Trackers under random runs: whatever happens, each record is written once, in order, and each end is told."""
+
+import random
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+import anyio
+import pytest
+from support.record import AnyEngine, Boom
+
+from aengine import DataExhausted, Engine, Events, StopReason
+from aengine.loggers import Record, Tracker, retry, track
+
+SEEDS = 15
+"""In the short form, and on each event loop."""
+
+EVENTS: list[Any] = [
+    Events.ITERATION_COMPLETED,
+    Events.ITERATION_COMPLETED(every=2) | Events.EPOCH_COMPLETED,
+    Events.STARTED | Events.COMPLETED,
+    Events.EPOCH_STARTED | Events.EPOCH_COMPLETED | Events.TERMINATE,
+    Events.ITERATION_STARTED | Events.EXCEPTION_RAISED | Events.CANCELLED,
+    "mine",
+    Events.ITERATION_COMPLETED | "mine",
+]
+
+
+class Moody:
+    """A sink that is slow now and then, and fails before it has written anything."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self.told: list[str] = []
+        self.written: list[int] = []
+        self._rng = rng
+        self._failing = rng.choice([0.0, 0.0, 0.3])
+        self._slow = rng.choice([0.0, 0.3])
+
+    def _take(self, records: Sequence[Record]) -> None:
+        if self._rng.random() < self._failing:
+            raise Boom
+        self.written += [int(record.values["number"]) for record in records]
+        self.told.append("write")
+
+    def begin(self, engine: str, time: float) -> None:
+        self.told.append("begin")
+
+    def end(self, engine: str, time: float, reason: StopReason) -> None:
+        self.told.append(f"end: {reason}")
+
+    def be_well(self) -> None:
+        self._failing = self._slow = 0.0
+
+
+class MoodyThread(Moody):
+    def write(self, records: Sequence[Record]) -> None:
+        if self._rng.random() < self._slow:
+            time.sleep(1e-3)
+        self._take(records)
+
+    def close(self) -> None:
+        self.told.append("close")
+
+
+class MoodyTask(Moody):
+    async def write(self, records: Sequence[Record]) -> None:
+        if self._rng.random() < self._slow:
+            await anyio.sleep(1e-3)
+        self._take(records)
+
+    async def close(self) -> None:
+        await anyio.lowlevel.checkpoint()
+        self.told.append("close")
+
+
+class Tracked:
+    """A sink with its tracker, and the numbers of the records that were taken for it."""
+
+    def __init__(self, rng: random.Random, engine: AnyEngine) -> None:
+        self.sink: Moody = rng.choice([MoodyThread, MoodyTask])(rng)
+        self.taken = 0
+        self.tracker: Tracker = track(
+            engine,
+            self.sink,  # type: ignore[arg-type]  # it is one of two that have the methods
+            rng.choice(EVENTS),
+            values=self._values,
+            spool=rng.choice([2, 10_000]),
+            linger=20.0,
+        )
+
+    def _values(self, _: AnyEngine) -> dict[str, int]:
+        self.taken += 1
+        return {"number": self.taken}
+
+    def check(self, reason: StopReason | None) -> None:
+        """Check what holds between two runs."""
+        now, told = self.tracker.statistics(), self.sink.told
+        assert now.taken == now.written + now.dropped + now.waiting == self.taken
+        assert len(self.sink.written) == now.written
+        assert self.sink.written == sorted(set(self.sink.written))
+        marks = [one.partition(":")[0] for one in told if not one.startswith(("write", "close"))]
+        assert marks == ["begin", "end"] * (len(marks) // 2) + ["begin"] * (len(marks) % 2)
+        if told and reason is not StopReason.INTERRUPTED:
+            assert not now.waiting
+            assert told[-1] == "close"
+            assert [one for one in told if one.startswith("end")][-1] == f"end: {reason}"
+
+    def check_all(self) -> None:
+        now = self.tracker.statistics()
+        assert (now.written + now.dropped, now.waiting) == (now.taken, 0)
+
+
+class Trouble:
+    """What is done to an engine at random, by its step, by an inline handler, and from beside."""
+
+    def __init__(self, rng: random.Random, engine: AnyEngine) -> None:
+        self._rng = rng
+        self._engine = engine
+        self._odds = rng.choice([0.0, 0.1, 0.4])
+        self.scope: anyio.CancelScope | None = None
+
+    def be_over(self) -> None:
+        self._odds = 0.0
+
+    def strike(self) -> None:
+        if self._rng.random() < self._odds:
+            engine = self._engine
+            ends = [engine.terminate, engine.terminate_epoch, engine.interrupt, self._raise]
+            self._rng.choice([*ends, *[self._fire] * 8])()
+
+    async def strike_async(self) -> None:
+        if self._rng.random() < self._odds:
+            await self._engine.flush()
+        if self._rng.random() < self._odds:
+            await self._engine.emit("mine")
+        if self._rng.random() < self._odds / 4 and self.scope is not None:
+            self.scope.cancel()
+
+    async def beside(self) -> None:
+        while self._odds:
+            with suppress(RuntimeError):  # no run is under way, and something waits for the next one
+                await self._engine.flush()
+            await anyio.sleep(1e-3)
+
+    async def run(self, data: Sequence[int], max_epochs: int) -> None:
+        with anyio.CancelScope() as self.scope, suppress(Boom, DataExhausted):
+            if self._engine.state.stop_reason is StopReason.INTERRUPTED:
+                await self._engine.run()
+            else:
+                self._engine.state.max_epochs = None
+                await self._engine.run(lambda: iter(data), max_epochs=max_epochs)
+
+    def _fire(self) -> None:
+        self._engine.fire_event("mine")
+
+    def _raise(self) -> None:
+        raise Boom
+
+
+def engine_of(rng: random.Random) -> tuple[AnyEngine, Trouble]:
+    is_async, thread = rng.choice([(True, None), (False, None), (False, False)])
+
+    async def async_step(engine: AnyEngine, batch: int) -> None:
+        trouble.strike()
+        if rng.random() < 0.2:
+            await anyio.lowlevel.checkpoint()
+
+    def step(engine: AnyEngine, batch: int) -> None:
+        trouble.strike()
+        if rng.random() < 0.1:
+            time.sleep(1e-3)
+
+    engine: AnyEngine = Engine(async_step if is_async else step, thread=thread)
+    engine.register_events("mine")
+    trouble = Trouble(rng, engine)
+    engine.add_event_handler(rng.choice([Events.EPOCH_COMPLETED, Events.COMPLETED]), trouble.strike_async)
+    engine.add_event_handler(Events.ITERATION_COMPLETED(every=rng.randint(1, 9)), trouble.strike_async)
+    return engine, trouble
+
+
+async def run_at_random(seed: int) -> None:
+    rng = random.Random(seed)
+    engine, trouble = engine_of(rng)
+    tracked = [Tracked(rng, engine) for _ in range(rng.randint(1, 3))]
+
+    async def run(length: int) -> None:
+        await trouble.run(range(length), max_epochs=rng.randint(1, 3))
+        for one in tracked:
+            one.check(engine.state.stop_reason)
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(trouble.beside)
+        for _ in range(rng.randint(1, 4)):
+            await run(rng.choice([0, 1, 3, 20]))
+        trouble.be_over()
+    for one in tracked:
+        one.sink.be_well()
+    while engine.state.stop_reason is StopReason.INTERRUPTED:
+        await run(3)
+    await run(3)
+    for one in tracked:
+        one.check_all()
+
+
+@pytest.fixture(autouse=True)
+def no_long_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retry, "_FIRST_PAUSE", 1e-4)
+    monkeypatch.setattr(retry, "_LONGEST_PAUSE", 1e-3)
+
+
+async def test_nothing_is_lost_written_twice_or_left_untold() -> None:
+    for seed in range(SEEDS):
+        with anyio.fail_after(60):
+            await run_at_random(seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hundred", range(10))
+async def test_nothing_is_lost_in_a_thousand_runs(hundred: int) -> None:
+    for seed in range(100 * hundred, 100 * hundred + 100):
+        with anyio.fail_after(60):
+            await run_at_random(seed)

@@ -1,0 +1,640 @@
+"""The supervised trainer and evaluator do what the plain loop does, to the last bit, on the worker and off it."""
+
+import logging
+from collections import namedtuple
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.plain_loops import (
+    BATCH,
+    LOSS,
+    WIDTH,
+    Unsized,
+    as_numbers,
+    assert_equal_bits,
+    batches,
+    build,
+    plain_loop,
+    record_losses,
+)
+from support.record import AnyEngine, Boom
+from torch.nn.utils import clip_grad_value_
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from aengine import Engine, Events
+from aengine.checkpoint import Checkpoint, Keep
+from aengine.errors import CheckpointMismatch
+from aengine.training.supervised import (
+    create_supervised_evaluator,
+    create_supervised_trainer,
+    evaluating,
+    move,
+    prepare_batch,
+    supervised_training_step,
+)
+from aengine.training.update import Update, UpdateEvents
+
+THREADS = pytest.mark.parametrize("thread", [None, False], ids=["worker", "loop"])
+
+# What the trainer is told, and the same for the plain loop.
+VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "plain": ({}, {}),
+    "accumulation": ({"gradient_accumulation_steps": 3}, {"accumulate": 3}),
+    "clipping": ({"clip_gradients": 0.5}, {"norm": 0.5}),
+    "bfloat16": ({"amp_mode": torch.bfloat16}, {"dtype": torch.bfloat16}),
+    "accumulation, clipping, bfloat16": (
+        {"gradient_accumulation_steps": 4, "clip_gradients": 0.3, "amp_mode": torch.bfloat16},
+        {"accumulate": 4, "norm": 0.3, "dtype": torch.bfloat16},
+    ),
+}
+
+
+def scaler() -> torch.amp.GradScaler:
+    return torch.amp.GradScaler("cpu", init_scale=2.0**40, growth_interval=3)  # so large that it must back off at first
+
+
+@THREADS
+@pytest.mark.parametrize("variant", VARIANTS)
+async def test_losses_equal_those_of_the_plain_loop(variant: str, thread: bool | None) -> None:  # noqa: FBT001 -- pytest passes it by name
+    ours, theirs = VARIANTS[variant]
+    plain_model, plain_optimizer = build()
+    expected = plain_loop(plain_model, plain_optimizer, **theirs)
+    model, optimizer = build()
+    trainer = create_supervised_trainer(model, optimizer, LOSS, thread=thread, **ours)
+    losses = record_losses(trainer)
+    await trainer.run(batches(), max_epochs=2)
+    assert as_numbers(losses) == expected
+    assert len(set(expected)) == 14
+    assert_equal_bits(model.state_dict(), plain_model.state_dict())
+
+
+@THREADS
+@pytest.mark.parametrize("dtype", [None, torch.float16], ids=str)
+async def test_gradient_scaler_scales_as_in_the_plain_loop(dtype: torch.dtype | None, thread: bool | None) -> None:  # noqa: FBT001 -- pytest passes it by name
+    plain_model, plain_optimizer = build()
+    plain_scaler = scaler()
+    expected = plain_loop(plain_model, plain_optimizer, scaler=plain_scaler, dtype=dtype, norm=0.5, accumulate=2)
+    model, optimizer = build()
+    own = scaler()
+    trainer = create_supervised_trainer(
+        model,
+        optimizer,
+        LOSS,
+        amp_mode=dtype,
+        scaler=own,
+        clip_gradients=0.5,
+        gradient_accumulation_steps=2,
+        thread=thread,
+    )
+    losses = record_losses(trainer)
+    await trainer.run(batches(), max_epochs=2)
+    assert as_numbers(losses) == expected
+    assert own.state_dict() == plain_scaler.state_dict()
+    assert_equal_bits(model.state_dict(), plain_model.state_dict())
+
+
+async def test_weights_that_were_cast_for_one_step_are_not_used_in_the_next() -> None:
+    """Though the caller's autocast goes on, which alone would forget them."""
+    model, optimizer = build()
+    trainer = create_supervised_trainer(model, optimizer, LOSS, amp_mode=torch.bfloat16, thread=False)
+    evaluator = create_supervised_evaluator(model, amp_mode=torch.bfloat16, thread=False)
+    losses = record_losses(trainer)
+    predictions: list[torch.Tensor] = []
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        await trainer.run(batches(), max_epochs=2)
+        for scale in (1.0, 0.0):
+            with torch.no_grad():
+                for parameter in model[3].parameters():
+                    parameter.mul_(scale)
+            await evaluator.run(batches()[:1])
+            predictions.append(evaluator.state.output[0])
+    plain_model, plain_optimizer = build()
+    assert as_numbers(losses) == plain_loop(plain_model, plain_optimizer, dtype=torch.bfloat16)
+    assert predictions[0].any()
+    assert not predictions[1].any()
+
+
+async def test_compiled_model_is_trained_as_it_is() -> None:
+    plain_model, plain_optimizer = build()
+    expected = plain_loop(plain_model, plain_optimizer)
+    model, optimizer = build()
+    compiled: Any = torch.compile(model, backend="eager")
+    trainer = create_supervised_trainer(compiled, optimizer, LOSS)
+    losses = record_losses(trainer)
+    await trainer.run(batches(), max_epochs=2)
+    assert as_numbers(losses) == expected
+    evaluator = create_supervised_evaluator(compiled)
+    await evaluator.run(batches()[:1])
+    with torch.no_grad():
+        assert_equal_bits(evaluator.state.output[0], model.eval()(batches()[0][0]))
+
+
+async def test_clipping_may_be_a_function_of_the_parameters() -> None:
+    model, optimizer = build()
+    trainer = create_supervised_trainer(
+        model, optimizer, LOSS, clip_gradients=partial(clip_grad_value_, clip_value=1e-3)
+    )
+    await trainer.run(batches()[:1])
+    assert max(float(parameter.grad.abs().max()) for parameter in model.parameters() if parameter.grad is not None) == (
+        pytest.approx(1e-3)
+    )
+
+
+# Accumulation
+
+
+def stepped(engine: AnyEngine) -> list[int]:
+    """Return the list that is going to hold the iterations at which the optimizer was stepped."""
+    seen: list[int] = []
+    engine.add_event_handler(UpdateEvents.OPTIMIZER_STEPPED, lambda engine: seen.append(engine.state.iteration))
+    return seen
+
+
+def accumulating(steps: int, **options: Any) -> tuple[AnyEngine, torch.nn.Module]:
+    model, optimizer = build()
+    return create_supervised_trainer(model, optimizer, LOSS, gradient_accumulation_steps=steps, **options), model
+
+
+@THREADS
+async def test_optimizer_is_stepped_at_the_end_of_each_group_and_epoch(thread: bool | None) -> None:  # noqa: FBT001 -- pytest passes it by name
+    trainer, _ = accumulating(3, thread=thread)
+    seen = stepped(trainer)
+    await trainer.run(batches(), max_epochs=2)
+    assert seen == [3, 6, 7, 10, 13, 14]
+
+
+async def test_last_group_of_data_of_unknown_length_is_stepped_on_at_the_end_of_the_epoch() -> None:
+    plain_model, plain_optimizer = build()
+    expected = plain_loop(plain_model, plain_optimizer, accumulate=3)
+    trainer, model = accumulating(3)
+    seen, losses = stepped(trainer), record_losses(trainer)
+    await trainer.run(lambda: iter(batches()), max_epochs=2)
+    assert seen == [3, 6, 7, 10, 13, 14]
+    assert as_numbers(losses) == expected
+    assert_equal_bits(model.state_dict(), plain_model.state_dict())
+
+
+async def test_last_group_of_a_run_that_ends_by_iterations_is_stepped_on() -> None:
+    trainer, _ = accumulating(4)
+    seen = stepped(trainer)
+    await trainer.run(batches(), max_iters=6)
+    assert seen == [4, 6]
+
+
+async def test_group_of_an_epoch_that_is_terminated_is_stepped_on() -> None:
+    trainer, _ = accumulating(4)
+    seen = stepped(trainer)
+    trainer.add_event_handler(Events.ITERATION_COMPLETED(once=2), trainer.terminate_epoch)
+    await trainer.run(batches(), max_epochs=2)
+    assert seen == [2, 6, 9]
+
+
+@pytest.mark.parametrize("skip", [False, True], ids=["completed", "skip-completed"])
+async def test_terminated_run_says_what_was_not_stepped_on_and_goes_on_as_if_it_had_not_ended(
+    caplog: pytest.LogCaptureFixture,
+    skip: bool,  # noqa: FBT001 -- pytest passes it by name
+) -> None:
+    plain_model, plain_optimizer = build()
+    expected = plain_loop(plain_model, plain_optimizer, accumulate=3)
+    trainer, _ = accumulating(3)
+    losses = record_losses(trainer)
+    trainer.add_event_handler(Events.ITERATION_COMPLETED(once=5), lambda: trainer.terminate(skip_completed=skip))
+    with caplog.at_level(logging.WARNING, "aengine.training"):
+        await trainer.run(batches(), max_epochs=2)
+    assert "the gradients of 2 of 3 batches were not stepped on yet" in caplog.text
+    caplog.clear()
+    await trainer.run(batches(), max_epochs=2)
+    assert as_numbers(losses) == expected
+    assert not caplog.records
+
+
+class Resumable:
+    """A trainer and its checkpoint: made twice, the second one goes on where the first one was."""
+
+    def __init__(self, directory: Path, **options: Any) -> None:
+        self.model, self.optimizer = build()
+        self.trainer = create_supervised_trainer(self.model, self.optimizer, LOSS, **options)
+        self.losses = record_losses(self.trainer)
+        self.checkpoint = Checkpoint(
+            directory, {"model": self.model, "optimizer": self.optimizer}, keep=Keep(every_n=1)
+        )
+        self.checkpoint.attach(self.trainer, Events.ITERATION_COMPLETED)
+
+    async def run(self, step: int | None = None, data: Any = None) -> list[float]:
+        async with self.checkpoint:
+            if step is not None:
+                torch.rand(5)
+                await self.checkpoint.restore(self.trainer, step)
+            await self.trainer.run(batches() if data is None else data, max_epochs=2)
+        return as_numbers(self.losses)
+
+
+@THREADS
+@pytest.mark.parametrize("has_length", [True, False], ids=["length", "no-length"])
+async def test_run_resumed_in_the_middle_of_a_group_goes_on_as_if_it_had_not_ended(
+    tmp_path: Path,
+    thread: bool | None,  # noqa: FBT001 -- pytest passes it by name
+    has_length: bool,  # noqa: FBT001 -- pytest passes it by name
+) -> None:
+    options: dict[str, Any] = {"gradient_accumulation_steps": 4, "clip_gradients": 0.5, "thread": thread}
+    whole = Resumable(tmp_path, **options, scaler=scaler())
+    expected = await whole.run(data=batches() if has_length else Unsized())
+    for step in (2, 7, 10):
+        resumed = Resumable(tmp_path, **options, scaler=scaler())
+        assert await resumed.run(step, batches() if has_length else Unsized()) == expected[step:]
+        assert_equal_bits(resumed.model.state_dict(), whole.model.state_dict())
+
+
+async def test_group_cannot_be_gone_on_with_in_another_size(tmp_path: Path) -> None:
+    await Resumable(tmp_path, gradient_accumulation_steps=4).run()
+    other = Resumable(tmp_path, gradient_accumulation_steps=2)
+    with pytest.raises(
+        CheckpointMismatch, match="a group of 4 batches was under way, 2 of them done, and groups have 2"
+    ):
+        await other.run(2)
+    assert len(await Resumable(tmp_path, gradient_accumulation_steps=2).run(4)) == 10  # between two groups
+
+
+async def test_trainer_with_a_scaler_does_not_go_on_with_one_without(tmp_path: Path) -> None:
+    await Resumable(tmp_path).run()
+    with pytest.raises(CheckpointMismatch, match="this Update has a GradScaler, and the one that was saved had none"):
+        await Resumable(tmp_path, scaler=scaler()).run(2)
+
+
+async def test_group_in_which_a_step_failed_begins_anew_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    failing = [Boom()]
+
+    def fail_once(x: Any, y: Any, y_pred: Any, loss: torch.Tensor) -> torch.Tensor:
+        if trainer.state.iteration == 3 and failing:
+            raise failing.pop()
+        return loss.detach()
+
+    trainer, _ = accumulating(4, output_transform=fail_once)
+    losses, seen = record_losses(trainer), stepped(trainer)
+    with pytest.raises(Boom):
+        await trainer.run(batches())
+    await trainer.run(batches())
+    assert "the group begins anew, without the gradients of 3 batches" in caplog.text
+    assert seen == [6, 7]
+    assert len(losses) == 7
+
+
+def test_step_that_failed_before_its_gradients_were_added_costs_the_group_nothing(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    failing = [Boom()]
+
+    def fail_once(model: torch.nn.Module, x: torch.Tensor) -> Any:
+        if trainer.state.iteration == 3 and failing:
+            raise failing.pop()
+        return model(x)
+
+    trainer, _ = accumulating(4, model_fn=fail_once)
+    losses, seen = record_losses(trainer), stepped(trainer)
+    with pytest.raises(Boom):
+        trainer.run_sync(batches(), max_epochs=2)
+    trainer.run_sync(batches(), max_epochs=2)
+    assert seen == [4, 7, 11, 14]
+    plain_model, plain_optimizer = build()
+    assert as_numbers(losses) == plain_loop(plain_model, plain_optimizer, accumulate=4)
+    assert not caplog.records
+
+
+async def test_save_at_a_step_of_the_optimizer_is_taken_when_all_have_seen_the_iteration(tmp_path: Path) -> None:
+    trainer, model = accumulating(3)
+    async with Checkpoint(tmp_path, {"model": model}, keep=Keep(every_n=1)) as checkpoint:
+        checkpoint.attach(trainer, UpdateEvents.OPTIMIZER_STEPPED)
+        trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: engine.state.metrics.update(seen=1.0))
+        await trainer.run(batches())
+        infos = checkpoint.list()
+    assert infos
+    assert {info.event for info in infos} == {"OPTIMIZER_STEPPED"}
+    assert all(info.metrics == {"seen": 1.0} for info in infos)
+
+
+def test_state_in_the_midst_of_a_step_of_the_optimizer_is_refused() -> None:
+    trainer, _ = accumulating(3)
+    (update,) = trainer.stateful_listeners()
+    trainer.add_event_handler(UpdateEvents.OPTIMIZER_STEPPED, update.state_dict)
+    with pytest.raises(RuntimeError, match="save at ITERATION_COMPLETED or EPOCH_COMPLETED"):
+        trainer.run_sync(batches())
+
+
+# The step
+
+
+class NobodyWaits(TorchDispatchMode):
+    """Refuses what reads a number out of a tensor, for which a GPU would have to be waited for."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert function is not torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"gradient_accumulation_steps": 2, "clip_gradients": 1.0}], ids=["plain", "all"]
+)
+def test_default_step_reads_no_number_out_of_a_tensor(options: dict[str, Any]) -> None:
+    model, optimizer = build()
+    trainer = create_supervised_trainer(model, optimizer, LOSS, thread=False, **options)
+    nobody_waits: Any = NobodyWaits
+    with nobody_waits():
+        trainer.run_sync(batches())
+    assert isinstance(trainer.state.output, torch.Tensor)
+    assert not trainer.state.output.requires_grad
+
+    reading = create_supervised_trainer(model, optimizer, LOSS, output_transform=lambda x, y, p, loss: loss.item())
+    with pytest.raises(AssertionError), nobody_waits():  # the control
+        reading.run_sync(batches())
+
+
+def test_step_prepares_applies_and_transforms_as_it_is_told() -> None:
+    model = torch.nn.Linear(WIDTH, 1)
+    asked: list[Any] = []
+
+    def prepare(batch: Any, *, device: Any, non_blocking: bool) -> tuple[Any, Any]:
+        asked.append((device, non_blocking))
+        return batch["x"], batch["y"]
+
+    trainer = create_supervised_trainer(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.0),
+        LOSS,
+        "cpu",
+        True,  # noqa: FBT003 -- as users of pytorch-ignite may
+        prepare,
+        lambda output: output["logits"],
+        lambda x, y, y_pred, loss: (x, y, y_pred, loss.item()),
+        model_fn=lambda model, x: {"logits": 2 * model(x)},
+    )
+    x, y = batches()[0]
+    trainer.run_sync([{"x": x, "y": y}])
+    assert asked == [("cpu", True)]
+    assert_equal_bits(trainer.state.output, (x, y, 2 * model(x), LOSS(2 * model(x), y).item()))
+
+
+def test_loss_that_is_handed_out_is_not_divided_by_the_size_of_the_group() -> None:
+    losses = []
+    for steps in (1, 7):
+        trainer, _ = accumulating(steps)
+        trainer.run_sync(batches()[:1])
+        losses.append(trainer.state.output.item())
+    assert losses[0] == losses[1]
+
+
+def test_batches_are_moved_whatever_they_are_made_of() -> None:
+    point = namedtuple("point", "x y")  # noqa: PYI024 -- a plain one
+    inputs = {
+        "ids": torch.ones(2),
+        "pair": (torch.ones(1), [torch.ones(1)]),
+        "point": point(torch.ones(1), 2),
+        "n": "a",
+    }
+    moved, target = prepare_batch([inputs, torch.ones(3)], "meta")
+    assert moved["ids"].is_meta
+    assert moved["pair"][0].is_meta
+    assert moved["pair"][1][0].is_meta
+    assert (moved["point"].x.is_meta, moved["point"].y, moved["n"]) == (True, 2, "a")
+    assert target.is_meta
+    assert move("a", "meta") == "a"
+
+
+def test_public_step_serves_an_engine_of_ones_own() -> None:
+    model, optimizer = build()
+    update = Update(model, optimizer, accumulate=2)
+    trainer: AnyEngine = Engine(supervised_training_step(model, update, LOSS), name="own")
+    update.attach(trainer)
+    losses = record_losses(trainer)
+    trainer.run_sync(batches(), max_epochs=2)
+    plain_model, plain_optimizer = build()
+    assert as_numbers(losses) == plain_loop(plain_model, plain_optimizer, accumulate=2)
+
+
+async def test_async_step_of_ones_own_updates_as_well() -> None:
+    model, optimizer = build()
+    update = Update(model, optimizer, accumulate=3)
+
+    async def step(engine: AnyEngine, batch: Any) -> torch.Tensor:
+        update.zero_grad()
+        loss = LOSS(model(batch[0]), batch[1])
+        update(engine, loss)
+        return loss.detach()
+
+    trainer: AnyEngine = Engine(step)
+    update.attach(trainer)
+    seen, losses = stepped(trainer), record_losses(trainer)
+    await trainer.run(batches(), max_epochs=2)
+    plain_model, plain_optimizer = build()
+    assert as_numbers(losses) == plain_loop(plain_model, plain_optimizer, accumulate=3)
+    assert seen == [3, 6, 7, 10, 13, 14]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("amp_mode", [None, torch.bfloat16], ids=str)
+def test_default_step_on_a_gpu_never_waits_for_it(amp_mode: torch.dtype | None) -> None:
+    model, _ = build()
+    model.cuda()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    trainer = create_supervised_trainer(
+        model,
+        optimizer,
+        LOSS,
+        "cuda",
+        non_blocking=True,
+        amp_mode=amp_mode,
+        clip_gradients=1.0,
+        thread=False,
+    )
+    pinned = [(x.pin_memory(), y.pin_memory()) for x, y in batches()]
+    trainer.run_sync(pinned)  # the first calls of libraries may wait
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        trainer.run_sync(pinned)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert trainer.state.output.is_cuda
+
+
+def drop_nothing(model: torch.nn.Sequential) -> None:
+    dropout = model[2]
+    assert isinstance(dropout, torch.nn.Dropout)
+    dropout.p = 0.0
+
+
+def test_two_models_with_an_optimizer_each_are_updated_one_by_one() -> None:
+    """Each in groups of its own size, as the plain loops of each do."""
+    (first, first_optimizer), (second, second_optimizer) = build(), build()
+    updates = Update(first, first_optimizer, accumulate=2), Update(second, second_optimizer, accumulate=3)
+
+    def step(engine: AnyEngine, batch: Any) -> list[float]:
+        losses = []
+        for model, update in zip((first, second), updates, strict=True):
+            update.zero_grad()
+            loss = LOSS(model(batch[0]), batch[1])
+            update(engine, loss)
+            losses.append(loss.item())
+        return losses
+
+    trainer: AnyEngine = Engine(step)
+    for update in updates:
+        update.attach(trainer)
+    losses: list[list[float]] = []
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: losses.append(engine.state.output))
+    for model in (first, second):
+        drop_nothing(model)  # for the two would draw in turn
+    trainer.run_sync(batches(), max_epochs=2)
+    for number, accumulate in enumerate((2, 3)):
+        plain_model, plain_optimizer = build()
+        drop_nothing(plain_model)
+        assert [pair[number] for pair in losses] == plain_loop(plain_model, plain_optimizer, accumulate=accumulate)
+
+
+# Evaluation
+
+
+@THREADS
+async def test_evaluator_evaluates_and_leaves_each_module_in_the_mode_it_was_in(thread: bool | None) -> None:  # noqa: FBT001 -- pytest passes it by name
+    model, _ = build()
+    model.train()
+    model[1].eval()  # frozen, as batch normalisation often is
+    modes: list[Any] = []
+    evaluator = create_supervised_evaluator(model, thread=thread)
+
+    @evaluator.on(Events.ITERATION_COMPLETED)
+    def look() -> None:
+        modes.append([module.training for module in model])
+
+    await evaluator.run(batches())
+    assert modes == [[True, False, True, True]] * 7
+    assert model.training
+    y_pred, y = evaluator.state.output
+    model.eval()
+    x, target = batches()[-1]
+    assert_equal_bits(y_pred, model(x).detach())
+    assert not y_pred.requires_grad
+    assert y is not None
+    assert_equal_bits(y, target)
+
+
+def test_model_that_fails_is_back_in_training_mode() -> None:
+    model, _ = build()
+    evaluator = create_supervised_evaluator(model, model_fn=lambda model, x: model(x[:, :2]))
+    with pytest.raises(RuntimeError, match="shapes"):
+        evaluator.run_sync(batches())
+    assert all(module.training for module in model.modules())
+
+
+def test_model_is_back_in_training_mode_by_its_own_train() -> None:
+    class Merged(torch.nn.Module):
+        is_merged = False
+
+        def train(self, mode: bool = True) -> "Merged":  # noqa: FBT001, FBT002 -- torch's signature
+            self.is_merged = not mode
+            return super().train(mode)
+
+    model = Merged()
+    with evaluating(model):
+        assert model.is_merged
+    assert not model.is_merged
+
+
+def test_evaluator_computes_in_the_type_it_is_told() -> None:
+    model = torch.nn.Linear(WIDTH, 1).eval()
+    for device in (None, "cpu"):
+        evaluator = create_supervised_evaluator(model, device=device, amp_mode=torch.bfloat16)
+        evaluator.run_sync(batches())
+        assert evaluator.state.output[0].dtype is torch.bfloat16
+        assert not model.training  # as it was
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        ({"amp_mode": "amp"}, ValueError, "torch.float16 with scaler=True .which is pytorch-ignite's"),
+        ({"amp_mode": torch.float16}, ValueError, "pass scaler=True, or a GradScaler; or take amp_mode=torch.bfloat16"),
+        ({"scaler": True}, ValueError, "scaler=True goes with amp_mode=torch.float16"),
+        ({"scaler": 65536.0}, TypeError, "the scaler is a torch.amp.GradScaler, got 65536.0"),
+        ({"gradient_accumulation_steps": 0}, ValueError, "a whole number of batches, 1 or more; got 0"),
+        ({"clip_gradients": -1.0}, ValueError, "clip_gradients= takes the greatest norm, more than 0"),
+        ({"clip_gradients": True}, ValueError, "clip_gradients= takes the greatest norm, more than 0"),
+        ({"model": len}, TypeError, "the model is a torch.nn.Module, got <built-in function len>"),
+        ({"loss_fn": torch.nn.MSELoss}, TypeError, r"MSELoss is a class: loss_fn=MSELoss\(\)"),
+        ({"loss_fn": "mse"}, TypeError, "loss_fn= must be callable, got 'mse'"),
+        ({"loss_fn": abs}, TypeError, r"loss_fn= abs.* cannot be called as loss_fn\(y_pred, y\)"),
+        ({"device": "gpu"}, ValueError, """device= is a device of torch, such as "cuda" or "cpu"; got 'gpu'"""),
+        ({"optimizer": 0.1}, TypeError, r"the optimizer has step\(\) and zero_grad\(\)"),
+    ],
+    ids=str,
+)
+def test_wrong_argument_is_refused_where_it_is_given(
+    options: dict[str, Any], kind: type[Exception], message: str
+) -> None:
+    model, optimizer = build()
+    arguments: dict[str, Any] = {"model": model, "optimizer": optimizer, "loss_fn": LOSS}
+    with pytest.raises(kind, match=message):
+        create_supervised_trainer(**(arguments | options))
+
+
+def test_metrics_of_an_evaluator_have_names() -> None:
+    model, _ = build()
+    wrong: Any = [len]
+    with pytest.raises(TypeError, match=r'metrics by name, such as \{"accuracy": metric\}; got \[<built-in'):
+        create_supervised_evaluator(model, wrong)
+
+
+def test_scaler_that_is_asked_for_by_true_is_one_for_the_device_of_the_model() -> None:
+    model, optimizer = build()
+    trainer = create_supervised_trainer(model, optimizer, LOSS, amp_mode=torch.float16, scaler=True)
+    (update,) = trainer.stateful_listeners()
+    assert update.state_dict()["scaler"]["scale"] == 65536.0
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ((torch.ones(1),) * 3, "a batch is a pair of inputs and targets, got a tuple of 3"),
+        ({"x": 1, "y": 2}, "got a dict of 2: have prepare_batch="),
+        (7, "got a int"),
+    ],
+    ids=["three", "dict", "number"],
+)
+def test_batch_that_is_no_pair_is_refused(batch: Any, message: str) -> None:
+    model, optimizer = build()
+    with pytest.raises(ValueError, match=message):
+        create_supervised_trainer(model, optimizer, LOSS).run_sync([batch])
+
+
+def test_loss_of_many_numbers_is_refused() -> None:
+    model, optimizer = build()
+    loss_fn = torch.nn.MSELoss(reduction="none")
+    with pytest.raises(
+        TypeError, match=rf"a tensor of one number, got one of shape \[{BATCH}, 1\]: have loss_fn return"
+    ):
+        create_supervised_trainer(model, optimizer, loss_fn).run_sync(batches())
+
+
+def test_update_is_of_a_model_and_takes_the_gradients_of_no_other() -> None:
+    wrong: Any = len
+    model, optimizer = build()
+    with pytest.raises(TypeError, match=r"the model is a torch.nn.Module, got <built-in function len>"):
+        Update(wrong, optimizer)
+    saved = {"pending": 1, "accumulate": 2, "gradients": [None], "scaler": None}
+    with pytest.raises(ValueError, match="there are gradients of 1 parameters, and 6 in the model"):
+        Update(model, optimizer, accumulate=2).load_state_dict(saved)
+
+
+def test_update_that_serves_no_engine_says_so() -> None:
+    model, optimizer = build()
+    update = Update(model, optimizer)
+    trainer: AnyEngine = Engine(supervised_training_step(model, update, LOSS), name="own")
+    with pytest.raises(RuntimeError, match=r"does not serve engine 'own': call  update.attach"):
+        trainer.run_sync(batches())
+    update.attach(trainer)
+    with pytest.raises(ValueError, match="serves an engine already"):
+        update.attach(trainer)
