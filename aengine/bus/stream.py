@@ -4,7 +4,6 @@ from typing import TYPE_CHECKING, Self
 
 import anyio
 import anyio.lowlevel
-import anyio.to_thread
 
 from aengine.bus.inbox import Overflow
 from aengine.bus.listeners import Snapshot

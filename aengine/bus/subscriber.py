@@ -206,6 +206,7 @@ class Subscriber(Subscription):
 
 
 def place_of(event: Event) -> str:
+    """Return where in its run an event was fired, to show."""
     return f"engine {event.engine!r}, epoch {event.epoch}, iteration {event.iteration}"
 
 

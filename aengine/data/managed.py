@@ -86,6 +86,8 @@ class RunContext:
 
 
 class ContextTask:
+    """The task in which an async context manager is entered, iterated beside, and exited."""
+
     def __init__(self, manager: Any, loop_handle: EventLoopHandle, fail: Callable[[BaseException], None]) -> None:
         self.value: Any = None
         self.error: BaseException | None = None
@@ -99,6 +101,7 @@ class ContextTask:
         self._fail = fail
 
     async def run(self) -> None:
+        """The task: enter it, say so, and stay inside until released."""
         try:
             with self.scope:
                 async with self._manager as self.value:
@@ -116,11 +119,13 @@ class ContextTask:
             self.exited.set()
 
     def never_started(self) -> None:
+        """The task was cancelled natively before its first step."""
         self._hand_over(_stray())
         self.entered.set()
         self.exited.set()
 
     def raise_error(self) -> None:
+        """Raise what entering or exiting raised, once."""
         # Taken out: an error that stays here would hold its traceback, and so the engine.
         error, self.error = self.error, None
         try:

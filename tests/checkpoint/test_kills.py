@@ -1,6 +1,7 @@
 """Killed at any instant, and resumed: the end is that of the run that nobody killed, to the last bit.
 
-A life begins in a forked child (`fork_child.py`), trains (`killable.py`), and is ended from outside (`kill_campaign.py`).
+A life begins in a forked child (`fork_child.py`), trains (`killable.py`), and is ended from outside
+(`kill_campaign.py`).
 """
 
 import itertools

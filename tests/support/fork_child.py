@@ -1,6 +1,8 @@
 """A process that forks a child for each life that is to be ended: it has imported what a training needs, once.
 
-    python -m support.fork_child support.killable  # the module whose live(life, report) a child calls; lives are read from stdin, as JSON
+    python -m support.fork_child support.killable
+
+The argument is the module whose live(life, report) a child calls; lives are read from stdin, as JSON.
 
 Whatever a child reports, and what becomes of it, comes out on stdout, a line each: `pid 123`, what it says, `over` when
 it is dead, and, asked to `reap` it, `reaped` with its status. Until then its pid is nobody else's, so that it can be

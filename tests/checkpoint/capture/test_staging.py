@@ -422,7 +422,7 @@ def test_memory_that_cannot_be_had_is_an_error_and_the_next_stage_is_whole(monke
     staging = Staging(memory)
     staging.stage([torch.ones(10)])
     with monkeypatch.context() as patch:
-        patch.setattr("aengine.checkpoint.memory._create_file", lambda size: [][size])
+        patch.setattr("aengine.checkpoint.capture.memory._create_file", lambda size: [][size])
         with pytest.raises(IndexError):
             staging.stage([torch.ones(1000)])
     assert staging.stage([torch.ones(10)])[0].sum() == 10

@@ -188,7 +188,7 @@ def test_checksums_inside_are_left_out_and_nobody_else_notices() -> None:
 
 
 def test_torch_whose_option_is_one_for_all_threads_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("aengine.checkpoint.serializers._options", None)
+    monkeypatch.setattr("aengine.checkpoint.formats.serializers._options", None)
     assert zipfile.ZipFile(io.BytesIO(written(STATE))).testzip() is None
 
 
