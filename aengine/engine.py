@@ -12,7 +12,6 @@ import anyio
 from anyio.lowlevel import checkpoint_if_cancelled
 
 from aengine.bus.bus import Bus
-from aengine.bus.dispatch import close_unawaited
 from aengine.bus.emitter import EventEmitter
 from aengine.callables import check_call, check_seconds, is_async_callable, name_of
 from aengine.data.adapt import check, check_prefetch, needs_event_loop
@@ -29,6 +28,7 @@ from aengine.loop.progress import Progress, begin, from_state_dict, to_state_dic
 from aengine.loop.requests import Request, Requests
 from aengine.state import Randomness, State
 from aengine.statistics import EngineStatistics
+from aengine.threads.worker import close_unawaited
 
 Batch = TypeVar("Batch")
 Output = TypeVar("Output")

@@ -20,7 +20,6 @@ import anyio.abc
 from anyio.lowlevel import checkpoint, checkpoint_if_cancelled
 
 from aengine.bus.bus import Bus
-from aengine.bus.dispatch import close_unawaited
 from aengine.bus.inbox import BackpressureWait
 from aengine.bus.subscriber import Subscriber
 from aengine.data.managed import RunContext
@@ -33,7 +32,7 @@ from aengine.threads.dedicated import DedicatedThread
 from aengine.threads.event_loop import EventLoopHandle, ThreadSafeEvent, TickCounter
 from aengine.threads.openmp import release_idle_threads
 from aengine.threads.thread_state import ThreadState, context_for_thread
-from aengine.threads.worker import WorkItem
+from aengine.threads.worker import WorkItem, close_unawaited
 
 _TURNS = 4
 """Turns of the event loop to give away in a row: one is not enough for a socket to be served."""
