@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 import anyio
 
-from aengine.bus.dispatch import close_unawaited
+from aengine.threads.worker import close_unawaited
 from aengine.bus.emitter import EventEmitter, RemovableEventHandle
 from aengine.data.adapt import check, check_prefetch, needs_event_loop
 from aengine.data.prefetch import Fetched
