@@ -13,13 +13,14 @@ from anyio.lowlevel import checkpoint_if_cancelled
 
 from aengine.bus.bus import Bus
 from aengine.bus.dispatch import close_unawaited
-from aengine.bus.emitter import EventEmitter
+from aengine.bus.emitter import EventEmitter, RemovableEventHandle
 from aengine.callables import check_call, check_seconds, is_async_callable, name_of
 from aengine.data.adapt import check, check_prefetch, needs_event_loop
 from aengine.data.prefetch import Fetched
 from aengine.data.source import Source
 from aengine.drivers.driver import Driver
 from aengine.drivers.iterate import IterationStream
+from aengine.drivers.services import Service, ServiceEntry, ServiceTasks
 from aengine.drivers.sync import DONE, SUSPENDED, drive, runs_in_event_loop
 from aengine.errors import EngineBusy, raise_failures
 from aengine.events import Event, Events
@@ -89,6 +90,7 @@ class Engine(EventEmitter, Generic[Batch, Output]):
         self._rng_to_restore: Any = None
         self._generator: LoopGenerator | None = None
         self._is_running = False
+        self._services: tuple[ServiceEntry, ...] = ()
         self.state_dict_user_keys: list[str] = []
         self.randomness: Randomness | None = None
 
@@ -153,7 +155,7 @@ class Engine(EventEmitter, Generic[Batch, Output]):
         if runs_in_event_loop():
             raise RuntimeError("run_sync() would block the event loop that runs here: write  await engine.run(...)")
         check_prefetch(prefetch)
-        if self._is_async or prefetch or self._bus.must_await or needs_event_loop(data):
+        if self._is_async or prefetch or self._services or self._bus.must_await or needs_event_loop(data):
             return anyio.run(partial(self.run, data, max_epochs, max_iters, epoch_length, prefetch=prefetch))
         with self._busy():
             loop, generator = self._begin(data, max_epochs, max_iters, epoch_length)
@@ -268,6 +270,7 @@ class Engine(EventEmitter, Generic[Batch, Output]):
             )
 
     async def _drive(self, loop: Loop, generator: LoopGenerator, prefetch: int, wanted: Any = None) -> State:
+        services = ServiceTasks(self, self._services, self._grace)
         driver = self._driver = Driver(
             loop,
             generator,
@@ -276,12 +279,19 @@ class Engine(EventEmitter, Generic[Batch, Output]):
             threaded=self._threaded and wanted is None,
             grace=self._grace,
             prefetch=prefetch,
+            services=services,
             wanted=wanted,
         )
+        failure: BaseException | None = None
         try:
             await driver.run()
+        except BaseException as error:
+            failure = error
+            raise
         finally:
             self._driver = None
+            services.close(failure)
+            del failure
             if not driver.has_abandoned:
                 self._end(loop, generator, is_suspended=driver.is_suspended)
         return self.state
@@ -299,6 +309,41 @@ class Engine(EventEmitter, Generic[Batch, Output]):
         """Keep what was fetched and not stepped on, for the next run over the same data."""
         unread = source.unread()
         self._unread = (source.data, unread) if unread else None
+
+    # Beside the runs
+
+    def add_service(
+        self, service: Service, *, on_error: str = "raise", name: str | None = None
+    ) -> RemovableEventHandle:
+        """Have a service live beside the runs of this engine, also one that is under way. See `Service`.
+
+        Args:
+            service: an object of a subclass of `Service`. One that several engines are given has to know them apart.
+            on_error: "raise" fails the run with what `serve`, `flush` or `run_ended` raised; "log" logs and counts it.
+            name: shown in notes, logs and statistics; by default its class.
+
+        Raises:
+            TypeError: this is no Service.
+            ValueError: `on_error` is neither of the two; or this engine has this very service already.
+        """
+        if not isinstance(service, Service):
+            raise TypeError(f"a service derives from aengine.Service, got {service!r}")
+        if on_error not in ("raise", "log"):
+            raise ValueError(f'on_error= is "raise" (the run fails) or "log" (counted and logged), got {on_error!r}')
+        if any(entry.service is service for entry in self._services):
+            raise ValueError(f"engine {self.name!r} has this service already: {service!r}")
+        entry = ServiceEntry(service, name or type(service).__qualname__, raises=on_error == "raise")
+        self._services += (entry,)
+        if self._driver is not None:
+            self._driver.add_service(entry)
+        elif self._loop is not None:  # driven without an event loop, until now
+            self._requests.request(Request.RAISE_FAILURE)
+        return RemovableEventHandle(partial(self._remove_service, entry))
+
+    def _remove_service(self, entry: ServiceEntry) -> None:
+        self._services = tuple(one for one in self._services if one is not entry)
+        if self._driver is not None:
+            self._driver.remove_service(entry)
 
     # Stopping
 
@@ -431,6 +476,7 @@ class Engine(EventEmitter, Generic[Batch, Output]):
             event_loop=watch.event_loop,
             lag=watch.lag,
             listeners=tuple(one.statistics() for one in (*bus.subscribers, *bus.streams)),
+            services=tuple(entry.statistics() for entry in self._services),
         )
 
     def _record(self) -> Event:

@@ -24,6 +24,7 @@ from aengine.bus.dispatch import close_unawaited
 from aengine.bus.inbox import BackpressureWait
 from aengine.bus.subscriber import Subscriber
 from aengine.data.managed import RunContext
+from aengine.drivers.services import ServiceEntry, ServiceTasks
 from aengine.drivers.subscriber_tasks import SubscriberTasks
 from aengine.errors import HandlerTimeout, StrayCancellation, raise_failures
 from aengine.loop.effects import Effect, LoopGenerator, NextBatch, WaitCancelled
@@ -58,6 +59,7 @@ class Driver:
         threaded: bool,
         grace: float,
         prefetch: int,
+        services: ServiceTasks,
         wanted: Any = None,
     ) -> None:
         self.is_suspended = False
@@ -93,7 +95,8 @@ class Driver:
         self._worker: DedicatedThread | None = None
         self._work_item: WorkItem | None = None
         self._shared: ExitStack | None = None
-        self._consumers = SubscriberTasks(bus, self._loop_handle, grace)
+        self._subscribers = SubscriberTasks(bus, self._loop_handle, grace)
+        self._services = services
         self._group: anyio.abc.TaskGroup
 
     async def run(self) -> None:
@@ -120,6 +123,7 @@ class Driver:
         )
         ending: BaseException | None = None
         try:
+            self._services.run_started()
             async with anyio.create_task_group() as self._group:
                 self._loop_handle.start(self._group, self._main, self._never_begin, name=f"aengine {bus.name}")
             if self._cancellation is not None:
@@ -175,12 +179,22 @@ class Driver:
 
     def _start(self, subscriber: Subscriber) -> None:
         if not self._is_over:
-            self._consumers.start(subscriber, self._group, self.fail)
+            self._subscribers.start(subscriber, self._group, self.fail)
+
+    def add_service(self, entry: ServiceEntry) -> None:
+        """Have a service take part in this run, from now to its end. From any thread."""
+        self._loop_handle.call(lambda: None if self._is_over else self._services.add(entry))
+
+    def remove_service(self, entry: ServiceEntry) -> None:
+        """Have a service take no more part in this run. From any thread."""
+        self._loop_handle.call(partial(self._services.remove, entry))
 
     async def flush(self) -> None:
-        """Wait until every event published so far is handled. Cancellable."""
-        self._consumers.refuse_own_flush()
-        await self._consumers.flush()
+        """Wait until every event dispatched so far is handled, also by the services. Cancellable."""
+        self._subscribers.refuse_own_flush()
+        self._services.refuse_own_flush()
+        await self._subscribers.flush()
+        await self._services.flush()
 
     def fail(self, error: BaseException) -> None:
         """Something beside the loop has failed: the loop is told of it where it stands, and ends. At home."""
@@ -199,6 +213,7 @@ class Driver:
         _current.set(self)
         for subscriber in self._bus.subscribers:
             self.start(subscriber)
+        self._services.start(self._group, self._loop_handle, self.fail)
         try:
             if self._threaded:
                 await self._find_worker()
@@ -269,8 +284,10 @@ class Driver:
 
     async def _close(self) -> None:
         deadline = self._deadline or anyio.current_time() + self._grace
-        await self._run_cleanup(partial(self._consumers.finish, deadline))
-        await self._run_cleanup(self._consumers.end)
+        await self._run_cleanup(partial(self._subscribers.finish, deadline))
+        error = self._outcome or next(iter(self._failures), None)
+        await self._run_cleanup(partial(self._services.run_ended, error, deadline))
+        await self._run_cleanup(self._subscribers.end)
         for subscriber in self._bus.subscribers:  # what is emitted between runs waits for the next one
             subscriber.inbox.reopen_nowait()
         if not self.is_suspended:
@@ -449,7 +466,10 @@ class Driver:
             await self._until_resumed()
             self._bus.stopwatch.event_loop += perf_counter() - began
         elif signal is Effect.FLUSH:
-            await self._consumers.finish(anyio.current_time() + self._grace)
+            deadline = anyio.current_time() + self._grace
+            await self._subscribers.finish(deadline)
+            await self._services.flush(deadline)
+            await self._subscribers.finish(deadline)  # what the services fired meanwhile
             if self._reported is not None:  # it failed at the very last, and all is handled nevertheless
                 return self._throw_reported()
         elif signal is Effect.SHIELD:
