@@ -4,7 +4,6 @@ A running engine owns one worker. The loop is advanced on it a slice at a time: 
 the next. Whoever waits for a slice is not let go before the slice has ended, for nothing can stop a torch step.
 """
 
-import threading
 from collections.abc import Awaitable, Callable
 from contextvars import Context
 from queue import SimpleQueue
@@ -13,7 +12,6 @@ from typing import Any
 import anyio
 
 from aengine.threads.event_loop import EventLoopHandle, ThreadSafeEvent
-from aengine.threads.thread_state import ThreadState
 
 
 class WorkItem:
@@ -106,38 +104,3 @@ class WorkItem:
             answers.put((None, error))
             return error
         return None
-
-
-class Worker:
-    """A thread that performs slices, one after another."""
-
-    def __init__(self, name: str, settings: "ThreadState") -> None:
-        self._settings = settings
-        self._slices: SimpleQueue[WorkItem | None] = SimpleQueue()
-        # Daemon: a step that never returns must not keep a process from ending; every other one is joined.
-        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
-        self._thread.start()
-
-    def _work(self) -> None:
-        with self._settings.entered():
-            while (one := self._slices.get()) is not None:
-                one.run()
-                del one  # while waiting for the next, keep no reference to a batch or an output
-
-    def submit(self, one: WorkItem) -> None:
-        """Have a slice performed after those before it."""
-        self._slices.put(one)
-
-    @property
-    def is_here(self) -> bool:
-        """Whether the caller runs on this worker's thread."""
-        return threading.get_ident() == self._thread.ident
-
-    def stop(self) -> None:
-        """Let the thread end, and wait for that. It is idle, so this takes some 50 µs."""
-        self._slices.put(None)
-        self._thread.join()
-
-    def abandon(self) -> None:
-        """Let the thread end when its slice does, if ever."""
-        self._slices.put(None)
