@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import CoroutineType
 from typing import Any, TypeAlias
 
@@ -16,11 +17,16 @@ def is_async_callable(function: Any) -> bool:
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004
 
 
-def name_of(function: Any) -> str:
-    """Return a name to show for a handler."""
-    inner = getattr(function, "func", function)  # of a functools.partial
-    name: str = getattr(inner, "__qualname__", None) or type(inner).__qualname__
-    return name
+def name_of(thing: Any) -> str:
+    """Return a name for something that a user handed in: of a function, of what a partial calls, else of the type."""
+    while isinstance(thing, partial):
+        thing = thing.func
+    return str(getattr(thing, "__qualname__", None) or type(thing).__qualname__)
+
+
+def type_name(kind: type) -> str:
+    """Return the name of a type as one must import it: with its module, unless it is built in."""
+    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
 
 
 def refuse_stop_iteration(error: Exception, what: str) -> None:
@@ -31,7 +37,7 @@ def refuse_stop_iteration(error: Exception, what: str) -> None:
         ) from error
 
 
-def bind(
+def bind_handler(
     handler: Callable[..., Any], event_name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Callable[..., Any]:
     """Return `f(engine, *payload)` that calls the handler with what it takes of it, then `args` and `kwargs`.
@@ -39,7 +45,7 @@ def bind(
     Raises:
         TypeError: the handler cannot be called with the engine nor without it, or calling it would do nothing.
     """
-    refuse_generators(handler, "a handler")
+    _check_runs(handler, "a handler")
     try:
         signature = inspect.signature(handler)
     except ValueError:  # some built-ins have none; then it takes the engine, as handlers do
@@ -61,7 +67,7 @@ def bind(
     )
 
 
-def refuse_generators(function: Any, what: str) -> None:
+def _check_runs(function: Any, what: str) -> None:
     """Raise TypeError for what is not callable, and for what would not run when called."""
     if not callable(function):
         raise TypeError(f"{what} must be callable, got {function!r}")
@@ -72,12 +78,12 @@ def refuse_generators(function: Any, what: str) -> None:
         )
 
 
-def check_call(function: Any, what: str, name: str, *arguments: str) -> None:
+def check_callable(function: Any, what: str, name: str, *arguments: str) -> None:
     """Raise TypeError for what cannot be called as `name(*arguments)`, or would do nothing.
 
-    For instance: check_call(step, "the step", "step", "engine", "batch").
+    For instance: check_callable(step, "the step", "step", "engine", "batch").
     """
-    refuse_generators(function, what)
+    _check_runs(function, what)
     try:
         signature = inspect.signature(function)
     except ValueError:  # a built-in without one: it will show
@@ -89,14 +95,6 @@ def check_call(function: Any, what: str, name: str, *arguments: str) -> None:
             f"{what} {name_of(function)}{signature} cannot be called as {name}({', '.join(arguments)}): have it take"
             f" {' and '.join(arguments)}"
         ) from None
-
-
-def check_seconds(value: Any, what: str, usual: float) -> None:
-    """Raise TypeError or ValueError for what is no number of seconds, 0 or more; it may be infinite."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{what} is a number of seconds, such as {usual}; got {value!r}")
-    if not value >= 0:
-        raise ValueError(f"{what} is 0 seconds or more, such as {usual}; got {value!r}")
 
 
 Form: TypeAlias = Callable[[Any, tuple[Any, ...]], tuple[tuple[Any, ...], dict[str, Any]]]

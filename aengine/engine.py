@@ -11,10 +11,11 @@ from typing import Any, Generic, TypeVar
 import anyio
 from anyio.lowlevel import checkpoint_if_cancelled
 
+from aengine.arguments import check_seconds
 from aengine.bus.bus import Bus
 from aengine.bus.dispatch import close_unawaited
 from aengine.bus.emitter import EventEmitter, RemovableEventHandle
-from aengine.callables import check_call, check_seconds, is_async_callable, name_of
+from aengine.callables import check_callable, is_async_callable, name_of
 from aengine.data.adapt import check, check_prefetch, needs_event_loop
 from aengine.data.prefetch import Fetched
 from aengine.data.source import Source
@@ -71,7 +72,7 @@ class Engine(EventEmitter, Generic[Batch, Output]):
         thread: bool | None = None,
         grace: float = 30.0,
     ) -> None:
-        check_call(step, "the step", "step", "engine", "batch")
+        check_callable(step, "the step", "step", "engine", "batch")
         check_seconds(grace, "grace=", 30.0)
         is_async = is_async_callable(step)
         if thread and is_async:

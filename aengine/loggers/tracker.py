@@ -16,7 +16,8 @@ from typing import Any, Literal, TypeAlias
 
 import anyio
 
-from aengine.callables import check_call, check_seconds
+from aengine.arguments import check_seconds
+from aengine.callables import check_callable
 from aengine.engine import Engine
 from aengine.events import AnyEvent, Event, EventEnum, Events, FilteredEvent, date_of, selectors
 from aengine.loggers.buffer import Spool
@@ -409,9 +410,9 @@ def track(
         RuntimeError: the sink gets the same values of the same engine at one of these events already.
     """
     _check_sink(sink)
-    check_call(values, "values=", "values", "engine")
+    check_callable(values, "values=", "values", "engine")
     if step is not None:
-        check_call(step, "step=", "step", "engine")
+        check_callable(step, "step=", "step", "engine")
     check_seconds(linger, "linger=", 5.0)
     if type(spool) is not int or spool < 1:
         raise ValueError(f"spool= is the number of records that may wait, at least 1, got {spool!r}")
@@ -431,4 +432,4 @@ def _check_sink(sink: Any) -> None:
     write = getattr(sink, "write", sink)
     if not callable(write):
         raise TypeError(f"a sink has a method write(records), or is a function of the records, got {sink!r}")
-    check_call(write, "the sink", "write", "records")
+    check_callable(write, "the sink", "write", "records")
