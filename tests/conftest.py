@@ -22,18 +22,35 @@ hypothesis.settings.load_profile("aengine")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--one-in", type=int, default=1, metavar="N", help="run one in N of those chosen: always the same")
+    parser.addoption("--one-in", type=int, default=1, metavar="N", help="run one in N of the selected tests")
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Choose by name, not by chance or place: all workers must find the same, and a new test moves no other."""
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Iterator[None]:
+    """Mark uvloop's runs before pytest selects by marker, and sample what it has selected."""
+    for item in items:
+        mark_run_on_uvloop(item)
+    yield
     one_in: int = config.getoption("--one-in")
+    # By name, not by chance or position: all workers must select the same, and a new test must not change the others.
     others = [item for item in items if zlib.crc32(item.nodeid.encode()) % one_in]
     if others:
         config.hook.pytest_deselected(items=others)
-        left_out = set(others)
-        items[:] = [item for item in items if item not in left_out]
+        items[:] = [item for item in items if not zlib.crc32(item.nodeid.encode()) % one_in]
+
+
+def mark_run_on_uvloop(item: pytest.Item) -> None:
+    """Mark a test that runs on uvloop as `uvloop`, and as `slow` unless it asks for `every_event_loop`.
+
+    The package has no line that only uvloop runs: what may differ is the timing, so the tests that cross threads or
+    cancel keep their run on it.
+    """
+    callspec = getattr(item, "callspec", None)  # which a test without parameters lacks
+    backend: Backend | None = callspec and callspec.params.get("anyio_backend")
+    if backend is not None and backend[1].get("use_uvloop"):
+        item.add_marker("uvloop")
+        if item.get_closest_marker("every_event_loop") is None:
+            item.add_marker("slow")
 
 
 def pytest_configure() -> None:

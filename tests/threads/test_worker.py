@@ -18,6 +18,8 @@ from anyio.lowlevel import checkpoint
 from aengine import Engine, Event, Events
 from aengine.threads.openmp import release_idle_threads
 
+pytestmark = pytest.mark.every_event_loop
+
 request: ContextVar[str] = ContextVar("request", default="none")
 
 
