@@ -23,6 +23,8 @@ from aengine.threads.event_loop import EventLoopHandle
 from aengine.threads.openmp import release_idle_threads
 from aengine.threads.worker import WorkItem
 
+pytestmark = pytest.mark.every_event_loop
+
 request: ContextVar[str] = ContextVar("request", default="none")
 
 
