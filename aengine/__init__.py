@@ -20,6 +20,7 @@ await trainer.run(loader, max_epochs=10)
 
 from aengine.bus.emitter import RemovableEventHandle
 from aengine.bus.inbox import Overflow
+from aengine.drivers.services import Service
 from aengine.engine import Engine
 from aengine.errors import (
     AengineError,
@@ -68,6 +69,7 @@ __all__ = [
     "NotSerializable",
     "Overflow",
     "RemovableEventHandle",
+    "Service",
     "State",
     "StopReason",
     "StrayCancellation",

@@ -24,6 +24,7 @@ from aengine.bus.dispatch import close_unawaited
 from aengine.bus.inbox import BackpressureWait
 from aengine.bus.subscriber import Subscriber
 from aengine.data.managed import RunContext
+from aengine.drivers.services import ServiceEntry, ServiceTasks
 from aengine.drivers.subscriber_tasks import SubscriberTasks
 from aengine.errors import HandlerTimeout, StrayCancellation, raise_failures
 from aengine.loop.effects import Effect, LoopGenerator, NextBatch, WaitCancelled
@@ -53,11 +54,11 @@ class Driver:
         generator: LoopGenerator,
         bus: Bus,
         requests: Requests,
+        services: ServiceTasks,
         *,
         threaded: bool,
         grace: float,
         prefetch: int,
-        wanted: Any = None,
     ) -> None:
         self.is_suspended = False
         self._loop_handle = EventLoopHandle()
@@ -76,8 +77,6 @@ class Driver:
         # Where the story stands: how to go on, or what it wants to have awaited first.
         self._next: tuple[Callable[[Any], Any], Any] = (generator.send, None)
         self._wanted: Any = None
-        if wanted is not None:  # begun without an event loop: it stands before something to be awaited
-            self._next = (lambda _: wanted, None)
         self._scope = anyio.CancelScope()
         self._is_over = False
         self._is_woken = False
@@ -92,16 +91,22 @@ class Driver:
         self._worker: Worker | None = None
         self._work_item: WorkItem | None = None
         self._shared: ExitStack | None = None
-        self._consumers = SubscriberTasks(bus, self._loop_handle, grace)
+        self._subscribers = SubscriberTasks(bus, self._loop_handle, grace)
+        self._services = services
         self._group: anyio.abc.TaskGroup
 
-    async def run(self) -> None:
-        """Drive the story to its end or its interruption, and end all that was started for it.
+    async def run(self, wanted: Any = None) -> None:
+        """Drive the loop to its end or its interruption, and end all that was started for it.
+
+        Args:
+            wanted: what the loop has yielded already, where it was begun without an event loop.
 
         Raises:
             BaseException: what failed the run, as the very object that was raised; several as an ExceptionGroup.
                 A cancellation, when the step in flight and the clean-up have ended.
         """
+        if wanted is not None:
+            self._next = (lambda _: wanted, None)
         loop, bus = self._loop, self._bus
         cancelled = anyio.get_cancelled_exc_class()
         if cancelled not in loop.cancellations:
@@ -119,6 +124,7 @@ class Driver:
         )
         ending: BaseException | None = None
         try:
+            self._services.run_started()
             async with anyio.create_task_group() as self._group:
                 self._loop_handle.start(self._group, self._main, self._never_begin, name=f"aengine {bus.name}")
             if self._cancellation is not None:
@@ -174,12 +180,22 @@ class Driver:
 
     def _start(self, subscriber: Subscriber) -> None:
         if not self._is_over:
-            self._consumers.start(subscriber, self._group, self.fail)
+            self._subscribers.start(subscriber, self._group, self.fail)
+
+    def add_service(self, entry: ServiceEntry) -> None:
+        """Have a service take part in this run, from now to its end. From any thread."""
+        self._loop_handle.call(lambda: None if self._is_over else self._services.add(entry))
+
+    def remove_service(self, entry: ServiceEntry) -> None:
+        """Have a service take no more part in this run. From any thread."""
+        self._loop_handle.call(partial(self._services.remove, entry))
 
     async def flush(self) -> None:
-        """Wait until every event published so far is handled. Cancellable."""
-        self._consumers.refuse_own_flush()
-        await self._consumers.flush()
+        """Wait until every event dispatched so far is handled, also by the services. Cancellable."""
+        self._subscribers.refuse_own_flush()
+        self._services.refuse_own_flush()
+        await self._subscribers.flush()
+        await self._services.flush()
 
     def fail(self, error: BaseException) -> None:
         """Something beside the loop has failed: the loop is told of it where it stands, and ends. At home."""
@@ -198,6 +214,7 @@ class Driver:
         _current.set(self)
         for subscriber in self._bus.subscribers:
             self.start(subscriber)
+        self._services.start(self._group, self._loop_handle, self.fail)
         try:
             if self._threaded:
                 await self._find_worker()
@@ -237,24 +254,30 @@ class Driver:
         """Whether a step is still running, for the user no longer wanted to wait for it."""
         return self._work_item is not None
 
+    can_wait = True  # for room in an inbox: the subscribers' tasks run
+
     @property
-    def is_here(self) -> bool:
-        """Whether the caller runs on the worker, inside a slice of this run."""
+    def wait_blocking(self) -> Callable[[Awaitable[Any]], Any] | None:
+        """On the worker, inside this run: what has something awaited in the task of the run, and blocks until it is."""
+        item = self._work_item
+        return None if item is None or not self._is_on_worker else item.call_in_loop
+
+    @property
+    def _is_on_worker(self) -> bool:
         return self._work_item is not None and self._worker is not None and self._worker.is_here
+
+    def defer_backpressure(self, waits: list[BackpressureWait]) -> None:
+        """Have the loop wait for room before its next step."""
+        self._requests.defer_backpressure(waits)
 
     @property
     def is_inside(self) -> bool:
         """Whether the caller is the loop itself, here or on the worker."""
-        return self.is_here or (self._task is not None and self.is_task(self._task))
+        return self._is_on_worker or (self._task is not None and self.is_task(self._task))
 
     def is_task(self, task: int) -> bool:
         """Whether the caller is this task of the run's event loop. Elsewhere, or in no task, it is somebody else."""
         return self._loop_handle.is_here and anyio.get_current_task().id == task
-
-    def call_in_loop(self, wanted: Awaitable[Any]) -> Any:
-        """On the worker, inside a slice: have something awaited at home, in the task of the run, and wait for it."""
-        assert self._work_item is not None, "called where is_here"  # noqa: S101
-        return self._work_item.call_in_loop(wanted)
 
     async def _on_worker(self, function: Callable[..., Any], *arguments: Any) -> Any:
         assert self._worker is not None, "found before the loop is driven"  # noqa: S101
@@ -268,8 +291,10 @@ class Driver:
 
     async def _close(self) -> None:
         deadline = self._deadline or anyio.current_time() + self._grace
-        await self._run_cleanup(partial(self._consumers.finish, deadline))
-        await self._run_cleanup(self._consumers.end)
+        await self._run_cleanup(partial(self._subscribers.finish, deadline))
+        error = self._outcome or next(iter(self._failures), None)
+        await self._run_cleanup(partial(self._services.run_ended, error, deadline))
+        await self._run_cleanup(self._subscribers.end)
         for subscriber in self._bus.subscribers:  # what is emitted between runs waits for the next one
             subscriber.inbox.reopen_nowait()
         if not self.is_suspended:
@@ -448,7 +473,10 @@ class Driver:
             await self._until_resumed()
             self._bus.stopwatch.event_loop += perf_counter() - began
         elif signal is Effect.FLUSH:
-            await self._consumers.finish(anyio.current_time() + self._grace)
+            deadline = anyio.current_time() + self._grace
+            await self._subscribers.finish(deadline)
+            await self._services.flush(deadline)
+            await self._subscribers.finish(deadline)  # what the services fired meanwhile
             if self._reported is not None:  # it failed at the very last, and all is handled nevertheless
                 return self._throw_reported()
         elif signal is Effect.SHIELD:

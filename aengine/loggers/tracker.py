@@ -126,7 +126,7 @@ class Tracker:
         """Listen to the engine, for `track`."""
         engine = self._engine
         bus = engine._bus  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
-        listened_to = engine._selectors(event)  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]  # or raises
+        listened_to = engine._emitter.select(event)  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]  # or raises
         for one in listened_to:
             for other in bus.topic(one.name).inline:
                 if other.selector.filter == one.filter and self._would_repeat(other.handler):
