@@ -341,7 +341,7 @@ class Engine(Generic[Batch, Output]):
         """Fire an event, from a step or a plain handler: inline handlers run at once, then the inboxes are filled.
 
         On the worker thread it waits for async handlers and for room in inboxes. Elsewhere it never waits: events over
-        an inbox's bound are accepted, and the loop waits in its place before the next step.
+        an inbox's bound are accepted, and the loop waits for room before its next step.
 
         Raises:
             RuntimeError: the event has an async inline handler, which cannot be awaited here; or an inbox is full, and
@@ -367,10 +367,7 @@ class Engine(Generic[Batch, Output]):
         return self._requests.fire(self._emitter.name_to_fire(event), at_end)
 
     def stateful_listeners(self) -> list[Any]:
-        """Return the objects that listen, inline or concurrently, and have `state_dict` and `load_state_dict`.
-
-        Of a bound method it is the object. In order of registration, event by event, each once.
-        """
+        """Return the listeners (of a bound method: its object) that have a state to save, each once, event by event."""
         return self._emitter.stateful_listeners(self)
 
     async def emit(self, event: AnyEvent) -> None:
@@ -386,10 +383,11 @@ class Engine(Generic[Batch, Output]):
         await self._emitter.emit(self, event)
 
     async def flush(self) -> None:
-        """Wait until the subscribers have handled every event that was fired before this call. Cancellable.
+        """Wait until every event fired before this call has been handled, and all services are flushed. Cancellable.
 
         Raises:
-            RuntimeError: called in a subscriber's handler, or events wait and no run is under way to handle them.
+            RuntimeError: called by a subscriber's handler or a service, which would wait for itself; or events wait,
+                and no run is under way to handle them.
         """
         await self._emitter.flush()
 
@@ -400,10 +398,7 @@ class Engine(Generic[Batch, Output]):
 
     @property
     def is_inside(self) -> bool:
-        """Whether the caller is the run under way itself: what the loop waits for.
-
-        That is its step, an inline handler, or the body of an `iterate()`.
-        """
+        """Whether the loop waits for the caller: its step, an inline handler, or the body of an `iterate()`."""
         return self._session.is_inside
 
     # Stopping
