@@ -5,7 +5,9 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import anyio
 import pytest
+from anyio.lowlevel import checkpoint
 from support.record import AnyEngine, Boom, Unsized, at, double, engine_that, record, record_steps
 
 from aengine import DataExhausted, DataExhaustedWarning, Engine, Events, StopReason
@@ -307,6 +309,29 @@ def test_run_terminated_at_the_end_of_a_terminated_epoch_begins_the_data_again(l
     first = len(steps)
     engine.run_sync(data)
     assert [batch for *_, batch in steps[first:]] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+async def test_terminate_after_the_end_of_the_data_cancels_no_handler(prefetch: int) -> None:
+    """Only a wait for data is cancelled by it, and that wait is over."""
+    send, receive = anyio.create_memory_object_stream[int](3)
+    for batch in (1, 2, 3):
+        send.send_nowait(batch)
+    send.close()
+    engine = Engine(double)
+    handled: list[int] = []
+
+    @engine.on(Events.COMPLETED)
+    async def terminate_and_go_on() -> None:
+        engine.terminate()
+        for _ in range(10):
+            await checkpoint()
+        handled.append(engine.state.iteration)
+
+    with receive, pytest.warns(DataExhaustedWarning):
+        await engine.run(receive, max_epochs=2, epoch_length=3, prefetch=prefetch)
+    assert handled == [3]
+    assert engine.state.stop_reason is StopReason.DATA_EXHAUSTED
 
 
 # What opens is closed

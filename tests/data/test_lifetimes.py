@@ -594,6 +594,22 @@ async def test_a_task_of_the_source_that_fails_while_the_loop_steps_fails_the_ru
     assert broker.log == ["enter", "exit"]
 
 
+@both_threads
+@prefetches
+@pytest.mark.parametrize("then", [Broker, list], ids=["source", "plain"])
+async def test_a_source_in_whose_place_other_data_is_put_is_exited(
+    thread: Thread, prefetch: int, then: Callable[[], Any]
+) -> None:
+    engine, first, second = Engine(step, thread=thread), Broker(), then() or [7, 8]
+    engine.add_event_handler(Events.ITERATION_COMPLETED(once=2), engine.set_data, second)
+    with anyio.fail_after(60):
+        await engine.run(first, epoch_length=4, prefetch=prefetch)
+    assert first.log == ["enter", "exit"]
+    if isinstance(second, Broker):
+        assert second.log == ["enter", "exit"]
+    assert engine.state.iteration == 4
+
+
 async def test_a_source_that_cannot_be_entered_fails_the_run_with_its_very_error() -> None:
     class Refused(Broker):
         async def __aenter__(self) -> None:

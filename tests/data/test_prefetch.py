@@ -369,7 +369,7 @@ async def test_a_step_that_failed_gets_its_batch_again(kind: type[Stateful], pre
 
 
 @prefetches
-async def test_data_of_known_length_is_wound_forward(prefetch: int) -> None:
+async def test_data_of_known_length_is_fast_forwarded(prefetch: int) -> None:
     seen: list[int] = []
 
     def noting(engine: Engine[Any, None], batch: int) -> None:
