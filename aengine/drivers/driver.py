@@ -104,19 +104,16 @@ class Driver:
                 A cancellation, when the step in flight and the clean-up have ended.
         """
         loop, bus = self._loop, self._bus
-        cancelled = anyio.get_cancelled_exc_class()
-        if cancelled not in loop.cancellations:
-            loop.cancellations += (cancelled,)
-        loop.others_had_a_turn = None if self._threaded else TickCounter.here().watch()
-        host = RunContext(
+        context = RunContext(
             self._loop_handle, self.spawn, self._fail_of_data, self._settings, self._prefetch, loop.can_use, self._grace
         )
-        loop.source.move_to(host)
+        others_had_a_turn = None if self._threaded else TickCounter.here().watch()
+        loop.attach(context, anyio.get_cancelled_exc_class(), others_had_a_turn)
         bus.loop_handle = self._loop_handle
         # Posted, even from the loop's own thread: a signal handler runs inside its select(), which goes back to sleep.
         # Held weakly: what was posted is let go of a turn later, and would keep the engine until then.
-        self._requests.on_change = partial(
-            self._loop_handle.post, partial(_call_if_alive, WeakMethod(self._look_at_requests))
+        self._requests.wake_by(
+            partial(self._loop_handle.post, partial(_call_if_alive, WeakMethod(self._look_at_requests)))
         )
         ending: BaseException | None = None
         try:
@@ -129,8 +126,9 @@ class Driver:
         except BaseException as error:  # noqa: BLE001 -- raised below, unless something worse was
             ending = error
         finally:
-            self._requests.on_change = bus.loop_handle = None
-            loop.source.host = bus.reported = None
+            self._requests.wake_by(None)
+            loop.detach()
+            bus.loop_handle = bus.reported = None
         try:
             self._raise(ending)
         finally:
@@ -187,7 +185,7 @@ class Driver:
         self._failures.append(error)
         if self._reported is None and self._deadline is None and not self._is_over:
             self._reported = error
-            self._requests.pending.add(Request.RAISE_FAILURE)
+            self._requests.add(Request.RAISE_FAILURE)
             self._scope.cancel()
 
     def _fail_of_data(self, error: BaseException) -> None:
@@ -277,7 +275,7 @@ class Driver:
             self._bus.end_streams()
             if self._work_item is None:  # the story has done so, unless it was given up, or cancelled in its clean-up
                 await self._run_cleanup(self._loop.source.aclose, deadline)
-        await self._run_cleanup(self._loop.source.leave, deadline)
+        await self._run_cleanup(self._loop.source.exit, deadline)
         if self._shared is not None:
             await self._run_cleanup(partial(self._on_worker, self._shared.close))
         elif self._worker is not None:
@@ -412,7 +410,7 @@ class Driver:
         self._work_item = one  # before it begins: its step may ask whether it is here
         self._worker.post(one.run)
         try:
-            await one.wait(partial(self._requests.pending.add, Request.RAISE_FAILURE))
+            await one.wait(partial(self._requests.add, Request.RAISE_FAILURE))
         finally:
             if one.done:
                 self._work_item = None
