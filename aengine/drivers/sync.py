@@ -19,7 +19,7 @@ def drive(generator: LoopGenerator, requests: Requests, failures: list[BaseExcep
     What failed the run, or Ctrl-C, is added to `failures`.
     """
     changed = threading.Event()
-    requests.on_change = changed.set
+    requests.wake_by(changed.set)
     try:
         while True:
             wanted = next(generator)
@@ -37,7 +37,7 @@ def drive(generator: LoopGenerator, requests: Requests, failures: list[BaseExcep
         failures.append(error)
         return DONE
     finally:
-        requests.on_change = None
+        requests.wake_by(None)
 
 
 def _wait_while_paused(requests: Requests, changed: threading.Event) -> None:
