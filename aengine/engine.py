@@ -11,12 +11,12 @@ from typing import Any, Generic, TypeVar
 import anyio
 from anyio.lowlevel import checkpoint_if_cancelled
 
-from aengine.arguments import check_seconds
+from aengine.arguments import check_seconds, check_whole
 from aengine.bus.bus import Bus
 from aengine.bus.dispatch import close_unawaited
 from aengine.bus.emitter import EventEmitter
 from aengine.callables import check_callable, is_async_callable, name_of
-from aengine.data.adapt import check, check_prefetch, needs_event_loop
+from aengine.data.adapt import adapt
 from aengine.data.prefetch import Fetched
 from aengine.data.source import Source
 from aengine.drivers.driver import Driver
@@ -129,7 +129,7 @@ class Engine(EventEmitter, Generic[Batch, Output]):
         """
         await checkpoint_if_cancelled()
         with self._busy():
-            check_prefetch(prefetch)
+            check_whole(prefetch, "prefetch=", minimum=0, of="batches to pull ahead")
             loop, generator = self._begin(data, max_epochs, max_iters, epoch_length)
             await self._drive(loop, generator, prefetch)
         return self.state
@@ -153,8 +153,8 @@ class Engine(EventEmitter, Generic[Batch, Output]):
         """
         if runs_in_event_loop():
             raise RuntimeError("run_sync() would block the event loop that runs here: write  await engine.run(...)")
-        check_prefetch(prefetch)
-        if self._is_async or prefetch or self._bus.must_await or needs_event_loop(data):
+        check_whole(prefetch, "prefetch=", minimum=0, of="batches to pull ahead")
+        if self._is_async or prefetch or self._bus.must_await or adapt(data).is_async:
             return anyio.run(partial(self.run, data, max_epochs, max_iters, epoch_length, prefetch=prefetch))
         with self._busy():
             loop, generator = self._begin(data, max_epochs, max_iters, epoch_length)
@@ -216,7 +216,7 @@ class Engine(EventEmitter, Generic[Batch, Output]):
     def _begin(
         self, data: Any, max_epochs: int | None, max_iters: int | None, epoch_length: int | None
     ) -> tuple[Loop, LoopGenerator]:
-        check(data)
+        adapted = adapt(data)
         if self.state.max_epochs is None and self.state.max_iters is None:
             self._give_up()
         if self._loop is not None and self._generator is not None:
@@ -224,9 +224,9 @@ class Engine(EventEmitter, Generic[Batch, Output]):
             self._bus.start_clock()
             return self._loop, self._generator
         state = self.state
-        progress = begin(state, self._progress, data, max_epochs, max_iters, epoch_length)
-        unread = self._unread[1] if self._unread is not None and self._unread[0] is data else None
-        source = Source(data, self.logger, unread, self.randomness)
+        progress = begin(state, self._progress, adapted, max_epochs, max_iters, epoch_length)
+        unread = self._unread[1] if self._unread is not None and self._unread[0] is data else ()
+        source = Source(adapted, self.logger, unread, self.randomness)
         if progress.position is not None:
             source.resume_at(progress.position, progress.iteration)
         else:
@@ -234,12 +234,20 @@ class Engine(EventEmitter, Generic[Batch, Output]):
         state.dataloader = data
         self._requests.begin()
         self._bus.reset()
+        rng_states, self._rng_to_restore = self._rng_to_restore, None
+        restore_rng = None
+        if self.randomness is not None and rng_states is not None:
+            restore_rng = partial(self.randomness.restore, rng_states, data)
         loop = self._loop = Loop(
-            self, self._step, source, progress, state=state, bus=self._bus, requests=self._requests
+            self,
+            self._step,
+            source,
+            progress,
+            state=state,
+            bus=self._bus,
+            requests=self._requests,
+            restore_rng=restore_rng,
         )
-        restore_rng, self._rng_to_restore = self._rng_to_restore, None
-        if self.randomness is not None and restore_rng is not None:
-            loop.restore_rng = partial(self.randomness.restore, restore_rng, data)
         generator = self._generator = loop.run()
         return loop, generator
 
@@ -344,12 +352,12 @@ class Engine(EventEmitter, Generic[Batch, Output]):
             RuntimeError: no run is under way.
             TypeError: this cannot be data.
         """
-        check(data)
+        adapted = adapt(data)
         if self._loop is None:
             raise RuntimeError(
                 "set_data() changes the data of a run under way, and there is none: pass the data to run()"
             )
-        self._loop.set_data(Source(data, self.logger, randomness=self.randomness))
+        self._loop.set_data(Source(adapted, self.logger, randomness=self.randomness))
 
     @property
     def is_running(self) -> bool:
