@@ -36,17 +36,21 @@ class RunContext:
 
 
 class ManagedData:
-    """Data that is an async context manager: entered for a run, and exited, in one task of that run.
+    """Data that is an async context manager: entered, held open and exited in one task of a run.
 
     It has a task of its own because a task group inside it may fail: that cancels the task which entered it. Were this
     the loop's, a step would be cancelled; so the run is told of the error, wherever the loop stands.
     """
 
-    def __init__(self, manager: Any) -> None:
+    def __init__(self, manager: Any, run: RunContext) -> None:
         self._manager = manager
-        self._task: ContextTask | None = None
+        self._run = run
+        self._value: Any = None
+        self._error: BaseException | None = None
+        self._entered, self._released, self._exited = (ThreadSafeEvent(run.loop_handle) for _ in range(3))
+        self._scope = anyio.CancelScope(shield=True)
 
-    async def enter(self, run: RunContext) -> Any:
+    async def enter(self) -> Any:
         """Enter it, and stay inside until `exit()`. Returns what to iterate: what entering gave, else the manager.
 
         Cancellable: then it is not entered.
@@ -54,65 +58,26 @@ class ManagedData:
         Raises:
             BaseException: what entering it raised.
         """
-        task = ContextTask(self._manager, run)
-        run.spawn(task.run, task.never_started)
-        await task.wait(task.entered)
-        self._task = task
-        return self._manager if task.value is None else task.value
+        self._run.spawn(self._hold_open, self._never_started)
+        await self._wait(self._entered)
+        return self._manager if self._value is None else self._value
 
     async def exit(self) -> None:
-        """Exit it, where it was entered, and wait for that. A cancellation makes it exit at once.
+        """Exit it, and wait for that. A cancellation makes it exit at once.
 
         Raises:
             BaseException: what exiting it raised.
         """
-        task, self._task = self._task, None
-        if task is not None:
-            task.release.set()
-            await task.wait(task.exited)
+        self._released.set()
+        await self._wait(self._exited)
 
-
-class ContextTask:
-    """The task in which an async context manager is entered, held open and exited."""
-
-    def __init__(self, manager: Any, run: RunContext) -> None:
-        self.value: Any = None
-        self.entered = ThreadSafeEvent(run.loop_handle)
-        self.release = ThreadSafeEvent(run.loop_handle)
-        self.exited = ThreadSafeEvent(run.loop_handle)
-        self._manager = manager
-        self._fail = run.fail
-        self._error: BaseException | None = None
-        self._scope = anyio.CancelScope(shield=True)
-
-    async def run(self) -> None:
-        """The task: enter it, say so, and stay inside until released."""
-        await guarded(self._hold_open, self._hand_over, _stray)
-        self._set_all()
-
-    async def _hold_open(self) -> None:
-        with self._scope:
-            async with self._manager as self.value:
-                self.entered.set()
-                await self.release.wait()
-
-    def never_started(self) -> None:
-        """The task was cancelled natively before its first step."""
-        self._hand_over(_stray())
-        self._set_all()
-
-    def _set_all(self) -> None:
-        self.entered.set()
-        self.exited.set()
-
-    async def wait(self, event: ThreadSafeEvent) -> None:
-        """Wait until it has entered or exited, and raise what that raised. A cancellation ends the task at once."""
+    async def _wait(self, event: ThreadSafeEvent) -> None:
         try:
             await event.wait()
         except BaseException:
             self._scope.cancel()
             with anyio.CancelScope(shield=True):  # the task must not outlive the run
-                await self.exited.wait()
+                await self._exited.wait()
             raise
         # Taken out: an error that stays here would hold its traceback, and so the engine.
         error, self._error = self._error, None
@@ -122,11 +87,27 @@ class ContextTask:
         finally:
             del error
 
+    async def _hold_open(self) -> None:
+        async def hold_open() -> None:
+            with self._scope:
+                async with self._manager as self._value:
+                    self._entered.set()
+                    await self._released.wait()
+
+        await guarded(hold_open, self._hand_over, _stray)
+        self._entered.set()
+        self._exited.set()
+
+    def _never_started(self) -> None:
+        self._hand_over(_stray())
+        self._entered.set()
+        self._exited.set()
+
     def _hand_over(self, error: BaseException) -> None:
         error = _only(error)
-        if self.entered.is_set and not self.release.is_set:
-            self._fail(error)
-        else:  # `wait()` raises it
+        if self._entered.is_set and not self._released.is_set:
+            self._run.fail(error)
+        else:  # `enter()` or `exit()` waits, and raises it
             self._error = error
 
 

@@ -25,6 +25,7 @@ class DataPosition:
     Attributes:
         length: batches in a pass; None while that is not known.
         unread: fetched and not stepped on, in an earlier run or ahead of the step: the next to be taken.
+        stateful: what was opened, where it has a `state_dict` of its own.
         must_skip: batches that are to be fetched and dropped before the first that is taken.
     """
 
@@ -36,7 +37,7 @@ class DataPosition:
         self.must_skip = 0
         self._data = data
         self._logger = logger
-        self._stateful: Stateful | None = None  # what was opened, where it has a state_dict
+        self.stateful: Stateful | None = None
         self._origin = 0  # the count of completed iterations at which this pass over the data began
         self._taken = 0  # batches of this pass
         self._before: DataState = None  # the data's own state before and after the batch last taken
@@ -49,10 +50,6 @@ class DataPosition:
 
     # What is completed
 
-    def passed(self, completed: int) -> int:
-        """Return how many batches of this pass over the data are completed."""
-        return completed - self._origin
-
     def after(self, completed: int) -> dict[str, Any]:
         """Return the position after the last completed step: what `resume_at` takes."""
         batches = completed - self._origin
@@ -61,7 +58,7 @@ class DataPosition:
         return position if self._randomness is None else {**position, "opening": self._rng_at_start}
 
     def end(self, completed: int) -> None:
-        """The end of this pass was met."""
+        """The end of this pass was met, so that its length is known."""
         self.length = completed - self._origin
 
     def restart(self, completed: int) -> None:
@@ -90,19 +87,14 @@ class DataPosition:
         """For how many iterations batches were fetched, since the first run."""
         return self._origin + self._taken + len(self.unread)
 
-    @property
-    def has_state(self) -> bool:
-        """Whether the data, as it was opened, has a state of its own."""
-        return self._stateful is not None
-
     def state(self) -> DataState:
         """Return the data's own state, None if it has none."""
-        return None if self._stateful is None else self._stateful.state_dict()
+        return None if self.stateful is None else self.stateful.state_dict()
 
     @property
     def can_return(self) -> bool:
         """Whether the data, opened again, can be put back to where it stands."""
-        return self._can_skip or self._stateful is not None
+        return self._can_skip or self.stateful is not None
 
     @property
     def _can_skip(self) -> bool:
@@ -132,7 +124,7 @@ class DataPosition:
         Data may draw random numbers when it is opened. It has done so in the run that is resumed, and is to draw the
         same ones now and none of the process's: call `end_rewind()` once the batches are skipped.
         """
-        self._stateful = made if isinstance(made, Stateful) else None
+        self.stateful = made if isinstance(made, Stateful) else None
         if self._was_put_back and type(made).__module__.partition(".")[0] == "datasets":
             # Hugging Face's go back to the state that they were given at each pass, until they are given another.
             made.load_state_dict({})
@@ -144,9 +136,9 @@ class DataPosition:
             return
         if randomness is not None:
             self._rng_before_rewind = randomness.capture(None)
-        if self._stateful is not None and position["state"] is not None:
+        if self.stateful is not None and position["state"] is not None:
             self.unread.clear()
-            self._stateful.load_state_dict(position["state"])
+            self.stateful.load_state_dict(position["state"])
             self._was_put_back = True
             how = "was put back to its own state"
         elif self._can_skip:

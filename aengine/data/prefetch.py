@@ -32,9 +32,8 @@ class Fetched(NamedTuple):
 class Buffer:
     """At most `size` batches between the prefetcher and the loop. Its end is the error that ended the data.
 
-    The prefetcher puts, in a thread or a task; the loop takes, in the worker or a task. One condition guards it all: a
-    thread waits on it; a task hangs a one-shot event into `_arrival` or `_room` while it holds it, so that what the
-    other side does next sets that event.
+    The condition guards it all. A thread waits on it; a task sets `_arrival` or `_room` to a one-shot event while it
+    holds it, so that whatever the other side does next sets that event.
     """
 
     def __init__(self, size: int, loop_handle: EventLoopHandle, wanted: Callable[[int], bool]) -> None:
@@ -57,14 +56,14 @@ class Buffer:
         """
         with self._condition:
             if not self._batches:
-                if self._error is not None:
-                    # Each taken anew: an error that stays here would hold its traceback, and so the engine.
-                    error, self._error = self._error, StopIteration()
-                    try:
-                        raise error
-                    finally:
-                        del error
-                return None
+                if self._error is None:
+                    return None
+                # Each raised once: an error that stays here would hold its traceback, and so the engine.
+                error, self._error = self._error, StopIteration()
+                try:
+                    raise error
+                finally:
+                    del error
             fetched = self._batches.popleft()
             self._make_room()
             return fetched
@@ -108,18 +107,16 @@ class Buffer:
     def unread(self) -> list[Fetched]:
         """Take what was fetched and not stepped on."""
         with self._condition:
-            unread = list(self._batches)
-            self._batches.clear()
-            return unread
+            unread, self._batches = self._batches, deque()
+            return list(unread)
 
     def unreported(self) -> BaseException | None:
         """Take the error of the data that was not raised yet, if there is one."""
         with self._condition:
             error = self._error
-            if error is None or isinstance(error, StopIteration):
-                return None
-            self._error = StopIteration()
-            return error
+            if error is not None:
+                self._error = StopIteration()
+            return None if isinstance(error, StopIteration) else error
 
     async def arrival(self) -> None:
         """Wait until a batch or the end has come. Cancellable; nothing is lost."""
@@ -176,19 +173,20 @@ class TaskPrefetcher(Prefetcher):
 
     async def pull(self) -> None:
         """The task. What the data raises is raised where its batches are taken."""
-        await guarded(self._pull, self.buffer.end_nowait, _stray)
-        self._ended.set_result(None)
-
-    async def _pull(self) -> None:
         buffer = self.buffer
-        # Shielded: a run that is cancelled stops this at the right moment, and waits for it.
-        with anyio.CancelScope(shield=True) as self._scope:
-            if self._is_cancelled:
-                self._scope.cancel()
-            while await buffer.room():
-                batch = await anext(self._iterator)
-                buffer.put_nowait(Fetched(batch, self._state()))
-                del batch  # while waiting for room, keep no reference to it
+
+        async def pull() -> None:
+            # Shielded: a run that is cancelled stops this at the right moment, and waits for it.
+            with anyio.CancelScope(shield=True) as self._scope:
+                if self._is_cancelled:
+                    self._scope.cancel()
+                while await buffer.room():
+                    batch = await anext(self._iterator)
+                    buffer.put_nowait(Fetched(batch, self._state()))
+                    del batch  # while waiting for room, keep no reference to it
+
+        await guarded(pull, buffer.end_nowait, _stray)
+        self._ended.set_result(None)
 
     def never_started(self) -> None:
         """The task was cancelled natively before its first step."""

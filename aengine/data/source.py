@@ -60,7 +60,8 @@ class Source:
         self.has_ended = False
         self.run: RunContext | None = None
         self._logger = logger
-        self._managed = ManagedData(data.data) if data.is_manager else None
+        self._is_manager = data.is_manager
+        self._managed: ManagedData | None = None  # while it is entered
         self._entered: Any = _NOT_ENTERED if data.is_manager else data.data  # what is opened
         self._iterator: Any = None
         self._prefetcher: Prefetcher | None = None
@@ -144,8 +145,10 @@ class Source:
 
     async def _open_and_wait(self) -> Any:
         if self._entered is _NOT_ENTERED:
-            assert self._managed is not None and self.run is not None, "what is awaited has an event loop"  # noqa: PT018, S101
-            self._entered = await self._managed.enter(self.run)
+            assert self.run is not None, "what is awaited is awaited on an event loop"  # noqa: S101
+            managed = ManagedData(self.data, self.run)
+            self._entered = await managed.enter()
+            self._managed = managed
             taken = _without_stop(self._open_and_take)
             if taken is not PENDING:
                 return taken
@@ -167,7 +170,7 @@ class Source:
         self._choose()
 
     def _choose(self) -> None:
-        has_state = self.position.has_state
+        has_state = self.position.stateful is not None
         if self.position.unread:
             self.take = self._take_unread
         elif self._prefetcher is not None:
@@ -221,7 +224,7 @@ class Source:
     @property
     def must_be_awaited(self) -> bool:
         """Whether suspending or closing this takes an await."""
-        return self._prefetcher is not None or self._managed is not None or self._is_async_of_ours
+        return self._prefetcher is not None or self._is_manager or self._is_async_of_ours
 
     async def suspend(self, completed: int) -> None:
         """Stop pulling ahead, but stay where the data stands. Waits for the fetch under way. Cancellable."""
@@ -230,7 +233,7 @@ class Source:
         if self._prefetcher is not None and not self._buffer.has_ended:
             self._keep_what_was_pulled()
             self.take = self._take_after_suspension
-        if (self._is_async_of_ours or self._managed is not None) and self.position.can_return:
+        if (self._is_async_of_ours or self._is_manager) and self.position.can_return:
             # The event loop may end before the next run, and an async generator with it; an async context manager is
             # exited, and entered again: begin again, by position.
             position = self.position.after(completed)
@@ -238,12 +241,12 @@ class Source:
             self.position.unread.clear()
             self.restart(completed)
             self.resume_at(position, completed)
-            if self._managed is not None:
+            if self._is_manager:
                 self._entered = _NOT_ENTERED
             return
         if self._is_async_of_ours and self.run is not None:
             self._begun_in = self.run.loop_handle
-        if self._managed is not None:  # it is exited with this run, and entered by the next
+        if self._is_manager:  # it is exited with this run, and entered by the next
             is_ahead = self._prefetcher is not None and self._buffer.has_ended
             error = self._buffer.unreported() if is_ahead else None
             await self.aclose()
@@ -289,8 +292,9 @@ class Source:
 
     async def exit(self) -> None:
         """Exit the async context manager that the data is. Cancellable, which makes it exit at once."""
-        if self._managed is not None:
-            await self._managed.exit()
+        managed, self._managed = self._managed, None
+        if managed is not None:
+            await managed.exit()
 
     def close(self) -> None:
         """Close the iterator if the engine opened it; where nothing must be awaited for that."""

@@ -17,7 +17,7 @@ class Exhausted(Exception):
 
 
 class Feed:
-    """What the loop fetches from. It is told how many iterations are completed where that decides.
+    """What the loop fetches from. `completed` is always the number of iterations whose step has returned.
 
     Attributes:
         source: the data; another source from `change()` on.
@@ -49,28 +49,22 @@ class Feed:
             self.is_awaited = False
         return batch
 
-    def must_look_ahead(self, completed: int) -> bool:
-        """Say whether a batch must be fetched before the next epoch begins: of data that cannot be restarted.
+    def look_ahead(self, completed: int) -> LoopGenerator:
+        """Before an epoch begins: fetch a batch of what cannot be restarted, for no epoch is to be empty.
 
         Raises:
-            Exhausted: it has none; no epoch is to be empty.
+            Exhausted: there is none.
         """
-        if not self.source.is_one_shot or completed == self._first:
-            return False
-        if self.source.has_ended:
-            raise Exhausted
-        return True
-
-    def look_ahead(self, batch: Any, completed: int) -> None:
-        """Keep the batch that was fetched ahead.
-
-        Raises:
-            Exhausted: there was none.
-        """
-        if batch is END:
-            self.source.end(completed)
-            raise Exhausted
-        self.source.put_back(batch)
+        source = self.source
+        if not source.is_one_shot or completed == self._first:
+            return
+        if not source.has_ended:
+            batch = yield from self.fetch()
+            if batch is not END:
+                source.put_back(batch)
+                return
+            source.end(completed)
+        raise Exhausted
 
     def end(self, completed: int) -> bool:
         """The end of the data was met. Returns whether that is the end of an epoch, whose length was not known.
@@ -81,9 +75,8 @@ class Feed:
         """
         state, source = self._state, self.source
         self.is_awaited = False
-        is_empty = source.position.passed(completed) == 0
         source.end(completed)
-        if completed == self._first and (is_empty or source.is_one_shot):
+        if completed == self._first and (source.position.length == 0 or source.is_one_shot):
             self.empty = DataExhausted(self.exhaustion(completed))
             raise self.empty
         if state.epoch_length is None and completed > state.epoch_start:
@@ -111,9 +104,7 @@ class Feed:
         """Have the next batch come from the source that was set."""
         old, new = self.source, self._next_source
         assert new is not None, "set before it is requested"  # noqa: S101
-        yield from self._close()
-        if old.must_be_awaited:
-            yield old.exit()
+        yield from self._close(is_last=True)
         new.attach(old.run)
         old.attach(None)
         new.restart(completed)
@@ -139,14 +130,13 @@ class Feed:
         self.put_back()
         if self.source.must_be_awaited:
             yield Effect.SHIELD
-            yield self.source.aclose(gently=gently)
-            yield self.source.exit()
-        else:
-            self.source.close()
+        yield from self._close(gently=gently, is_last=True)
 
-    def _close(self) -> LoopGenerator:
+    def _close(self, *, gently: bool = False, is_last: bool = False) -> LoopGenerator:
         if self.source.must_be_awaited:
-            yield self.source.aclose()
+            yield self.source.aclose(gently=gently)
+            if is_last:
+                yield self.source.exit()
         else:
             self.source.close()
 

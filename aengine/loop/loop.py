@@ -57,19 +57,6 @@ class Loop:
         requests: Requests,
         restore_rng: Callable[[], object] | None = None,
     ) -> None:
-        """Prepare a run.
-
-        Args:
-            engine: given to steps and handlers.
-            step: called for each batch.
-            source: the data, where the run is to go on.
-            progress: what is completed.
-            state: what the loop keeps up to date.
-            bus: fires the events.
-            requests: what is asked of the loop meanwhile.
-            restore_rng: restores the random numbers of the run that is resumed, once everything is fired that the run
-                did not fire again.
-        """
         self.completed = progress.iteration
         self.feed = Feed(source, state, progress.iteration)
         self.also_raised: list[BaseException] = []
@@ -79,6 +66,8 @@ class Loop:
         self._state = state
         self._bus = bus
         self._requests = requests
+        # After STARTED and EPOCH_STARTED of a run that is resumed: the run before fired them, too, and their handlers
+        # may draw random numbers.
         self._restore_rng = restore_rng
         self._has_other_data = False  # than when the epoch began: its events may be fired now, or no longer
         self._epoch_is_complete = progress.epoch_is_complete
@@ -91,16 +80,13 @@ class Loop:
     def attach(
         self, run: RunContext, cancelled: type[BaseException], others_had_a_turn: Callable[[], bool] | None
     ) -> None:
-        """A driver on an event loop begins to advance this.
+        """A driver on an event loop begins to advance this. Raises as `Source.attach` does.
 
         Args:
             run: what the data needs of it.
             cancelled: what a cancellation raises there.
-            others_had_a_turn: whether other tasks had a turn since it was called before; None where the loop does not
-                run on the event loop's own thread.
-
-        Raises:
-            RuntimeError: the data was begun in another event loop, and cannot go on in this one.
+            others_had_a_turn: returns whether other tasks had a turn since it was called before; None where the loop
+                does not run on the event loop's own thread.
         """
         self.source.attach(run)
         if cancelled not in self.cancellations:
@@ -113,13 +99,8 @@ class Loop:
 
     @property
     def source(self) -> Source:
-        """The data."""
+        """The data that batches come from."""
         return self.feed.source
-
-    @property
-    def waits_for_data(self) -> bool:
-        """Whether what was yielded last is the next batch."""
-        return self.feed.is_awaited
 
     # The run
 
@@ -168,8 +149,7 @@ class Loop:
 
     def _epoch(self) -> LoopGenerator:
         state, requests, began = self._state, self._requests, perf_counter()
-        if self.feed.must_look_ahead(self.completed):
-            self.feed.look_ahead((yield from self._fetch()), self.completed)
+        yield from self._fetching(self.feed.look_ahead(self.completed))
         if self._epoch_is_complete:
             state.epoch += 1
             state.epoch_start = state.iteration
@@ -332,9 +312,11 @@ class Loop:
 
     # The data
 
-    def _fetch(self) -> Generator[Awaitable[Any] | Effect, Any, Any]:
+    def _fetching(
+        self, part: Generator[Awaitable[Any] | Effect, Any, Any]
+    ) -> Generator[Awaitable[Any] | Effect, Any, Any]:
         try:
-            return (yield from self.feed.fetch())
+            return (yield from part)
         except BaseException as error:
             yield from self._meet_error_of_data(error)
             raise
@@ -343,7 +325,7 @@ class Loop:
         self.feed.is_awaited = False
         if isinstance(error, WaitCancelled):
             yield from self._serve_requests()  # which ends the run: only `terminate()` cancels this wait
-        elif isinstance(error, Exception):
+        elif isinstance(error, Exception) and not isinstance(error, Exhausted):
             self.note(error, f"the data ({self.source.name}), fetching batch {self.completed + 1}")
 
     def _meet_end_of_data(self) -> Generator[Awaitable[Any] | Effect, Any, Any]:
@@ -353,7 +335,7 @@ class Loop:
         yield from self._dispatch("DATALOADER_STOP_ITERATION")
         yield from self._serve_requests(between_steps=False)
         yield from self.feed.restart(self.completed)
-        batch = yield from self._fetch()
+        batch = yield from self._fetching(self.feed.fetch())
         if batch is END:
             raise Exhausted
         return batch
@@ -385,7 +367,7 @@ class Loop:
         """Serve what was requested, until nothing is pending that keeps the loop from going on."""
         requests, is_put_off = self._requests, False
         if requests.to_fire:
-            requests.add(Request.FIRE)
+            requests.request(Request.FIRE)
         while requests.pending:
             if requests.take(Request.RAISE_FAILURE):
                 yield Effect.RAISE_FAILURE
@@ -410,7 +392,7 @@ class Loop:
                 while requests.deferred_backpressure:
                     yield requests.deferred_backpressure.pop()
         if is_put_off:
-            requests.add(Request.FIRE)
+            requests.request(Request.FIRE)
 
     def _fire_requested(self) -> LoopGenerator:
         while self._requests.to_fire:

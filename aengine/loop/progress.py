@@ -62,12 +62,8 @@ def begin(
             check_whole(value, name, minimum=1)
     if max_epochs is not None and max_iters is not None:
         raise ValueError("max_epochs= and max_iters= exclude each other: give the one by which the run is to end")
-    _check_limit(
-        "max_epochs", max_epochs, state.max_epochs, other="max_iters", other_set=state.max_iters, done=progress.epoch
-    )
-    _check_limit(
-        "max_iters", max_iters, state.max_iters, other="max_epochs", other_set=state.max_epochs, done=progress.iteration
-    )
+    _check_limit("max_epochs", max_epochs, state, "max_iters", progress.epoch)
+    _check_limit("max_iters", max_iters, state, "max_epochs", progress.iteration)
     if data.length == 0:
         raise ValueError(f"the data has length 0 ({data.name}): pass data that has batches")
     length = epoch_length or data.length
@@ -97,17 +93,14 @@ def begin(
     return progress
 
 
-def _check_limit(
-    name: str, given: int | None, now: int | None, *, other: str, other_set: int | None, done: int
-) -> None:
-    if given is None:
-        return
-    if other_set is not None:
+def _check_limit(name: str, given: int | None, state: State, other: str, done: int) -> None:
+    now, counted_by = getattr(state, name), getattr(state, other)
+    if given is not None and counted_by is not None:
         raise ValueError(
-            f"{name}={given} was given, but the engine counts by {other}={other_set}: set engine.state.{other} = None"
+            f"{name}={given} was given, but the engine counts by {other}={counted_by}: set engine.state.{other} = None"
             " first, which begins anew"
         )
-    if now is not None and given < done:
+    if given is not None and now is not None and given < done:
         raise ValueError(
             f"{name}={given} was given, but the engine has done {done} already: give more, or set engine.state.{name} ="
             " None first, which begins anew"
@@ -163,7 +156,10 @@ def from_state_dict(saved: Mapping[str, Any], state: State, user_keys: Sequence[
     absent = [key for key in user_keys if key not in saved]
     if absent:
         raise ValueError(f"state_dict_user_keys names {absent}, which the state_dict has not: it has {sorted(saved)}")
-    progress = _progress_of_ours(saved) if "progress" in saved else _progress_of_ignite(saved)
+    if "progress" in saved:
+        progress = Progress(iteration=saved["iteration"], position=saved["data"], is_loaded=True, **saved["progress"])
+    else:
+        progress = _progress_of_ignite(saved)
     state.epoch_length = saved["epoch_length"]
     state.max_epochs, state.max_iters = saved.get("max_epochs"), saved.get("max_iters")
     state.iteration, state.epoch, state.epoch_start = progress.iteration, progress.epoch, progress.epoch_start
@@ -171,10 +167,6 @@ def from_state_dict(saved: Mapping[str, Any], state: State, user_keys: Sequence[
         setattr(state, key, saved[key])
     state.set_progress(progress)
     return progress
-
-
-def _progress_of_ours(saved: Mapping[str, Any]) -> Progress:
-    return Progress(iteration=saved["iteration"], position=saved["data"], is_loaded=True, **saved["progress"])
 
 
 def _progress_of_ignite(saved: Mapping[str, Any]) -> Progress:

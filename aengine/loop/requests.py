@@ -60,10 +60,6 @@ class Requests:
         self.pending.add(request)
         self._changed()
 
-    def add(self, request: Request) -> None:
-        """Make a request where the driver does so itself, and is not to be woken."""
-        self.pending.add(request)
-
     def cancel(self, request: Request) -> None:
         """Cancel a request that was not served yet. From any thread."""
         self.pending.discard(request)
