@@ -185,7 +185,7 @@ class Driver:
         self._failures.append(error)
         if self._reported is None and self._deadline is None and not self._is_over:
             self._reported = error
-            self._requests.add(Request.RAISE_FAILURE)
+            self._requests.request(Request.RAISE_FAILURE)
             self._scope.cancel()
 
     def _fail_of_data(self, error: BaseException) -> None:
@@ -333,7 +333,7 @@ class Driver:
         reported, self._reported = self._reported, None
         was_woken, self._is_woken = self._is_woken, False
         self._bus.reported = reported
-        return reported or (WaitCancelled() if was_woken and self._loop.waits_for_data else None)
+        return reported or (WaitCancelled() if was_woken and self._loop.feed.is_awaited else None)
 
     async def _advance_here(self) -> None:  # noqa: C901 -- an await a turn: each call more would be felt
         """Advance the story on the event loop's own thread, until it is over or the scope must be another."""
@@ -410,7 +410,7 @@ class Driver:
         self._work_item = one  # before it begins: its step may ask whether it is here
         self._worker.post(one.run)
         try:
-            await one.wait(partial(self._requests.add, Request.RAISE_FAILURE))
+            await one.wait(partial(self._requests.request, Request.RAISE_FAILURE))
         finally:
             if one.done:
                 self._work_item = None
@@ -498,7 +498,7 @@ class Driver:
             self._room.abandon()
         if (
             Request.TERMINATE in self._requests.pending
-            and self._loop.waits_for_data
+            and self._loop.feed.is_awaited
             and self._deadline is None
             and not self._is_over
             and self._loop.source.can_be_woken
