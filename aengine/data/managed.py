@@ -38,8 +38,8 @@ class RunContext:
 class ManagedData:
     """Data that is an async context manager: entered, held open and exited in one task of a run.
 
-    It has a task of its own because a task group inside it may fail: that cancels the task which entered it. Were this
-    the loop's, a step would be cancelled; so the run is told of the error, wherever the loop stands.
+    It has a task of its own because a task group inside it may fail, which cancels the task that entered it. If that
+    were the loop's task, a step would be cancelled. This one hands the error to the run, wherever the loop stands.
     """
 
     def __init__(self, manager: Any, run: RunContext) -> None:

@@ -18,19 +18,19 @@ def numbers(count: int) -> Iterator[int]:
 
 
 class Ticket:
-    """An iterator written in Python: nobody can say whether its `__iter__` makes it begin again. This one does not."""
+    """An iterator written in Python: its `__iter__` may make it begin again. This one does not."""
 
     def __init__(self, count: int) -> None:
-        self.left = count
+        self.remaining = count
         self.taken = 0
 
     def __iter__(self) -> "Ticket":
         return self
 
     def __next__(self) -> int:
-        if not self.left:
+        if not self.remaining:
             raise StopIteration
-        self.left -= 1
+        self.remaining -= 1
         self.taken += 1
         return self.taken
 
@@ -128,7 +128,7 @@ def test_one_shot_iterator_of_unknown_length_begins_no_second_epoch() -> None:
 
 
 def test_restart_that_yields_nothing_is_no_epoch() -> None:
-    """Only its fetch can tell, so the epoch is begun; it is not counted, and not completed."""
+    """Only a fetch shows it, so the epoch is begun; it is not counted, and not completed."""
     engine = Engine(double)
     seen = record(engine, "IC EC C")
     with pytest.warns(DataExhaustedWarning, match="2 of 6"):
@@ -227,7 +227,7 @@ def test_function_that_makes_an_iterator_is_called_for_each_pass() -> None:
 def test_iterator_that_begins_again_is_restarted() -> None:
     class Again(Ticket):
         def __iter__(self) -> "Again":
-            self.left, self.taken = 2, 0
+            self.remaining, self.taken = 2, 0
             return self
 
     engine = Engine(double)
@@ -247,7 +247,7 @@ def test_sequence_without_iter_is_data_too() -> None:
     assert [batch for *_, batch in steps] == [1, 2, 1, 2]
 
 
-def test_length_that_cannot_be_told_is_no_length() -> None:
+def test_len_that_raises_is_no_length() -> None:
     class Loader(Unsized):
         def __len__(self) -> int:
             raise TypeError("an iterable dataset has no length")

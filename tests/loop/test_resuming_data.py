@@ -187,7 +187,7 @@ def test_generator_function_is_fast_forwarded_once_its_length_is_known(how: Way)
 def test_generator_function_of_unknown_length_is_called_again_with_a_warning(
     how: Way, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It may be a stream: nobody but the user knows whether it begins where it ended."""
+    """It may be a stream: only the user knows whether it begins where it ended."""
     engine = engine_that("IC@1/2", terminate)
     run_and_stop(engine, lambda: numbers(3), epoch_length=3)
     resumed = how(engine)
@@ -200,7 +200,9 @@ def test_generator_function_of_unknown_length_is_called_again_with_a_warning(
 
 
 @HERE_OR_THERE
-def test_generator_function_that_is_given_a_length_is_fast_forwarded(how: Way, caplog: pytest.LogCaptureFixture) -> None:
+def test_generator_function_that_is_given_a_length_is_fast_forwarded(
+    how: Way, caplog: pytest.LogCaptureFixture
+) -> None:
     class Numbers:
         def __iter__(self) -> Iterator[int]:
             return numbers(3)
