@@ -69,7 +69,6 @@ class Topic:
     """
 
     __slots__ = (
-        "_arranged",
         "_context",
         "_quick",
         "count",
@@ -92,7 +91,6 @@ class Topic:
         self.is_fired_by_loop = name in _LOOP_EVENTS
         self.dispatch: DispatchFunction = self._dispatch_to_all
         self._context = context
-        self._arranged: list[InlineHandler] | None = None  # the inline handlers, where `arrange` is to change them live
         # What is called and sent to each time, all of one instant.
         self._quick: Quick = (), (), ()
 
@@ -111,18 +109,6 @@ class Topic:
         with self._context.lock:
             self.inline = tuple(one for one in self.inline if one not in listeners)
             self.inbox_listeners = tuple(one for one in self.inbox_listeners if one not in listeners)
-            self._arrange()
-
-    def arrange(self, inline: Iterable[InlineHandler]) -> None:
-        """Have these inline handlers, in this order, at once: a dispatch under way goes on with the next of them.
-
-        For what measures the others and stands between them: it takes its places when the run has begun. At once only
-        from the second time on; the first time, as with `listen` and `leave`, from the next dispatch on.
-        """
-        with self._context.lock:
-            arranged = [] if self._arranged is None else self._arranged
-            arranged[:] = inline
-            self.inline, self._arranged = tuple(arranged), arranged
             self._arrange()
 
     def reset(self, count: int) -> None:
@@ -163,10 +149,8 @@ class Topic:
         inboxes = tuple(one.inbox for one in self.inbox_listeners)
         self._quick = tuple(one.call for one in self.inline), self.inline, inboxes
         has_filter = any(one.filter is not None for one in listeners)
-        if self._arranged is not None and self.inline != tuple(self._arranged):  # somebody came or left
-            self._arranged = list(self.inline)
         has_snapshot = any(one.snapshot is not None for one in self.inbox_listeners)
-        if self._arranged is not None or has_filter or has_snapshot or (self.inline and not self.is_fired_by_loop):
+        if has_filter or has_snapshot or (self.inline and not self.is_fired_by_loop):
             self.dispatch = self._dispatch_to_due
         else:
             self.dispatch = self._dispatch_to_all if self.inline else self._send
@@ -259,7 +243,7 @@ class Topic:
             yield from send(engine) or ()
 
     def _due(self, engine: Any, count: int) -> Iterator[InlineHandler]:
-        for handler in self.inline if self._arranged is None else self._arranged:
+        for handler in self.inline:
             if handler.filter is None or (handler.due <= count and self._admits(handler, handler.name, engine, count)):
                 yield handler
 
