@@ -379,8 +379,7 @@ class Engine(EventEmitter, Generic[Batch, Output]):
         with `engine.randomness`, also the states of random number generators, as tensors.
         """
         progress = self._progress if self._loop is None else self._loop.progress()
-        fired = {topic.name: topic.own_count for topic in self._bus.topics if topic.own_count}
-        saved = to_state_dict(progress, self.state, fired, self.state_dict_user_keys)
+        saved = to_state_dict(progress, self.state, self._bus.own_counts, self.state_dict_user_keys)
         if self.randomness is not None:
             saved["random"] = self.randomness.capture(self.state.dataloader)
         return saved
@@ -404,9 +403,7 @@ class Engine(EventEmitter, Generic[Batch, Output]):
             self._progress = replace(self._progress, is_loaded=False)
         self._give_up()
         self._rng_to_restore = state_dict.get("random")
-        fired = state_dict.get("fired", {})
-        for topic in {*self._bus.topics, *map(self._bus.topic, fired)}:
-            topic.own_count = fired.get(topic.name, 0)
+        self._bus.restore_own_counts(state_dict.get("fired", {}))
 
     def statistics(self) -> EngineStatistics:
         """Return where the time goes, and what becomes of the events. Cheap; at any time, from any thread."""

@@ -353,7 +353,7 @@ class EventEmitter:
 
     def _topic_to_fire(self, event: AnyEvent) -> tuple[Topic, int]:
         topic = self._bus.topic(self._one_selector(event).name)
-        return topic, self._bus.count_firing(topic)
+        return topic, topic.count_firing()
 
     @property
     def last_event_name(self) -> Any:

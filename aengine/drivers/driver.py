@@ -111,7 +111,7 @@ class Driver:
             self._loop_handle, self.spawn, self._fail_of_data, self._settings, self._prefetch, loop.can_use, self._grace
         )
         loop.source.move_to(host)
-        bus.loop_handle = self._loop_handle
+        bus.enter_loop(self._loop_handle)
         # Posted, even from the loop's own thread: a signal handler runs inside its select(), which goes back to sleep.
         # Held weakly: what was posted is let go of a turn later, and would keep the engine until then.
         self._requests.on_change = partial(
@@ -128,8 +128,8 @@ class Driver:
         except BaseException as error:  # noqa: BLE001 -- raised below, unless something worse was
             ending = error
         finally:
-            self._requests.on_change = bus.loop_handle = None
-            loop.source.host = bus.reported = None
+            self._requests.on_change = loop.source.host = None
+            bus.leave_loop()
         try:
             self._raise(ending)
         finally:
@@ -333,7 +333,7 @@ class Driver:
             )
         reported, self._reported = self._reported, None
         was_woken, self._is_woken = self._is_woken, False
-        self._bus.reported = reported
+        self._bus.report(reported)
         return reported or (WaitCancelled() if was_woken and self._loop.waits_for_data else None)
 
     async def _advance_here(self) -> None:  # noqa: C901 -- an await a turn: each call more would be felt
@@ -467,7 +467,7 @@ class Driver:
         reported, self._reported = self._reported, None
         if reported is None:
             return True
-        self._bus.reported = reported
+        self._bus.report(reported)
         self._next = (self._generator.throw, reported)
         return False
 

@@ -40,7 +40,7 @@ class SubscriberTasks:
             self._has_ended(subscriber)
 
     def _lose(self, subscriber: Subscriber, fail: Fail) -> None:
-        subscriber.lose(fail)
+        subscriber.fail_as_stray(fail)
         self._has_ended(subscriber)
 
     def _has_ended(self, subscriber: Subscriber) -> None:
@@ -67,8 +67,8 @@ class SubscriberTasks:
             return
         awaited = self._awaited
         for subscriber in awaited:  # all of them now: when one has been waited for, another may have gone on to more
-            if subscriber.inbox.when_awaited is not None:
-                subscriber.inbox.when_awaited()
+            if subscriber.inbox.on_flush is not None:
+                subscriber.inbox.on_flush()
         sequence, loop_handle = self._bus.sequence, EventLoopHandle()
         for subscriber in awaited:
             await subscriber.inbox.wait_processed(sequence, loop_handle)
@@ -84,7 +84,7 @@ class SubscriberTasks:
             while self._late:
                 await self.flush()
         if scope.cancelled_caught and (late := self._late):  # else something came after the last look
-            raise self._bus.give_up(late, self._grace)
+            raise self._bus.cancel_late(late, self._grace)
 
     @property
     def _late(self) -> list[Subscriber]:
@@ -94,7 +94,7 @@ class SubscriberTasks:
         """Let them take no more, and wait for the ends of their tasks. What comes now waits for the next run."""
         ends = dict(self._ends)
         for subscriber in ends:
-            subscriber.inbox.dismiss_reader()
+            subscriber.inbox.stop_reader()
         for end in ends.values():
             await end.wait()
         self._have_ended = True

@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeAlias
 
 import anyio
 
-from aengine.callables import check_call, check_seconds
+from aengine.callables import check_call, check_seconds, named
 from aengine.engine import Engine
 from aengine.events import AnyEvent, Event, EventEnum, Events, FilteredEvent, date_of, selectors
 from aengine.loggers.buffer import Spool
@@ -137,12 +137,13 @@ class Tracker:
         engine.register_events(*TrackerEvents)
         engine.subscribe(TrackerEvents.RECORDS_WAIT(self._take_call), self._answer, name=self.name)
         self._inbox = bus.subscribers[-1].inbox  # just added
-        self._inbox.when_awaited = self._make_haste
-        bus.add_last(_BEGINS, self._begin, f"begins for {self.name}")
+        self._inbox.on_flush = self._make_haste
+        bus.add_observer(_BEGINS, named(self._begin, f"begins for {self.name}"))
         for one in listened_to:
-            bus.add_last(FilteredEvent(one.name, one.filter), partial(self._take, one.name), f"records for {self.name}")
+            take = named(partial(self._take, one.name), f"records for {self.name}")
+            bus.add_observer(FilteredEvent(one.name, one.filter), take)
         for one in selectors(_ENDS):
-            bus.add_last(one.name, partial(self._end, one.name), f"ends for {self.name}")
+            bus.add_observer(one.name, named(partial(self._end, one.name), f"ends for {self.name}"))
 
     def _would_repeat(self, handler: Any) -> bool:
         take = getattr(handler, "func", None)

@@ -36,8 +36,8 @@ class Attending:
         self._bus.stopwatch.weight = 1
         topic = self._bus.topic(name)
         topic.mark_fired_by_loop()
-        count = self._bus.count_firing(topic)
-        if count >= topic.due:
+        count = topic.count_firing()
+        if count >= topic.next_count:
             yield from topic.dispatch(self._engine, count, payload) or ()
 
     def _serve_requests(self, *, between_steps: bool = True) -> LoopGenerator:  # noqa: C901, PLR0912 -- a branch a request
