@@ -12,35 +12,40 @@ Snapshot: TypeAlias = Callable[[Any], Any]
 
 
 class Listener:
-    """What listens to one topic: when it is due next, and whether it is to be called then."""
+    """What listens to one topic.
 
-    __slots__ = ("_next_time", "_runs_at_end", "due", "filter", "last_run", "selector")
+    Attributes:
+        next_count: the count from which on `should_run` is to be asked. It always is where there is no filter.
+        last_run: the count at which its filter last let it run, in this run of the engine.
+    """
+
+    __slots__ = ("_next_time", "filter", "last_run", "next_count", "selector")
 
     def __init__(self, selector: Selector) -> None:
         self.selector = selector
         self.filter: Filter | None = selector.filter
-        self.due = ALWAYS
+        self.next_count = ALWAYS
         self.last_run: int | None = None
         self._next_time = 0.0
-        self._runs_at_end = False
 
     def reset(self, count: int) -> None:
         """A run begins, at this count of the event."""
         self.last_run = None
+        self.reschedule(count)
+        if self.filter is not None and self.filter.interval is not None:
+            self._next_time = perf_counter() + self.filter.interval
+
+    def reschedule(self, count: int) -> None:
+        """Find when the filter is due from this count on."""
         if self.filter is not None:
-            self.due = self.filter.next_due(count)
-            if self.filter.interval is not None:
-                self._next_time = perf_counter() + self.filter.interval
+            self.next_count = self.filter.next_count(count)
 
     def should_run(self, engine: Any, count: int) -> bool:
         """Say whether a filtered listener that is due is to be called, and find when it is due next."""
         condition = self.filter
-        assert condition is not None, "asked of filtered listeners only"  # noqa: S101
-        if self._runs_at_end:
-            self._runs_at_end = False
-            return True
-        exact = self.due == count or condition.next_due(count) == count
-        self.due = condition.next_due(count + 1)
+        assert condition is not None, "asked only where there is a filter"  # noqa: S101
+        exact = self.next_count == count or condition.next_count(count) == count
+        self.next_count = condition.next_count(count + 1)
         if exact and condition.test is not None:
             exact = bool(condition.test(engine, count))
         if exact and condition.interval is not None:
@@ -53,25 +58,39 @@ class Listener:
         return exact
 
     def runs_at_end(self, count: int) -> bool:
-        """Say whether this is to be called once more, for the count at the end of the run; then it is admitted."""
-        self._runs_at_end = self.filter is not None and self.filter.at_end and self.last_run != count
-        return self._runs_at_end
+        """Say whether this is to be called once more, for the count at the end of the run."""
+        return self.filter is not None and self.filter.at_end and self.last_run != count
 
 
 class InlineHandler(Listener):
-    """A handler that runs between two steps, in order, with the live engine; or after all that are not `is_last`."""
+    """A handler that runs between two steps, in order, with the live engine. An observer runs after all that are none.
 
-    __slots__ = ("call", "handler", "is_async", "is_last", "name", "seconds")
+    Attributes:
+        seconds: that it took in this run of the engine. Written by the topic, where each call more would be felt.
+    """
+
+    __slots__ = ("call", "handler", "is_async", "is_observer", "name", "seconds")
 
     def __init__(
-        self, selector: Selector, handler: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+        self,
+        selector: Selector,
+        handler: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        *,
+        is_observer: bool = False,
     ) -> None:
         super().__init__(selector)
         self.handler = handler
         self.name = name_of(handler)
         self.call = bind_handler(handler, selector.name, args, kwargs)
         self.is_async = is_async_callable(handler)
-        self.is_last = False
+        self.is_observer = is_observer
+        self.seconds = 0.0
+
+    def reset(self, count: int) -> None:
+        """A run begins, at this count of the event."""
+        super().reset(count)
         self.seconds = 0.0
 
 

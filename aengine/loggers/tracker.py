@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeAlias
 import anyio
 
 from aengine.arguments import check_seconds
-from aengine.callables import check_callable
+from aengine.callables import check_callable, named
 from aengine.engine import Engine
 from aengine.events import AnyEvent, Event, EventEnum, Events, FilteredEvent, date_of, selectors
 from aengine.loggers.buffer import RecordBuffer
@@ -138,12 +138,14 @@ class Tracker:
         engine.register_events(*TrackerEvents)
         engine.subscribe(TrackerEvents.RECORDS_WAIT(self._take_call), self._answer, name=self.name)
         self._inbox = bus.subscribers[-1].inbox  # just added
-        self._inbox.when_awaited = self._make_haste
-        bus.add_last(_BEGINS, self._begin, f"begins for {self.name}")
+        self._inbox.on_flush = self._make_haste
+        bus.add_observer(_BEGINS, named(self._begin, f"begins for {self.name}"))
         for one in listened_to:
-            bus.add_last(FilteredEvent(one.name, one.filter), partial(self._take, one.name), f"records for {self.name}")
+            bus.add_observer(
+                FilteredEvent(one.name, one.filter), named(partial(self._take, one.name), f"records for {self.name}")
+            )
         for one in selectors(_ENDS):
-            bus.add_last(one.name, partial(self._end, one.name), f"ends for {self.name}")
+            bus.add_observer(one.name, named(partial(self._end, one.name), f"ends for {self.name}"))
 
     def _would_repeat(self, handler: Any) -> bool:
         take = getattr(handler, "func", None)
