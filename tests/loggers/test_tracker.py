@@ -25,8 +25,8 @@ from support.record import Boom
 
 from aengine import DataExhausted, Engine, Events, HandlerTimeout, StopReason
 from aengine.drivers.subscriber_tasks import SubscriberTasks
-from aengine.loggers import Record, Tracker, track, tracker as tracker_module
-from aengine.threads.event_loop import EventLoopHandle
+from aengine.loggers import Record, Tracker, track, writer as writer_module
+from aengine.threads.event_loop import EventLoopHandle, ThreadSafeEvent
 
 AnyEngine: TypeAlias = Engine[Any, Any]
 
@@ -198,7 +198,7 @@ def test_a_sink_gets_the_same_values_of_an_event_once() -> None:
             RuntimeError, match=r"these values of engine 'trainer' at (ITERATION|EPOCH)_COMPLETED.* already"
         ):
             track(engine, memory, event)
-    assert len(engine.statistics().listeners) == 1
+    assert len(engine.statistics().services) == 1
     track(engine, memory, Events.ITERATION_COMPLETED(every=3))
     track(engine, memory, Events.EPOCH_COMPLETED, values=lambda engine: {"lr": 0.1})
     track(engine, memory, Events.EPOCH_COMPLETED, step=lambda engine: 3)
@@ -223,7 +223,7 @@ def test_an_argument_that_cannot_be_used_is_refused_at_once(error: type[Exceptio
     engine: AnyEngine = Engine(tenfold)
     with pytest.raises(error, match=f"^{argument}= "):
         track(engine, Memory(), **{argument: value})
-    assert engine.statistics().listeners == ()
+    assert engine.statistics().services == ()
 
 
 # Slow sinks
@@ -268,7 +268,7 @@ async def test_a_full_spool_drops_the_oldest_iterations_and_keeps_the_epochs(cap
 @pytest.fixture
 def never_at_its_own_pace(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have records wait for others, once the sink was called, until something calls for them."""
-    monkeypatch.setattr(tracker_module, "_PACE", 3600.0)
+    monkeypatch.setattr(writer_module, "_PACE", 3600.0)
 
 
 @pytest.mark.usefixtures("never_at_its_own_pace")
@@ -372,25 +372,35 @@ async def test_the_step_may_find_that_a_record_is_due_while_the_event_loop_stops
 ) -> None:
     engine = Engine(tenfold)
     tracker = track(engine, Memory(), Events.ITERATION_COMPLETED)
-    hurry = anyio.Event()
-    tracker._hurry, tracker._loop_handle = hurry, EventLoopHandle()
+    writer, wakeup = tracker._writer, ThreadSafeEvent(EventLoopHandle())
+    writer._wakeup = wakeup
+    is_locked: list[bool] = []
 
-    def stop_waiting() -> bool:
-        tracker._hurry = None  # as the event loop does, on its thread
-        return False
+    def stop_waiting() -> None:  # as the event loop does, on its thread
+        if writer.lock.acquire(blocking=False):
+            writer._wakeup = None
+        is_locked.append(writer._wakeup is not None)
 
-    monkeypatch.setattr(tracker, "_may_gather", stop_waiting)
-    tracker._hurry_if_due()
-    assert hurry.is_set()
+    def find_due() -> bool:
+        thread = threading.Thread(target=stop_waiting)
+        thread.start()
+        thread.join()
+        return True
+
+    monkeypatch.setattr(writer, "_is_due", find_due)
+    writer.put(Record(1, 1, 0.0, "ITERATION_COMPLETED", "trainer", {}), is_iteration=True)
+    assert is_locked == [True]
+    assert wakeup.is_set
 
 
 def test_a_signal_handler_may_fire_an_event_while_a_record_is_taken() -> None:
     sink, engine = Memory(), Engine(tenfold, thread=False)
     engine.register_events("signal")
     tracker = track(engine, sink, Events.ITERATION_COMPLETED | "signal")
-    with tracker._lock:  # held by the thread in which the handler runs
-        assert tracker._lock.acquire(blocking=False)
-        tracker._lock.release()
+    lock = tracker._writer.lock
+    with lock:  # held by the thread in which the handler runs
+        assert lock.acquire(blocking=False)
+        lock.release()
         engine.fire_event("signal")
     engine.run_sync([1])
     assert sorted(record.event for record in sink.records) == ["ITERATION_COMPLETED", "signal"]
@@ -429,9 +439,8 @@ async def test_only_the_tracker_that_has_something_to_write_is_called() -> None:
         await engine.flush()
 
     await engine.run(range(20))
-    of_often, of_seldom = (one.handled for one in engine.statistics().listeners)
-    assert of_often > 10
-    assert of_seldom <= 2  # the record, and the end
+    assert len(often.calls) > 10
+    assert len(seldom.calls) == 1
 
 
 # Sinks that fail
@@ -478,7 +487,7 @@ async def test_what_a_dead_sink_did_not_get_is_told_and_waits_for_the_next_run(
     assert account(tracker) == (3, 0, 0, 3)
     assert "3 not written" in warnings_of(caplog)[-1]
     sink.fails = 0
-    tracker._sink._linger = 30.0  # on a busy machine the time of the first run might be too short for the second
+    tracker._writer.sink._linger = 30.0  # on a busy machine the time of the first run might be too short for the second
     await engine.run([1, 2])
     assert sink.steps == [1, 2, 3, 1, 2]
     assert account(tracker) == (5, 5, 0, 0)
@@ -751,9 +760,9 @@ async def test_a_record_of_the_last_event_is_written_though_the_time_of_an_event
 
     @engine.on(Events.COMPLETED)
     async def take_longer() -> None:
-        while not tracker._sink.is_late:  # noqa: ASYNC110 -- it is time itself that is waited for
+        while not tracker._writer.sink.is_late:  # noqa: ASYNC110 -- it is time itself that is waited for
             await anyio.sleep(0.01)
-        tracker._sink._linger = 30.0
+        tracker._writer.sink._linger = 30.0
 
     await engine.run([1, 2])
     assert sink.steps == [1]
