@@ -20,7 +20,6 @@ import anyio.abc
 from anyio.lowlevel import checkpoint, checkpoint_if_cancelled
 
 from aengine.bus.bus import Bus
-from aengine.bus.dispatch import close_unawaited
 from aengine.bus.inbox import BackpressureWait
 from aengine.bus.subscriber import Subscriber
 from aengine.data.managed import RunContext
@@ -34,7 +33,7 @@ from aengine.threads.dedicated import DedicatedThread
 from aengine.threads.event_loop import EventLoopHandle, ThreadSafeEvent, TickCounter
 from aengine.threads.openmp import release_idle_threads
 from aengine.threads.thread_state import ThreadState, context_for_thread
-from aengine.threads.worker import WorkItem
+from aengine.threads.worker import WorkItem, close_unawaited
 
 _TURNS = 4
 """Turns of the event loop to give away in a row: one is not enough for a socket to be served."""
@@ -55,12 +54,11 @@ class Driver:
         generator: LoopGenerator,
         bus: Bus,
         requests: Requests,
+        services: ServiceTasks,
         *,
         threaded: bool,
         grace: float,
         prefetch: int,
-        services: ServiceTasks,
-        wanted: Any = None,
     ) -> None:
         self.is_suspended = False
         self._loop_handle = EventLoopHandle()
@@ -79,8 +77,6 @@ class Driver:
         # Where the story stands: how to go on, or what it wants to have awaited first.
         self._next: tuple[Callable[[Any], Any], Any] = (generator.send, None)
         self._wanted: Any = None
-        if wanted is not None:  # begun without an event loop: it stands before something to be awaited
-            self._next = (lambda _: wanted, None)
         self._scope = anyio.CancelScope()
         self._is_over = False
         self._is_woken = False
@@ -99,13 +95,18 @@ class Driver:
         self._services = services
         self._group: anyio.abc.TaskGroup
 
-    async def run(self) -> None:
-        """Drive the story to its end or its interruption, and end all that was started for it.
+    async def run(self, wanted: Any = None) -> None:
+        """Drive the loop to its end or its interruption, and end all that was started for it.
+
+        Args:
+            wanted: what the loop has yielded already, where it was begun without an event loop.
 
         Raises:
             BaseException: what failed the run, as the very object that was raised; several as an ExceptionGroup.
                 A cancellation, when the step in flight and the clean-up have ended.
         """
+        if wanted is not None:
+            self._next = (lambda _: wanted, None)
         loop, bus = self._loop, self._bus
         cancelled = anyio.get_cancelled_exc_class()
         if cancelled not in loop.cancellations:
@@ -253,24 +254,30 @@ class Driver:
         """Whether a step is still running, for the user no longer wanted to wait for it."""
         return self._work_item is not None
 
+    can_wait = True  # for room in an inbox: the subscribers' tasks run
+
     @property
-    def is_here(self) -> bool:
-        """Whether the caller runs on the worker, inside a slice of this run."""
+    def wait_blocking(self) -> Callable[[Awaitable[Any]], Any] | None:
+        """On the worker, inside this run: what has something awaited in the task of the run, and blocks until it is."""
+        item = self._work_item
+        return None if item is None or not self._is_on_worker else item.call_in_loop
+
+    @property
+    def _is_on_worker(self) -> bool:
         return self._work_item is not None and self._worker is not None and self._worker.is_here
+
+    def defer_backpressure(self, waits: list[BackpressureWait]) -> None:
+        """Have the loop wait for room before its next step."""
+        self._requests.defer_backpressure(waits)
 
     @property
     def is_inside(self) -> bool:
         """Whether the caller is the loop itself, here or on the worker."""
-        return self.is_here or (self._task is not None and self.is_task(self._task))
+        return self._is_on_worker or (self._task is not None and self.is_task(self._task))
 
     def is_task(self, task: int) -> bool:
         """Whether the caller is this task of the run's event loop. Elsewhere, or in no task, it is somebody else."""
         return self._loop_handle.is_here and anyio.get_current_task().id == task
-
-    def call_in_loop(self, wanted: Awaitable[Any]) -> Any:
-        """On the worker, inside a slice: have something awaited at home, in the task of the run, and wait for it."""
-        assert self._work_item is not None, "called where is_here"  # noqa: S101
-        return self._work_item.call_in_loop(wanted)
 
     async def _on_worker(self, function: Callable[..., Any], *arguments: Any) -> Any:
         assert self._worker is not None, "found before the loop is driven"  # noqa: S101

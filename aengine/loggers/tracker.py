@@ -7,7 +7,8 @@ from functools import partial
 from time import perf_counter
 from typing import Any, Literal, TypeAlias
 
-from aengine.callables import check_call, check_seconds
+from aengine.arguments import check_seconds
+from aengine.callables import check_callable
 from aengine.engine import Engine
 from aengine.events import AnyEvent, Events, FilteredEvent, date_of
 from aengine.loggers.scalars import numbers_of, snapshot
@@ -80,7 +81,7 @@ class Tracker:
         """Listen to the engine, for `track`."""
         engine = self._engine
         bus = engine._bus  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
-        listened_to = engine._selectors(event)  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]  # or raises
+        listened_to = engine._emitter.select(event)  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]  # or raises
         for one in listened_to:
             for other in bus.topic(one.name).inline:
                 if other.selector.filter == one.filter and self._would_repeat(other.handler):
@@ -149,9 +150,9 @@ def track(
         RuntimeError: the sink gets the same values of the same engine at one of these events already.
     """
     _check_sink(sink)
-    check_call(values, "values=", "values", "engine")
+    check_callable(values, "values=", "values", "engine")
     if step is not None:
-        check_call(step, "step=", "step", "engine")
+        check_callable(step, "step=", "step", "engine")
     check_seconds(linger, "linger=", 5.0)
     if type(spool) is not int or spool < 1:
         raise ValueError(f"spool= is the number of records that may wait, at least 1, got {spool!r}")
@@ -171,4 +172,4 @@ def _check_sink(sink: Any) -> None:
     write = getattr(sink, "write", sink)
     if not callable(write):
         raise TypeError(f"a sink has a method write(records), or is a function of the records, got {sink!r}")
-    check_call(write, "the sink", "write", "records")
+    check_callable(write, "the sink", "write", "records")

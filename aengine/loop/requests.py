@@ -56,6 +56,10 @@ class Requests:
         self.pending.discard(request)
         self._changed()
 
+    def return_to_driver(self) -> None:
+        """Have the loop return to its driver: it has something to throw, or is to be continued by another one."""
+        self.request(Request.RAISE_FAILURE)
+
     def _changed(self) -> None:
         if (wake := self.on_change) is not None:
             wake()
