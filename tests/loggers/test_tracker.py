@@ -23,7 +23,7 @@ import pytest
 import torch
 from support.record import Boom
 
-from aengine import DataExhausted, Engine, Events, HandlerTimeout, StopReason
+from aengine import DataExhausted, Engine, Events, HandlerTimeout, Service, StopReason
 from aengine.drivers.subscriber_tasks import SubscriberTasks
 from aengine.loggers import Record, Tracker, track, writer as writer_module
 from aengine.threads.event_loop import EventLoopHandle, ThreadSafeEvent
@@ -800,17 +800,17 @@ async def test_an_event_while_an_interrupted_run_ends_does_not_keep_later_record
     sink, engine = Memory(), Engine(tenfold)
     engine.register_events("mine")
     tracker = track(engine, sink, Events.EPOCH_COMPLETED | "mine")
-    engine.subscribe(Events.STARTED, Memory().write)  # type: ignore[arg-type]  # another task to be ended
     engine.add_event_handler(Events.ITERATION_COMPLETED(once=1), engine.interrupt)
 
-    async def emit_late() -> None:
-        while not tracker._inbox.is_at_end:
-            await anyio.lowlevel.checkpoint()
-        await engine.emit("mine")
+    class EmitsLate(Service):
+        async def run_ended(self, engine: AnyEngine, reason: StopReason, error: BaseException | None) -> None:
+            while engine.statistics().services[0].is_running:  # which is the tracker
+                await anyio.lowlevel.checkpoint()
+            if reason is StopReason.INTERRUPTED:
+                await engine.emit("mine")
 
-    async with anyio.create_task_group() as group:
-        group.start_soon(emit_late)
-        await engine.run([1, 2])
+    engine.add_service(EmitsLate())
+    await engine.run([1, 2])
     await engine.run()
     assert [record.event for record in sink.records] == ["mine", "EPOCH_COMPLETED"]
     assert account(tracker) == (2, 2, 0, 0)
@@ -945,16 +945,15 @@ async def test_a_record_that_comes_at_the_very_end_is_written_before_the_end_is_
 
 
 async def test_a_record_after_the_end_was_told_is_of_a_run_that_is_told_of_again() -> None:
-    sink, engine = Witnessed(), Engine(tenfold, name="trainer")
+    class EmitsLate(Witnessed):
+        async def close(self) -> None:  # type: ignore[override]
+            super().close()
+            if self.closed == 1:
+                await engine.emit("mine")
+
+    sink, engine = EmitsLate(), Engine(tenfold, name="trainer")
     engine.register_events("mine")
     track(engine, sink, "mine")
-
-    @engine.subscribe(Events.COMPLETED)
-    async def emit_late(_: object) -> None:
-        while "close" not in sink.told:
-            await anyio.lowlevel.checkpoint()
-        await engine.emit("mine")
-
     await engine.run([1])
     once = ["trainer begins", "trainer completed", "close"]
     assert sink.told == [*once, "trainer begins", "mine", *once[1:]]
