@@ -147,7 +147,7 @@ class RetryingSink:
         self.retry_at = now + self._pause
 
     def _writer(self, write: Write) -> Call:
-        """Return what reads the numbers that are still on a device, in the thread, for that may wait, and then writes."""
+        """Return the async form of it, which first waits for numbers that are still on a device, in the thread."""
 
         def read_and_write(batch: Sequence[Record]) -> Any:
             return write(_read_all(batch))

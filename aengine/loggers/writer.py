@@ -130,7 +130,7 @@ class RecordWriter(Service):
             self._phase = _Phase.RUNNING
         self._report_begin()
 
-    async def serve(self, engine: Any) -> None:
+    async def serve(self, engine: Any) -> None:  # noqa: ARG002 -- as Service has it
         """Write what waits, whenever that is due."""
         self._returned = anyio.Event()
         try:
@@ -159,7 +159,7 @@ class RecordWriter(Service):
             self._wake()
             await end_of_round.wait()
 
-    async def run_ended(self, engine: Any, reason: StopReason, error: BaseException | None) -> None:
+    async def run_ended(self, engine: Any, reason: StopReason, error: BaseException | None) -> None:  # noqa: ARG002 -- as Service has it
         """Write what is left, tell the sink of the end, and close it: within `linger` seconds, and one for closing."""
         if self._phase is _Phase.RUNNING:  # a run that found no data ends without an event
             self.end()
@@ -181,7 +181,7 @@ class RecordWriter(Service):
                 self._report_begin()
         self._finish(reason)
 
-    def run_abandoned(self, engine: Any, reason: StopReason, error: BaseException | None) -> None:
+    def run_abandoned(self, engine: Any, reason: StopReason, error: BaseException | None) -> None:  # noqa: ARG002 -- as Service has it
         """Do not wait for the call of the sink that is under way. What is not written waits for the next run."""
         self._finish(reason)
 
