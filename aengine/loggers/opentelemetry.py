@@ -219,13 +219,7 @@ class Instrumentation:
 
     def _leave_epoch(self, engine: AnyEngine) -> Awaitable["_Left"]:
         run, left = self._ensure_run(engine), self._take_epoch()
-        context.attach(run)
-
-        async def leave_on_event_loop() -> "_Left":
-            context.attach(run)
-            return _Left(engine, left)
-
-        return leave_on_event_loop()
+        return _enter(run, _Left(engine, left))
 
     def _take_epoch(self) -> tuple["_Open", ...]:
         """Return the open spans of the epoch, the innermost first, and hold them no longer."""
@@ -399,17 +393,18 @@ def _spent(statistics: EngineStatistics) -> dict[str, float]:
     }
 
 
-def _enter(inside: Context) -> Awaitable[None]:
+def _enter(inside: Context, result: Any = None) -> Awaitable[Any]:
     """Make a context the current one: here, where the step runs, and, when awaited, on the event loop.
 
     No token is kept for a reset: both places have copies of the caller's context variables, which end with the run.
     """
     context.attach(inside)
-    return _enter_on_event_loop(inside)
+    return _enter_on_event_loop(inside, result)
 
 
-async def _enter_on_event_loop(inside: Context) -> None:
+async def _enter_on_event_loop(inside: Context, result: Any) -> Any:
     context.attach(inside)
+    return result
 
 
 def _known(attributes: Mapping[str, Any]) -> Attributes:

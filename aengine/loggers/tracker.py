@@ -7,7 +7,7 @@ from functools import partial
 from time import perf_counter
 from typing import Any, Literal, TypeAlias
 
-from aengine.arguments import check_seconds
+from aengine.arguments import check_choice, check_seconds, check_whole
 from aengine.callables import check_callable
 from aengine.engine import Engine
 from aengine.events import AnyEvent, Events, FilteredEvent, date_of
@@ -93,7 +93,7 @@ class Tracker:
         # After all other inline handlers, whenever those are added: the records have what the handlers have made.
         for one in listened_to:
             bus.add_last(FilteredEvent(one.name, one.filter), partial(self._take, one.name), f"records for {self.name}")
-        bus.add_last(_ENDS, self._end, f"ends for {self.name}")
+        bus.add_last(_ENDS, self._writer.end, f"ends for {self.name}")
 
     def _would_repeat(self, handler: Any) -> bool:
         take = getattr(handler, "func", None)
@@ -105,9 +105,6 @@ class Tracker:
         step = engine.state.iteration if self._step is None else self._step(engine)
         record = Record(step, engine.state.epoch, time, event, engine.name, snapshot(self._values(engine)))
         self._writer.put(record, is_iteration=event in _OF_ITERATIONS)
-
-    def _end(self, *_: object) -> None:
-        self._writer.end()
 
 
 def track(
@@ -154,10 +151,8 @@ def track(
     if step is not None:
         check_callable(step, "step=", "step", "engine")
     check_seconds(linger, "linger=", 5.0)
-    if type(spool) is not int or spool < 1:
-        raise ValueError(f"spool= is the number of records that may wait, at least 1, got {spool!r}")
-    if on_error not in ("warn", "raise"):
-        raise ValueError(f'on_error= is "warn" or "raise", got {on_error!r}')
+    check_whole(spool, "spool=", minimum=1, of="records that may wait")
+    check_choice(on_error, "on_error=", ("warn", "raise"))
     tracker = Tracker(engine, sink, values, step, spool, linger, must_raise=on_error == "raise")
     tracker.attach(event)
     return tracker
