@@ -131,8 +131,8 @@ class _Sampler(Service):
 
 
 async def _in_thread(function: Callable[[], dict[str, float]]) -> dict[str, float]:
-    # A limiter of its own: a GPU's driver that hangs takes none of the application's threads. Abandoned at the end of the
-    # run, which must not wait for such a driver.
+    # A limiter of its own: a GPU's driver that hangs takes none of the application's threads. Abandoned at the end of
+    # the run, which must not wait for such a driver.
     return await anyio.to_thread.run_sync(function, abandon_on_cancel=True, limiter=anyio.CapacityLimiter(1))
 
 

@@ -122,25 +122,25 @@ def track(
 
         track(trainer, JSONLines("log.jsonl"), Events.ITERATION_COMPLETED(every=10) | Events.EPOCH_COMPLETED)
 
-    What waits at the end of a run, however it ends, is written before `run()` returns; what was taken before an
-    `engine.flush()`, before that does, unless the sink fails: one that is down would hold up who waits. Else records of
-    iterations may wait a tenth of a second for others, and come to the sink together.
+    What waits at the end of a run, however it ends, is written before `run()` returns. `engine.flush()` waits until
+    what was taken before it is written, but not for a sink that is down. Apart from that, records of iterations may
+    wait a tenth of a second for others, and come to the sink together.
 
     Args:
-        engine: whose numbers.
-        sink: where to. See `Sink`: an object with `write(records)`, or a function.
-        event: when: an event, filtered or not, or several.
+        engine: the engine whose numbers are written.
+        sink: where they are written to: an object with `write(records)`, or a function. See `Sink`.
+        event: when they are taken: an event, filtered or not, or several.
         values: `values(engine)` returns numbers by name. It is called between two steps, after the inline handlers.
-            Tensors of one number are fine: on a device they are copied there, and read beside the step. By default the
-            output and the metrics, as far as they are numbers.
+            Tensors of one number are allowed: on a device they are copied there, and read beside the step. By default
+            the output and the metrics, as far as they are numbers.
         step: `step(engine)` returns the step to write, for an engine whose own iterations mean nothing to the reader:
             `step=lambda _: trainer.state.iteration` for an evaluator.
         spool: how many records may wait. Over that the oldest are dropped, those of iterations before all others; the
-            first drop gives a warning, and all are counted in `statistics()`.
+            first drop is warned of, and all are counted in `statistics()`.
         linger: seconds that a sink may have at the end of a run, if it is slow or down. Less than the engine's `grace`.
         on_error: what an exception of the sink does: "warn" logs one warning, tries the same records again after 0.1
-            seconds, with the first record after that, then after twice as long, up to a minute, and says when it works
-            again; "raise" fails the run.
+            seconds, with the first record that comes then, next after twice as long, up to a minute, and logs when it
+            works again; "raise" fails the run.
 
     Raises:
         TypeError, ValueError: an argument is wrong.

@@ -34,7 +34,7 @@ class _Phase(Enum):
     RUNNING = "serve() writes, at its pace"
     ENDING = "the run is ending: serve() writes all that waits, and has `linger` seconds for that"
     CLOSING = "serve() returns, for run_ended() writes the rest and closes the sink, in the time that is left"
-    FAILED = "the sink's error fails the run: nothing more is written in it"
+    FAILED = "the run fails by an error of the sink: nothing more is written in it"
 
 
 _SERVED = (_Phase.RUNNING, _Phase.ENDING)
@@ -137,9 +137,10 @@ class RecordWriter(Service):
             while await self._wait_until_due():
                 await self._write(self.buffer.taken)
                 self._end_round()
-        except Exception:
+        except BaseException:  # also a native cancellation, which fails the run
             with self.lock:
-                self._phase = _Phase.FAILED
+                if self._phase in _SERVED:
+                    self._phase = _Phase.FAILED
             raise
         finally:
             with self.lock:

@@ -1,4 +1,4 @@
-"""Loggers beside the step: what is written, in which order, and what becomes of it when a sink is slow or down."""
+"""Loggers beside the step: what is written, in which order, and what happens when a sink is slow or down."""
 
 import asyncio
 import itertools
@@ -23,7 +23,7 @@ import pytest
 import torch
 from support.record import Boom
 
-from aengine import DataExhausted, Engine, Events, HandlerTimeout, Service, StopReason
+from aengine import DataExhausted, Engine, Events, HandlerTimeout, Service, StopReason, StrayCancellation
 from aengine.drivers.subscriber_tasks import SubscriberTasks
 from aengine.loggers import Record, Tracker, track, writer as writer_module
 from aengine.threads.event_loop import EventLoopHandle, ThreadSafeEvent
@@ -131,7 +131,7 @@ async def test_a_plain_sink_is_called_in_another_thread() -> None:
     assert threads[0] is not threading.current_thread()
 
 
-async def test_values_are_taken_after_the_inline_handlers_whoever_was_added_first() -> None:
+async def test_values_are_taken_after_the_inline_handlers_in_whatever_order_they_were_added() -> None:
     sink, engine = Memory(), Engine(tenfold)
     track(engine, sink, Events.EPOCH_COMPLETED)
     engine.add_event_handler(Events.EPOCH_COMPLETED, lambda engine: engine.state.metrics.update(accuracy=0.5))
@@ -173,7 +173,7 @@ async def test_what_is_no_number_is_refused_where_it_is_asked_for() -> None:
 def test_what_cannot_work_is_refused_at_once() -> None:
     engine: AnyEngine = Engine(tenfold)
     with pytest.raises(TypeError, match="write\\(records\\)"):
-        track(engine, "log.jsonl")  # type: ignore[arg-type]  # as somebody might
+        track(engine, "log.jsonl")  # type: ignore[arg-type]  # as a user might
     with pytest.raises(TypeError, match=r"Memory is a class: track\(engine, Memory\(\.\.\.\)\)"):
         track(engine, Memory)  # type: ignore[arg-type]  # likewise
     with pytest.raises(TypeError, match=r"is a file: track\(engine, JSONLines\(path\)\)"):
@@ -307,7 +307,7 @@ async def test_flush_ends_though_there_are_always_more_records_than_written() ->
 
 @pytest.mark.usefixtures("never_at_its_own_pace")
 async def test_flush_waits_for_what_was_taken_though_others_are_waited_for_first() -> None:
-    for _ in range(10):  # who is waited for first is left to chance
+    for _ in range(10):  # which one is waited for first is left to chance
         has_begun, go_on, engine = anyio.Event(), anyio.Event(), Engine(tenfold)
         steps: list[int] = []
 
@@ -346,7 +346,7 @@ async def test_flush_waits_for_what_was_taken_though_others_are_waited_for_first
         await engine.run(range(6))
 
 
-async def test_what_became_of_the_records_adds_up_whoever_asks() -> None:
+async def test_what_became_of_the_records_adds_up_at_any_time_in_any_thread() -> None:
     engine = Engine(tenfold)
     tracker = track(engine, Memory(), Events.ITERATION_COMPLETED)
     accounts: list[tuple[int, int, int, int]] = []
@@ -404,6 +404,64 @@ def test_a_signal_handler_may_fire_an_event_while_a_record_is_taken() -> None:
         engine.fire_event("signal")
     engine.run_sync([1])
     assert sorted(record.event for record in sink.records) == ["ITERATION_COMPLETED", "signal"]
+
+
+@pytest.mark.usefixtures("never_at_its_own_pace")
+async def test_a_flush_that_is_cancelled_does_not_cut_off_the_call_of_the_sink() -> None:
+    has_begun, go_on, engine = anyio.Event(), anyio.Event(), Engine(tenfold)
+    steps: list[int] = []
+
+    async def write(records: Sequence[Record]) -> None:
+        has_begun.set()
+        await go_on.wait()
+        steps.extend(record.step for record in records)
+
+    @engine.on(Events.ITERATION_STARTED(once=2))
+    async def cancel_a_flush() -> None:
+        async with anyio.create_task_group() as group:
+            group.start_soon(engine.flush)
+            await has_begun.wait()
+            group.cancel_scope.cancel()
+        go_on.set()
+
+    tracker = track(engine, write, Events.ITERATION_COMPLETED)
+    await engine.run(range(3))
+    assert (steps, tracker.statistics().failures) == ([1, 2, 3], 0)
+
+
+async def test_a_flush_ends_when_the_task_that_writes_is_cancelled_from_outside(anyio_backend_name: str) -> None:
+    if anyio_backend_name != "asyncio":
+        pytest.skip("trio has no such cancellation")
+    engine = Engine(tenfold)
+    has_flushed = anyio.Event()
+
+    async def write(records: Sequence[Record]) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        task.cancel()
+        await anyio.sleep_forever()
+
+    tracker = track(engine, write, Events.ITERATION_COMPLETED)
+
+    async def flush() -> None:
+        while not account(tracker)[0]:
+            await anyio.lowlevel.checkpoint()
+        await engine.flush()
+        has_flushed.set()
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(flush)
+        with pytest.raises(StrayCancellation):
+            await engine.run(iter(int, 1), epoch_length=10**9)
+        with anyio.fail_after(10):
+            await has_flushed.wait()
+    assert account(tracker)[1] == 0
+
+
+def test_a_tracker_shows_in_the_statistics_as_a_service() -> None:
+    engine = Engine(tenfold)
+    tracker = track(engine, Memory())
+    assert [one.name for one in engine.statistics().services] == [tracker.name]
 
 
 @pytest.mark.usefixtures("never_at_its_own_pace")
@@ -836,7 +894,7 @@ def test_run_sync_writes_as_well() -> None:
 
 
 class Witnessed(Memory):
-    """A sink that notes down what it is told of runs, and where among its records."""
+    """A sink that notes what it is told of runs, and in which order with its records."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -978,7 +1036,7 @@ async def test_the_end_of_a_run_whose_sink_was_given_up_is_not_told_of_the_next(
 
 @pytest.mark.parametrize("thread", [None, False])
 async def test_what_was_taken_of_a_run_without_data_is_written_and_the_sink_closed(*, thread: bool | None) -> None:
-    """Such a run ends without an event, so that flushing has to tell."""
+    """Such a run ends without an event."""
     sink, engine = Witnessed(), Engine(tenfold, name="trainer", thread=thread)
     tracker = track(engine, sink, Events.STARTED, values=lambda _: {"rate": 0.1})
     for _ in range(2):
@@ -1011,7 +1069,7 @@ async def test_an_event_that_comes_after_the_last_look_is_not_late(monkeypatch: 
     await consumers.finish(anyio.current_time() + 30)
 
 
-async def test_flush_waits_for_nobody_where_the_tasks_of_the_run_have_ended() -> None:
+async def test_flush_returns_at_once_where_the_tasks_of_the_run_have_ended() -> None:
     engine = Engine(tenfold)
     engine.subscribe(Events.STARTED, print)
     consumers = SubscriberTasks(engine._bus, EventLoopHandle(), grace=30.0)
