@@ -92,23 +92,13 @@ class Bus:
         """Add an inline handler to each of the events; to all, or, when it cannot be called, to none."""
         return self._listen([InlineHandler(selector, handler, args, kwargs) for selector in selectors(event)])
 
-    def add_observer(self, event: AnyEvent, handler: Callable[..., Any]) -> list[InlineHandler]:
-        """Add an inline handler that runs after all others, also those that are added later.
-
-        So it sees what they have made: the metrics that they computed, the learning rate that they set. It is a plain
-        one and quick, since the loop waits for it.
-        """
-        return self._listen(
-            [InlineHandler(selector, handler, (), {}, is_observer=True) for selector in selectors(event)]
-        )
-
     def _listen(self, handlers: list[InlineHandler]) -> list[InlineHandler]:
         for one in handlers:
             self.topic(one.selector.name).listen(one)
         return handlers
 
     def remove_these(self, handlers: list[InlineHandler]) -> None:
-        """Remove what `add_inline` or `add_observer` returned."""
+        """Remove what `add_inline` returned."""
         for one in handlers:
             self.topic(one.selector.name).unsubscribe([one])
 

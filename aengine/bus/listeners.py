@@ -1,6 +1,7 @@
 """Listeners: what a topic dispatches to, and when each is due next."""
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Hashable, Mapping
+from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any, TypeAlias
 
@@ -62,6 +63,28 @@ class Listener:
         return self.filter is not None and self.filter.at_end and self.last_run != count
 
 
+@dataclass(frozen=True, slots=True)
+class Observer:
+    """An inline handler that runs after all that are none, also those that are added later: `function` in its place.
+
+    So it sees what they have made: the metrics that they computed, the learning rate that they set. It is to be quick,
+    since the loop waits for it.
+
+    Attributes:
+        name: shown in notes and statistics.
+        function: the handler.
+        key: two with the same name and key do the same, so that one can be found by the other.
+    """
+
+    name: str
+    function: Callable[..., Any] = field(compare=False)
+    key: Hashable = None
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Call the handler. Not how the loop calls it, which is without this."""
+        return self.function(*arguments)
+
+
 class InlineHandler(Listener):
     """A handler that runs between two steps, in order, with the live engine. An observer runs after all that are none.
 
@@ -77,15 +100,14 @@ class InlineHandler(Listener):
         handler: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
-        *,
-        is_observer: bool = False,
     ) -> None:
         super().__init__(selector)
+        self.is_observer = isinstance(handler, Observer)
         self.handler = handler
-        self.name = name_of(handler)
-        self.call = bind_handler(handler, selector.name, args, kwargs)
-        self.is_async = is_async_callable(handler)
-        self.is_observer = is_observer
+        function = handler.function if isinstance(handler, Observer) else handler
+        self.name = handler.name if isinstance(handler, Observer) else name_of(handler)
+        self.call = bind_handler(function, selector.name, args, kwargs)
+        self.is_async = is_async_callable(function)
         self.seconds = 0.0
 
     def reset(self, count: int) -> None:

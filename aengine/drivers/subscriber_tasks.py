@@ -77,7 +77,7 @@ class SubscriberTasks:
         """Wait until all that was accepted has been handled, and what the handlers themselves fire meanwhile.
 
         Raises:
-            HandlerTimeout: some were not done at the deadline. They have been cancelled; the message says what was lost.
+            HandlerTimeout: some were not done at the deadline. They have been cancelled; it says what was lost.
         """
         with anyio.CancelScope(deadline=deadline) as scope:
             await self.flush()
