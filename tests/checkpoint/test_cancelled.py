@@ -82,7 +82,7 @@ async def test_who_waits_for_a_save_that_is_given_up_gets_an_error(tmp_path: Pat
                     group.start_soon(ask)
                     await until(run.valve.begun.is_set)
                     group.start_soon(ask)
-                    await until(lambda: bool(run.checkpoint._requests))
+                    await until(lambda: bool(run.checkpoint._saver._requests))
                     scope.cancel()
 
                 group.start_soon(ask_and_cancel)

@@ -14,6 +14,7 @@ from support.saving_run import Run, Valve, endless, saving, until
 
 from aengine import Engine, Event, Events, HandlerTimeout
 from aengine.checkpoint import Checkpoint, CheckpointEvents, Keep
+from aengine.drivers.services import ServiceTasks
 from aengine.errors import CheckpointNotWritten, StrayCancellation
 
 DISK_FULL = OSError(28, "No space left on device")
@@ -59,19 +60,22 @@ async def test_who_asks_of_a_run_that_nobody_wants_to_wait_for_is_told(tmp_path:
     """As after a second Ctrl-C, in the middle of a step that does not end."""
     async with saving(tmp_path) as run:
         run.checkpoint.attach(run.engine, Events.COMPLETED)
+        services = ServiceTasks(run.engine, run.engine._services, 0)
         with run.engine._busy():
-            run.engine._requests.begin()  # and from here on not a line of the run is told
+            run.engine._requests.begin()
+            services.run_started()  # and from here on the loop is not advanced
             async with anyio.create_task_group() as group:
 
                 async def ask() -> None:
-                    with pytest.raises(CheckpointNotWritten, match="the run ended before"):
-                        await run.checkpoint.save_now()
+                    for _ in range(2):  # and of what is left of that run
+                        with pytest.raises(CheckpointNotWritten, match="the run ended before"):
+                            await run.checkpoint.save_now()
                     told.set()
 
                 told = anyio.Event()
                 group.start_soon(ask)
-                await until(lambda: bool(run.checkpoint._requests))
-                run.engine._requests.end()
+                await until(lambda: bool(run.checkpoint._saver._requests))
+                services.close(None)
                 with anyio.fail_after(60):
                     await told.wait()
 
@@ -87,16 +91,14 @@ async def test_who_asks_as_the_directory_turns_out_to_be_taken_is_told(tmp_path:
             async def ask() -> None:
                 with pytest.raises(CheckpointNotWritten):
                     await run.checkpoint.save_now()
+                told.set()
 
             async def ask_first(_: AnyEngine) -> None:
                 group.start_soon(ask)
-                await until(lambda: bool(run.checkpoint._requests))
+                await told.wait()
 
-            # Before the Checkpoint's own handler of STARTED, which fails.
-            topic = run.engine._bus.topic("STARTED")
+            told = anyio.Event()
             run.engine.add_event_handler(Events.STARTED, ask_first)
-            topic.inline = topic.inline[::-1]
-            topic._arrange()
             with pytest.raises(Exception, match="in use by another Checkpoint"), anyio.fail_after(60):
                 await run.engine.run([1])
         await run.checkpoint.close()
@@ -161,7 +163,7 @@ async def test_a_run_that_begins_while_a_save_is_waited_for_is_saved_between_its
             valve.is_open.set()
             for _ in range(10):
                 await breathe()
-            await until(lambda: checkpoint.committed is not None and not checkpoint._under_way())
+            await until(lambda: checkpoint.committed is not None and not checkpoint._saver.under_way)
             for _ in range(10):
                 await breathe()
             goes_on.set()
@@ -405,7 +407,7 @@ async def test_restoring_waits_for_the_save_under_way(tmp_path: Path) -> None:
         with anyio.CancelScope() as scope:
             async with anyio.create_task_group() as group:
                 group.start_soon(run.checkpoint.save_now)
-                await until(lambda: run.checkpoint._under_way() is not None)
+                await until(lambda: run.checkpoint._saver.under_way is not None)
                 scope.cancel()
         async with anyio.create_task_group() as group:
             group.start_soon(run.checkpoint.restore, run.engine)

@@ -129,7 +129,7 @@ async def test_a_save_asked_for_by_two_is_one(tmp_path: Path) -> None:
         async def have_two_ask() -> None:
             askers.start_soon(ask)
             askers.start_soon(ask)
-            await until(lambda: len(run.checkpoint._requests) == 2)
+            await until(lambda: len(run.checkpoint._saver._requests) == 2)
 
         await run.engine.run([1, 2])
     assert infos == [run.checkpoint.committed] * 2
@@ -153,7 +153,7 @@ async def test_who_asks_during_a_step_that_fails_gets_an_error_and_no_half_of_a_
             @run.engine.on(Events.ITERATION_STARTED(once=3))
             async def fail() -> None:
                 group.start_soon(ask)
-                await until(lambda: bool(run.checkpoint._requests))
+                await until(lambda: bool(run.checkpoint._saver._requests))
                 run._step(run.engine, None)
                 raise Boom
 
@@ -190,7 +190,7 @@ async def test_who_asks_while_the_loop_waits_is_answered_when_the_run_is_stopped
                         nonlocal waits
                         await until(lambda: run.engine.state.iteration >= 2)
                         group.start_soon(ask)
-                        await until(lambda: bool(run.checkpoint._requests) and not run.engine._requests.to_fire)
+                        await until(lambda: bool(run.checkpoint._saver._requests) and not run.engine._requests.to_fire)
                         for _ in range(20):
                             await anyio.lowlevel.checkpoint()
                         waits = True
@@ -220,7 +220,7 @@ async def test_who_asks_hears_of_the_save_before_that_failed_the_run(tmp_path: P
                 await until(run.valve.begun.is_set)
 
                 async def open_later() -> None:
-                    await until(lambda: bool(run.checkpoint._requests))
+                    await until(lambda: bool(run.checkpoint._saver._requests))
                     run.valve.is_open.set()
 
                 group.start_soon(open_later)

@@ -80,7 +80,7 @@ def _unwrap(state: Any) -> Any:
             return state
 
 
-def gather(parts: Parts, engine: Engine[Any, Any]) -> dict[str, Any]:
+def capture(parts: Parts, engine: Engine[Any, Any]) -> dict[str, Any]:
     """Read all that belongs to one instant. The values are live: to be copied before the next step."""
     return {
         "state": _read(parts),
@@ -94,7 +94,7 @@ class Choice:
     """The user's parts, or some of them by name: what is loaded without the engine.
 
     Attributes:
-        places: how the places begin, in what `gather` reads, where these are.
+        places: how the places begin, in what `capture` reads, where these are.
 
     Raises:
         TypeError, ValueError: there are no parts of these names.
@@ -108,12 +108,12 @@ class Choice:
             self._parts = {name: cast(dict[str, Parts], parts)[name] for name in self._names}
             self.places = tuple(path_text(["state", name]) for name in self._names)
 
-    def gather(self) -> dict[str, Any]:
-        """Read them, as `gather` does."""
+    def capture(self) -> dict[str, Any]:
+        """Read them, as `capture` does."""
         return {"state": _read(self._parts)}
 
-    def scatter(self, tree: Mapping[str, Any]) -> None:
-        """Load them from what `gather` read.
+    def restore(self, tree: Mapping[str, Any]) -> None:
+        """Load them from what `capture` read.
 
         Raises:
             CheckpointMismatch: it does not fit. What was loaded before stays loaded.
@@ -139,8 +139,8 @@ def _names_among(parts: Parts, only: Iterable[str]) -> list[str]:
     return names
 
 
-def scatter(tree: Mapping[str, Any], parts: Parts, engine: Engine[Any, Any], *, strict: bool) -> None:
-    """Load what `gather` read.
+def restore(tree: Mapping[str, Any], parts: Parts, engine: Engine[Any, Any], *, strict: bool) -> None:
+    """Load what `capture` read.
 
     Raises:
         CheckpointMismatch: it does not fit. What was loaded before stays loaded.

@@ -82,6 +82,18 @@ class TorchFile:
             ) from error
 
 
+def check_serializer(serializer: Any) -> None:
+    """Raise a TypeError if this has not what a Serializer has, or is a class."""
+    has_all = isinstance(getattr(serializer, "name", None), str) and all(
+        callable(getattr(serializer, name, None)) for name in ("write", "read")
+    )
+    if isinstance(serializer, type) or not has_all:
+        raise TypeError(
+            "serializer= is an object with a name and the methods write(tree, file) and read(file), such as"
+            f" TorchFile(), got {serializer!r}"
+        )
+
+
 def export_safetensors(tree: Any, path: Path, metadata: Mapping[str, str] | None = None) -> dict[str, str]:
     """Write weights for others to load: a tree of dictionaries of tensors, usually `model.state_dict()`.
 

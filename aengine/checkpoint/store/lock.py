@@ -5,6 +5,7 @@ import fcntl
 import os
 import re
 import socket
+import threading
 import weakref
 from contextlib import suppress
 from functools import partial
@@ -25,16 +26,24 @@ class DirectoryLock:
         self._path = path
         self._file: FileIO | None = None  # no bare descriptor: dropped without release(), it must not lock for ever
         self._watches_forks = False
+        self._is_acquiring = threading.Lock()
 
     def acquire(self) -> bool:
-        """Take the lock, and return whether it was not held already. Never waits.
+        """Take the lock, and return whether it was not held already. Does not wait for another holder.
 
         Raises:
-            CheckpointLocked: somebody else has it.
+            CheckpointLocked: another process, or another lock of this one, has it.
             OSError: the file cannot be made, is a link, or the file system does not know locks.
         """
-        if self._file is not None:
-            return False
+        # flock() belongs to the open file: of two threads of one Checkpoint, each with a file of its own, the second
+        # would take the first for another writer.
+        with self._is_acquiring:
+            if self._file is not None:
+                return False
+            self._file = self._open_and_lock()
+            return True
+
+    def _open_and_lock(self) -> FileIO:
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         file = FileIO(os.open(self._path, flags, 0o600), "r+")
         try:
@@ -48,11 +57,10 @@ class DirectoryLock:
         if not self._watches_forks:
             os.register_at_fork(after_in_child=partial(_drop_in_child, weakref.ref(self)))
             self._watches_forks = True
-        self._file = file
         with suppress(OSError):  # on a full disk the lock holds without a name on it
             file.truncate(0)
             file.write(_signature())
-        return True
+        return file
 
     def release(self) -> None:
         """Give the lock up, if it is held."""
