@@ -229,6 +229,12 @@ class Checkpoint:
         if engine.randomness is None:
             engine.randomness = RandomStates()
         engine.register_events(*CheckpointEvents)
+
+        async def lock_directory() -> None:
+            await self._saver.open()
+
+        lock_directory.__qualname__ = f"checkpoint: lock ({self._name})"  # shown by statistics()
+        self._handles[engine.add_event_handler(Events.STARTED, lock_directory)] = None
         self._handles[engine.add_service(self._saver, name=f"checkpoint ({self._name})")] = None
         # Also where the run fails or is cancelled: the loop may have been about to serve a request, and waiting for the
         # save before. It is served in the clean-up then, before the run is over.

@@ -103,8 +103,8 @@ class Saver(Service):
     """Saves the runs of one engine: says when, takes the snapshot, and follows the write to its end.
 
     `take` is the snapshot of its subscribers, and `follow` their handler: so it is taken after all inline handlers of
-    the event, where the step runs, and an error fails the run at its next boundary. As a service it takes the directory
-    before the first event of a run, and refuses at its end what was asked for in vain.
+    the event, where the step runs, and an error fails the run at its next boundary. As a service it is awaited by
+    `flush()` and at the end of a run, and refuses what was asked for in vain, however the run ends.
 
     Attributes:
         skipped: saves that were skipped.
@@ -131,16 +131,7 @@ class Saver(Service):
     # As a service
 
     def run_started(self, engine: AnyEngine) -> None:  # noqa: ARG002 -- a service's signature
-        """Take the directory: no other writer may have it while the run lasts.
-
-        Raises:
-            CheckpointLocked, CheckpointNotWritten: another has, or it cannot be written to. The run fails.
-        """
-        try:
-            self._writer.open()
-        except Exception:
-            self._has_failed = True
-            raise
+        """Serve requests from now on."""
         self._has_failed = False
         self._requests.open()
 
@@ -158,6 +149,20 @@ class Saver(Service):
         self._requests.close()
 
     # In a run
+
+    async def open(self) -> None:
+        """Take the directory before the first step: no other writer may have it while the run lasts.
+
+        In a thread: a file system across a network takes its time, and so does removing what a killed writer left.
+
+        Raises:
+            CheckpointLocked, CheckpointNotWritten: another has it, or it cannot be written to. The run fails.
+        """
+        try:
+            await in_thread(self._writer.open)
+        except Exception:
+            self._has_failed = True  # and so nothing is saved of it
+            raise
 
     def take(self, event: str, engine: AnyEngine) -> Saving | NotYet | None:
         """Take the snapshot, between two steps, where the step runs, and have it written."""

@@ -28,7 +28,7 @@ async def test_statistics_name_what_it_adds_by_its_role(tmp_path: Path) -> None:
             f"checkpoint: save at COMPLETED ({tmp_path}/best)",
         ]
         assert [one.name for one in shown.services] == [f"checkpoint ({tmp_path})", f"checkpoint ({tmp_path}/best)"]
-        assert not shown.handlers
+        assert set(shown.handlers) == {f"checkpoint: lock ({tmp_path})", f"checkpoint: lock ({tmp_path}/best)"}
 
 
 async def test_a_run_waits_at_its_end_for_a_save_that_was_begun_before_it(tmp_path: Path) -> None:

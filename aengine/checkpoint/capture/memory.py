@@ -118,7 +118,7 @@ class SharedMemory:
         return place if place is not None and place[1] == storage.nbytes() else None
 
     def close(self) -> None:
-        """Give the memory up. What was staged in it can be read on by whoever holds it."""
+        """Give the memory up. Tensors that were staged in it can still be read."""
         if self.arena is not None:
             self.arena.close()
         self.arena = None

@@ -15,6 +15,7 @@ import torch
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from aengine.checkpoint.capture.metrics import MetricPart, is_metric
+from aengine.checkpoint.capture.randomness import PythonGenerator
 from aengine.checkpoint.capture.trees import path_text
 from aengine.engine import Engine
 from aengine.errors import CheckpointMismatch
@@ -63,7 +64,7 @@ def _generator_of(state: Any) -> Stateful | None:
     if isinstance(state, torch.Generator):
         return _TorchGenerator(state)
     if isinstance(state, random.Random):
-        return _PythonGenerator(state)
+        return PythonGenerator(state)
     numpy = sys.modules.get("numpy")
     return _NumpyGenerator(state) if numpy and isinstance(state, numpy.random.Generator) else None
 
@@ -243,18 +244,6 @@ class _TorchGenerator:
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         self._generator.set_state(state_dict["state"])
-
-
-class _PythonGenerator:
-    def __init__(self, generator: random.Random) -> None:
-        self._generator = generator
-
-    def state_dict(self) -> dict[str, Any]:
-        version, internal, gauss = self._generator.getstate()
-        return {"version": version, "state": torch.tensor(internal), "gauss": gauss}
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        self._generator.setstate((state_dict["version"], tuple(state_dict["state"].tolist()), state_dict["gauss"]))
 
 
 class _NumpyGenerator:

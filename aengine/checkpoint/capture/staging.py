@@ -131,7 +131,7 @@ def _layout(tensors: Iterable[torch.Tensor]) -> list[_Strided]:
 
 
 _new_strided: Callable[[type[_Strided], tuple[Any, ...]], _Strided] = tuple.__new__
-"""Makes one of its fields in order, without the cost of its Python constructor: there are thousands, while all wait."""
+"""Makes one of its fields in order, without the cost of its Python constructor: thousands are made while the run waits."""
 
 
 @dataclass
@@ -227,7 +227,7 @@ def _stretches_of_storage(layout: list[_Strided], indices: list[int]) -> list[_S
 
 
 def _without_gaps(layout: list[_Strided], stretch: _Stretch) -> list[_Stretch]:
-    """Return the stretch itself; or, if it has memory in it that nobody has seen, its tensors one by one."""
+    """Return the stretch itself; or, if some of its memory belongs to no tensor of the tree, its tensors one by one."""
     members = sorted(stretch.members, key=lambda index: layout[index].memory)
     same = [list(group) for _, group in groupby(members, key=lambda index: layout[index].memory)]
     if len(same) == 1:
@@ -242,9 +242,9 @@ def _without_gaps(layout: list[_Strided], stretch: _Stretch) -> list[_Stretch]:
 def _copy_in_shares(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
     """Copy in some threads, each a share of its own in one call.
 
-    Left to itself torch would divide each tensor, and have its threads wait for each other after each: where something
-    else has the core of one of them, that is a time slice for each tensor. And after each call a thread must get
-    Python's lock back, from the event loop for one.
+    torch itself would divide each tensor, and have its threads wait for each other after each: where something else has
+    the core of one of them, that costs a time slice per tensor. And after each call a thread must get the GIL back,
+    which the event loop may hold.
     """
     total = sum(target.nbytes for target in targets)
     count = max(1, min(torch.get_num_threads(), _MOST_THREADS, total // _SMALL))

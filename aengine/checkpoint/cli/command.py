@@ -1,7 +1,7 @@
 """The command `python -m aengine checkpoints DIR`: looks at checkpoints, pins them, and exports weights.
 
 It never waits for a run and never disturbs one: no lock is taken, and only pin, unpin and export write anything.
-Looking needs the standard library only, so that it is there at once; export loads torch.
+Listing and verifying need the standard library only, so that the answer is there at once; export loads torch.
 """
 
 import argparse

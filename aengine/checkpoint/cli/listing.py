@@ -21,13 +21,13 @@ from aengine.errors import CheckpointDamaged, CheckpointNotFound
 
 _GAP = _INDENT = "  "
 _NUMBERS = 3  # columns: step, age, size
-_FILES = 4  # the column that tells the condition
+_FILES = 4  # the column that has the condition
 _LONGEST = 40  # of a name that came out of a file
 _LONGEST_WHY = 1_000  # for why.txt can be a megabyte, as can be a manifest
 _MOST_METRICS = 20
 _NO_BREAK = "\N{NO-BREAK SPACE}"  # at which no line is wrapped; printed as a space
 _LARGEST = 10**15  # bytes: as many as there are names for
-_LONGEST_AGO = 36_500 * 86_400  # seconds: whoever claims more has no clock
+_LONGEST_AGO = 36_500 * 86_400  # seconds: more is not an age but a wrong clock
 
 
 class Condition(Enum):
@@ -75,7 +75,7 @@ class Entry:
 
     @property
     def is_trouble(self) -> bool:
-        """Whether somebody should look at it."""
+        """Whether it needs a look by the user."""
         return self.condition in {Condition.DAMAGED, Condition.UNREADABLE, Condition.SET_ASIDE}
 
 
