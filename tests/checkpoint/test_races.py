@@ -1,4 +1,4 @@
-"""Saves that are asked for as runs begin, end, fail and are given up: nobody waits for ever, and nothing is torn."""
+"""Saves that are asked for as runs begin, end, fail and are given up: no request waits for ever, and nothing is torn."""
 
 import asyncio
 import threading
@@ -25,11 +25,11 @@ def tree_of(checkpoint: Checkpoint, step: int) -> Any:
     return torch.load(info.path / "state.pt", weights_only=True)
 
 
-# Nobody waits for ever
+# No request waits for ever
 
 
 @pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")  # anyio's own, of one cancelled before it began
-async def test_who_asks_of_a_run_that_dies_before_its_first_event_is_told(
+async def test_a_request_to_a_run_that_dies_before_its_first_event_is_refused(
     tmp_path: Path, anyio_backend_name: str
 ) -> None:
     """A task that is cancelled natively before its first step runs not a line."""
@@ -56,7 +56,7 @@ async def test_who_asks_of_a_run_that_dies_before_its_first_event_is_told(
             await asking
 
 
-async def test_who_asks_of_a_run_that_nobody_wants_to_wait_for_is_told(tmp_path: Path) -> None:
+async def test_a_request_to_a_run_that_is_abandoned_is_refused(tmp_path: Path) -> None:
     """As after a second Ctrl-C, in the middle of a step that does not end."""
     async with saving(tmp_path) as run:
         run.checkpoint.attach(run.engine, Events.COMPLETED)
@@ -80,7 +80,7 @@ async def test_who_asks_of_a_run_that_nobody_wants_to_wait_for_is_told(tmp_path:
                     await told.wait()
 
 
-async def test_who_asks_as_the_directory_turns_out_to_be_taken_is_told(tmp_path: Path) -> None:
+async def test_a_request_as_the_directory_turns_out_to_be_taken_is_refused(tmp_path: Path) -> None:
     async with saving(tmp_path) as other:
         other.checkpoint.attach(other.engine, Events.COMPLETED)
         await other.engine.run([1])
@@ -106,7 +106,7 @@ async def test_who_asks_as_the_directory_turns_out_to_be_taken_is_told(tmp_path:
         await run.checkpoint.close()
 
 
-async def test_who_asks_of_a_checkpoint_that_is_closed_is_told(tmp_path: Path) -> None:
+async def test_a_request_to_a_checkpoint_that_is_closed_is_refused(tmp_path: Path) -> None:
     async with saving(tmp_path) as run:
         run.checkpoint.attach(run.engine, Events.ITERATION_COMPLETED(once=1))
         run.engine.add_event_handler(Events.ITERATION_COMPLETED(once=2), run.engine.pause)
@@ -120,7 +120,7 @@ async def test_who_asks_of_a_checkpoint_that_is_closed_is_told(tmp_path: Path) -
             run.engine.resume()
 
 
-async def test_the_body_of_an_iteration_is_told_to_save_soon(tmp_path: Path) -> None:
+async def test_the_body_of_an_iteration_is_advised_to_save_soon(tmp_path: Path) -> None:
     """The loop waits for it, as for an inline handler."""
     async with saving(tmp_path) as run:
         run.checkpoint.attach(run.engine, Events.COMPLETED)
@@ -138,7 +138,7 @@ async def test_the_body_of_an_iteration_is_told_to_save_soon(tmp_path: Path) -> 
 
 
 async def test_a_run_that_begins_while_a_save_is_waited_for_is_saved_between_its_steps(tmp_path: Path) -> None:
-    """Whoever asked between runs, and had to wait, finds another run: not half of its step."""
+    """A request made between runs, that had to wait, meets another run: it gets no half of its step."""
     inside, goes_on = threading.Event(), threading.Event()
     valve = Valve()
     model = torch.nn.Linear(1, 1)
@@ -322,7 +322,7 @@ async def test_interrupted_run_is_saved_again_after_a_save_between_that_failed(t
         assert run.saved == [1, 2, 3]
 
 
-async def test_error_that_nobody_waited_for_between_runs_fails_the_next_one(tmp_path: Path) -> None:
+async def test_error_of_a_save_between_runs_that_was_not_reported_fails_the_next_one(tmp_path: Path) -> None:
     async with saving(tmp_path) as run:
         run.checkpoint.attach(run.engine, Events.ITERATION_COMPLETED)
         run.valve.is_open.clear()

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from aengine.checkpoint.capture.memory import Memory, PrivateMemory
+from aengine.checkpoint.capture.memory import PrivateMemory, SharedMemory
 from aengine.checkpoint.capture.trees import Survey, rebuild
 from aengine.threads.openmp import on_one_thread
 
@@ -37,7 +37,7 @@ class Staging:
         root: what errors call the tree; None if they are to call its parts by their keys.
     """
 
-    def __init__(self, memory: Memory | None = None, root: str | None = "state") -> None:
+    def __init__(self, memory: PrivateMemory | SharedMemory | None = None, root: str | None = "state") -> None:
         self._root = root
         self._memory = PrivateMemory() if memory is None else memory
         self._plan: _Plan | None = None
@@ -146,7 +146,7 @@ class _Stretch:
 class _Plan:
     """Which numbers go where, for one layout: made once, carried out at each stage."""
 
-    def __init__(self, layout: list[_Strided], memory: Memory) -> None:
+    def __init__(self, layout: list[_Strided], memory: PrivateMemory | SharedMemory) -> None:
         self.layout = layout
         stretches = _stretches(layout)
         self._devices = {strided.device for strided in layout}

@@ -246,7 +246,7 @@ def test_directory_that_is_not_there_has_no_checkpoints(tmp_path: Path) -> None:
     assert not (tmp_path / "none").exists()
 
 
-def test_step_that_is_not_there_is_told_with_those_that_are(store: Store) -> None:
+def test_step_that_is_not_there_is_reported_with_those_that_are(store: Store) -> None:
     save(store, 100)
     save(store, 200)
 
@@ -254,7 +254,7 @@ def test_step_that_is_not_there_is_told_with_those_that_are(store: Store) -> Non
         store.find(300)
 
 
-def test_of_many_steps_the_first_and_the_last_are_told(store: Store) -> None:
+def test_of_many_steps_the_first_and_the_last_are_shown(store: Store) -> None:
     for step in range(1, 21):
         save(store, step)
 
