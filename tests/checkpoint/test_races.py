@@ -1,4 +1,4 @@
-"""Saves that are asked for as runs begin, end, fail and are given up: no request waits for ever, and nothing is torn."""
+"""Saves that are asked for as runs begin, end, fail and are given up: no request waits for ever, nothing is torn."""
 
 import asyncio
 import threading
