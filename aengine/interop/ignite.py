@@ -300,4 +300,4 @@ def _bus_of(engine: Engine[Any, Any]) -> Bus:
 
 
 def _registered_with(engine: Engine[Any, Any]) -> Iterable[Any]:
-    return engine._registered.values()  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]  # likewise
+    return engine._emitter.registered.values()  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]  # likewise

@@ -20,7 +20,7 @@ from aengine.arguments import check_seconds
 from aengine.callables import check_callable
 from aengine.engine import Engine
 from aengine.events import AnyEvent, Event, EventEnum, Events, FilteredEvent, date_of, selectors
-from aengine.loggers.buffer import Spool
+from aengine.loggers.buffer import RecordBuffer
 from aengine.loggers.retry import RetryingSink
 from aengine.loggers.runs import BAD
 from aengine.loggers.scalars import numbers_of, snapshot
@@ -99,7 +99,7 @@ class Tracker:
         # For what the step's thread and the event loop's both change, down to the blank line. Re-entrant: a signal
         # handler may fire an event while its own thread holds it.
         self._lock = RLock()
-        self._spool: Spool[Record] = Spool(spool)
+        self._spool: RecordBuffer[Record] = RecordBuffer(spool)
         self._goal = 0  # the number of the last record that is to be written before the call is answered
         self._is_called = False  # to write: the call is on its way, or being answered
         self._is_wanted = False  # and is to be sent
@@ -127,7 +127,7 @@ class Tracker:
         """Listen to the engine, for `track`."""
         engine = self._engine
         bus = engine._bus  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
-        listened_to = engine._selectors(event)  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]  # or raises
+        listened_to = engine._emitter.select(event)  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]  # or raises
         for one in listened_to:
             for other in bus.topic(one.name).inline:
                 if other.selector.filter == one.filter and self._would_repeat(other.handler):
@@ -183,7 +183,7 @@ class Tracker:
                 self._must_close = not self._closes_at_flush  # again: it was told of the end before this came
                 self._begin_to_limit_time()
             self._tell_of_begin(time)  # a run that goes on after an interruption may not tell; or it is told of again
-            self._spool.put(record, is_passing=event in _PASSING)
+            self._spool.put(record, is_iteration=event in _PASSING)
             if self._is_called:
                 self._hurry_if_due()
             else:
@@ -308,7 +308,7 @@ class Tracker:
             if not await self._sink.write(batch):
                 return False
             with self._lock:
-                self._spool.done()
+                self._spool.mark_written()
         return True
 
     def _next_batch(self) -> list[Record]:
@@ -353,7 +353,7 @@ class Tracker:
     def _may_gather(self) -> bool:
         spool = self._spool
         nobody_waits = self._goal < spool.oldest and not self._is_ending
-        return nobody_waits and spool.is_passing and 0 < spool.waiting < self._enough
+        return nobody_waits and spool.has_only_iterations and 0 < spool.waiting < self._enough
 
     def _warn_of_loss(self) -> None:
         spool = self._spool

@@ -17,6 +17,8 @@ from aengine.checkpoint import Checkpoint, CheckpointEvents, Keep
 from aengine.drivers.services import ServiceTasks
 from aengine.errors import CheckpointNotWritten, StrayCancellation
 
+pytestmark = pytest.mark.every_event_loop
+
 DISK_FULL = OSError(28, "No space left on device")
 
 
@@ -60,8 +62,8 @@ async def test_a_request_to_a_run_that_is_abandoned_is_refused(tmp_path: Path) -
     """As after a second Ctrl-C, in the middle of a step that does not end."""
     async with saving(tmp_path) as run:
         run.checkpoint.attach(run.engine, Events.COMPLETED)
-        services = ServiceTasks(run.engine, run.engine._services, 0)
-        with run.engine._busy():
+        services = ServiceTasks(run.engine, run.engine._session.services, 0)
+        with run.engine._session._busy():
             run.engine._requests.begin()
             services.run_started()  # and from here on the loop is not advanced
             async with anyio.create_task_group() as group:
@@ -345,7 +347,7 @@ async def test_save_that_was_given_up_with_one_run_does_not_keep_the_next_from_s
         run.valve.is_open.clear()
         with pytest.raises(HandlerTimeout):
             await run.engine.run([1])
-        run.engine._grace = 30.0
+        run.engine._session._grace = 30.0
         run.engine.add_event_handler(Events.STARTED, run.valve.is_open.set)  # it ends when the next run has begun
         await run.engine.run([1, 2])
         assert run.saved == [2]
