@@ -19,8 +19,8 @@ from aengine.checkpoint.store.retention import Keep
 if TYPE_CHECKING:
     from aengine.checkpoint.capture.randomness import RandomStates
     from aengine.checkpoint.checkpoint import Checkpoint
+    from aengine.checkpoint.events import CheckpointEvents
     from aengine.checkpoint.formats.serializers import Serializer, TorchFile
-    from aengine.checkpoint.occasions import CheckpointEvents
 else:  # out of sight of type checkers, which would take any name for one of this module's
 
     def __getattr__(name: str) -> object:
@@ -34,7 +34,7 @@ __all__ = ["Checkpoint", "CheckpointEvents", "CheckpointInfo", "Keep", "RandomSt
 
 _WITH_TORCH = {
     "Checkpoint": "checkpoint",
-    "CheckpointEvents": "occasions",
+    "CheckpointEvents": "events",
     "RandomStates": "capture.randomness",
     "Serializer": "formats.serializers",
     "TorchFile": "formats.serializers",

@@ -1,69 +1,353 @@
-"""Saving: one write beside the step, in a thread of its own, and all who wait for its end."""
+"""Saving: when a snapshot is taken, how it is written beside the steps, and what waits for its end.
 
+The threads that meet here: the one that the step runs on takes the snapshot; a thread for each save writes it; the
+event loop's waits for the end. Requests come from any thread.
+"""
+
+import logging
 import threading
-import time
-from collections.abc import Callable
+import warnings
+from concurrent.futures import Future
+from typing import Literal
 
+import anyio
+from anyio.to_thread import run_sync as in_thread
+
+from aengine.bus.listeners import NotYet
+from aengine.checkpoint.events import (
+    DEFERRED_EVENTS,
+    FAILURE_EVENTS,
+    FINAL_EVENTS,
+    REQUESTED,
+    AnyEngine,
+    CheckpointEvents,
+    is_in_step,
+)
 from aengine.checkpoint.store.manifest import CheckpointInfo
-from aengine.threads.event_loop import EventLoopHandle, ThreadSafeEvent
+from aengine.checkpoint.writer import Saving, Writer
+from aengine.drivers.services import Service
+from aengine.errors import CheckpointNotWritten, CheckpointWarning, InboxOverflow
+from aengine.events import Event, Events
+from aengine.state import StopReason
+from aengine.threads.dedicated import wait_until_done
+
+_logger = logging.getLogger("aengine.checkpoint")
+
+_RUN_ENDED = (
+    "the run ended before the save that was asked for: in a step that did not complete, or while the save before it was"
+    " being written"
+)
 
 
-class Saving:
-    """A save under way: staged, and being written by a thread that ends with it.
+class SaveRequests:
+    """Saves that were asked for from beside the loop, and have not been staged. From any thread.
+
+    They are served between two steps of a run. Before it ends it closes them: what was asked for in vain is refused.
 
     Attributes:
-        info: what was committed, once it is.
-        error: why nothing was.
-        is_told: whether somebody has been given the error.
-        is_left: whether who waited for it was cancelled, so that an error is still to be told.
+        deferred: the event at which a save was put off, or at which one was asked for without waiting for it; else "".
+        is_open: whether there is a run that serves them.
     """
 
-    def __init__(
-        self, write: Callable[[Callable[[], bool]], CheckpointInfo], finished: Callable[["Saving"], object]
-    ) -> None:
-        self.info: CheckpointInfo | None = None
-        self.error: BaseException | None = None
-        self.is_told = self.is_left = False
-        self._write: Callable[[Callable[[], bool]], CheckpointInfo] | None = write
-        self._finished: Callable[[Saving], object] | None = finished
-        self._is_stopped = False
-        self._is_over = False
+    def __init__(self) -> None:
+        self.deferred = ""
+        self.is_open = False
+        self._waiting: list[Future[Saving]] = []
         self._lock = threading.Lock()
-        self._wakeups: list[ThreadSafeEvent] = []
-        # Daemon: a disk that hangs must not keep a process from ending, and what it cuts short is swept later.
-        threading.Thread(target=self._run, name="aengine checkpoint", daemon=True).start()
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def open(self) -> None:
+        """A run begins, which serves them."""
+        self.deferred, self.is_open = "", True
+
+    def close(self, why: str = _RUN_ENDED) -> None:
+        """The run has ended: refuse those that it did not serve. One that comes later sees `is_open`."""
+        self.is_open = False  # before the look at the list, as `add` comes before a look at this: one sees the other
+        self.refuse(why)
+
+    def add(self) -> "Future[Saving]":
+        """Ask for a save. The future has it when it is staged, or the reason why there is none."""
+        request: Future[Saving] = Future()
+        with self._lock:
+            self._waiting.append(request)
+        return request
+
+    def withdraw(self, request: "Future[Saving]") -> bool:
+        """Take a request back. Returns False if it was answered already."""
+        with self._lock:
+            if request not in self._waiting:
+                return False
+            self._waiting.remove(request)
+            return True
+
+    def answer(self, saving: Saving) -> None:
+        """Give this save to all that wait."""
+        for request in self._take_all():
+            request.set_result(saving)
+
+    def refuse(self, why: str | BaseException = _RUN_ENDED) -> None:
+        """Tell all that wait why there is none."""
+        error = CheckpointNotWritten(why) if isinstance(why, str) else why
+        for request in self._take_all():
+            request.set_exception(error)
+
+    def _take_all(self) -> list["Future[Saving]"]:
+        with self._lock:
+            waiting, self._waiting, self.deferred = self._waiting, [], ""
+        return waiting
+
+
+class Saver(Service):
+    """Saves the runs of one engine: says when, takes the snapshot, and follows the write to its end.
+
+    `take` is the snapshot of its subscribers, and `follow` their handler: so it is taken after all inline handlers of
+    the event, where the step runs, and an error fails the run at its next boundary. As a service it is awaited by
+    `flush()` and at the end of a run, and refuses what was asked for in vain, however the run ends.
+
+    Attributes:
+        skipped: saves that were skipped.
+        failures: saves that failed and were warned of.
+    """
+
+    def __init__(self, writer: Writer, when_busy: Literal["wait", "skip"], on_error: Literal["raise", "warn"]) -> None:
+        self.skipped = 0
+        self.failures = 0
+        self._writer = writer
+        self._when_busy = when_busy
+        self._on_error = on_error
+        self._saving: Saving | None = None  # the last
+        self._requests = SaveRequests()
+        self._is_staging = threading.Lock()  # where the step runs, or, between runs, where save_now() was called
+        self._has_failed = False  # nothing more is saved of this run
 
     @property
-    def is_over(self) -> bool:
-        """Whether it was committed or has failed."""
-        return self._is_over
+    def under_way(self) -> Saving | None:
+        """The save that is being written, None if there is none."""
+        saving = self._saving
+        return None if saving is None or saving.is_over else saving
 
-    def _run(self) -> None:
-        (write, self._write), (finished, self._finished) = (self._write, None), (self._finished, None)
-        assert write is not None and finished is not None, "run once"  # noqa: PT018, S101
-        time.sleep(0.001)  # let go of Python's lock, which the loop waits for in order to go on
+    # As a service
+
+    def run_started(self, engine: AnyEngine) -> None:  # noqa: ARG002 -- a service's signature
+        """Serve requests from now on."""
+        self._has_failed = False
+        self._requests.open()
+
+    async def flush(self) -> None:
+        """Wait until no save is under way, whatever becomes of it. Cancellable; the write goes on."""
+        while (saving := self.under_way) is not None:
+            await saving.wait()
+
+    async def run_ended(self, engine: AnyEngine, reason: StopReason, error: BaseException | None) -> None:  # noqa: ARG002 -- a service's signature
+        """Refuse what was asked for in vain. Its subscribers have followed the last save to its end by now."""
+        self._requests.close()
+
+    def run_abandoned(self, engine: AnyEngine, reason: StopReason, error: BaseException | None) -> None:  # noqa: ARG002 -- a service's signature
+        """Do the same where the run did not get as far as its end."""
+        self._requests.close()
+
+    # In a run
+
+    async def open(self) -> None:
+        """Take the directory before the first step: no other writer may have it while the run lasts.
+
+        In a thread: a file system across a network takes its time, and so does removing what a killed writer left.
+
+        Raises:
+            CheckpointLocked, CheckpointNotWritten: another has it, or it cannot be written to. The run fails.
+        """
         try:
-            self.info = write(lambda: self._is_stopped)
-        except BaseException as error:  # noqa: BLE001 -- handed to who waits; none is swallowed
-            self.error = error
-        del write  # with what was staged
-        finished(self)
-        del finished
-        with self._lock:
-            self._is_over = True
-            wakeups, self._wakeups = self._wakeups, []
-        for wakeup in wakeups:
-            wakeup.set()
+            await in_thread(self._writer.open)
+        except Exception:
+            self._has_failed = True  # and so nothing is saved of it
+            raise
 
-    async def wait(self) -> None:
-        """Wait for its end, whatever that is. Cancellable; the write goes on."""
-        wakeup = ThreadSafeEvent(EventLoopHandle())
-        with self._lock:
-            if self._is_over:
-                return
-            self._wakeups.append(wakeup)
-        await wakeup.wait()
+    def take(self, event: str, engine: AnyEngine) -> Saving | NotYet | None:
+        """Take the snapshot, between two steps, where the step runs, and have it written."""
+        before = self.under_way  # before the rest: a save that fails sets `_has_failed` before it is over
+        if not self._is_due(event, engine) or self._is_deferred(event, engine):
+            return None
+        with self._is_staging:
+            if (before := before or self.under_way) is not None:
+                is_requested = self._requests or self._requests.deferred == REQUESTED
+                if self._when_busy == "skip" and not is_requested and event not in FINAL_EVENTS:
+                    self._requests.deferred = ""
+                    self.skipped += 1
+                    return None
+                return NotYet(before.wait())
+            try:
+                self._raise_unreported()
+                name = self._requests.deferred if event == REQUESTED else event
+                is_mid_step = event in FAILURE_EVENTS and is_in_step(engine)
+                write = self._writer.stage(name or event, engine, is_mid_step=is_mid_step)
+                saving = self._saving = Saving(write, self._on_end)
+            except Exception as error:
+                self._requests.refuse(error)
+                if self._on_error == "raise":
+                    self._has_failed = True
+                    raise
+                self._warn(error)
+                return None
+            self._requests.answer(saving)
+            return saving
 
-    def stop(self) -> None:
-        """Give the write up at its next block: nothing of it stays."""
-        self._is_stopped = True
+    def _is_due(self, event: str, engine: AnyEngine) -> bool:
+        if self._has_failed:
+            error = self._saving.error if self._saving is not None else None
+            self._requests.refuse(error or _RUN_ENDED)
+            return False
+        if event == REQUESTED:
+            if is_in_step(engine):  # as when that step has failed
+                self._requests.refuse()
+            return bool(self._requests or self._requests.deferred)
+        return event not in FAILURE_EVENTS or self._writer.saved_step != engine.state_dict()["iteration"]
+
+    def _is_deferred(self, event: str, engine: AnyEngine) -> bool:
+        """Put the save off if a run is under way that could not be resumed from here to the same results, bit by bit.
+
+        So it is also at events of the user's, which may be fired anywhere, and where the epoch is to be ended, which a
+        run that is restored would not know.
+        """
+        if event in Events.__members__ or event == REQUESTED:
+            ends_epoch = event == Events.ITERATION_COMPLETED.name and engine.should_terminate_single_epoch
+            if event not in DEFERRED_EVENTS and not ends_epoch:
+                return False
+        if not engine.is_running:
+            return False
+        self._requests.deferred = event
+        return engine.fire_between_steps(CheckpointEvents.CHECKPOINT_REQUESTED)
+
+    def _on_end(self, saving: Saving) -> None:
+        """In the thread of a save of a run: at its next boundary the run is over, if this failed."""
+        if saving.error is not None and not saving.is_reported and self._on_error == "raise":
+            self._has_failed = True
+
+    async def follow(self, engine: AnyEngine, event: Event) -> None:
+        """Beside the step: wait for the write, and fire what became of it."""
+        saving: Saving | None = event.snapshot
+        if saving is None:
+            return
+        try:
+            await self._wait_for(saving, engine)
+        except Exception:  # of a handler of CHECKPOINT_STAGED: it is raised, unless the save has failed as well
+            if saving.error is not None and self._on_error == "raise":
+                saving.result()
+            raise
+        except BaseException:
+            saving.is_reported = True  # by what ends this: the run was cancelled, or its grace is over
+            self._stop(saving)
+            self._requests.refuse()  # those that wait for its end, to have a save of their own: the run is over
+            raise
+        if saving.error is None:
+            await self._fire(engine, CheckpointEvents.CHECKPOINT_COMMITTED)
+        elif self._on_error == "raise":
+            saving.result()
+        else:
+            saving.is_reported = True
+            self._warn(saving.error)
+
+    async def _wait_for(self, saving: Saving, engine: AnyEngine) -> None:
+        """Fire that it is staged, and wait for its end, even if a handler of that event fails."""
+        try:
+            await self._fire(engine, CheckpointEvents.CHECKPOINT_STAGED)
+        except Exception:
+            await saving.wait()
+            raise
+        await saving.wait()
+
+    async def _fire(self, engine: AnyEngine, event: CheckpointEvents) -> None:
+        try:
+            await engine.emit(event)
+        except InboxOverflow:
+            if engine.is_running:
+                raise
+            # Between runs nothing empties an inbox. That is no failure of the save.
+            _logger.warning("%s was sent to an inbox that is full, and no run is under way", event.name)
+
+    def _raise_unreported(self) -> None:
+        """Raise the error of the save before, if what waited for that one was cancelled."""
+        saving = self._saving
+        if saving is not None and saving.is_unawaited and saving.error is not None and not saving.is_reported:
+            saving.result()
+
+    def _stop(self, saving: Saving) -> None:
+        saving.stop()
+        self._writer.stop()
+
+    def _warn(self, error: BaseException) -> None:
+        self.failures += 1
+        _logger.error("a checkpoint failed, and the run goes on", exc_info=error)
+        warnings.warn(f"a checkpoint failed, and the run goes on: {error}", CheckpointWarning, stacklevel=2)
+
+    # Asked for
+
+    async def save_now(self, engine: AnyEngine) -> CheckpointInfo:
+        """Save before the next step, or at once if no run is under way. See `Checkpoint.save_now`."""
+        if engine.is_inside:
+            raise RuntimeError(
+                "save_now() waits for the end of the step, which waits for it here: call checkpoint.save_soon()"
+            )
+        while True:
+            request = self._requests.add()
+            try:
+                is_in_run = engine.fire_between_steps(CheckpointEvents.CHECKPOINT_REQUESTED)
+                if is_in_run and not self._requests.is_open:  # of that run only the clean-up is left
+                    self._requests.refuse()
+                if is_in_run or not self._requests.withdraw(request):
+                    await wait_until_done(request)
+                    saving = request.result()
+                    await saving.wait()
+                    return saving.result()
+            finally:
+                del request  # holds the error, whose traceback holds this frame
+            with self._is_staging:
+                before = self.under_way
+                if before is None:
+                    self._raise_unreported()
+                    saving = self._saving = Saving(self._writer.stage("", engine), lambda _: None)
+                    break
+            await before.wait()  # and meanwhile a run may begin
+        try:
+            await self._wait_for(saving, engine)
+        except BaseException:
+            saving.is_unawaited = True
+            raise
+        info = saving.result()
+        await self._fire(engine, CheckpointEvents.CHECKPOINT_COMMITTED)
+        return info
+
+    def save_soon(self, engine: AnyEngine) -> None:
+        """Have a run under way save before its next step. See `Checkpoint.save_soon`."""
+        self._requests.deferred = REQUESTED
+        if not engine.fire_between_steps(CheckpointEvents.CHECKPOINT_REQUESTED):
+            self._requests.deferred = ""
+            raise RuntimeError(
+                "save_soon() asks a run under way, and there is none: write  await checkpoint.save_now()"
+            )
+
+    async def drain(self) -> None:
+        """Wait until no save is under way, and raise the error of the last if it was not reported. Cancellable."""
+        await self.flush()
+        saving = self._saving
+        if saving is not None and saving.error is not None and not saving.is_reported:
+            saving.result()
+
+    def refuse_requests(self) -> None:
+        """Refuse what was asked for, and what will be before another run begins: the Checkpoint is being closed."""
+        self._requests.close("the Checkpoint was closed before the save that was asked for")
+
+    async def close(self) -> None:
+        """Drain, and let go of the directory. On cancellation the save under way is given up."""
+        try:
+            await self.drain()
+        finally:
+            with anyio.CancelScope(shield=True):
+                if (saving := self.under_way) is not None:
+                    self._stop(saving)
+                    await saving.wait()
+                await in_thread(self._writer.close)
+            if self._saving is not None:
+                self._saving.error = None  # its traceback would hold the engine
+                self._saving = None

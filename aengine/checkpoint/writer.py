@@ -1,22 +1,27 @@
-"""Writer: takes what belongs to one instant, and makes a checkpoint of it, or says why there is none."""
+"""Writer: copies what belongs to one instant, and makes a checkpoint of it on a thread of its own."""
 
 import logging
 import platform
 import sys
+import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
-from aengine.checkpoint.capture.parts import Parts, gather
+from aengine.checkpoint.capture.parts import Parts, capture
+from aengine.checkpoint.events import AnyEngine
 from aengine.checkpoint.formats.contents import Contents
 from aengine.checkpoint.store.files import Stopped
 from aengine.checkpoint.store.manifest import CheckpointInfo
 from aengine.checkpoint.store.store import Store
-from aengine.engine import Engine
 from aengine.errors import CheckpointNotWritten
+from aengine.threads.dedicated import DedicatedThread, wait_until_done
+
+Write: TypeAlias = Callable[[Callable[[], bool]], CheckpointInfo]
+"""Writes what was staged, unless the function that it is given says that it is to stop."""
 
 _logger = logging.getLogger("aengine.checkpoint")
 
@@ -28,10 +33,10 @@ _VERSIONS = {
 
 
 class Writer:
-    """Writes the checkpoints of one run after another.
+    """Copies what belongs to one instant, and makes a checkpoint of it. Knows of no event and no loop.
 
     Attributes:
-        committed: the last one, None before the first.
+        committed: the last checkpoint that was written, None before the first.
         saved_step: of what was staged last, or restored from here; None before that.
     """
 
@@ -44,22 +49,39 @@ class Writer:
         self._restored: Path | None = None
         self._went_back_to: CheckpointInfo | None = None
 
+    def open(self) -> None:
+        """Take the directory, and start the process that writes, if there is to be one.
+
+        Raises:
+            CheckpointLocked, CheckpointNotWritten: another writer has it, or it cannot be written to.
+        """
+        self._store.lock()
+        self._contents.start()
+
+    def close(self) -> None:
+        """End the process that writes, and let others have the directory. Blocks; no save may be under way."""
+        self.saved_step = None
+        self._contents.close()
+        self._store.unlock()
+
+    def stop(self) -> None:
+        """Give up a write in another process, which does not ask whether to stop. From any thread."""
+        self._contents.stop()
+
     def go_on_from(self, info: CheckpointInfo, *, is_newest: bool) -> None:
         """The run goes on from a checkpoint. If it is not the newest, the first save sets aside those after it."""
         self._restored = info.path
         self.saved_step = info.step if info.path.parent == self._store.directory else None
         self._went_back_to = None if is_newest else info
 
-    def stage(
-        self, event: str, engine: Engine[Any, Any], *, is_mid_step: bool = False
-    ) -> Callable[[Callable[[], bool]], CheckpointInfo]:
+    def stage(self, event: str, engine: AnyEngine, *, is_mid_step: bool = False) -> Write:
         """Copy all that belongs to this instant. Returns what writes it, in a thread, valid until the next is staged.
 
         Raises:
             CheckpointError: another writer has the directory; something in the state could not be loaded back.
         """
         self._store.lock()
-        tree = gather(self._parts, engine)
+        tree = capture(self._parts, engine)
         step = int(tree["engine"]["iteration"])
         staged = self._contents.stage(tree)
         self.saved_step = step
@@ -83,10 +105,12 @@ class Writer:
     ) -> CheckpointInfo:
         """In the thread of a save: write, commit, and only then remove what is not to be kept."""
         if self._went_back_to is not None:
-            left, self._went_back_to = self._store.abandon_after(self._went_back_to), None
-            if left:
+            abandoned, self._went_back_to = self._store.abandon_after(self._went_back_to), None
+            if abandoned:
                 _logger.warning(
-                    "the run went back: %d later checkpoints were set aside, %s the first", len(left), left[-1]
+                    "the run went back: %d later checkpoints were set aside, %s the first",
+                    len(abandoned),
+                    abandoned[-1],
                 )
         try:
             with self._store.begin(about["step"]) as draft:
@@ -100,6 +124,61 @@ class Writer:
         self.committed = info
         self._store.retain([path for path in (self._restored, info.path) if path is not None])
         return info
+
+
+class Saving:
+    """A save under way: staged, and being written by a thread that ends with it.
+
+    Attributes:
+        info: what was committed, once it is.
+        error: why nothing was.
+        is_reported: whether the error was raised somewhere.
+        is_unawaited: whether what waited for it was cancelled, so that an error is still to be reported.
+    """
+
+    def __init__(self, write: Write, on_end: Callable[["Saving"], object]) -> None:
+        self.info: CheckpointInfo | None = None
+        self.error: BaseException | None = None
+        self.is_reported = self.is_unawaited = False
+        self._is_stopped = False
+        self._work: tuple[Write, Callable[[Saving], object]] | None = (write, on_end)
+        # A thread for each save: a Checkpoint that is dropped without close() leaves none behind. It is a daemon: a
+        # disk that hangs must not keep the process from ending, and what that cuts short is swept by the next writer.
+        thread = DedicatedThread("aengine checkpoint")
+        self._end = thread.submit(self._run)
+        thread.abandon()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it was committed or has failed."""
+        return self._end.done()
+
+    def _run(self) -> None:
+        assert self._work is not None, "run once"  # noqa: S101
+        (write, on_end), self._work = self._work, None
+        time.sleep(0.001)  # lets go of the GIL, without which the loop, which has just started this, cannot go on
+        try:
+            self.info = write(lambda: self._is_stopped)
+        except BaseException as error:  # noqa: BLE001 -- handed to what waits; none is swallowed
+            self.error = error
+        del write  # and the staged tree with it, before the next save asks for its memory
+        on_end(self)
+
+    async def wait(self) -> None:
+        """Wait for its end, whatever that is. Cancellable; the write goes on."""
+        await wait_until_done(self._end)
+
+    def stop(self) -> None:
+        """Give the write up at its next block: nothing of it stays."""
+        self._is_stopped = True
+
+    def result(self) -> CheckpointInfo:
+        """Return what was committed, or raise why nothing was. It must be over."""
+        if self.error is not None:
+            self.is_reported = True
+            raise self.error
+        assert self.info is not None, "it is over"  # noqa: S101
+        return self.info
 
 
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:

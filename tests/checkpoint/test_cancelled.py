@@ -59,15 +59,15 @@ async def test_a_save_that_outlives_the_grace_is_given_up_and_leaves_nothing(
         run.engine.add_event_handler(Events.ITERATION_STARTED(once=3), scope.cancel)
         await run.engine.run(endless)
     assert scope.cancelled_caught
-    assert "0.05 seconds of grace" in caplog.text, "and nobody needs to be told again"
+    assert "0.05 seconds of grace" in caplog.text, "and it is not raised again"
     with anyio.fail_after(60):
         await until(lambda: strays(tmp_path) == [])
         await run.checkpoint.close()
     assert run.saved == []
 
 
-async def test_who_waits_for_a_save_that_is_given_up_gets_an_error(tmp_path: Path) -> None:
-    """One asked for it, and one for another after it."""
+async def test_waiting_for_a_save_that_is_given_up_raises(tmp_path: Path) -> None:
+    """One request for it, and one for another after it."""
     run, errors = Run(tmp_path, grace=0.05, valve=Endless()), []
     run.checkpoint.attach(run.engine, Events.EXCEPTION_RAISED)
 
@@ -84,7 +84,7 @@ async def test_who_waits_for_a_save_that_is_given_up_gets_an_error(tmp_path: Pat
                     group.start_soon(ask)
                     await until(run.valve.begun.is_set)
                     group.start_soon(ask)
-                    await until(lambda: bool(run.checkpoint._requests))
+                    await until(lambda: bool(run.checkpoint._saver._requests))
                     scope.cancel()
 
                 group.start_soon(ask_and_cancel)
@@ -103,7 +103,7 @@ async def test_in_a_scope_that_is_cancelled_nothing_is_written(tmp_path: Path) -
         assert not (tmp_path / "run").exists()
 
 
-async def test_who_waits_for_a_save_can_be_cancelled_and_it_goes_on(tmp_path: Path) -> None:
+async def test_waiting_for_a_save_can_be_cancelled_and_it_goes_on(tmp_path: Path) -> None:
     async with saving(tmp_path) as run:
         run.checkpoint.attach(run.engine, Events.EXCEPTION_RAISED)
         run.valve.is_open.clear()
@@ -151,7 +151,7 @@ async def test_a_native_cancellation_waits_for_the_save(times: int, anyio_backen
 
 
 @pytest.mark.parametrize("when", ["staged", "committed"])
-async def test_cancelled_as_it_is_told_of_a_save_the_run_keeps_it(when: str, tmp_path: Path) -> None:
+async def test_cancelled_at_an_event_of_a_save_the_run_keeps_it(when: str, tmp_path: Path) -> None:
     async with saving(tmp_path) as run:
         run.checkpoint.attach(run.engine, Events.ITERATION_COMPLETED(once=2))
         with anyio.CancelScope() as scope:

@@ -99,7 +99,7 @@ class History:
 
 
 class Patience:
-    """A handler that has state, which nobody hands to the checkpoint."""
+    """A handler that has state, which is not handed to the checkpoint."""
 
     def __init__(self) -> None:
         self.seen: list[int] = []

@@ -202,7 +202,7 @@ async def test_with_warn_what_cannot_be_staged_is_a_failure_as_well(tmp_path: Pa
 
 
 async def test_the_waits_for_a_save_that_fails_do_not_hang(tmp_path: Path) -> None:
-    """The loop waits for the one before; who has asked for one waits as well; then all hear of the failure."""
+    """The loop waits for the one before; a request for another waits as well; then both get the failure."""
     heard: list[str] = []
     async with saving(tmp_path) as run:
         run.checkpoint.attach(run.engine, Events.ITERATION_COMPLETED)
@@ -232,7 +232,7 @@ async def test_the_waits_for_a_save_that_fails_do_not_hang(tmp_path: Path) -> No
         assert sorted(heard) == ["the other task", "the run"]
 
 
-async def test_a_failure_that_no_run_has_told_comes_out_of_drain_and_of_close(tmp_path: Path) -> None:
+async def test_a_failure_that_no_run_has_raised_is_raised_by_drain_and_close(tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.checkpoint.attach(run.engine, Events.COMPLETED)
     fill_the_disk(run)

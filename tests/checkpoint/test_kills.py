@@ -1,4 +1,4 @@
-"""Killed at any instant, and resumed: the end is that of the run that nobody killed, to the last bit.
+"""Killed at any instant, and resumed: the end is that of the run that was not killed, to the last bit.
 
 A life begins in a forked child (`fork_child.py`), trains (`killable.py`), and is ended from outside
 (`kill_campaign.py`).
@@ -34,7 +34,7 @@ def template() -> Iterator[Template]:
 
 
 def digest_of_the_untouched(template: Template, program: str, backend: str) -> str:
-    """Return what the run comes to that nobody kills, and that saves nothing."""
+    """Return the result of a run that is not killed, and that saves nothing."""
     life = template.live(program, None, backend=backend)
     life.ends(None)
     return life.digest

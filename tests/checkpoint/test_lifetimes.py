@@ -78,7 +78,7 @@ async def test_close_that_is_cancelled_lets_go_of_the_directory(tmp_path: Path) 
                 group.start_soon(run.checkpoint.save_now)
                 await until(run.valve.begun.is_set)
                 scope.cancel()
-        under_way = run.checkpoint._under_way()
+        under_way = run.checkpoint._saver.under_way
         assert under_way is not None
         async with anyio.create_task_group() as others:
 
@@ -108,9 +108,9 @@ async def test_requests_of_a_long_run_are_not_kept(tmp_path: Path) -> None:
             for _ in range(5):
                 await until(lambda: run.engine.is_running)
                 await run.checkpoint.save_now()
-            assert len(run.engine._requests.at_end) == 1
+            assert not run.checkpoint._saver._requests
+            assert not run.engine._requests.to_fire
             run.engine.resume()
-        assert not run.engine._requests.at_end
 
 
 def test_checkpoint_that_is_dropped_lets_its_process_end(tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def train():
     checkpoint = Checkpoint({str(tmp_path)!r}, {{"model": torch.nn.Linear(2, 2)}}, write_in="process")
     checkpoint.attach(engine, Events.COMPLETED)
     engine.run_sync([1])
-    return checkpoint._contents._process._child._process.pid
+    return checkpoint._writer._contents._process._child._process.pid
 
 pid = train()
 import os, time

@@ -1,4 +1,4 @@
-"""Checkpoints of a step that failed or was cancelled: kept for whoever looks, and not gone on from without need."""
+"""Checkpoints of a step that failed or was cancelled: kept to be looked at, and not resumed from without need."""
 
 import json
 from pathlib import Path
@@ -58,7 +58,7 @@ async def test_the_one_before_is_gone_on_from(tmp_path: Path, how: str, capsys: 
         info = await again.checkpoint.restore(again.engine)
         assert info is not None
         assert (info.step, again.steps) == (1, 1)
-    async with saving(tmp_path) as again:  # who asks for it is given it
+    async with saving(tmp_path) as again:  # asked for by its step, it is taken
         info = await again.checkpoint.restore(again.engine, 2)
         assert info is not None
         assert (info.is_mid_step, again.steps) == (True, 3)

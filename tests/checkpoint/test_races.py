@@ -1,4 +1,4 @@
-"""Saves that are asked for as runs begin, end, fail and are given up: nobody waits for ever, and nothing is torn."""
+"""Saves that are asked for as runs begin, end, fail and are given up: no request waits for ever, nothing is torn."""
 
 import asyncio
 import threading
@@ -14,6 +14,7 @@ from support.saving_run import Run, Valve, endless, saving, until
 
 from aengine import Engine, Event, Events, HandlerTimeout
 from aengine.checkpoint import Checkpoint, CheckpointEvents, Keep
+from aengine.drivers.services import ServiceTasks
 from aengine.errors import CheckpointNotWritten, StrayCancellation
 
 pytestmark = pytest.mark.every_event_loop
@@ -26,11 +27,11 @@ def tree_of(checkpoint: Checkpoint, step: int) -> Any:
     return torch.load(info.path / "state.pt", weights_only=True)
 
 
-# Nobody waits for ever
+# No request waits for ever
 
 
 @pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")  # anyio's own, of one cancelled before it began
-async def test_who_asks_of_a_run_that_dies_before_its_first_event_is_told(
+async def test_a_request_to_a_run_that_dies_before_its_first_event_is_refused(
     tmp_path: Path, anyio_backend_name: str
 ) -> None:
     """A task that is cancelled natively before its first step runs not a line."""
@@ -57,28 +58,31 @@ async def test_who_asks_of_a_run_that_dies_before_its_first_event_is_told(
             await asking
 
 
-async def test_who_asks_of_a_run_that_nobody_wants_to_wait_for_is_told(tmp_path: Path) -> None:
+async def test_a_request_to_a_run_that_is_abandoned_is_refused(tmp_path: Path) -> None:
     """As after a second Ctrl-C, in the middle of a step that does not end."""
     async with saving(tmp_path) as run:
         run.checkpoint.attach(run.engine, Events.COMPLETED)
+        services = ServiceTasks(run.engine, run.engine._session.services, 0)
         with run.engine._session._busy():
-            run.engine._requests.begin()  # and from here on not a line of the run is told
+            run.engine._requests.begin()
+            services.run_started()  # and from here on the loop is not advanced
             async with anyio.create_task_group() as group:
 
                 async def ask() -> None:
-                    with pytest.raises(CheckpointNotWritten, match="the run ended before"):
-                        await run.checkpoint.save_now()
+                    for _ in range(2):  # and of what is left of that run
+                        with pytest.raises(CheckpointNotWritten, match="the run ended before"):
+                            await run.checkpoint.save_now()
                     told.set()
 
                 told = anyio.Event()
                 group.start_soon(ask)
-                await until(lambda: bool(run.checkpoint._requests))
-                run.engine._requests.end()
+                await until(lambda: bool(run.checkpoint._saver._requests))
+                services.close(None)
                 with anyio.fail_after(60):
                     await told.wait()
 
 
-async def test_who_asks_as_the_directory_turns_out_to_be_taken_is_told(tmp_path: Path) -> None:
+async def test_a_request_as_the_directory_turns_out_to_be_taken_is_refused(tmp_path: Path) -> None:
     async with saving(tmp_path) as other:
         other.checkpoint.attach(other.engine, Events.COMPLETED)
         await other.engine.run([1])
@@ -92,7 +96,7 @@ async def test_who_asks_as_the_directory_turns_out_to_be_taken_is_told(tmp_path:
 
             async def ask_first(_: AnyEngine) -> None:
                 group.start_soon(ask)
-                await until(lambda: bool(run.checkpoint._requests))
+                await until(lambda: bool(run.checkpoint._saver._requests))
 
             # Before the Checkpoint's own handler of STARTED, which fails.
             topic = run.engine._bus.topic("STARTED")
@@ -104,7 +108,7 @@ async def test_who_asks_as_the_directory_turns_out_to_be_taken_is_told(tmp_path:
         await run.checkpoint.close()
 
 
-async def test_who_asks_of_a_checkpoint_that_is_closed_is_told(tmp_path: Path) -> None:
+async def test_a_request_to_a_checkpoint_that_is_closed_is_refused(tmp_path: Path) -> None:
     async with saving(tmp_path) as run:
         run.checkpoint.attach(run.engine, Events.ITERATION_COMPLETED(once=1))
         run.engine.add_event_handler(Events.ITERATION_COMPLETED(once=2), run.engine.pause)
@@ -118,7 +122,7 @@ async def test_who_asks_of_a_checkpoint_that_is_closed_is_told(tmp_path: Path) -
             run.engine.resume()
 
 
-async def test_the_body_of_an_iteration_is_told_to_save_soon(tmp_path: Path) -> None:
+async def test_the_body_of_an_iteration_is_advised_to_save_soon(tmp_path: Path) -> None:
     """The loop waits for it, as for an inline handler."""
     async with saving(tmp_path) as run:
         run.checkpoint.attach(run.engine, Events.COMPLETED)
@@ -136,7 +140,7 @@ async def test_the_body_of_an_iteration_is_told_to_save_soon(tmp_path: Path) -> 
 
 
 async def test_a_run_that_begins_while_a_save_is_waited_for_is_saved_between_its_steps(tmp_path: Path) -> None:
-    """Whoever asked between runs, and had to wait, finds another run: not half of its step."""
+    """A request made between runs, that had to wait, meets another run: it gets no half of its step."""
     inside, goes_on = threading.Event(), threading.Event()
     valve = Valve()
     model = torch.nn.Linear(1, 1)
@@ -163,7 +167,7 @@ async def test_a_run_that_begins_while_a_save_is_waited_for_is_saved_between_its
             valve.is_open.set()
             for _ in range(10):
                 await breathe()
-            await until(lambda: checkpoint.committed is not None and not checkpoint._under_way())
+            await until(lambda: checkpoint.committed is not None and not checkpoint._saver.under_way)
             for _ in range(10):
                 await breathe()
             goes_on.set()
@@ -320,7 +324,7 @@ async def test_interrupted_run_is_saved_again_after_a_save_between_that_failed(t
         assert run.saved == [1, 2, 3]
 
 
-async def test_error_that_nobody_waited_for_between_runs_fails_the_next_one(tmp_path: Path) -> None:
+async def test_error_of_a_save_between_runs_that_was_not_reported_fails_the_next_one(tmp_path: Path) -> None:
     async with saving(tmp_path) as run:
         run.checkpoint.attach(run.engine, Events.ITERATION_COMPLETED)
         run.valve.is_open.clear()
@@ -407,7 +411,7 @@ async def test_restoring_waits_for_the_save_under_way(tmp_path: Path) -> None:
         with anyio.CancelScope() as scope:
             async with anyio.create_task_group() as group:
                 group.start_soon(run.checkpoint.save_now)
-                await until(lambda: run.checkpoint._under_way() is not None)
+                await until(lambda: run.checkpoint._saver.under_way is not None)
                 scope.cancel()
         async with anyio.create_task_group() as group:
             group.start_soon(run.checkpoint.restore, run.engine)

@@ -108,7 +108,7 @@ async def test_what_another_writes_is_read_and_nothing_of_it_set_aside(tmp_path:
     flip(tmp_path / "step-0000000004")
     async with saving(tmp_path) as writer:
         writer.checkpoint.attach(writer.engine, Events.EXCEPTION_RAISED)
-        writer.checkpoint._begin()
+        await writer.checkpoint._saver.open()
         reader = Run(tmp_path)
         with pytest.warns(CheckpointWarning):
             await reader.checkpoint.restore(reader.engine)

@@ -86,7 +86,7 @@ async def test_during_a_pause_it_is_saved_where_the_loop_stands(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("thread", [True, False])
-async def test_from_within_the_run_one_is_told_to_save_soon(thread: bool, tmp_path: Path) -> None:  # noqa: FBT001 -- a parameter of the test
+async def test_from_within_the_run_the_advice_is_to_save_soon(thread: bool, tmp_path: Path) -> None:  # noqa: FBT001 -- a parameter of the test
     async with saving(tmp_path, thread=thread) as run:
         run.checkpoint.attach(run.engine, Events.COMPLETED)
 
@@ -108,7 +108,7 @@ async def test_save_soon_in_a_step_saves_what_that_step_leads_to(tmp_path: Path)
         assert run.saved == [2, 3]
 
 
-async def test_who_asks_where_there_is_nothing_to_save_is_told_what_to_do(tmp_path: Path) -> None:
+async def test_a_request_where_there_is_nothing_to_save_is_refused_with_advice(tmp_path: Path) -> None:
     async with saving(tmp_path) as run:
         with pytest.raises(RuntimeError, match=r"call  checkpoint\.attach\(engine, event\)  first"):
             await run.checkpoint.save_now()
@@ -129,7 +129,7 @@ async def test_a_save_asked_for_by_two_is_one(tmp_path: Path) -> None:
         async def have_two_ask() -> None:
             askers.start_soon(ask)
             askers.start_soon(ask)
-            await until(lambda: len(run.checkpoint._requests) == 2)
+            await until(lambda: len(run.checkpoint._saver._requests) == 2)
 
         await run.engine.run([1, 2])
     assert infos == [run.checkpoint.committed] * 2
@@ -139,8 +139,8 @@ async def test_a_save_asked_for_by_two_is_one(tmp_path: Path) -> None:
 # Asked for, and the run ends
 
 
-async def test_who_asks_during_a_step_that_fails_gets_an_error_and_no_half_of_a_step(tmp_path: Path) -> None:
-    """The model was changed before the step failed: nobody must go on from that."""
+async def test_a_request_during_a_step_that_fails_gets_an_error_and_no_half_of_a_step(tmp_path: Path) -> None:
+    """The model was changed before the step failed: no run must go on from that."""
     async with saving(tmp_path) as run:
         run.checkpoint.attach(run.engine, Events.ITERATION_COMPLETED(once=1))
 
@@ -153,7 +153,7 @@ async def test_who_asks_during_a_step_that_fails_gets_an_error_and_no_half_of_a_
             @run.engine.on(Events.ITERATION_STARTED(once=3))
             async def fail() -> None:
                 group.start_soon(ask)
-                await until(lambda: bool(run.checkpoint._requests))
+                await until(lambda: bool(run.checkpoint._saver._requests))
                 run._step(run.engine, None)
                 raise Boom
 
@@ -163,8 +163,10 @@ async def test_who_asks_during_a_step_that_fails_gets_an_error_and_no_half_of_a_
 
 
 @pytest.mark.parametrize("stop", ["cancel", "fail"])
-async def test_who_asks_while_the_loop_waits_is_answered_when_the_run_is_stopped(stop: str, tmp_path: Path) -> None:
-    """His turn had come, and the loop was waiting for the save before when it was told to end."""
+async def test_a_request_that_the_loop_waits_to_serve_is_served_when_the_run_is_stopped(
+    stop: str, tmp_path: Path
+) -> None:
+    """The loop was waiting for the save before when it was told to end."""
     answers: list[int] = []
     async with saving(tmp_path) as run:
         run.checkpoint.attach(run.engine, Events.ITERATION_COMPLETED(once=1))
@@ -190,7 +192,7 @@ async def test_who_asks_while_the_loop_waits_is_answered_when_the_run_is_stopped
                         nonlocal waits
                         await until(lambda: run.engine.state.iteration >= 2)
                         group.start_soon(ask)
-                        await until(lambda: bool(run.checkpoint._requests) and not run.engine._requests.to_fire)
+                        await until(lambda: bool(run.checkpoint._saver._requests) and not run.engine._requests.to_fire)
                         for _ in range(20):
                             await anyio.lowlevel.checkpoint()
                         waits = True
@@ -204,7 +206,7 @@ async def test_who_asks_while_the_loop_waits_is_answered_when_the_run_is_stopped
         assert run.saved == [1, *answers]
 
 
-async def test_who_asks_hears_of_the_save_before_that_failed_the_run(tmp_path: Path) -> None:
+async def test_a_request_is_refused_with_the_error_of_the_save_before_that_failed_the_run(tmp_path: Path) -> None:
     async with saving(tmp_path) as run:
         run.checkpoint.attach(run.engine, Events.ITERATION_COMPLETED(once=1))
         run.valve.is_open.clear()
@@ -220,7 +222,7 @@ async def test_who_asks_hears_of_the_save_before_that_failed_the_run(tmp_path: P
                 await until(run.valve.begun.is_set)
 
                 async def open_later() -> None:
-                    await until(lambda: bool(run.checkpoint._requests))
+                    await until(lambda: bool(run.checkpoint._saver._requests))
                     run.valve.is_open.set()
 
                 group.start_soon(open_later)
@@ -255,7 +257,7 @@ async def test_a_run_that_is_stopped_is_saved_where_it_stopped(event: str, tmp_p
         await run.checkpoint.close()
 
         fresh = Run(tmp_path)
-        is_in_a_step = event == "CANCELLED"  # which nobody can say what it has changed so far
+        is_in_a_step = event == "CANCELLED"  # and what it has changed so far is not known
         with pytest.warns(CheckpointWarning, match="middle of a step") if is_in_a_step else nullcontext():
             assert (await fresh.checkpoint.restore(fresh.engine)) is not None
         fresh.engine.add_event_handler(Events.ITERATION_COMPLETED, fresh.engine.terminate)
@@ -302,7 +304,7 @@ async def test_saves_come_on_time(every: timedelta, expected: int, tmp_path: Pat
         assert len(committed) == expected
 
 
-async def test_who_listens_hears_that_it_is_staged_and_then_that_it_is_committed(tmp_path: Path) -> None:
+async def test_subscribers_get_that_it_is_staged_and_then_that_it_is_committed(tmp_path: Path) -> None:
     heard: list[tuple[str, bool]] = []
     async with saving(tmp_path) as run:
         run.checkpoint.attach(run.engine, Events.ITERATION_COMPLETED(once=2))

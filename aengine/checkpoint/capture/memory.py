@@ -9,23 +9,12 @@ import os
 import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 # What the allocators of torch align to, and more than any dtype asks for.
 _ALIGNMENT = 64
-
-
-class Memory(Protocol):
-    """Gives out buffers, and gives the same ones again."""
-
-    def regions(self, sizes: Sequence[int], *, pinned: bool) -> list[torch.Tensor]:
-        """Return a flat uint8 tensor for each of the sizes, in bytes, each with a storage of its own.
-
-        Those of an earlier call are given up by that: they are given out again, or freed when nothing refers to them.
-        """
-        ...
 
 
 class PrivateMemory:
@@ -36,7 +25,10 @@ class PrivateMemory:
         self._pinned = False
 
     def regions(self, sizes: Sequence[int], *, pinned: bool) -> list[torch.Tensor]:
-        """Return a buffer for each size. Those that were given out before and have that size come first."""
+        """Return a flat uint8 tensor for each of the sizes, in bytes, each with a storage of its own.
+
+        Those of an earlier call are given up by that: they are given out again, or freed when nothing refers to them.
+        """
         idle: dict[int, list[torch.Tensor]] = defaultdict(list)
         if pinned == self._pinned:
             for region in self._regions:
@@ -97,7 +89,7 @@ class SharedMemory:
         self._starts: dict[int, tuple[int, int]] = {}  # of each region: its address, then its offset and size
 
     def regions(self, sizes: Sequence[int], *, pinned: bool) -> list[torch.Tensor]:
-        """Return a buffer for each size, all in one arena. A larger one is made only if they do not fit."""
+        """Do as `PrivateMemory` does, all in one arena. A larger one is made only if they do not fit."""
         starts: list[int] = []
         end = 0
         for size in sizes:
@@ -118,7 +110,7 @@ class SharedMemory:
         return place if place is not None and place[1] == storage.nbytes() else None
 
     def close(self) -> None:
-        """Give the memory up. What was staged in it can be read on by whoever holds it."""
+        """Give the memory up. Tensors that were staged in it can still be read."""
         if self.arena is not None:
             self.arena.close()
         self.arena = None

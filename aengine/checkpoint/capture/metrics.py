@@ -1,7 +1,7 @@
-"""Metrics: torchmetrics' metrics handed in as state, whose own `state_dict` has not the state under way.
+"""Metrics of torchmetrics that are handed in as state: their own `state_dict` lacks what they have accumulated.
 
-That is left out by default, and what `persistent(True)` puts there lacks the number of updates and whatever is not
-registered as state. torchmetrics is not imported for this: a metric is known by what it has.
+It is left out by default, and what `persistent(True)` adds lacks the number of updates and whatever is not registered
+as state. torchmetrics is not imported for this: a metric is recognised by its methods.
 """
 
 from collections.abc import Iterator, Mapping

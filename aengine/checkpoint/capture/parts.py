@@ -15,6 +15,7 @@ import torch
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from aengine.checkpoint.capture.metrics import MetricPart, is_metric
+from aengine.checkpoint.capture.randomness import PythonGenerator
 from aengine.checkpoint.capture.trees import path_text
 from aengine.engine import Engine
 from aengine.errors import CheckpointMismatch
@@ -63,7 +64,7 @@ def _generator_of(state: Any) -> Stateful | None:
     if isinstance(state, torch.Generator):
         return _TorchGenerator(state)
     if isinstance(state, random.Random):
-        return _PythonGenerator(state)
+        return PythonGenerator(state)
     numpy = sys.modules.get("numpy")
     return _NumpyGenerator(state) if numpy and isinstance(state, numpy.random.Generator) else None
 
@@ -80,7 +81,7 @@ def _unwrap(state: Any) -> Any:
             return state
 
 
-def gather(parts: Parts, engine: Engine[Any, Any]) -> dict[str, Any]:
+def capture(parts: Parts, engine: Engine[Any, Any]) -> dict[str, Any]:
     """Read all that belongs to one instant. The values are live: to be copied before the next step."""
     return {
         "state": _read(parts),
@@ -94,7 +95,7 @@ class Choice:
     """The user's parts, or some of them by name: what is loaded without the engine.
 
     Attributes:
-        places: how the places begin, in what `gather` reads, where these are.
+        places: how the places begin, in what `capture` reads, where these are.
 
     Raises:
         TypeError, ValueError: there are no parts of these names.
@@ -108,12 +109,12 @@ class Choice:
             self._parts = {name: cast(dict[str, Parts], parts)[name] for name in self._names}
             self.places = tuple(path_text(["state", name]) for name in self._names)
 
-    def gather(self) -> dict[str, Any]:
-        """Read them, as `gather` does."""
+    def capture(self) -> dict[str, Any]:
+        """Read them, as `capture` does."""
         return {"state": _read(self._parts)}
 
-    def scatter(self, tree: Mapping[str, Any]) -> None:
-        """Load them from what `gather` read.
+    def restore(self, tree: Mapping[str, Any]) -> None:
+        """Load them from what `capture` read.
 
         Raises:
             CheckpointMismatch: it does not fit. What was loaded before stays loaded.
@@ -139,8 +140,8 @@ def _names_among(parts: Parts, only: Iterable[str]) -> list[str]:
     return names
 
 
-def scatter(tree: Mapping[str, Any], parts: Parts, engine: Engine[Any, Any], *, strict: bool) -> None:
-    """Load what `gather` read.
+def restore(tree: Mapping[str, Any], parts: Parts, engine: Engine[Any, Any], *, strict: bool) -> None:
+    """Load what `capture` read.
 
     Raises:
         CheckpointMismatch: it does not fit. What was loaded before stays loaded.
@@ -243,18 +244,6 @@ class _TorchGenerator:
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         self._generator.set_state(state_dict["state"])
-
-
-class _PythonGenerator:
-    def __init__(self, generator: random.Random) -> None:
-        self._generator = generator
-
-    def state_dict(self) -> dict[str, Any]:
-        version, internal, gauss = self._generator.getstate()
-        return {"version": version, "state": torch.tensor(internal), "gauss": gauss}
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        self._generator.setstate((state_dict["version"], tuple(state_dict["state"].tolist()), state_dict["gauss"]))
 
 
 class _NumpyGenerator:

@@ -11,6 +11,22 @@ from typing import Any
 import torch
 
 
+class PythonGenerator:
+    """The state of a generator of python's, or of the module `random`, as a tensor and plain numbers."""
+
+    def __init__(self, generator: Any) -> None:
+        self._generator = generator
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where it stands."""
+        version, internal, gauss = self._generator.getstate()
+        return {"version": version, "state": torch.tensor(internal), "gauss": gauss}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Put it back; python takes its numbers as a tuple only."""
+        self._generator.setstate((state_dict["version"], tuple(state_dict["state"].tolist()), state_dict["gauss"]))
+
+
 class RandomStates:
     """What `engine.randomness` is where checkpoints are taken: the generators that all share, and the data's own.
 
@@ -21,11 +37,7 @@ class RandomStates:
 
     def capture(self, data: Any) -> dict[str, Any]:
         """Return where the generators stand; those of the data, too, unless it is None."""
-        version, internal, gauss = random.getstate()
-        captured: dict[str, Any] = {
-            "python": {"version": version, "state": torch.tensor(internal), "gauss": gauss},
-            "torch": torch.get_rng_state(),
-        }
+        captured: dict[str, Any] = {"python": PythonGenerator(random).state_dict(), "torch": torch.get_rng_state()}
         if numpy := sys.modules.get("numpy"):
             name, keys, position, has_gauss, cached = numpy.random.get_state()
             captured["numpy"] = {
@@ -61,8 +73,7 @@ class RandomStates:
         return any(True for _ in _generators_of(data))
 
     def _put_back(self, captured: Mapping[str, Any], data: Any) -> None:
-        python = captured["python"]
-        random.setstate((python["version"], tuple(python["state"].tolist()), python["gauss"]))
+        PythonGenerator(random).load_state_dict(captured["python"])
         torch.set_rng_state(captured["torch"])
         numpy = sys.modules.get("numpy")
         if numpy and (saved := captured.get("numpy")):

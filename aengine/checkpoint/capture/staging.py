@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from aengine.checkpoint.capture.memory import Memory, PrivateMemory
+from aengine.checkpoint.capture.memory import PrivateMemory, SharedMemory
 from aengine.checkpoint.capture.trees import Survey, rebuild
 from aengine.threads.openmp import on_one_thread
 
@@ -37,7 +37,7 @@ class Staging:
         root: what errors call the tree; None if they are to call its parts by their keys.
     """
 
-    def __init__(self, memory: Memory | None = None, root: str | None = "state") -> None:
+    def __init__(self, memory: PrivateMemory | SharedMemory | None = None, root: str | None = "state") -> None:
         self._root = root
         self._memory = PrivateMemory() if memory is None else memory
         self._plan: _Plan | None = None
@@ -131,7 +131,7 @@ def _layout(tensors: Iterable[torch.Tensor]) -> list[_Strided]:
 
 
 _new_strided: Callable[[type[_Strided], tuple[Any, ...]], _Strided] = tuple.__new__
-"""Makes one of its fields in order, without the cost of its Python constructor: there are thousands, while all wait."""
+"""Makes one of its fields in order, without the cost of its Python constructor: thousands are made while the run waits."""
 
 
 @dataclass
@@ -146,7 +146,7 @@ class _Stretch:
 class _Plan:
     """Which numbers go where, for one layout: made once, carried out at each stage."""
 
-    def __init__(self, layout: list[_Strided], memory: Memory) -> None:
+    def __init__(self, layout: list[_Strided], memory: PrivateMemory | SharedMemory) -> None:
         self.layout = layout
         stretches = _stretches(layout)
         self._devices = {strided.device for strided in layout}
@@ -227,7 +227,7 @@ def _stretches_of_storage(layout: list[_Strided], indices: list[int]) -> list[_S
 
 
 def _without_gaps(layout: list[_Strided], stretch: _Stretch) -> list[_Stretch]:
-    """Return the stretch itself; or, if it has memory in it that nobody has seen, its tensors one by one."""
+    """Return the stretch itself; or, if some of its memory belongs to no tensor of the tree, its tensors one by one."""
     members = sorted(stretch.members, key=lambda index: layout[index].memory)
     same = [list(group) for _, group in groupby(members, key=lambda index: layout[index].memory)]
     if len(same) == 1:
@@ -242,9 +242,9 @@ def _without_gaps(layout: list[_Strided], stretch: _Stretch) -> list[_Stretch]:
 def _copy_in_shares(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
     """Copy in some threads, each a share of its own in one call.
 
-    Left to itself torch would divide each tensor, and have its threads wait for each other after each: where something
-    else has the core of one of them, that is a time slice for each tensor. And after each call a thread must get
-    Python's lock back, from the event loop for one.
+    torch itself would divide each tensor, and have its threads wait for each other after each: where something else has
+    the core of one of them, that costs a time slice per tensor. And after each call a thread must get the GIL back,
+    which the event loop may hold.
     """
     total = sum(target.nbytes for target in targets)
     count = max(1, min(torch.get_num_threads(), _MOST_THREADS, total // _SMALL))

@@ -1,7 +1,7 @@
 """What a state may consist of: trees that `torch.load(weights_only=True)` gives back as they were.
 
-That loader knows a few types and takes no others, subclasses included. It says so when a run is to be resumed, which
-is too late; so what it would refuse is refused when it is saved, with the place in the state where it is.
+That loader takes a few types and no others, not even their subclasses. It says so when a run is to be resumed, which
+is too late; so what it would refuse is refused when it is saved, with its place in the state.
 """
 
 import dataclasses
@@ -231,7 +231,7 @@ class Survey:
 
 
 def _distributed_tensor_type() -> type | None:
-    """Return DTensor, if there can be any: importing it takes a while, so that is left to whoever uses it."""
+    """Return DTensor if it is loaded, else there can be none: importing it takes a while."""
     module = sys.modules.get("torch.distributed.tensor")
     return getattr(module, "DTensor", None)
 

@@ -1,7 +1,7 @@
 """The command `python -m aengine checkpoints DIR`: looks at checkpoints, pins them, and exports weights.
 
 It never waits for a run and never disturbs one: no lock is taken, and only pin, unpin and export write anything.
-Looking needs the standard library only, so that it is there at once; export loads torch.
+Listing and verifying need the standard library only, so that the answer is there at once; export loads torch.
 """
 
 import argparse
@@ -65,8 +65,8 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Do what the arguments say, by default those of the process, and return what it should exit with."""
     parser = _parser()
-    asked = parser.parse_args(arguments)
-    directory = Path(asked.directory).absolute()
+    options = parser.parse_args(arguments)
+    directory = Path(options.directory).absolute()
     try:
         if not directory.is_dir():
             raise CheckpointNotFound(f"there is no directory {directory}")
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise CheckpointNotFound(
                 f"{directory} is one checkpoint: give the directory that it is in, which is {directory.parent}"
             )
-        return int(_ACTIONS[asked.action](directory, asked))
+        return int(_ACTIONS[options.action](directory, options))
     except CheckpointDamaged as error:
         return _fail(str(error), DAMAGED)
     except CheckpointError as error:
@@ -126,37 +126,37 @@ def _step(text: str) -> int:
     return int(text)
 
 
-def _list(directory: Path, asked: argparse.Namespace) -> int:
-    found = list(entries(directory, verify=not asked.no_verify))
-    if asked.json:
+def _list(directory: Path, options: argparse.Namespace) -> int:
+    found = list(entries(directory, verify=not options.no_verify))
+    if options.json:
         _say_json(_records(directory, found))
     else:
         page = _page(directory)
         lines = list(page.table(found, time.time()))  # noqa: TID251 -- it is compared with another day's
-        _say([*lines, *([""] if lines else []), *page.wrapped(outlook(directory, found).sentence)])
+        _say([*lines, *([""] if lines else []), *page.wrapped(outlook(directory, found)[1])])
     return _status(found)
 
 
-def _verify(directory: Path, asked: argparse.Namespace) -> int:
+def _verify(directory: Path, options: argparse.Namespace) -> int:
     page = _page(directory)
     found: list[Entry] = []
-    for entry in entries(directory, verify=True, step=asked.step):
+    for entry in entries(directory, verify=True, step=options.step):
         found.append(entry)
-        if not asked.json and entry.path.name.startswith("step-"):
+        if not options.json and entry.path.name.startswith("step-"):
             _say(page.verdict(entry))  # at once: the next may take a while
-    if asked.step is not None and not found:
-        Store(directory).find(asked.step)  # which raises, and says which there are
-    if asked.json:
-        _say_json(_records(directory, found, is_all=asked.step is None))
-    elif asked.step is None:
-        _say(page.wrapped(outlook(directory, found).sentence))
+    if options.step is not None and not found:
+        Store(directory).find(options.step)  # which raises, and says which there are
+    if options.json:
+        _say_json(_records(directory, found, is_all=options.step is None))
+    elif options.step is None:
+        _say(page.wrapped(outlook(directory, found)[1]))
     return _status(entry for entry in found if entry.condition is not Condition.SET_ASIDE)
 
 
-def _export(directory: Path, asked: argparse.Namespace) -> int:
+def _export(directory: Path, options: argparse.Namespace) -> int:
     from aengine.checkpoint.cli.export import export  # noqa: PLC0415 -- it loads torch, and nothing else here needs it
 
-    done = export(Store(directory), asked.safetensors, step=asked.step, part=asked.part)
+    done = export(Store(directory), options.safetensors, step=options.step, part=options.part)
     for why in done.passed_over:
         _warn(f"passed over: {why}")
     if done.info.is_mid_step:
@@ -164,21 +164,21 @@ def _export(directory: Path, asked: argparse.Namespace) -> int:
             f"warning: the checkpoint of step {done.info.step} is of the middle of a step: the next one had begun, and"
             " what that had changed is in the weights"
         )
-    if asked.json:
+    if options.json:
         about = {"step": done.info.step, "part": done.part, "tensors": done.tensors, "size": done.size}
-        _say_json({"file": os.fspath(asked.safetensors.absolute()), **about})
+        _say_json({"file": os.fspath(options.safetensors.absolute()), **about})
     else:
         said = f"{done.tensors} tensors of {done.part} ({size_words(done.size)})"
-        _say([plain(f"step {done.info.step}: {said} written to {asked.safetensors}")])
+        _say([plain(f"step {done.info.step}: {said} written to {options.safetensors}")])
     return FINE
 
 
-def _pin(directory: Path, asked: argparse.Namespace) -> int:
+def _pin(directory: Path, options: argparse.Namespace) -> int:
     store = Store(directory)
-    is_pinned = asked.action == "pin"
-    info = store.find(asked.step)
+    is_pinned = options.action == "pin"
+    info = store.find(options.step)
     (store.pin if is_pinned else store.unpin)(info)
-    if asked.json:
+    if options.json:
         _say_json({"path": os.fspath(info.path), "step": info.step, "pinned": is_pinned})
     else:
         _say([f"step {info.step}: {'pinned' if is_pinned else 'not pinned'}"])
@@ -202,7 +202,7 @@ def _page(directory: Path) -> Page:
 def _records(directory: Path, found: list[Entry], *, is_all: bool = True) -> dict[str, Any]:
     records: dict[str, Any] = {"directory": os.fspath(directory), "checkpoints": [record(entry) for entry in found]}
     if is_all:
-        info = outlook(directory, found).info
+        info, _ = outlook(directory, found)
         records["resumes_from"] = info and os.fspath(info.path)
     return records
 

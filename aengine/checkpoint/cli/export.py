@@ -47,7 +47,7 @@ def export(store: Store, file: Path, *, step: int | None, part: str | None) -> E
     Raises:
         CheckpointNotFound, CheckpointDamaged: there is no such checkpoint, or it is not whole.
         CheckpointMismatch: it has no such part, or several that could be meant; it has shards; or it was written by a
-            serializer of somebody's own.
+            serializer of the user's.
         NotSerializable: the part holds what the format does not.
         OSError: the file cannot be written.
     """

@@ -21,13 +21,13 @@ from aengine.errors import CheckpointDamaged, CheckpointNotFound
 
 _GAP = _INDENT = "  "
 _NUMBERS = 3  # columns: step, age, size
-_FILES = 4  # the column that tells the condition
+_FILES = 4  # the column that has the condition
 _LONGEST = 40  # of a name that came out of a file
 _LONGEST_WHY = 1_000  # for why.txt can be a megabyte, as can be a manifest
 _MOST_METRICS = 20
 _NO_BREAK = "\N{NO-BREAK SPACE}"  # at which no line is wrapped; printed as a space
 _LARGEST = 10**15  # bytes: as many as there are names for
-_LONGEST_AGO = 36_500 * 86_400  # seconds: whoever claims more has no clock
+_LONGEST_AGO = 36_500 * 86_400  # seconds: more is not an age but a wrong clock
 
 
 class Condition(Enum):
@@ -75,16 +75,8 @@ class Entry:
 
     @property
     def is_trouble(self) -> bool:
-        """Whether somebody should look at it."""
+        """Whether it needs a look by the user."""
         return self.condition in {Condition.DAMAGED, Condition.UNREADABLE, Condition.SET_ASIDE}
-
-
-@dataclass(frozen=True, slots=True)
-class Outlook:
-    """What `restore()` would do now: go on from a checkpoint, or what `sentence` says."""
-
-    info: CheckpointInfo | None
-    sentence: str
 
 
 def entries(directory: Path, *, verify: bool, step: int | None = None) -> Iterator[Entry]:
@@ -120,8 +112,11 @@ def look(path: Path, *, verify: bool) -> Entry | None:
     return Entry(path, Condition.WHOLE if verify else Condition.UNVERIFIED, info=info)
 
 
-def outlook(directory: Path, found: list[Entry]) -> Outlook:
-    """Say from which checkpoint a run would go on, as `restore()` finds it. What was verified is not read again."""
+def outlook(directory: Path, found: list[Entry]) -> tuple[CheckpointInfo | None, str]:
+    """Return the checkpoint that `restore()` would find now, and a sentence that says so or why there is none.
+
+    What was verified is not read again.
+    """
     errors = {entry.path: entry.error for entry in found}
 
     def verify(info: CheckpointInfo) -> None:
@@ -132,17 +127,17 @@ def outlook(directory: Path, found: list[Entry]) -> Outlook:
     try:
         chosen = finder.find(None)
     except CheckpointDamaged:
-        return Outlook(None, "A run would not resume: none of them is whole, and it does not begin anew for that.")
+        return None, "A run would not resume: none of them is whole, and it does not begin anew for that."
     except OSError as error:
         why = words(error).replace(f"{directory}{os.sep}", "")
-        return Outlook(None, f"A run would not resume: it passes over no checkpoint that it may not read: {why}.")
+        return None, f"A run would not resume: it passes over no checkpoint that it may not read: {why}."
     if chosen is None:
-        return Outlook(None, "A run would begin anew: there is no checkpoint.")
+        return None, "A run would begin anew: there is no checkpoint."
     info = chosen.info
     is_unverified = any(entry.condition is Condition.UNVERIFIED for entry in found)
     which = f" ({info.path.name})" if info.revision > 1 else ""  # of several of the same step
     proviso = " if that is whole" if is_unverified else ""
-    return Outlook(info, f"A run would resume from step {_clipped(str(info.step))}{which}{proviso}.")
+    return info, f"A run would resume from step {_clipped(str(info.step))}{which}{proviso}."
 
 
 def record(entry: Entry) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Contents: what lies in a checkpoint's directory besides its manifest: the tree, and the shards of what is sharded."""
+"""Contents: what a checkpoint's directory holds besides its manifest: the tree, and the shards of what is sharded."""
 
 import sys
 from collections.abc import Callable, Mapping
@@ -90,12 +90,12 @@ class Contents:
         return self._shard_store
 
     def start(self) -> None:
-        """Have the other process, if that is to write, begin to load: it takes seconds, and nobody waits for it."""
+        """Start the other process, if that is to write, without waiting for the seconds in which it loads torch."""
         if self._process is not None:
             self._process.start()
 
     def stop(self) -> None:
-        """Give up a write in another process: nobody wants to wait for it any longer. From any thread."""
+        """Give up a write in another process, which does not ask whether to stop. From any thread."""
         if self._process is not None:
             self._process.terminate()
 

@@ -21,10 +21,12 @@ except ImportError:  # before torch 2.7 or so
 
 
 class Serializer(Protocol):
-    """A format for trees that were staged.
+    """How the state of a checkpoint becomes a file, and comes back: what `Checkpoint(serializer=...)` takes.
+
+    The state is a staged tree: dictionaries, lists, plain values, and tensors on the CPU. `TorchFile` is the default.
 
     Attributes:
-        name: what the manifest calls the format.
+        name: what the manifest calls the format. A checkpoint is only read by a serializer of the same name.
     """
 
     name: str
@@ -39,7 +41,7 @@ class Serializer(Protocol):
 
 
 class TorchFile:
-    """The format of `torch.save()`. It is only ever read with `weights_only=True`."""
+    """The format of `torch.save()`. It is only read with `weights_only=True`, so that nothing in it is executed."""
 
     name = "torch"
 
@@ -82,6 +84,18 @@ class TorchFile:
             ) from error
 
 
+def check_serializer(serializer: Any) -> None:
+    """Raise a TypeError if this has not what a Serializer has, or is a class."""
+    has_all = isinstance(getattr(serializer, "name", None), str) and all(
+        callable(getattr(serializer, name, None)) for name in ("write", "read")
+    )
+    if isinstance(serializer, type) or not has_all:
+        raise TypeError(
+            "serializer= is an object with a name and the methods write(tree, file) and read(file), such as"
+            f" TorchFile(), got {serializer!r}"
+        )
+
+
 def export_safetensors(tree: Any, path: Path, metadata: Mapping[str, str] | None = None) -> dict[str, str]:
     """Write weights for others to load: a tree of dictionaries of tensors, usually `model.state_dict()`.
 
@@ -121,7 +135,7 @@ def export_safetensors(tree: Any, path: Path, metadata: Mapping[str, str] | None
     }
     unfinished = path.with_name(f".{path.name}.unfinished")
     try:
-        # Readers such as transformers want to be told that it is torch's layout.
+        # Readers such as transformers refuse a file that does not say that it has torch's layout.
         save_file(written, unfinished, {"format": "pt", **(metadata or {}), **left_out})
         with unfinished.open("rb") as file:
             os.fsync(file.fileno())
@@ -193,7 +207,7 @@ class _WatchedFile:
 
 
 def _save(tree: Any, file: BinaryIO) -> None:
-    """Call torch.save() without its crc32, a third of its time, where that can be had without others noticing."""
+    """Call torch.save() without its crc32, a third of its time, where that is an option of this context alone."""
     option = getattr(_options, "_config", {}).get("save.compute_crc32")
     if not isinstance(getattr(option, "user_override", None), contextvars.ContextVar):  # one of the whole process
         torch.save(tree, file)

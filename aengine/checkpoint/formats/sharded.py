@@ -1,11 +1,11 @@
 """State that is spread over several processes: each writes its own shards, and torch finds them again on any number.
 
 A DTensor cannot be in a torch file that any rank reads by itself. So it is taken out of the tree, and written by
-torch.distributed.checkpoint (DCP): only the tensors, into a directory of their own. What DCP would unpickle when it
-reads is looked at first: its index is a pickle, and whatever is no tensor in there would be one, too.
+torch.distributed.checkpoint (DCP): only the tensors, into a directory of their own. DCP's
+index is a pickle, and so would be whatever in it is no tensor: it is read here first, by an unpickler that knows the
+classes of an index of tensors and no other.
 """
 
-import os
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
 from aengine.checkpoint.capture.trees import path_text, rebuild
+from aengine.checkpoint.store.files import sync_directory
 from aengine.errors import CheckpointDamaged, CheckpointMismatch, CheckpointNotWritten
 
 
@@ -105,11 +106,7 @@ class ShardStore:
         except CheckpointException as error:  # which is no Exception
             rank, cause = _first_failure(error)
             raise CheckpointNotWritten(f"rank {rank} could not write its shards: {cause}") from cause
-        descriptor = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync_directory(directory)
 
     def read(self, shards: Mapping[str, DTensor], directory: Path) -> None:
         """Read into these DTensors, in place, however they are divided now.
@@ -187,7 +184,7 @@ def _read_index(path: Path) -> metadata.Metadata:
         with path.open("rb") as file:
             index = _IndexUnpickler(file).load()
     except FileNotFoundError as error:
-        raise CheckpointDamaged(f"{path} is missing, without which nobody knows where the shards are") from error
+        raise CheckpointDamaged(f"{path} is missing, and it says where the shards are") from error
     except OSError:
         raise
     except Exception as error:

@@ -1,8 +1,8 @@
-"""A process that writes, so that the step keeps its core and Python's lock to itself.
+"""A process that writes, so that the step keeps its core and the GIL to itself.
 
-It is this interpreter, started afresh: not forked, for threads and GPUs do not survive that; and not by
-multiprocessing, which would import the user's script again. Over one socket go pickled calls and the descriptor of the
-memory that staged tensors are in: they are read where they are.
+It is this interpreter, started afresh: not forked, since threads, locks and GPUs do not survive that; and not by
+multiprocessing, which would import the user's script again. One socket carries pickled calls and the descriptor of the
+shared memory that staged tensors are in: they are not copied.
 """
 
 import io
@@ -32,12 +32,12 @@ from aengine.errors import CheckpointNotWritten
 # Of a message: the bytes that follow, and the size of the memory whose descriptor comes along; 0 if none does.
 _HEADER = struct.Struct("!QQ")
 
-# How often the process looks whether its parent is still there, in seconds. The socket says so at once, unless a worker
-# that the parent forked has its other end as well.
+# How often the process checks that its parent still lives, in seconds. The end of the socket shows that at once, unless
+# a worker that the parent forked still has it open.
 _PARENT_CHECK = 1.0
 
-# How long `close()` waits for a process that has nothing to do, in seconds.
-_PATIENCE = 10.0
+# How long `close()` waits for an idle process, in seconds.
+_CLOSE_TIMEOUT = 10.0
 
 _START = """\
 import json, sys
@@ -72,7 +72,7 @@ class WriterProcess:
         self.close()
 
     def start(self) -> None:
-        """Start the process if there is none. It takes about two seconds to import torch; nobody waits for that."""
+        """Start the process if there is none, and return before it has imported torch, which takes two seconds."""
         with self._calling:
             self._started()
 
@@ -93,11 +93,11 @@ class WriterProcess:
                 succeeded, outcome = child.receive()
             except (ConnectionError, EOFError):
                 self._child = None
-                raise CheckpointNotWritten(child.bury()) from None
-            except BaseException:  # the answer is still to come, and is not to be taken for that of the next call
+                raise CheckpointNotWritten(child.reap()) from None
+            except BaseException:  # its answer is still to come, and would be taken for that of the next call
                 self._child = None
                 child.terminate()
-                child.bury()
+                child.reap()
                 raise
         if not succeeded:
             raise outcome
@@ -119,7 +119,7 @@ class WriterProcess:
 
     def _started(self) -> "_Child":
         if self._child is not None and self._child.is_dead():  # between two calls, so none is lost
-            self._child.bury()
+            self._child.reap()
             self._child = None
         if self._child is None:
             self._child = _Child()
@@ -131,7 +131,7 @@ class _Child:
 
     def __init__(self) -> None:
         self._socket, theirs = socket.socketpair()
-        self._arena: weakref.ref[Arena] | None = None  # the memory that it knows of; not kept for that
+        self._arena: weakref.ref[Arena] | None = None  # the memory that it has; weak: it must be freed when replaced
         self._was_terminated = False
         setting = json.dumps([theirs.fileno(), os.getpid(), sys.path])
         try:
@@ -173,7 +173,7 @@ class _Child:
     def close(self) -> None:
         self._socket.close()
         try:
-            self._process.wait(_PATIENCE)
+            self._process.wait(_CLOSE_TIMEOUT)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
@@ -183,14 +183,14 @@ class _Child:
         self._socket.close()
         if not hasattr(self, "_process") or self._process.returncode is not None:  # it could not be started, or is over
             return
-        if sys.is_finalizing():  # when half of what kill() needs is gone: closed, the socket tells it to end
-            self._process.returncode = 0  # of which nobody needs to be warned
+        if sys.is_finalizing():  # kill() may not work any more; the process ends because the socket is closed
+            self._process.returncode = 0  # or Popen would warn that it still runs
             return
         self._process.kill()
         self._process.wait()
 
-    def bury(self) -> str:
-        """Wait for the end of a process that is dead or dying, and say what it died of."""
+    def reap(self) -> str:
+        """Wait for the end of a process that is dead or dying, and return why it ended."""
         self.close()
         status = self._process.returncode
         if self._was_terminated:
@@ -268,7 +268,7 @@ def _dump(value: Any, memory: SharedMemory) -> bytes:
 
 
 def serve(descriptor: int, parent: int) -> None:
-    """Be the process: make the calls that come, until there is nobody left to make them for."""
+    """Be the process: make the calls that come, until the parent closes the socket or dies."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)  # the cores are for the step
     with socket.socket(fileno=descriptor) as connection:
@@ -284,8 +284,9 @@ class _Server:
         self._buffer: mmap.mmap | None = None
 
     def serve(self) -> None:
-        # Listens during a call as well: what is written when nobody waits for it is never committed.
-        threading.Thread(target=self._listen, name="aengine writer's ear", daemon=True).start()
+        # A thread of its own, so that the end of the parent is noticed during a call, too: what is being written then
+        # would never be committed, and the process ends at once.
+        threading.Thread(target=self._listen, name="aengine writer: receive", daemon=True).start()
         while (request := self._requests.get()) is not None:
             answer = _perform(*request)
             del request
@@ -322,7 +323,7 @@ def _perform(request: bytearray, buffer: mmap.mmap | None) -> bytes:
     """Make a call, and return its outcome as the parent can read it."""
     try:
         function, arguments = _Unpickler(io.BytesIO(request), buffer).load()
-    except Exception as error:  # noqa: BLE001 -- goes to whoever made the call
+    except Exception as error:  # noqa: BLE001 -- raised in the parent, by the call
         refusal = CheckpointNotWritten(
             f"the process that writes checkpoints cannot import what it is to call: {type(error).__name__}: {error}. "
             "Functions and classes that it is given must be in a module, not in the script that is run."

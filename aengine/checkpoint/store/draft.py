@@ -1,8 +1,12 @@
 """Writing one checkpoint: into a directory of its own, and under its name only when all of it is on the disk.
 
-The order is what makes it safe. Files are synced and closed; then the manifest; then the names of both, in `dcp/` and
-in the draft; then the rename, which is the commit; then the sync of the parent, after which it would survive a power
-cut.
+The order is what makes it safe, at each step against a power cut at that instant:
+
+1. The files are synced: else a manifest could be on the disk that names files without content.
+2. The manifest is written and synced; then the directories, `dcp/` and the draft: else the names could be missing.
+3. The rename is the commit. Before it there is a `.tmp-` directory, which is swept; after it a whole checkpoint.
+4. The parent is synced: before that the rename itself could be undone, so nothing older is removed, and no
+   CHECKPOINT_COMMITTED fired, until then.
 """
 
 import errno
@@ -36,7 +40,7 @@ from aengine.errors import CheckpointNotWritten, CheckpointWarning
 TEMPORARY = ".tmp-"
 TRASH = ".trash-"
 
-_READABLE = 12  # as many steps as one reads in a sentence
+_READABLE = 12  # steps in a sentence
 
 _ADVICE = {
     errno.ENOSPC: "Make room, or keep fewer checkpoints.",
@@ -100,7 +104,7 @@ class Draft:
         explanation = self._explain(error)  # before the draft makes room: how much there was is what it is about
         try:
             self._discard()
-        finally:  # even where warnings are errors, the failure is the news
+        finally:  # even where its warning is an error: the failure of the save is what is raised
             raise CheckpointNotWritten(explanation) from error
 
     def add(self, entry: FileEntry) -> None:
@@ -127,9 +131,9 @@ class Draft:
         Args:
             name: of the file.
             write: is given the file, to write to from its beginning to its end.
-            is_stopped: asked at every block whether to give up.
-            elsewhere: calls the function and arguments that it is given in another process, and returns the outcome;
-                there it is not asked whether to give up.
+            is_stopped: called at every block, and says whether to give up.
+            elsewhere: calls the function and arguments that it is given in another process, and returns the outcome.
+                `is_stopped` is not called there.
 
         Raises:
             Stopped: `is_stopped()` was true.
@@ -182,7 +186,7 @@ class Draft:
             epoch=epoch,
             event=event,
             metrics=metrics,
-            created=time.time(),  # noqa: TID251 -- for people, who read it on another day
+            created=time.time(),  # noqa: TID251 -- for people to read, on another day
             size=sum(entry.size for entry in self._entries.values()),
             path=self._directory / directory_name(step, revision),
             pinned=False,
@@ -207,14 +211,14 @@ class Draft:
         return info
 
     def _revision_and_number(self) -> tuple[int, int]:
-        """Never the name of anything that is there, and above all revisions: also above those that cannot be read."""
+        """Above all revisions that are there, also those that cannot be read: no name is ever used for two."""
         names = [step_and_revision(path.name) for path in entries(self._directory)]
         revision = 1 + max((each[1] for each in names if each and each[0] == self._step), default=0)
         number_of = {info.step: info.number for info in committed(self._directory)}
         return revision, number_of.get(self._step, 1 + max(number_of.values(), default=0))
 
     def _discard(self) -> None:
-        with suppress(FileNotFoundError, NotADirectoryError):  # somebody removed it: nothing is left to do
+        with suppress(FileNotFoundError, NotADirectoryError):  # it was removed by something else
             if step_and_revision(self.path.name):  # renamed, but not known to be durable
                 self.path = to_trash(self.path)
             remove_all([self.path])
@@ -241,18 +245,18 @@ def to_trash(path: Path) -> Path:
 
 
 def remove_all(paths: Iterable[Path], troubles: Iterable[str] = ()) -> None:
-    """Remove what nobody needs any more; warn once, at the end, of what could not be, and of the other troubles."""
-    told = list(troubles)
+    """Remove what is not needed any more; warn once, at the end, of what could not be, and of the other troubles."""
+    said = list(troubles)
     for path in paths:
         try:
             files.remove_tree(path)
-        except (FileNotFoundError, NotADirectoryError):  # somebody else did
+        except (FileNotFoundError, NotADirectoryError):
             continue
         except OSError as error:
-            told.append(words(error))
-    if told:
+            said.append(words(error))
+    if said:
         warnings.warn(
-            f"what is not needed any more could not be removed: {'; '.join(told)}. It takes up space, and does no"
+            f"what is not needed any more could not be removed: {'; '.join(said)}. It takes up space, and does no"
             " other harm.",
             CheckpointWarning,
             stacklevel=3,
@@ -273,7 +277,7 @@ def words(error: OSError) -> str:
 
 
 def advice(error: OSError) -> str:
-    """Return what to do about an error of the system, nothing if that is anybody's guess."""
+    """Return what to do about an error of the system, nothing if that is not known."""
     return _ADVICE.get(error.errno or 0, "")
 
 

@@ -1,7 +1,7 @@
 """The few ways in which checkpoints touch the disk. Each is durable when it returns, or says that it is not.
 
-What `fsync` does not cover may be gone after a power cut: the content of a file, and apart from it the name of the file
-in its directory. Content is synced in here, names by whoever made them, before anything relies on them.
+After a power cut all may be gone that no `fsync` covered: the content of a file and, apart from that, its name in its
+directory. `write_file` syncs the content; its caller syncs the directory before anything relies on the name.
 """
 
 import errno
@@ -103,9 +103,8 @@ def create(path: Path) -> int:
 def write_file(path: Path, write: Callable[[BinaryIO], object], is_stopped: IsStopped | None = None) -> FileEntry:
     """Create a file, let `write(file)` fill it, and return its entry once the content is on the disk.
 
-    The file's name in its directory is not, until `sync_directory()`. What was written of a file that failed is left to
-    whoever removes its directory. Can be called in another process: what it takes and returns can be pickled if
-    `write` and `is_stopped` can.
+    The file's name in its directory is not, until `sync_directory()`. A file that failed stays as it is: its directory
+    is removed. Can be called in another process, for its arguments and result can be pickled if `write` can.
 
     Raises:
         Stopped: `is_stopped()` was true.

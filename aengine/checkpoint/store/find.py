@@ -91,8 +91,8 @@ class Finder:
         found = self._first_of(newest_first)
         if found is None and (causes := self._causes()):  # to begin anew in their place would lose them
             raise CheckpointDamaged(
-                f"none of the checkpoints in {self._store.directory} is whole ({causes}). Repair one; or, to begin anew,"
-                " remove them or choose another directory"
+                f"none of the checkpoints in {self._store.directory} is whole ({causes}). Repair one; or, to begin"
+                " anew, remove them or choose another directory"
             )
         if found is None and which == "must":
             raise CheckpointNotFound(f"there is no checkpoint in {self._store.directory}, and one must be there")

@@ -1,7 +1,7 @@
-"""The manifest: what a checkpoint is made of, as JSON that is read as if an enemy had written it. No I/O in here.
+"""The manifest: what a checkpoint is made of, as JSON. Nothing that is read is trusted. No I/O in here.
 
-A checksum proves integrity, not origin: whoever can change a file of a checkpoint can change its manifest as well. What
-keeps a stranger's checkpoint from doing harm is that nothing in it is ever executed or followed: names are plain base
+A checksum proves integrity, not origin: what can change a file of a checkpoint can change its manifest as well. What
+keeps a malicious checkpoint from doing harm is that nothing in it is ever executed or followed: names are plain base
 names, links are refused, sizes are bounded, and the state is loaded with `weights_only=True`.
 """
 
@@ -44,7 +44,7 @@ class FileEntry:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointInfo:
-    """A committed checkpoint, as its manifest tells it. That its files are whole is for `Store.verify()` to say.
+    """A committed checkpoint, as its manifest describes it. Whether its files are whole, `restore` and `verify` see.
 
     Attributes:
         step: iterations that were completed when it was taken.
@@ -61,8 +61,8 @@ class CheckpointInfo:
         files: what it consists of.
         versions: of what wrote it, by name.
         world_size: how many processes took part.
-        extra: plain JSON of whoever wrote it, such as the name of the serializer.
-        is_mid_step: whether it was taken as a run failed or was cancelled in a step: what that has changed is in it.
+        extra: plain JSON from its writer, such as the name of the serializer.
+        is_mid_step: whether it was taken as a run failed or was cancelled in a step: the step's changes are in it.
     """
 
     step: int
@@ -164,39 +164,34 @@ def _parse(data: bytes, path: Path, *, pinned: bool) -> CheckpointInfo:
     if numbers is None:
         raise ValueError(f"it lies in {path.name!r}, which is no name of a checkpoint, such as {directory_name(500)!r}")
     record = _mapping(json.loads(data, object_pairs_hook=_without_duplicates, parse_constant=_no_number), "it")
-    if type(record.get("format")) is not int or record["format"] != _FORMAT:
+    format_number = record.pop("format", None)
+    if type(format_number) is not int or format_number != _FORMAT:
         raise ValueError(
-            f"its format is {record.get('format')!r}, and this version of aengine reads {_FORMAT}: if a newer one wrote"
+            f"its format is {format_number!r}, and this version of aengine reads {_FORMAT}: if a newer one wrote"
             " it, load it with that"
         )
-    fields = _Fields(record)
-    files = tuple(_file(one) for one in fields.take("files", list, "a list"))
+    files = tuple(_file(one) for one in _take(record, "files", list, "a list"))
+    metrics, versions = _take_mapping(record, "metrics"), _take_mapping(record, "versions")
     info = CheckpointInfo(
-        step=fields.whole("step", 0),
+        step=_take_whole(record, "step", 0),
         revision=numbers[1],
-        number=fields.whole("number", 1),
-        epoch=fields.whole("epoch", 0),
-        event=fields.text("event"),
-        metrics=MappingProxyType(
-            {name: _number(value, f"metrics[{name!r}]") for name, value in fields.mapping("metrics").items()}
-        ),
-        created=_number(fields.take("created", int | float, "a number"), "created"),
+        number=_take_whole(record, "number", 1),
+        epoch=_take_whole(record, "epoch", 0),
+        event=_take(record, "event", str, "text"),
+        metrics=MappingProxyType({name: _number(value, f"metrics[{name!r}]") for name, value in metrics.items()}),
+        created=_number(_take(record, "created", int | float, "a number"), "created"),
         size=sum(one.size for one in files),
         path=path,
         pinned=pinned,
         files=files,
         versions=MappingProxyType(
-            {
-                name: _typed(value, str, "text", f"versions[{name!r}]")
-                for name, value in fields.mapping("versions").items()
-            }
+            {name: _typed(value, str, "text", f"versions[{name!r}]") for name, value in versions.items()}
         ),
-        world_size=fields.whole("world_size", 1),
-        extra=MappingProxyType(fields.mapping("extra")),
+        world_size=_take_whole(record, "world_size", 1),
+        extra=MappingProxyType(_take_mapping(record, "extra")),
     )
-    unknown = set(record) - fields.taken - {"format"}
-    if unknown:
-        raise ValueError(f"it has {sorted(unknown)}, which do not belong there")
+    if record:
+        raise ValueError(f"it has {sorted(record)}, which do not belong there")
     if len({one.name for one in files}) < len(files):
         raise ValueError("it names a file twice")
     if info.step != numbers[0]:
@@ -204,44 +199,34 @@ def _parse(data: bytes, path: Path, *, pinned: bool) -> CheckpointInfo:
     return info
 
 
-class _Fields:
-    """The fields of a JSON object, taken out by the type that they must have."""
-
-    def __init__(self, record: Mapping[str, Any]) -> None:
-        self._record = record
-        self.taken: set[str] = set()
-
-    def take(self, name: str, kind: Any, words: str) -> Any:
-        self.taken.add(name)
-        if name not in self._record:
-            raise ValueError(f"{name!r} is missing")
-        return _typed(self._record[name], kind, words, repr(name))
-
-    def whole(self, name: str, least: int) -> int:
-        value: int = self.take(name, int, "a whole number")
-        if value < least:
-            raise ValueError(f"{name!r} must be {least} or more, and is {value}")
-        return value
-
-    def text(self, name: str) -> str:
-        text: str = self.take(name, str, "text")
-        return text
-
-    def mapping(self, name: str) -> dict[str, Any]:
-        return _mapping(self.take(name, dict, "an object"), repr(name))
+def _take(record: dict[str, Any], name: str, kind: Any, words: str) -> Any:
+    """Take a field out of a JSON object, by the type that it must have. What is left over does not belong there."""
+    if name not in record:
+        raise ValueError(f"{name!r} is missing")
+    return _typed(record.pop(name), kind, words, repr(name))
 
 
-def _file(record: Any) -> FileEntry:
-    fields = _Fields(_mapping(record, "an entry of 'files'"))
-    entry = FileEntry(fields.text("name"), fields.whole("size", 0), fields.text("sha256"))
-    check_name(entry.name)
-    if not _SHA256.fullmatch(entry.sha256):
-        raise ValueError(f"the sha256 of {entry.name} is {_shown(entry.sha256)}, not 64 hexadecimal digits")
-    if set(record) != fields.taken:
-        raise ValueError(
-            f"the entry of {entry.name} has {sorted(set(record) - fields.taken)}, which do not belong there"
-        )
-    return entry
+def _take_whole(record: dict[str, Any], name: str, least: int) -> int:
+    value: int = _take(record, name, int, "a whole number")
+    if value < least:
+        raise ValueError(f"{name!r} must be {least} or more, and is {value}")
+    return value
+
+
+def _take_mapping(record: dict[str, Any], name: str) -> dict[str, Any]:
+    return _mapping(_take(record, name, dict, "an object"), repr(name))
+
+
+def _file(value: Any) -> FileEntry:
+    record = _mapping(value, "an entry of 'files'")
+    name, size = _take(record, "name", str, "text"), _take_whole(record, "size", 0)
+    sha256: str = _take(record, "sha256", str, "text")
+    check_name(name)
+    if not _SHA256.fullmatch(sha256):
+        raise ValueError(f"the sha256 of {name} is {_shown(sha256)}, not 64 hexadecimal digits")
+    if record:
+        raise ValueError(f"the entry of {name} has {sorted(record)}, which do not belong there")
+    return FileEntry(name, size, sha256)
 
 
 def _as_json(value: Any) -> Any:

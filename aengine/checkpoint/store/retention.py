@@ -1,4 +1,4 @@
-"""Which checkpoints stay. A pure rule: it is given what there is and says what may go."""
+"""Which checkpoints stay: a rule without I/O, which is given what there is and says what may go."""
 
 import math
 from collections.abc import Collection, Iterable
@@ -6,17 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from aengine.arguments import check_choice, check_whole
 from aengine.checkpoint.store.manifest import CheckpointInfo
 
 
 @dataclass(frozen=True, slots=True)
 class Keep:
-    """How many checkpoints to keep: the last few, the best few, and every n-th for good. Pinned ones stay anyway.
+    """Which checkpoints to keep: the last few, the best few, and every n-th for good. Pinned ones always stay.
 
     Args:
-        last: how many of the newest steps. Two at least, for the newest may turn out to be damaged.
-        best: how many of the best by `metric`. One whose metric is missing or NaN is never among them; of equal ones,
-            the older is better: one that is saved before the metric is measured again has that of the one before.
+        last: how many of the newest steps; at least 2, since the newest may turn out to be damaged.
+        best: how many of the best by `metric`. One whose metric is missing or NaN is never among them. Of equal ones
+            the older is better: the later may just have been saved before the metric was measured again.
         metric: the name of the metric that `best` ranks by.
         mode: whether more of it is better, "max", or less, "min".
         every_n: keep every n-th checkpoint for good, counted over the whole life of the directory.
@@ -32,21 +33,13 @@ class Keep:
     every_n: int | None = None
 
     def __post_init__(self) -> None:
-        if not _is_whole(self.last) or self.last < 2:  # noqa: PLR2004 -- the reason is in the message
-            raise ValueError(
-                f"last= must be 2 or more, got {self.last!r}: the newest checkpoint may be the damaged one, and then"
-                " the one before it is what there is"
-            )
-        if not _is_whole(self.best) or self.best < 0:
-            raise ValueError(f"best= must be a whole number from 0 on, got {self.best!r}")
+        check_whole(self.last, "last=", minimum=2, of="steps, since the newest may turn out to be damaged")
+        check_whole(self.best, "best=", minimum=0)
         if self.best and self.metric is None:
             raise ValueError(f'best={self.best} needs to know by what: add metric=, such as metric="accuracy"')
-        if self.mode not in ("max", "min"):
-            raise ValueError(f'mode= must be "max" (more is better) or "min" (less is better), got {self.mode!r}')
-        if self.every_n is not None and (not _is_whole(self.every_n) or self.every_n < 1):
-            raise ValueError(
-                f"every_n= must be a whole number from 1 on, or None for no such rule, got {self.every_n!r}"
-            )
+        check_choice(self.mode, "mode=", {"max": "more is better", "min": "less is better"})
+        if self.every_n is not None:
+            check_whole(self.every_n, "every_n=", minimum=1, alternative="None for no such rule")
 
     def removable(
         self, checkpoints: Iterable[CheckpointInfo], protected: Collection[Path] = ()
@@ -86,7 +79,3 @@ def _latest_revisions(ordered: list[CheckpointInfo]) -> list[CheckpointInfo]:
 
 def _age(info: CheckpointInfo) -> tuple[int, int]:
     return info.step, info.revision
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

@@ -8,10 +8,10 @@
     DIR/.lock                          one writer at a time
 
 The rename is the commit, and retention comes after it: at no instant is the newest good checkpoint missing, whether the
-process is killed or the power fails. There is no file that says which is the latest: the latest is the highest step
-that verifies. Everything here is synchronous, and may be called from any thread, one call at a time.
+process is killed or the power fails. There is no file that says which is the latest: see `find`. Everything here is
+synchronous, and may be called from any thread, one call at a time.
 
-A checksum proves integrity, not origin: load what is in here with `weights_only=True`, as if a stranger had made it.
+A checksum proves integrity, not origin: load what is in here with `weights_only=True`.
 """
 
 import builtins
@@ -27,7 +27,6 @@ from aengine.checkpoint.store.draft import (
     TRASH,
     Draft,
     advice,
-    free_space,
     remove_all,
     steps,
     to_trash,
@@ -88,11 +87,7 @@ class Store:
         self._lock.release()
 
     def list(self) -> list[CheckpointInfo]:
-        """Return what is committed and has a manifest that can be read, oldest first. Its files are not looked at.
-
-        What vanishes meanwhile is left out. A checkpoint that could not be looked at (no permission, say) is an OSError
-        and not left out: to go on from an older one because of that would lose work.
-        """
+        """Return what is committed and has a manifest that can be read, oldest first: see `verify.committed`."""
         return reading.committed(self.directory)
 
     def find(self, step: int) -> CheckpointInfo:
@@ -107,12 +102,7 @@ class Store:
         raise CheckpointNotFound(f"{self.directory} has no checkpoint of step {step}; it has {steps(there_are)}")
 
     def open(self, path: str | os.PathLike[str]) -> CheckpointInfo:
-        """Return what the checkpoint at `path` says it is, in this directory or elsewhere. Its files are not looked at.
-
-        Raises:
-            CheckpointNotFound: nothing is there, or nothing that is called as a checkpoint is.
-            CheckpointDamaged: its manifest is missing, cannot be understood, or something is a symbolic link.
-        """
+        """Return what the checkpoint at `path` says it is, in this directory or elsewhere: see `verify.read`."""
         return reading.read(Path(path).absolute())
 
     def problems(self) -> builtins.list[Problem]:
@@ -120,15 +110,11 @@ class Store:
         return reading.problems(self.directory)
 
     def verify(self, info: CheckpointInfo) -> None:
-        """Read every file of a checkpoint and compare it with the manifest. Takes as long as reading takes.
-
-        Raises:
-            CheckpointDamaged: says which file, and how.
-        """
+        """Read every file of a checkpoint and compare it with the manifest: see `verify.verify`."""
         reading.verify(info)
 
     def set_aside(self, path: Path, why: str) -> Path:
-        """Rename a damaged checkpoint so that nobody takes it for one, and return where it is now. Removes nothing.
+        """Rename a damaged checkpoint so that it is none any more, and return where it is now. Removes nothing.
 
         The reason is put beside its files as why.txt, if that can be done.
 
@@ -138,9 +124,9 @@ class Store:
         return self._set_aside(path, DAMAGED, why)
 
     def abandon_after(self, info: CheckpointInfo) -> builtins.list[Path]:
-        """Rename what is later than a checkpoint that was gone back to, and return where it is now. Removes nothing.
+        """Rename what is later than a checkpoint that a run went back to, and return where it is now. Removes nothing.
 
-        Else the next run would go on from the latest of those, on the way that was left.
+        Otherwise the next run would go on from the latest of those, and not from where this one goes on.
 
         Raises:
             OSError: one could not be renamed, and is where it was.
@@ -223,10 +209,6 @@ class Store:
         with suppress(FileNotFoundError):
             (info.path / PINNED).unlink()
             files.sync_directory(info.path)
-
-    def free_space(self) -> int:
-        """Return how many bytes this user can still write where the directory is, or will be."""
-        return free_space(self.directory)
 
     def _remember(self, info: CheckpointInfo) -> None:
         self._last_committed = info.path

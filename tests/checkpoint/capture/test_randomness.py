@@ -192,7 +192,7 @@ def test_what_is_captured_loads_with_weights_only(tmp_path: Any) -> None:
 
 
 def test_data_with_persistent_workers_comes_again_as_it_came(tmp_path: Path) -> None:
-    """The loader draws a seed as it starts them: in the first epoch, and in no other, whoever resumes there."""
+    """The loader draws a seed as it starts them: in the first epoch, and in no other, also when resumed there."""
 
     def train(step: int | None) -> list[list[float]]:
         torch.manual_seed(1)

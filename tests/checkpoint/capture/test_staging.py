@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from aengine.checkpoint.capture.memory import Memory, PrivateMemory, SharedMemory
+from aengine.checkpoint.capture.memory import PrivateMemory, SharedMemory
 from aengine.checkpoint.capture.staging import Staging
 from aengine.checkpoint.formats.serializers import TorchFile
 from aengine.errors import NotSerializable
@@ -17,7 +17,7 @@ from aengine.errors import NotSerializable
 
 @pytest.fixture(params=[PrivateMemory, SharedMemory])
 def staging(request: pytest.FixtureRequest) -> Iterator[Staging]:
-    memory: Memory = request.param()
+    memory: PrivateMemory | SharedMemory = request.param()
     yield Staging(memory)
     if isinstance(memory, SharedMemory):
         memory.close()

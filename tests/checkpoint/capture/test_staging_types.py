@@ -202,7 +202,7 @@ def test_keys_are_looked_at_as_well(key: Any) -> None:
 
 
 def test_tensors_are_no_keys() -> None:
-    """They would load, and be found by nobody: a tensor is equal to itself only."""
+    """They would load, and never be found: a tensor is equal to itself only."""
     with pytest.raises(NotSerializable, match=r"is a key of type torch\.Tensor"):
         Staging().stage({torch.ones(1): 1})
 

@@ -404,7 +404,7 @@ def test_looking_loads_no_torch(store: Store) -> None:
 
 @pytest.mark.slow
 def test_looking_is_quick(store: Store) -> None:
-    """In CPU time, since the clock on the wall also counts whoever shares the machine."""
+    """In CPU time, since the clock on the wall also counts what else runs on the machine."""
     write(store, 500)
     script = (
         "import sys, time; from aengine.checkpoint.cli.command import main; main(sys.argv[1:]);"

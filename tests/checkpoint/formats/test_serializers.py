@@ -165,7 +165,7 @@ def test_type_that_does_not_load_is_named_on_one_line() -> None:
     assert "weights_only` set to `False`" not in str(caught.value)
 
 
-def test_checksums_inside_are_left_out_and_nobody_else_notices() -> None:
+def test_checksums_inside_are_left_out_in_this_context_only() -> None:
     """While a file is being written, in its very middle, the option of torch is as it was for everybody."""
     seen: list[bool] = []
 

@@ -31,7 +31,7 @@ def wait_until_gone(process_id: int) -> None:
     """Wait for the end of a process that is not ours to wait for."""
     while Path(f"/proc/{process_id}/stat").exists():
         if Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
-            return  # dead; whoever adopted it has not looked yet
+            return  # dead, and not reaped yet by the process that adopted it
         time.sleep(0.01)
 
 
@@ -109,7 +109,7 @@ def test_error_comes_back_as_it_is_with_the_traceback_as_a_note(process: WriterP
 
 
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor", "ignore:TypedStorage")
-def test_own_modules_are_found_and_errors_that_cannot_be_made_again_are_told(
+def test_own_modules_are_found_and_errors_that_cannot_be_made_again_are_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "odd.py").write_text(
@@ -169,7 +169,7 @@ def test_process_that_died_between_two_calls_fails_none(process: WriterProcess) 
 
 
 def test_call_can_be_stopped_from_another_thread(process: WriterProcess, tmp_path: Path) -> None:
-    """The call reads from a pipe that nobody writes to: it would wait for ever."""
+    """The call reads from a pipe that nothing writes to: it would wait for ever."""
     os.mkfifo(tmp_path / "pipe")
 
     def terminate_when_busy() -> None:
@@ -193,7 +193,7 @@ def test_close_leaves_no_process_and_no_descriptor() -> None:
     assert process.call(torch.sum, staged[0]) == 100
     process.close()
     assert not Path(f"/proc/{there}").exists()
-    assert staged[0].sum() == 100  # still there for whoever holds it
+    assert staged[0].sum() == 100  # still there for what holds it
     del staged, process
     gc.collect()
     assert len(list(Path("/proc/self/fd").iterdir())) == before
@@ -249,7 +249,7 @@ def test_killed_parent_leaves_no_process_and_no_shared_memory(tmp_path: Path, is
     script = run_script(SCRIPT + ("process.call(Path.read_bytes, Path('pipe'))" if is_busy else "input()"), tmp_path)
     assert script.stdout is not None
     there = int(script.stdout.readline().split()[1])
-    for each in (there, script.pid):  # memory that has no name cannot outlive those who know it
+    for each in (there, script.pid):  # memory that has no name cannot outlive the processes that have it open
         maps = Path(f"/proc/{each}/maps").read_text()
         assert "/memfd:aengine (deleted)" in maps
         assert "/dev/shm" not in maps

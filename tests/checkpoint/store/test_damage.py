@@ -184,7 +184,7 @@ def replace_by_a_file(info: CheckpointInfo) -> None:
         pytest.param(replace_by_a_file, "manifest.json is not a directory", id="checkpoint is a file"),
     ],
 )
-def test_damaged_manifest_is_found_out_and_told_of_and_the_one_before_is_still_there(
+def test_damaged_manifest_is_found_and_reported_and_the_one_before_is_still_there(
     store: Store, damage: Callable[[CheckpointInfo], object], words: str
 ) -> None:
     save(store, 400)

@@ -74,7 +74,7 @@ def own_mounts(tmp_path: Path) -> tuple[str, ...]:
     command = [*prefix, "mount", "-t", "tmpfs", "none", str(tmp_path)]
     attempt = subprocess.run(command, check=False, capture_output=True, text=True)
     if attempt.returncode != 0:
-        pytest.skip(f"this system lets nobody mount in a namespace of his own: {attempt.stderr.strip()}")
+        pytest.skip(f"this system allows no mount in a new namespace: {attempt.stderr.strip()}")
     return prefix
 
 
@@ -102,7 +102,7 @@ tell(store)
 """
 
 
-def test_full_disk_is_told_with_what_is_free_and_what_is_kept_and_a_smaller_one_still_fits(
+def test_full_disk_is_reported_with_what_is_free_and_what_is_kept_and_a_smaller_one_still_fits(
     tmp_path: Path, own_mounts: tuple[str, ...]
 ) -> None:
     told = run(FULL_DISK, tmp_path, prefix=own_mounts)
@@ -201,7 +201,7 @@ tell(store)
 """
 
 
-def test_file_that_may_not_grow_is_told_though_the_serializer_hides_why(tmp_path: Path) -> None:
+def test_file_that_may_not_grow_is_reported_though_the_serializer_hides_why(tmp_path: Path) -> None:
     told = run(LIMITED_FILE, tmp_path)
     kind, words, cause = told["limited"]
 
@@ -223,7 +223,7 @@ tell(store)
 """
 
 
-def test_read_only_directory_is_told_and_can_be_read(tmp_path: Path, own_mounts: tuple[str, ...]) -> None:
+def test_read_only_directory_is_reported_and_can_be_read(tmp_path: Path, own_mounts: tuple[str, ...]) -> None:
     told = run(READ_ONLY, tmp_path, prefix=own_mounts)
 
     assert told["save"][0::2] == told["lock"][0::2] == ["CheckpointNotWritten", "EROFS"]
@@ -281,8 +281,8 @@ tell(store)
 """
 
 
-def test_directory_without_permission_is_told_and_can_be_read() -> None:
-    root = Path(tempfile.mkdtemp())  # not pytest's, which nobody but root may enter
+def test_directory_without_permission_is_reported_and_can_be_read() -> None:
+    root = Path(tempfile.mkdtemp())  # not pytest's, which only root may enter
     try:
         root.chmod(0o755)
         told = run(NO_PERMISSION, root)
@@ -343,7 +343,9 @@ def replace_the_directory_by_a_file(store: Store, draft: Path) -> None:
         (replace_the_directory, r"the lock file was replaced, so another writer may be at work"),
     ],
 )
-def test_what_is_removed_under_a_save_is_told(store: Store, harm: Callable[[Store, Path], None], words: str) -> None:
+def test_what_is_removed_under_a_save_is_reported(
+    store: Store, harm: Callable[[Store, Path], None], words: str
+) -> None:
     save(store, 100)
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
@@ -356,21 +358,21 @@ def test_what_is_removed_under_a_save_is_told(store: Store, harm: Callable[[Stor
         assert 200 not in [info.step for info in store.list()]
 
 
-def test_directory_that_is_gone_before_a_save_is_told(store: Store) -> None:
+def test_directory_that_is_gone_before_a_save_is_reported(store: Store) -> None:
     shutil.rmtree(store.directory)
 
     with pytest.raises(CheckpointNotWritten, match="Something removed it while it was in use"):
         save(store, 100)
 
 
-def test_directory_that_is_a_file_is_told(tmp_path: Path) -> None:
+def test_directory_that_is_a_file_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
 
     with pytest.raises(CheckpointNotWritten, match=r"File exists .*Something else than a directory has that name"):
         Store(tmp_path / "file").lock()
 
 
-def test_file_system_without_locks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_system_without_locks_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def flock(file: Any, operation: int) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
@@ -385,7 +387,7 @@ def test_file_system_without_locks_is_told(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("failing", ["state.pt", ".metadata", "manifest.json", "dcp", ".tmp-", "checkpoints"])
-def test_disk_that_is_full_only_when_synced_is_told_and_leaves_nothing(
+def test_disk_that_is_full_only_when_synced_is_reported_and_leaves_nothing(
     store: Store, failing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save(store, 100)
@@ -406,7 +408,7 @@ def test_disk_that_is_full_only_when_synced_is_told_and_leaves_nothing(
     assert sorted(path.name for path in store.directory.iterdir()) == [".lock", "step-0000000100"]
 
 
-def test_rename_that_fails_is_told_and_leaves_nothing(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rename_that_fails_is_reported_and_leaves_nothing(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     def rename(source: Any, target: Any) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO), str(source))
 

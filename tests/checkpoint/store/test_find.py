@@ -87,7 +87,7 @@ def test_the_middle_of_a_step_is_never_the_best(store: Store) -> None:
     finder = Finder(store, lambda info: {})
     assert finder.find("best") == Found(store.find(3), {})
     (store.find(3).path / "state.pt").write_bytes(b"STATE")
-    with pytest.raises(CheckpointDamaged, match="damaged-step-0000000003: .*another content"):
+    with pytest.raises(CheckpointDamaged, match=r"damaged-step-0000000003: .*another content"):
         finder.find("best")
 
 

@@ -21,7 +21,7 @@ def store(tmp_path: Path) -> Iterator[Store]:
         yield store
 
 
-def test_second_writer_in_this_process_is_refused_and_told_so(store: Store) -> None:
+def test_second_writer_in_this_process_is_refused_with_the_reason(store: Store) -> None:
     with pytest.raises(CheckpointLocked, match=f"another Checkpoint of this very process \\({os.getpid()}\\)"):
         Store(store.directory).lock()
     save(store, 1)  # the first still may
@@ -105,7 +105,7 @@ def test_child_that_outlives_a_killed_writer_does_not_hold_its_lock(tmp_path: Pa
     store.unlock()
 
 
-def test_lock_that_is_given_up_is_free_whoever_else_has_its_file_open(store: Store) -> None:
+def test_lock_that_is_given_up_is_free_even_if_its_file_is_open_elsewhere(store: Store) -> None:
     """As a child has that was forked by a library in C, and did not close its files."""
     lock_file = store._lock._file
     assert lock_file

@@ -128,14 +128,14 @@ def test_earlier_revision_that_is_pinned_or_protected_stays() -> None:
 @pytest.mark.parametrize(
     ("arguments", "advice"),
     [
-        ({"last": 1}, "last= must be 2 or more, got 1: the newest checkpoint may be the damaged one"),
-        ({"last": True}, "last= must be 2 or more"),
-        ({"last": 2.5}, "last= must be 2 or more"),
-        ({"best": -1, "metric": "loss"}, "best= must be a whole number from 0 on, got -1"),
+        ({"last": 1}, "last= is .* of steps, since the newest may turn out to be damaged, 2 or more; got 1"),
+        ({"last": True}, "last= is a whole number of steps.*, 2 or more; got"),
+        ({"last": 2.5}, "last= is a whole number of steps.*, 2 or more; got"),
+        ({"best": -1, "metric": "loss"}, "best= is a whole number, 0 or more; got -1"),
         ({"best": 2}, "best=2 needs to know by what: add metric="),
-        ({"mode": "maximum"}, "mode= must be \"max\" .* got 'maximum'"),
-        ({"every_n": 0}, "every_n= must be a whole number from 1 on, or None"),
-        ({"every_n": "2"}, "every_n= must be a whole number from 1 on, or None"),
+        ({"mode": "maximum"}, "mode= is one of \"max\" .* got 'maximum'"),
+        ({"every_n": 0}, "every_n= is a whole number, 1 or more, or None"),
+        ({"every_n": "2"}, "every_n= is a whole number, 1 or more, or None"),
     ],
 )
 def test_wrong_rule_is_refused_with_advice(arguments: dict[str, Any], advice: str) -> None:

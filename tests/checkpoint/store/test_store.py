@@ -17,6 +17,7 @@ import pytest
 from support.disk_log import locked, recorded, save
 
 from aengine.checkpoint.store import files
+from aengine.checkpoint.store.draft import free_space
 from aengine.checkpoint.store.retention import Keep
 from aengine.checkpoint.store.store import Store
 from aengine.errors import CheckpointNotFound
@@ -241,11 +242,11 @@ def test_directory_that_is_not_there_has_no_checkpoints(tmp_path: Path) -> None:
     store = Store(tmp_path / "none" / "yet")
 
     assert (store.list(), store.problems()) == ([], [])
-    assert store.free_space() > 0
+    assert free_space(store.directory) > 0
     assert not (tmp_path / "none").exists()
 
 
-def test_step_that_is_not_there_is_told_with_those_that_are(store: Store) -> None:
+def test_step_that_is_not_there_is_reported_with_those_that_are(store: Store) -> None:
     save(store, 100)
     save(store, 200)
 
@@ -253,7 +254,7 @@ def test_step_that_is_not_there_is_told_with_those_that_are(store: Store) -> Non
         store.find(300)
 
 
-def test_of_many_steps_the_first_and_the_last_are_told(store: Store) -> None:
+def test_of_many_steps_the_first_and_the_last_are_shown(store: Store) -> None:
     for step in range(1, 21):
         save(store, step)
 
