@@ -224,7 +224,7 @@ async def test_nothing_recorded_says_what_to_do() -> None:
 
 @pytest.mark.parametrize("limit", [1, 0, 2.5, True])
 def test_limit_is_a_number_of_samples(limit: Any) -> None:
-    with pytest.raises(ValueError, match=r"limit= is the number of samples to keep, at least 2"):
+    with pytest.raises(ValueError, match=r"limit= is a whole number of samples to keep, 2 or more"):
         Timeline(Engine(step), limit=limit)
 
 

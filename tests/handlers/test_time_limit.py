@@ -69,10 +69,10 @@ async def test_run_that_starts_after_its_deadline_does_no_step() -> None:
 @pytest.mark.parametrize(
     ("make", "kind", "message"),
     [
-        (lambda: TimeLimit(0), ValueError, "more than 0 seconds, got 0"),
-        (lambda: TimeLimit(timedelta(seconds=-1)), ValueError, "more than 0 seconds, got datetime.timedelta"),
-        (lambda: TimeLimit(float("nan")), ValueError, "more than 0 seconds, got nan"),
-        (lambda: TimeLimit("8h"), TypeError, "is in seconds, or a timedelta; got '8h'"),  # type: ignore[arg-type]
+        (lambda: TimeLimit(0), ValueError, "more than 0 seconds, such as 3600.0; got 0"),
+        (lambda: TimeLimit(timedelta(seconds=-1)), ValueError, "more than 0 seconds, such as 3600.0; got -1.0"),
+        (lambda: TimeLimit(float("nan")), ValueError, "more than 0 seconds, such as 3600.0; got nan"),
+        (lambda: TimeLimit("8h"), TypeError, "a number of seconds, such as 3600.0, or a timedelta; got '8h'"),  # type: ignore[arg-type]
         (lambda: Deadline(3600), TypeError, "is a datetime, got 3600; TimeLimit takes seconds"),  # type: ignore[arg-type]
         (lambda: Deadline(datetime(2030, 1, 1)), ValueError, r"has a time zone, .*moment\.astimezone\(\)"),  # noqa: DTZ001 -- the mistake
     ],
