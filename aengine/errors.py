@@ -91,15 +91,6 @@ class DataExhaustedWarning(UserWarning):
     """The data ended before the run was complete, and cannot be restarted. The run ended cleanly."""
 
 
-def missing_package(module: str, requirement: str, extra: str) -> ImportError:
-    """Return what a module raises without the optional package that it needs: an error that says how to install it."""
-    package = requirement.partition(">")[0]
-    return ImportError(
-        f'{module} needs {package}: pip install "{requirement}", which is what the extra "{extra}" brings:'
-        f' pip install -e ".[{extra}]"'
-    )
-
-
 def raise_failures(name: str, failures: list[BaseException], cancellation: BaseException | None = None) -> None:
     """Raise a single failure as the very object it is, several as a group; without any, the cancellation, if any.
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 
-from aengine.errors import missing_package
+from aengine.extras import missing_package
 from aengine.handlers.timeline import Timeline
 
 if TYPE_CHECKING:

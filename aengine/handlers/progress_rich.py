@@ -2,7 +2,7 @@
 
 import threading
 
-from aengine.errors import missing_package
+from aengine.extras import missing_package
 
 try:
     from rich.console import Console

@@ -4,7 +4,7 @@ import sys
 import threading
 from typing import Any, TextIO
 
-from aengine.errors import missing_package
+from aengine.extras import missing_package
 
 try:
     from tqdm.auto import tqdm  # type: ignore[import-untyped]  # comes without types

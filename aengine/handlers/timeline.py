@@ -64,7 +64,7 @@ class Timeline:
 
     @property
     def samples(self) -> tuple[Sample, ...]:
-        """The samples of the run under way, up to now, or else of the last run. The first, of its beginning, is all zeros.
+        """The samples of the run under way, up to now, or of the last run. The first, of its beginning, is all zeros.
 
         May be read at any time, on any thread.
         """

@@ -16,8 +16,8 @@ import torch
 
 from aengine.checkpoint.capture.metrics import MetricStates
 from aengine.engine import Engine
-from aengine.errors import missing_package
 from aengine.events import Events
+from aengine.extras import missing_package
 
 try:
     from torchmetrics import Metric, MetricCollection
