@@ -4,7 +4,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from numbers import Real
-from typing import Any
+from typing import Any, cast
 
 from aengine.arguments import check_whole
 from aengine.engine import Engine
@@ -81,6 +81,5 @@ def _each_finite(value: Any, path: str) -> Iterator[tuple[str, Any]]:
         for key, one in named.items():
             yield from _each_finite(one, f"{path}[{key!r}]")
     elif isinstance(value, list | tuple):
-        several: tuple[Any, ...] = tuple(value)
-        for index, one in enumerate(several):
+        for index, one in enumerate(cast(list[Any], value)):
             yield from _each_finite(one, f"{path}[{index}]")

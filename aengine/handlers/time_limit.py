@@ -50,7 +50,13 @@ class Deadline:
     """
 
     def __init__(self, moment: datetime) -> None:
-        self._moment = _aware(moment)
+        if not isinstance(moment, datetime):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"a Deadline is a datetime, got {moment!r}; TimeLimit takes seconds")
+        if moment.utcoffset() is None:
+            raise ValueError(
+                f"a Deadline has a time zone, and {moment!r} has none: write  moment.astimezone()  if it is local time"
+            )
+        self._moment = moment
         self._clock = _Clock(self._seconds_left)
 
     def attach(self, engine: Engine[Any, Any]) -> None:
@@ -82,13 +88,3 @@ class _Clock:
         if perf_counter() >= self._end:
             engine.logger.info("engine %r is terminated: its time is up", engine.name)
             engine.terminate()
-
-
-def _aware(moment: Any) -> datetime:
-    if not isinstance(moment, datetime):
-        raise TypeError(f"a Deadline is a datetime, got {moment!r}; TimeLimit takes seconds")
-    if moment.utcoffset() is None:
-        raise ValueError(
-            f"a Deadline has a time zone, and {moment!r} has none: write  moment.astimezone()  if it is local time"
-        )
-    return moment

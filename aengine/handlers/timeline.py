@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from aengine.arguments import check_whole
 from aengine.engine import Engine
-from aengine.events import Events, FilteredEvent
+from aengine.events import Events
 from aengine.statistics import EngineStatistics
 
 
@@ -79,7 +79,7 @@ class _Recorder:
         self._samples: list[Sample] = []
         self._before: Mapping[str, float] = {}
         self._stride = 1
-        self._event = _every(self._stride)
+        self._event = Events.ITERATION_COMPLETED(every=1)
         self._is_over = False
 
     def attach(self, engine: Engine[Any, Any]) -> None:
@@ -129,9 +129,5 @@ class _Recorder:
         # By another filter: the engine computes when that is due next, and does not call anything in between.
         engine.remove_event_handler(self._take, self._event)
         self._stride = iterations
-        self._event = _every(iterations)
+        self._event = Events.ITERATION_COMPLETED(every=iterations)
         engine.add_event_handler(self._event, self._take)
-
-
-def _every(iterations: int) -> FilteredEvent:
-    return Events.ITERATION_COMPLETED(every=iterations)

@@ -19,7 +19,7 @@ need a GPU, and have not been run on one yet. On other accelerators batches are 
 
 from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import fields, is_dataclass
-from typing import Any, NoReturn, Self, cast
+from typing import Any, NoReturn, cast
 
 import anyio
 import anyio.to_thread
@@ -56,7 +56,8 @@ def move_ahead(engine: Engine[Any, Any], data: Any, device: Device) -> Any:
     check(data)
     if not engine.has_event_handler(_hand_over, Events.GET_BATCH_COMPLETED):
         engine.add_event_handler(Events.GET_BATCH_COMPLETED, _hand_over)
-    return _moved(data, _Mover(device))
+    mover = _Mover(device)
+    return _Context(data, mover) if has(data, "__aenter__") else _opened(data, mover)
 
 
 class Moved:
@@ -155,10 +156,6 @@ def tensors_in(value: Any) -> Iterator[torch.Tensor]:
 # The data, with other batches
 
 
-def _moved(data: Any, mover: _Mover) -> Any:
-    return _Context(data, mover) if has(data, "__aenter__") else _opened(data, mover)
-
-
 def _opened(data: Any, mover: _Mover) -> Any:
     if is_factory(data):
         return _Factory(data, mover)
@@ -210,9 +207,10 @@ class _Context(_Wrapped):
 
 
 class _Iterable(_Wrapped):
-    """Data that can be iterated again. Where it is its own iterator, so is this: then the engine does not close it.
+    """Data that can be iterated again, or one pass over it.
 
-    Its position is that of the data, which is read after each batch, before the next one is fetched.
+    If the data is its own iterator, so is this, by which the engine knows that it is not to close it. Its position is
+    that of the data, which is read after each batch, before the next one is fetched.
     """
 
     def __init__(self, data: Any, mover: _Mover) -> None:
@@ -237,7 +235,7 @@ class _Iterable(_Wrapped):
 class _PlainIterable(_Iterable):
     def __iter__(self) -> Iterator[Moved]:
         iterator = iter(self._begin())
-        return self if iterator is self._data else _PlainIterator(iterator, self._mover)
+        return self if iterator is self._data else _PlainIterable(iterator, self._mover)
 
     def __next__(self) -> Moved:
         return self._mover(next(self._data))
@@ -246,34 +244,7 @@ class _PlainIterable(_Iterable):
 class _AsyncIterable(_Iterable):
     def __aiter__(self) -> AsyncIterator[Moved]:
         iterator = aiter(self._begin())
-        return self if iterator is self._data else _AsyncIterator(iterator, self._mover)
+        return self if iterator is self._data else _AsyncIterable(iterator, self._mover)
 
     async def __anext__(self) -> Moved:
         return await self._mover.beside(await anext(self._data))
-
-
-class _Iterator:
-    """One pass over the data. It can be closed if that of the data can be."""
-
-    def __init__(self, iterator: Any, mover: _Mover) -> None:
-        self._iterator = iterator
-        self._mover = mover
-        for method in ("close", "aclose"):
-            if hasattr(iterator, method):
-                setattr(self, method, getattr(iterator, method))
-
-
-class _PlainIterator(_Iterator):
-    def __iter__(self) -> Self:
-        return self
-
-    def __next__(self) -> Moved:
-        return self._mover(next(self._iterator))
-
-
-class _AsyncIterator(_Iterator):
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> Moved:
-        return await self._mover.beside(await anext(self._iterator))

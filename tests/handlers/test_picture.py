@@ -406,7 +406,7 @@ def test_curve_of_too_many_values_is_the_range_that_they_span() -> None:
         (([],), r"the loss is a sequence of numbers"),
         ((Curve([1, 2], [1.0]),), r"got \(2,\) steps and \(1,\) values"),
         (([1.0], []), r"the metric is a sequence of numbers"),
-        (([1.0], [1.0], "best"), r'mode= is "max" or "min", got .best.'),
+        (([1.0], [1.0], "best"), r'mode= is one of "max" \(more is better\), "min" \(less is better\), got .best.'),
     ],
     ids=["empty", "steps", "metric", "mode"],
 )

@@ -342,7 +342,7 @@ def test_without_the_package_it_says_what_to_install(kind: str) -> None:
     [
         (TypeError, r"every= is a timedelta, such as timedelta\(seconds=0.1\); got 0.5", {"every": 0.5}),
         (TypeError, r"every= is a timedelta, .*; got 5", {"every": 5}),
-        (ValueError, r"every= is the time .*, more than 0", {"every": timedelta(0)}),
+        (ValueError, r"every= is a timedelta of more than 0", {"every": timedelta(0)}),
         (TypeError, r"values= must be callable, got \{'loss': 1\}", {"values": {"loss": 1}}),
         (TypeError, r"values= .* cannot be called as values\(engine\)", {"values": lambda: {"loss": 1}}),
     ],

@@ -197,7 +197,7 @@ async def test_timer_that_stood_when_the_run_was_interrupted_stands_still_when_i
 
 def test_it_is_attached_once() -> None:
     timer = Timer().attach(Engine(lambda engine, batch: None))
-    with pytest.raises(RuntimeError, match="make another one for each stretch"):
+    with pytest.raises(RuntimeError, match="make another one for each part"):
         timer.attach(Engine(lambda engine, batch: None))
     with pytest.raises(ValueError, match="has no event 'STEPPED'"):
         Timer().attach(Engine(lambda engine, batch: None), step="STEPPED")

@@ -222,7 +222,7 @@ async def test_metric_that_misses_the_beginning_of_an_epoch_says_so(caplog: pyte
     attach_metric(engine, SumMetric(), "sum")
     with caplog.at_level(logging.WARNING, "aengine.training"):
         await engine.run([torch.tensor(1.0)] * 3, max_epochs=1)
-    assert "metric 'sum' goes on within an epoch and has 0 of its 2 iterations" in caplog.text
+    assert "metric 'sum' continues within an epoch and has 0 of its 2 iterations" in caplog.text
     assert engine.state.metrics == {"sum": 1.0}
 
 

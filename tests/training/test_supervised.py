@@ -204,7 +204,7 @@ async def test_terminated_run_says_what_was_not_stepped_on_and_goes_on_as_if_it_
     trainer.add_event_handler(Events.ITERATION_COMPLETED(once=5), lambda: trainer.terminate(skip_completed=skip))
     with caplog.at_level(logging.WARNING, "aengine.training"):
         await trainer.run(batches(), max_epochs=2)
-    assert "the gradients of 2 of 3 batches were not stepped on yet" in caplog.text
+    assert "the gradients of 2 of 3 batches are not used yet" in caplog.text
     caplog.clear()
     await trainer.run(batches(), max_epochs=2)
     assert as_numbers(losses) == expected
@@ -629,12 +629,12 @@ def test_update_is_of_a_model_and_takes_the_gradients_of_no_other() -> None:
         Update(model, optimizer, accumulate=2).load_state_dict(saved)
 
 
-def test_update_that_serves_no_engine_says_so() -> None:
+def test_update_that_is_attached_to_no_engine_says_so() -> None:
     model, optimizer = build()
     update = Update(model, optimizer)
     trainer: AnyEngine = Engine(supervised_training_step(model, update, LOSS), name="own")
-    with pytest.raises(RuntimeError, match=r"does not serve engine 'own': call  update.attach"):
+    with pytest.raises(RuntimeError, match=r"is not attached to engine 'own': call  update.attach"):
         trainer.run_sync(batches())
     update.attach(trainer)
-    with pytest.raises(ValueError, match="serves an engine already"):
+    with pytest.raises(ValueError, match="is attached already"):
         update.attach(trainer)
