@@ -15,7 +15,7 @@
         └── NotSerializable (TypeError)   something in the state could not be loaded again
 
     DataExhaustedWarning (UserWarning) the data ended before the run was complete
-    CheckpointWarning (UserWarning)    a save failed or a checkpoint was damaged, and the run goes on
+    CheckpointWarning (UserWarning)    a save failed or a checkpoint was damaged, and the run continues
 
 An exception of a user's own step, handler or data is never wrapped: `run()` raises the very same object, with a note
 that says where it came from. Wrong arguments are plain ValueErrors and TypeErrors.

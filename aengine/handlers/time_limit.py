@@ -68,7 +68,7 @@ class Deadline:
 
 
 class _Clock:
-    """Terminates a run some seconds after it has started; how many is asked at that time."""
+    """Terminates a run when its time is up: `seconds_left()` is called as it starts."""
 
     def __init__(self, seconds_left: Callable[[], float]) -> None:
         self._seconds_left = seconds_left

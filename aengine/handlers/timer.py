@@ -137,7 +137,7 @@ class Timer:
         return self._measured
 
     def _read(self) -> tuple[float, float | None]:
-        # No event is fired when an interrupted run continues: the statistics tell that it has, and since when it runs.
+        # No event is fired when an interrupted run continues: the statistics show that it has, and since when.
         interrupted_at, engine = self._interrupted_at, self._engine
         if interrupted_at is not None and engine is not None and engine.is_running:
             continued_at = perf_counter() - engine.statistics().total

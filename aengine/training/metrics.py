@@ -142,7 +142,7 @@ class AttachedMetric:
     def _update(self, engine: Engine[Any, Any]) -> None:
         given = self._transform(engine.state.output)
         if isinstance(given, tuple):
-            self.metric.update(*cast(tuple[Any, ...], given))
+            self.metric.update(*given)
         elif isinstance(given, dict):
             self.metric.update(**cast(dict[str, Any], given))
         else:

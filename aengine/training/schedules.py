@@ -93,6 +93,6 @@ def _check(scheduler: Any, metric: Any) -> None:
             f" {kind}: call anything else in a handler,  engine.add_event_handler(event, lambda: ...)"
         )
     if isinstance(scheduler, ReduceLROnPlateau) and metric is None:
-        raise TypeError(f'{kind} looks at a metric: attach_scheduler(engine, scheduler, event, metric="loss")')
+        raise TypeError(f'{kind} needs a metric: attach_scheduler(engine, scheduler, event, metric="loss")')
     if not isinstance(scheduler, ReduceLROnPlateau) and metric is not None:
-        raise TypeError(f"{kind} looks at no metric: leave metric= out; it is for ReduceLROnPlateau")
+        raise TypeError(f"{kind} takes no metric: leave metric= out; it is for ReduceLROnPlateau")

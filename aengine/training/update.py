@@ -176,13 +176,15 @@ class Update:
         if pending and accumulate != self._accumulate:
             raise ValueError(
                 f"a group of {accumulate} batches was under way, {pending} of them done, and groups have"
-                f" {self._accumulate} here: go on with {accumulate}, or from a checkpoint between two groups"
+                f" {self._accumulate} here: continue with {accumulate}, or from a checkpoint between two groups"
             )
         if len(gradients) != len(parameters):
             raise ValueError(f"there are gradients of {len(gradients)} parameters, and {len(parameters)} in the model")
         if (self._scaler is None) != (state_dict["scaler"] is None):
             here, there = ("no GradScaler", "one") if self._scaler is None else ("a GradScaler", "none")
-            raise ValueError(f"this Update has {here}, and the one that was saved had {there}: build the same to go on")
+            raise ValueError(
+                f"this Update has {here}, and the one that was saved had {there}: build the same to continue"
+            )
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = None if gradient is None else gradient.detach().to(parameter.device, copy=True)
         if self._scaler is not None:
@@ -218,7 +220,7 @@ class Update:
                 self._is_firing = False
 
     def _finish(self, engine: Engine[Any, Any]) -> None:
-        """Step the optimizer for the last group of an epoch whose length was unknown."""
+        """Step the optimizer for the last group of an epoch whose length was not known."""
         if self.pending:
             self._step()
             self._report(engine)

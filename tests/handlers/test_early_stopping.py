@@ -72,7 +72,7 @@ def test_stop_is_a_termination() -> None:
     assert (stopping.best, stopping.waited) == (3, 2)
 
 
-async def test_resumed_run_goes_on_waiting(tmp_path: Path) -> None:
+async def test_resumed_run_continues_to_count(tmp_path: Path) -> None:
     async def run(step: int | None = None) -> tuple[int, float | None]:
         trainer, stopping = scoring([1, 5, 4, 3, 2, 1, 0], patience=4)
         async with Checkpoint(tmp_path, {}, keep=Keep(every_n=1)) as checkpoint:
@@ -97,7 +97,7 @@ async def test_run_that_was_stopped_and_is_loaded_has_nothing_left(tmp_path: Pat
         await checkpoint.restore(again)
         state = await again.run([0], max_epochs=4)
         assert (state.epoch, state.stop_reason, stopping.waited) == (3, StopReason.TERMINATED, 2)
-        assert (await again.run([0], max_epochs=4)).epoch == 4, "who runs it again all the same is served"
+        assert (await again.run([0], max_epochs=4)).epoch == 4, "it can be run again all the same"
 
 
 def test_run_that_begins_anew_waits_anew() -> None:

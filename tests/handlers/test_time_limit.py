@@ -13,7 +13,7 @@ from aengine.handlers.time_limit import Deadline, TimeLimit
 
 
 class Clock:
-    """Goes on by a second in each step."""
+    """Advances by a second in each step."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -42,7 +42,7 @@ async def test_run_ends_when_its_time_is_up(clock: Clock, limit: Any, thread: bo
     assert (state.iteration, state.stop_reason) == (3, StopReason.TERMINATED)
 
 
-async def test_run_that_is_gone_on_with_has_as_much_time_again(clock: Clock) -> None:
+async def test_run_that_continues_has_as_much_time_again(clock: Clock) -> None:
     engine: AnyEngine = Engine(clock.step)
     TimeLimit(3).attach(engine)
     await engine.run(range(100))

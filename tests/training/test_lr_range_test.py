@@ -399,7 +399,7 @@ async def cancel_when(event: anyio.Event, function: Callable[[], Any]) -> None:
 @pytest.mark.parametrize(
     ("way", "thread"), WAYS, ids=lambda one: "loop" if one is False else getattr(one, "__name__", "worker")
 )
-async def test_everything_is_as_it_was_and_the_training_goes_on_as_if_not(way: Any, *, thread: bool | None) -> None:
+async def test_everything_is_as_it_was_and_the_training_continues_as_if_not(way: Any, *, thread: bool | None) -> None:
     untested, tested = Training(thread), Training(thread)
     expected: Any = None
     for training in (untested, tested):
@@ -498,7 +498,7 @@ async def test_what_else_the_step_changes_is_put_back_if_it_is_named() -> None:
     assert scaler.get_scale() == 2.0**40
 
 
-async def test_interrupted_trainer_goes_on_where_it_was() -> None:
+async def test_interrupted_trainer_continues_where_it_was() -> None:
     model, optimizer = build()
     trainer = create_supervised_trainer(model, optimizer, LOSS)
     data = batches()
