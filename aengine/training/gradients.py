@@ -220,7 +220,7 @@ def _norms(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
 
 def _combine(several: list[_Measures]) -> dict[str, torch.Tensor]:
     count = sum(one.size for one in several)
-    total = _sum_of([one.sum for one in several])
+    total = _stacked([one.sum for one in several]).sum()
     norm = _norm_of([one.norm for one in several])
     mean = total / count
     deviation = (norm.square() / count - mean.square()).clamp_min(0).sqrt()  # rounding can make it negative
@@ -230,8 +230,8 @@ def _combine(several: list[_Measures]) -> dict[str, torch.Tensor]:
         "max": _stacked([one.max for one in several]).amax(),
         "mean": mean,
         "std": deviation,
-        "zeros": 1 - _sum_of([one.nonzeros for one in several]) / count,
-        "nonfinite": 1 - _sum_of([one.finite for one in several]) / count,
+        "zeros": 1 - _stacked([one.nonzeros for one in several]).sum() / count,
+        "nonfinite": 1 - _stacked([one.finite for one in several]).sum() / count,
     }
 
 
@@ -246,10 +246,6 @@ def _unscaled(numbers: dict[str, torch.Tensor], scale: torch.Tensor) -> dict[str
 def _norm_of(norms: list[torch.Tensor]) -> torch.Tensor:
     norm: torch.Tensor = torch.linalg.vector_norm(_stacked(norms))
     return norm
-
-
-def _sum_of(numbers: list[torch.Tensor]) -> torch.Tensor:
-    return _stacked(numbers).sum()
 
 
 def _stacked(numbers: list[torch.Tensor]) -> torch.Tensor:

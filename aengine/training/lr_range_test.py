@@ -164,8 +164,7 @@ async def lr_range_test(  # noqa: PLR0913 -- what is trained, and how the curve 
             f" torch.nn.ModuleList([...]); got {model!r}"
         )
     own: Any = trainer
-    step, is_threaded = own._step, own._threaded  # noqa: SLF001
-
+    step, thread = own._step, None if own._threaded else False  # noqa: SLF001
     updates = [one for one in trainer.stateful_listeners() if isinstance(one, Update)]
 
     def end_step() -> None:
@@ -179,8 +178,7 @@ async def lr_range_test(  # noqa: PLR0913 -- what is trained, and how the curve 
             setattr(trainer.state, name, getattr(engine.state, name))
         return step(trainer, batch)
 
-    name, thread = f"learning-rate range test of {trainer.name}", None if is_threaded else False
-    test: AnyEngine = Engine(step_of_trainer, name=name, thread=thread)
+    test: AnyEngine = Engine(step_of_trainer, name=f"learning-rate range test of {trainer.name}", thread=thread)
     test.add_event_handler(Events.ITERATION_COMPLETED, end_step)
     test.add_event_handler(Events.ITERATION_COMPLETED, sweep.record)
     with (
