@@ -84,7 +84,7 @@ class Picture:
         Path(path).write_bytes(self.render("png" if kind == ".png" else "svg"))
 
     def render(self, kind: Literal["png", "svg"] = "png") -> bytes:
-        """Return what `save` would write. The same picture is the same bytes."""
+        """Return what `save` would write. As PNG, the same picture is the same bytes."""
         drawn = io.BytesIO()
         # Without the version of matplotlib and the time, which would differ.
         metadata: Any = {"Software": None} if kind == "png" else {"Date": None, "Creator": None}
