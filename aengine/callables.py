@@ -68,7 +68,7 @@ def bind_handler(
 ) -> Callable[..., Any]:
     """Return `f(engine, *payload)` that calls the handler with those of them that it takes, then `args` and `kwargs`.
 
-    Which of them it takes is found out here, once: a dispatch looks at no signature.
+    Which of them it takes is found out here, once: a dispatch inspects no signature.
 
     Raises:
         TypeError: the handler can be called neither with the engine nor without it, or would not run when it is called.

@@ -15,7 +15,7 @@
         └── NotSerializable (TypeError)   something in the state could not be loaded again
 
     DataExhaustedWarning (UserWarning) the data ended before the run was complete
-    CheckpointWarning (UserWarning)    a save failed or a checkpoint was damaged, and the run goes on
+    CheckpointWarning (UserWarning)    a save failed or a checkpoint was damaged, and the run continues
 
 An exception of a user's own step, handler or data is never wrapped: `run()` raises the very same object, with a note
 that says where it came from. Wrong arguments are plain ValueErrors and TypeErrors.
@@ -89,15 +89,6 @@ class CheckpointWarning(UserWarning):
 
 class DataExhaustedWarning(UserWarning):
     """The data ended before the run was complete, and cannot be restarted. The run ended cleanly."""
-
-
-def missing_package(module: str, requirement: str, extra: str) -> ImportError:
-    """Return what a module raises without the optional package that it needs: an error that says how to install it."""
-    package = requirement.partition(">")[0]
-    return ImportError(
-        f'{module} needs {package}: pip install "{requirement}", which is what the extra "{extra}" brings:'
-        f' pip install -e ".[{extra}]"'
-    )
 
 
 def raise_failures(name: str, failures: list[BaseException], cancellation: BaseException | None = None) -> None:
