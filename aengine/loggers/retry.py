@@ -148,8 +148,12 @@ class RetryingSink:
 
     def _writer(self, write: Write) -> Call:
         """Return the async form of it, which first waits for numbers that are still on a device, in the thread."""
+
+        def read_and_write(batch: Sequence[Record]) -> Any:
+            return write(_read_all(batch))
+
         if not is_async_callable(write):
-            return self._call_in_thread(lambda batch: write(_read_all(batch)))
+            return self._call_in_thread(read_and_write)
 
         async def call(batch: Sequence[Record]) -> None:
             await cast(Awaitable[None], write(await self._thread.call(_read_all, batch)))

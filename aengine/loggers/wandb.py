@@ -131,7 +131,8 @@ class WandB:
             if not self._own or not self._runs.is_over or (self._run is None and not self._runs.has_news):
                 return
             self._open()
-            run, self._run = self._run, None
+            run: Any = self._run
+            self._run = None
             self._runs.take_news()
             run.finish(exit_code=_FAILED if self._runs.reason in BAD else 0)
 

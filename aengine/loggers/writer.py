@@ -155,7 +155,7 @@ class RecordWriter(Service):
         """
         with self.lock:
             goal = self._goal = self.buffer.taken
-        while self.buffer.oldest <= goal and self._may_write():
+        while self._is_to_write(goal):
             end_of_round = self._round
             self._wake()
             await end_of_round.wait()
@@ -227,11 +227,14 @@ class RecordWriter(Service):
         end_of_round, self._round = self._round, anyio.Event()
         end_of_round.set()
 
-    def _may_write(self) -> bool:
-        """Whether the task will try: outside the end of a run a flush does not wait for a sink that is down."""
-        if self._phase is _Phase.ENDING:
-            return not self.sink.is_late
-        return self._phase is _Phase.RUNNING and self.sink.is_well
+    def _is_to_write(self, goal: int) -> bool:
+        """Whether records up to this number wait, and the task will try: during the run not if the sink is down."""
+        with self.lock:
+            if self.buffer.oldest > goal:
+                return False
+            if self._phase is _Phase.ENDING:
+                return not self.sink.is_late
+            return self._phase is _Phase.RUNNING and self.sink.is_well
 
     def _limit_time(self) -> None:
         if self._phase in _AT_END:
