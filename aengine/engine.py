@@ -300,7 +300,7 @@ class Engine(EventEmitter, Generic[Batch, Output]):
         self._progress = loop.progress()
         if is_suspended:
             return
-        self.state.set_progress(self._progress)
+        self.state.last_progress = self._progress
         self._loop = self._generator = None
         self._keep_unread(loop.source)
         generator.close()

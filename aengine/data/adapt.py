@@ -1,9 +1,10 @@
 """What users hand in as data, checked once, at the door: its kind, its length, its name."""
 
 import inspect
+from collections.abc import Sized
 from dataclasses import dataclass
 from types import FunctionType
-from typing import Any
+from typing import Any, cast
 
 from aengine.callables import name_of
 
@@ -40,7 +41,7 @@ def adapt(data: Any) -> Adapted:
     if not (data is None or is_async or is_iterable(data)):
         _check_factory(data)
     try:
-        length = len(data)
+        length = len(cast(Sized, data))
     except TypeError:  # also torch's DataLoader over an iterable dataset, which has a __len__ that raises this
         length = None
     return Adapted(data, name_of(data), length, is_manager, is_async, is_one_shot(data))

@@ -127,7 +127,7 @@ class Loop:
             requests.enter(Phase.ENDING_EPOCH)
             yield from self._finish_listeners()
             state.stop_reason = reason
-            state.set_progress(self.progress())
+            state.last_progress = self.progress()
             state.times["COMPLETED"] = perf_counter() - began
             if not requests.skips_completed:
                 yield from self._dispatch("COMPLETED")
