@@ -149,7 +149,8 @@ class Loop:
 
     def _epoch(self) -> LoopGenerator:
         state, requests, began = self._state, self._requests, perf_counter()
-        yield from self._fetching(self.feed.look_ahead(self.completed))
+        if self.source.is_one_shot:
+            yield from self._fetching(self.feed.look_ahead(self.completed))
         if self._epoch_is_complete:
             state.epoch += 1
             state.epoch_start = state.iteration
@@ -202,7 +203,8 @@ class Loop:
     @property
     def _is_done(self) -> bool:
         state = self._state
-        return self.progress().reaches(state.max_epochs, state.max_iters, state.epoch_length)
+        progress = Progress(self.completed, state.epoch, state.epoch_start, self._epoch_is_complete)
+        return progress.reaches(state.max_epochs, state.max_iters, state.epoch_length)
 
     # One function: as several, the calls between them would cost more than they do. It writes into `state`, `bus` and
     # its stopwatch, and `feed` directly, for the same reason.
