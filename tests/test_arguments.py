@@ -54,6 +54,13 @@ def test_seconds_are_not_negative(value: float) -> None:
         check_seconds(value, "grace=", 30.0)
 
 
+@pytest.mark.parametrize("value", [0, 0.0, -1, math.nan])
+def test_seconds_may_have_to_be_more_than_0(value: float) -> None:
+    assert check_seconds(0.1, "limit=", 30.0, positive=True) == 0.1
+    with pytest.raises(ValueError, match=r"^limit= is more than 0 seconds, such as 30\.0; got "):
+        check_seconds(value, "limit=", 30.0, positive=True)
+
+
 def test_interval_is_returned_in_seconds() -> None:
     assert check_interval(timedelta(minutes=1), "every=", 10) == 60.0
 

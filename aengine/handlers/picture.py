@@ -5,8 +5,8 @@
         picture.read("log.jsonl", "loss"), picture.read("log.jsonl", "accuracy")
     ).save("learning_curve.png")
 
-Drawn on figures of their own, without pyplot and its state: in any thread, also in a server. One takes about a second;
-from async code, `await anyio.to_thread.run_sync(...)`.
+Drawn without pyplot and its global state: on any thread, also in a server. A picture takes about a second; from async
+code, `await anyio.to_thread.run_sync(...)`.
 """
 
 import io
@@ -21,6 +21,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 
+from aengine.arguments import check_choice
+from aengine.extras import missing_package
+from aengine.handlers.scores import MODES
 from aengine.handlers.timeline import Timeline
 
 if TYPE_CHECKING:
@@ -33,16 +36,13 @@ try:
     from matplotlib.patches import Patch
     from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 except ImportError as error:
-    raise ImportError(
-        'aengine.handlers.picture needs matplotlib: pip install "matplotlib>=3.9", which is what the extra "picture"'
-        ' brings: pip install -e ".[picture]"'
-    ) from error
+    raise missing_package(__name__, "matplotlib>=3.9", "picture") from error
 
 Array: TypeAlias = "np.ndarray[Any, np.dtype[np.float64]]"
 
 _INK, _FAINT = "#333333", "#d9d9d9"
 _LOSS, _METRIC, _BEST = "#0072B2", "#009E73", "#D55E00"
-"""Of the palette of Okabe and Ito, which all can tell apart: https://jfly.uni-koeln.de/color/"""
+"""From the palette of Okabe and Ito, for people with any colour vision: https://jfly.uni-koeln.de/color/"""
 
 _PARTS = {
     "step": ("step", "#0072B2"),
@@ -52,41 +52,41 @@ _PARTS = {
     "event_loop": ("other tasks, pauses", "#56B4E9"),
     "rest": ("the rest", "#c8c8c8"),
 }
-_BINS = 100
-"""Columns of a timeline: few enough for each to have several samples of a long run."""
+_COLUMNS = 100
+"""Of a timeline: so few that each has several samples of a long run."""
 
 _POINTS = 1600
-"""Points of a curve, one for each pixel of a picture: more are drawn as the range that they span."""
+"""Of a curve, one for each pixel of a picture: if there are more, the range that they span is drawn."""
 
-_drawing = threading.Lock()  # matplotlib's caches of fonts were not made for threads
+_drawing = threading.Lock()  # matplotlib's font caches are not thread-safe
 
 
 class Picture:
-    """A figure to be saved, or changed before.
+    """A figure to save, or to change first.
 
     Attributes:
-        figure: matplotlib's.
+        figure: the figure, of matplotlib.
     """
 
     def __init__(self, figure: Figure) -> None:
         self.figure = figure
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write it to a file, which is a PNG of 1600 pixels across, or an SVG, as its name ends.
+        """Write a file: a PNG, 1600 pixels wide, or an SVG, by the ending of its name.
 
         Raises:
-            ValueError: the name ends otherwise.
+            ValueError: the name ends in something else.
             OSError: the file cannot be written.
         """
-        target = Path(path)
-        kind = target.suffix.lower()
+        kind = Path(path).suffix.lower()
         if kind not in (".png", ".svg"):
             raise ValueError(f"a picture is saved as .png or .svg, got {str(path)!r}")
-        target.write_bytes(self.render("png" if kind == ".png" else "svg"))
+        Path(path).write_bytes(self.render("png" if kind == ".png" else "svg"))
 
     def render(self, kind: Literal["png", "svg"] = "png") -> bytes:
-        """Return what `save` would write: the same bytes for the same picture."""
+        """Return what `save` would write. As PNG, the same picture is the same bytes."""
         drawn = io.BytesIO()
+        # Without the version of matplotlib and the time, which would differ.
         metadata: Any = {"Software": None} if kind == "png" else {"Date": None, "Creator": None}
         with _drawing:
             self.figure.savefig(drawn, format=kind, metadata=metadata)
@@ -95,11 +95,11 @@ class Picture:
 
 @dataclass(frozen=True)
 class Curve:
-    """Numbers over the course of a run.
+    """Values over the course of a run.
 
     Attributes:
-        steps: the iteration of each, rising.
-        values: the numbers.
+        steps: the iteration of each value, rising.
+        values: the values.
         name: what they are, for the axis.
     """
 
@@ -113,54 +113,52 @@ def read(
 ) -> Curve:
     """Return the values of one name from a log that `JSONLines` has written, or from records.
 
-    Of a step that was logged again, as by a run that was killed and resumed, the last one counts.
+    Of a step that was logged twice, as by a run that was killed and resumed, the later value counts.
 
     Args:
         log: the file, or the records.
-        name: of the values, as in "loss".
-        engine: its name, if several engines share the log and the name.
-        event: such as "EPOCH_COMPLETED", if the value is also logged at others.
+        name: the name of the values, such as "loss".
+        engine: the name of the engine, if several engines log values of this name.
+        event: the name of the event, such as "EPOCH_COMPLETED", if the value is logged at several.
 
     Raises:
-        ValueError: there is no such value in the log, which has others.
+        ValueError: there is no such value in the log; the message says what there is.
         OSError: the file cannot be read.
     """
     found: dict[int, float] = {}
-    others: set[str] = set()
-    places: set[str] = set()
-    for step, line_engine, line_event, values in _lines(log):
-        others.update(values)
+    names: set[str] = set()
+    origins: set[str] = set()
+    for step, line_engine, line_event, values in _records(log):
+        names.update(values)
         if name in values:
-            places.add(f"engine={line_engine!r}, event={line_event!r}")
+            origins.add(f"engine={line_engine!r}, event={line_event!r}")
             if engine in (None, line_engine) and event in (None, line_event):
                 found[step] = float(values[name])
-    if not found and places:
+    if found:
+        return Curve(sorted(found), [found[step] for step in sorted(found)], name)
+    if origins:
         raise ValueError(
             f"nothing is called {name!r} at engine={engine!r}, event={event!r} in the log; it is at"
-            f" {'; '.join(sorted(places))}"
+            f" {'; '.join(sorted(origins))}"
         )
-    if not found:
-        raise ValueError(f"nothing is called {name!r} in the log; it has {sorted(others)}")
-    steps = sorted(found)
-    return Curve(steps, [found[step] for step in steps], name)
+    raise ValueError(f"nothing is called {name!r} in the log; it has {sorted(names)}")
 
 
 def learning_curve(
     loss: Curve | Sequence[float], metric: Curve | Sequence[float] | None = None, *, mode: Literal["max", "min"] = "max"
 ) -> Picture:
-    """Draw the loss of the training, each value and their running mean, and below it a metric, its best value marked.
+    """Draw the training loss, each value and their running mean, and below it a metric with its best value marked.
 
     Args:
         loss: a value for each iteration, or for some.
         metric: of the validation, a value for each epoch; a plain sequence is spread evenly over the iterations.
-        mode: whether the best metric is the greatest or the least.
+        mode: "max" if more is better, "min" if less is.
 
     Raises:
         ValueError: there are no numbers, or not as many as steps.
     """
-    if mode not in ("max", "min"):
-        raise ValueError(f'mode= is "max" or "min", got {mode!r}')
-    steps, losses = _arrays(loss, "the loss")
+    check_choice(mode, "mode=", MODES)
+    steps, losses, name = _points(loss, "loss")
     with _drawing:
         figure = _figure(4.6 if metric is not None else 2.8)
         if metric is None:
@@ -168,7 +166,7 @@ def learning_curve(
         else:
             axes, below = figure.subplots(2, sharex=True, height_ratios=(4, 3))
             _draw_metric(below, metric, mode, last=steps[-1])
-        _draw_loss(axes, steps, losses, _name(loss, "loss"))
+        _draw_loss(axes, steps, losses, name)
         axes.set_xlim(min(steps[0], 0.0), steps[-1] * 1.01)
         lowest = figure.axes[-1]
         lowest.set_xlabel("iteration")
@@ -178,13 +176,13 @@ def learning_curve(
 
 
 def timeline(recorded: Timeline) -> Picture:
-    """Draw where the time of a run went, over its course: of a run that is over, or of one that goes on, up to now.
+    """Draw where the time of a run went, over its course; of a run that is under way, up to now.
 
-    What the loop did, as shares of each hundredth of the time. The legend has the shares of the whole; what took none
-    is left out. "The rest" is the loop itself, and at the end its wait for subscribers to be done.
+    Drawn is what the loop did, as shares of each hundredth of the time. The legend has the shares of the whole run;
+    what took no time is left out. "The rest" is the loop itself, and its wait for the subscribers at the end.
 
     Raises:
-        TypeError: this is no Timeline.
+        TypeError: it is no Timeline.
         ValueError: nothing was recorded.
     """
     if not isinstance(recorded, Timeline):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -201,7 +199,7 @@ def timeline(recorded: Timeline) -> Picture:
         bottom = np.zeros(len(edges) - 1)
         for part in shown:
             top = bottom + shares[part]
-            # Edges of the colour of the area, or white lines would show between two areas.
+            # With edges in the colour of the area, else white lines show between two areas.
             axes.stairs(
                 top, edges / scale, baseline=bottom, fill=True, facecolor=_PARTS[part][1], edgecolor=_PARTS[part][1],
                 linewidth=0.3,
@@ -216,13 +214,14 @@ def timeline(recorded: Timeline) -> Picture:
             Patch(facecolor=_PARTS[part][1], label=f"{_PARTS[part][0]}  {whole[part]:.1%}".replace("%", " %"))
             for part in shown
         ]
-        # In the order of the areas, from above.
+        # From the top down, as the areas are.
         axes.legend(
             handles=patches[::-1], loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=10,
             labelcolor=_INK, handlelength=1.0, handleheight=1.0, labelspacing=0.7,
         )  # fmt: skip
-        last = recorded.samples[-1]
-        _title(axes, f"{recorded.name}: {last.iteration} iterations in {edges[-1] / scale:.3g} {unit}")
+        _dress(axes)
+        title = f"{recorded.name}: {recorded.samples[-1].iteration} iterations in {edges[-1] / scale:.3g} {unit}"
+        axes.set_title(title, loc="left", fontsize=11, color=_INK)
     return Picture(figure)
 
 
@@ -230,7 +229,7 @@ def timeline(recorded: Timeline) -> Picture:
 
 
 def _figure(height: float) -> Figure:
-    """Return a figure 8 inches across: at 100 points of a page to the inch, 800, in which 10-point letters are 14."""
+    # 1600 pixels wide. Where a page shows it 800 wide, letters of 10 points are 14 pixels high.
     figure = Figure(figsize=(8, height), dpi=200, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
     return figure
@@ -245,11 +244,6 @@ def _dress(axes: Axes) -> None:
         axis.label.set(size=10, color=_INK)
 
 
-def _title(axes: Axes, text: str) -> None:
-    _dress(axes)
-    axes.set_title(text, loc="left", fontsize=11, color=_INK)
-
-
 # The timeline
 
 
@@ -262,16 +256,17 @@ def _shares(recorded: Timeline) -> tuple[Array, dict[str, Array], dict[str, floa
             " or meanwhile"
         )
     at = np.array([sample.total for sample in samples])
-    edges = np.linspace(0.0, at[-1], min(_BINS, len(samples) - 1) + 1)
+    edges = np.linspace(0.0, at[-1], min(_COLUMNS, len(samples) - 1) + 1)
     width = edges[1]
     spent: dict[str, Array] = {}
     for part in _PARTS:
         if part != "rest":
             so_far = np.array([getattr(sample, part) for sample in samples])
             spent[part] = np.diff(np.interp(edges, at, so_far)) / width
-    # One timed iteration may stand for several, of which some were before its column.
-    too_much = np.maximum(1.0, sum(spent.values()))
-    shares = {part: share / too_much for part, share in spent.items()}
+    # Only some iterations are timed, each for several, of which some may belong to the column before: so the shares of
+    # a column can add up to more than 1.
+    excess = np.maximum(1.0, sum(spent.values()))
+    shares = {part: share / excess for part, share in spent.items()}
     shares["rest"] = np.clip(1.0 - sum(shares.values()), 0.0, 1.0)
     return edges, shares, {part: float(share.mean()) for part, share in shares.items()}
 
@@ -307,10 +302,9 @@ def _draw_loss(axes: Axes, steps: Array, losses: Array, name: str) -> None:
 
 
 def _draw_metric(axes: Axes, metric: Curve | Sequence[float], mode: str, *, last: float) -> None:
-    steps, values = _arrays(metric, "the metric")
+    steps, values, name = _points(metric, "metric")
     if not isinstance(metric, Curve):
         steps = steps * last / len(values)
-    name = _name(metric, "metric")
     axes.plot(
         steps, values, color=_METRIC, linewidth=1.4, marker="o", markersize=4 if len(values) <= 100 else 0,  # noqa: PLR2004
         label="after each epoch",
@@ -323,7 +317,7 @@ def _draw_metric(axes: Axes, metric: Curve | Sequence[float], mode: str, *, last
         )  # fmt: skip
     axes.set_ylabel(f"validation {name}")
     axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
-    axes.margins(y=0.12)  # room for the ring around the best
+    axes.margins(y=0.12)  # so that the ring around the best value fits
     _dress(axes)
     _legend(axes)
 
@@ -331,7 +325,7 @@ def _draw_metric(axes: Axes, metric: Curve | Sequence[float], mode: str, *, last
 def _legend(axes: Axes) -> None:
     axes.grid(axis="y", color=_FAINT, linewidth=0.6)
     axes.set_axisbelow(True)
-    # Above, where no curve can run through it.
+    # Above the axes, where no curve crosses it.
     axes.legend(
         loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, frameon=False, fontsize=10, labelcolor=_INK,
         borderaxespad=0.2,
@@ -339,7 +333,7 @@ def _legend(axes: Axes) -> None:
 
 
 def _running_mean(values: Array, window: int) -> Array:
-    """Return the mean of so many values around each, of fewer at the ends; what is no number is left out."""
+    """Return the mean of `window` values around each, of fewer at the ends; NaN and infinity are left out."""
     known = np.isfinite(values)
     box = np.ones(window)
     total = np.convolve(np.where(known, values, 0.0), box, mode="same")
@@ -349,36 +343,32 @@ def _running_mean(values: Array, window: int) -> Array:
 
 
 def _ranges(values: Array) -> tuple[Array, Array, "np.ndarray[Any, np.dtype[np.int64]]"]:
-    """Return the least and the greatest of each of `_POINTS` stretches, and the index of its middle."""
+    """Return the least and the greatest value of each of `_POINTS` sections, and the index of the middle of each."""
     starts = np.linspace(0, len(values), _POINTS, endpoint=False).astype(np.int64)
     middle = (starts + np.append(starts[1:], len(values))) // 2
     return np.fmin.reduceat(values, starts), np.fmax.reduceat(values, starts), middle
 
 
-def _arrays(curve: Curve | Sequence[float], what: str) -> tuple[Array, Array]:
+def _points(curve: Curve | Sequence[float], default_name: str) -> tuple[Array, Array, str]:
+    """Return steps, values and their name."""
     values = np.asarray(curve.values if isinstance(curve, Curve) else curve, dtype=np.float64)
     steps = np.asarray(curve.steps, dtype=np.float64) if isinstance(curve, Curve) else np.arange(1.0, len(values) + 1)
     if values.ndim != 1 or not len(values) or steps.shape != values.shape:
         raise ValueError(
-            f"{what} is a sequence of numbers, or a Curve with as many steps as values; got {steps.shape} steps and"
-            f" {values.shape} values"
+            f"the {default_name} is a sequence of numbers, or a Curve with as many steps as values; got {steps.shape}"
+            f" steps and {values.shape} values"
         )
-    return steps, values
+    return steps, values, (curve.name if isinstance(curve, Curve) else "") or default_name
 
 
-def _name(curve: Curve | Sequence[float], default: str) -> str:
-    return (curve.name if isinstance(curve, Curve) else "") or default
-
-
-def _lines(
-    log: "str | os.PathLike[str] | Iterable[Record]",
-) -> "Iterable[tuple[int, str, str, Mapping[str, Any]]]":
+def _records(log: "str | os.PathLike[str] | Iterable[Record]") -> Iterable[tuple[int, str, str, Mapping[str, Any]]]:
+    """Yield step, engine, event and values."""
     if not isinstance(log, str | os.PathLike):
         for record in log:
             yield record.step, record.engine, record.event, record.values
         return
     with Path(log).open(encoding="utf-8") as file:
         for line in file:
-            if line.endswith("\n"):  # else its writer is in the middle of it
+            if line.endswith("\n"):  # else it is still being written
                 read = json.loads(line)
                 yield read["step"], read["engine"], read["event"], read["values"]

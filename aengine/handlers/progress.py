@@ -1,4 +1,4 @@
-"""Progress: what a run shows of itself while it goes on, on any display: `progress_tqdm`, `progress_rich`, one's own.
+"""Progress: bars that show how far a run is, on any display: of `progress_tqdm`, of `progress_rich`, or your own.
 
 from aengine.handlers.progress import show_progress
 from aengine.handlers.progress_rich import RichBars
@@ -14,8 +14,9 @@ from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
+from aengine.arguments import check_interval
 from aengine.bus.emitter import RemovableEventHandle
-from aengine.callables import check_callable
+from aengine.callables import check_callable, name_of
 from aengine.engine import Engine
 from aengine.events import Event, Events
 
@@ -29,18 +30,18 @@ _EPOCH_ENDS = frozenset({Events.EPOCH_COMPLETED.name, Events.COMPLETED.name})
 
 
 class Bar(Protocol):
-    """A line that shows how far something has got."""
+    """A line that shows how many of a total are done."""
 
     def begin(self, name: str, count: int, total: int | None) -> None:
-        """Show the bar, as of something that begins now and stands at `count` already. Called again for the next."""
+        """Show the bar for something that begins, with `count` done already. Called again for the next epoch or run."""
         ...
 
     def show(self, count: int, text: str) -> None:
-        """Show how far it is, and some text beside it."""
+        """Show how many are done, and a text beside the bar."""
         ...
 
     def close(self) -> None:
-        """Leave it as it is: its run is over. It may begin again with another one."""
+        """Leave the bar as it is: its run is over. `begin()` may be called again for another run."""
         ...
 
 
@@ -48,32 +49,32 @@ class Display(Protocol):
     """Where bars are shown. Several engines may share one.
 
     Attributes:
-        lock: held while an engine draws, in a thread: so its lines stay together, and nobody else is drawing.
+        lock: held while the bars of an engine are drawn, on a thread: one engine at a time.
     """
 
     lock: threading.Lock
 
     @property
     def is_quiet(self) -> bool:
-        """Whether nobody would see it, as in a file that a terminal's output goes to."""
+        """Whether there is no one to see it, as where the output goes to a file."""
         ...
 
     def bar(self, unit: str) -> Bar:
-        """Return a new bar, not shown yet, of something that is counted in this unit."""
+        """Return a new bar, not shown yet, for what is counted in this unit."""
         ...
 
 
-class _Place(NamedTuple):
-    """Where a run stands, seen between two steps."""
+class _Position(NamedTuple):
+    """Where a run is, read between two steps."""
 
     iteration: int
-    of_epoch: int
+    iteration_of_epoch: int
     max_iters: int | None
     values: Mapping[str, Any]
 
 
 def values_of(engine: AnyEngine) -> dict[str, Any]:
-    """Return the last output and the metrics: what is shown unless told otherwise, as far as it is numbers."""
+    """Return the last output and the metrics, which are shown by default, as far as they are numbers."""
     output = engine.state.output
     named: Mapping[Any, Any] = output if isinstance(output, Mapping) else {"output": output}
     return {**{str(name): value for name, value in named.items()}, **engine.state.metrics}
@@ -88,94 +89,87 @@ def show_progress(
 ) -> RemovableEventHandle:
     """Show a bar of the iterations of each epoch, below one of the epochs if there are several.
 
-    Drawn beside the step, in a thread: a terminal that is slow, or stopped by Ctrl-S, delays no step. On a display that
-    is quiet nothing is done at all. A display that fails is warned of once, and the run goes on without.
+    They are drawn beside the step, on a thread: a terminal that is slow, or stopped by Ctrl-S, delays no step. On a
+    quiet display nothing is done at all. If a display fails, there is one warning, and the run continues without it.
 
     Args:
-        engine: whose progress.
-        display: where to; share one between engines that run at once.
+        engine: the engine whose progress is shown.
+        display: where to show it; share one between engines that run at the same time.
         values: `values(engine)` returns what is shown beside the bar, by name; what is no number is left out. Called
             between two steps; numbers on a device are read beside the step.
-        every: the time between two looks.
+        every: the time from one update to the next.
 
     Raises:
         TypeError, ValueError: an argument is wrong.
     """
     _check_display(display)
     check_callable(values, "values=", "values", "engine")
-    if not isinstance(every, timedelta):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f"every= is a timedelta, such as timedelta(seconds=0.1); got {every!r}")
-    if not every > timedelta(0):
-        raise ValueError(f"every= is the time from one look to the next, more than 0; got {every!r}")
+    check_interval(every, "every=", 0.1)
     if display.is_quiet:
         return RemovableEventHandle(lambda: None)
 
-    def look(engine: AnyEngine) -> _Place:
+    def position(engine: AnyEngine) -> _Position:
         state = engine.state
-        return _Place(state.iteration, state.iteration - state.epoch_start, state.max_iters, values(engine))
+        return _Position(state.iteration, state.iteration - state.epoch_start, state.max_iters, values(engine))
 
-    when = (
-        Events.STARTED | Events.EPOCH_STARTED | Events.ITERATION_COMPLETED(every=every) | Events.EPOCH_COMPLETED | _ENDS
-    )
+    events = Events.STARTED | Events.EPOCH_STARTED | Events.EPOCH_COMPLETED | _ENDS
     return engine.subscribe(
-        when, _Drawing(display).draw, snapshot=look, overflow="latest", name=f"progress of {engine.name}"
+        Events.ITERATION_COMPLETED(every=every) | events,
+        _Bars(display).draw,
+        snapshot=position,
+        overflow="latest",
+        name=f"progress of {engine.name}",
     )
 
 
 def _check_display(display: Any) -> None:
     if isinstance(display, type):
-        raise TypeError(
-            f"a display is an object, and {display.__qualname__} is a class: show_progress(engine,"
-            f" {display.__qualname__}())"
-        )
+        name = name_of(display)
+        raise TypeError(f"a display is an object, and {name} is a class: show_progress(engine, {name}())")
     if not callable(getattr(display, "bar", None)):
         raise TypeError(f"a display has a method bar(unit), as TqdmBars() and RichBars() have; got {display!r}")
 
 
-class _Drawing:
+class _Bars:
     """The bars of one engine."""
 
     def __init__(self, display: Display) -> None:
         self._display = display
         self._bars: dict[str, Bar] = {}  # by their unit; kept from run to run
-        self._open: dict[Bar, int] = {}  # and which part of the run each is of
+        self._open: dict[Bar, int] = {}  # with the part of the run that each shows
         self._has_failed = False
 
     def draw(self, event: Event) -> None:
-        """Draw what an event says. Any of them is enough to draw all: those in between may have been dropped."""
+        """Draw all that there is to show at an event: the events before it may have been dropped."""
         if self._has_failed:
             return
         try:
             with self._display.lock:
                 self._draw(event)
-        except Exception as error:  # a terminal that is gone is no reason to stop training
+        except Exception as error:  # a terminal that is closed is no reason to stop training
             self._has_failed = True
             _logger.warning("the progress of %s cannot be shown any more", event.engine, exc_info=error)
 
     def _draw(self, event: Event) -> None:
-        place: _Place = event.snapshot
         is_end = event.name in _END_NAMES
-        if is_end and not self._open:  # the second end, such as COMPLETED after TERMINATE
+        if is_end and not self._open:  # a second event of the end, such as COMPLETED after TERMINATE
             return
-        for line in _lines(event, place):
-            self._show(line)
+        for line in _lines(event, event.snapshot):
+            bar = self._bars.get(line.unit)
+            if bar is None:
+                bar = self._bars[line.unit] = self._display.bar(line.unit)
+            if self._open.get(bar) != line.part:
+                self._open[bar] = line.part
+                bar.begin(line.name, line.done, line.total)
+            bar.show(line.done, line.text)
         if is_end:
             for bar in self._open:
                 bar.close()
             self._open.clear()
 
-    def _show(self, line: "_Line") -> None:
-        bar = self._bars.get(line.unit)
-        if bar is None:
-            bar = self._bars[line.unit] = self._display.bar(line.unit)
-        if self._open.get(bar) != line.part:
-            self._open[bar] = line.part
-            bar.begin(line.name, line.done, line.total)
-        bar.show(line.done, line.text)
-
 
 class _Line(NamedTuple):
-    """What one bar shows. It begins anew with each `part`."""
+    """What one bar shows. With another `part` the bar begins again."""
 
     unit: str
     name: str
@@ -185,30 +179,30 @@ class _Line(NamedTuple):
     text: str
 
 
-def _lines(event: Event, place: _Place) -> list[_Line]:
-    text = ", ".join(_shown(place.values))
-    name, epochs = event.engine, event.max_epochs
-    if epochs is None:  # the run is so many iterations, whatever the epochs
-        return [_Line("it", name, 0, place.iteration, place.max_iters, text)]
+def _lines(event: Event, position: _Position) -> list[_Line]:
+    text = ", ".join(_formatted(position.values))
+    name, epochs, done = event.engine, event.max_epochs, position.iteration_of_epoch
+    if epochs is None:  # the run is limited by its iterations alone
+        return [_Line("it", name, 0, position.iteration, position.max_iters, text)]
     if epochs == 1:
-        return [_Line("it", name, 0, place.of_epoch, event.epoch_length, text)]
+        return [_Line("it", name, 0, done, event.epoch_length, text)]
     is_complete = event.name in _EPOCH_ENDS or (
-        event.name == Events.TERMINATE.name and place.of_epoch == event.epoch_length  # as by its EPOCH_COMPLETED
+        event.name == Events.TERMINATE.name and done == event.epoch_length  # terminated at its EPOCH_COMPLETED
     )
     completed = event.epoch if is_complete else max(0, event.epoch - 1)
     return [
         _Line("epoch", name, 0, completed, epochs, ""),
-        _Line("it", f"{name} {event.epoch}/{epochs}", event.epoch, place.of_epoch, event.epoch_length, text),
+        _Line("it", f"{name} {event.epoch}/{epochs}", event.epoch, done, event.epoch_length, text),
     ]
 
 
-def _shown(values: Mapping[str, Any]) -> list[str]:
-    """Return those that are single numbers, short."""
-    shown: list[str] = []
+def _formatted(values: Mapping[str, Any]) -> list[str]:
+    """Return those values that are single numbers, with four digits."""
+    formatted: list[str] = []
     for name, value in values.items():
         try:
             number = float(value.item() if hasattr(value, "item") else value)
         except (TypeError, ValueError, RuntimeError):  # the last is torch's, of more than one number
             continue
-        shown.append(f"{name}={number:.4g}")
-    return shown
+        formatted.append(f"{name}={number:.4g}")
+    return formatted

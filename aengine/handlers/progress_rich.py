@@ -1,6 +1,8 @@
-"""Progress by rich: what is printed meanwhile appears above the bars."""
+"""Progress by rich: what is printed during a run appears above the bars."""
 
 import threading
+
+from aengine.extras import missing_package
 
 try:
     from rich.console import Console
@@ -14,19 +16,16 @@ try:
         TimeRemainingColumn,
     )
 except ImportError as error:
-    raise ImportError(
-        'aengine.handlers.progress_rich needs rich: pip install "rich>=13", which is what the extra "progress" brings:'
-        ' pip install -e ".[progress]"'
-    ) from error
+    raise missing_package(__name__, "rich>=13", "progress") from error
 
 
 class RichBars:
-    """Bars by rich, a table of them. Engines that run at once must share one: rich draws one table at a time.
+    """A table of bars by rich. Engines that run at the same time must share it: rich draws only one table at a time.
 
-    A bar stays until its engine runs again; when no engine runs any more, all stay as they are.
+    The bar of a run that is over stays until its engine runs again, or no engine runs any more: then all stay for good.
 
     Args:
-        console: where to; by default stderr. Quiet unless that is a terminal, or this is a notebook.
+        console: where to draw; by default stderr. Quiet unless that is a terminal or a notebook.
     """
 
     def __init__(self, console: Console | None = None) -> None:
@@ -37,15 +36,15 @@ class RichBars:
 
     @property
     def is_quiet(self) -> bool:
-        """Whether nobody would see it."""
+        """Whether there is no one to see it."""
         return not (self._console.is_terminal or self._console.is_jupyter)
 
-    def bar(self, unit: str) -> "_Bar":  # noqa: ARG002 -- its columns do without
+    def bar(self, unit: str) -> "_Bar":  # noqa: ARG002 -- no column shows it
         """Return a new bar."""
         return _Bar(self)
 
     def open(self, bar: "_Bar") -> Progress:
-        """Return the table, for a bar that is to be in it."""
+        """Return the table, for a bar to be added to it."""
         self._open.add(bar)
         if self._table is None:
             self._table = Progress(
@@ -56,13 +55,13 @@ class RichBars:
                 TimeRemainingColumn(),
                 TextColumn("{task.fields[text]}", markup=False),
                 console=self._console,
-                auto_refresh=False,  # no thread: it is drawn as often as is asked for
+                auto_refresh=False,  # which takes a thread: each bar asks for a refresh
             )
             self._table.start()
         return self._table
 
     def close(self, bar: "_Bar") -> None:
-        """Leave a bar as it is; after the last one, leave the whole table."""
+        """Leave a bar as it is; with the last one, the whole table."""
         self._open.discard(bar)
         if not self._open and self._table is not None:
             self._table.stop()

@@ -4,25 +4,24 @@ import sys
 import threading
 from typing import Any, TextIO
 
+from aengine.extras import missing_package
+
 try:
     from tqdm.auto import tqdm  # type: ignore[import-untyped]  # comes without types
 except ImportError as error:
-    raise ImportError(
-        'aengine.handlers.progress_tqdm needs tqdm: pip install "tqdm>=4.66", which is what the extra "progress"'
-        ' brings: pip install -e ".[progress]"'
-    ) from error
+    raise missing_package(__name__, "tqdm>=4.66", "progress") from error
 
 _IS_NOTEBOOK = any(one.__module__ == "tqdm.notebook" for one in tqdm.__mro__)
 
 
 class TqdmBars:
-    """Bars by tqdm, one below the other. What is printed meanwhile should be by `tqdm.write`.
+    """Bars by tqdm, one below the other. Print by `tqdm.write` during a run.
 
-    Engines that run at once must share one, so that lines do not move. A bar stays until its engine runs again; when no
-    engine runs any more, all stay as they are.
+    Engines that run at the same time must share it, so that each has its own lines. The bar of a run that is over stays
+    until its engine runs again, or no engine runs any more: then all stay for good.
 
     Args:
-        file: where to; by default stderr. Quiet unless that is a terminal, or this is a notebook.
+        file: where to draw; by default stderr. Quiet unless that is a terminal or a notebook.
     """
 
     def __init__(self, file: TextIO | None = None) -> None:
@@ -33,7 +32,7 @@ class TqdmBars:
 
     @property
     def is_quiet(self) -> bool:
-        """Whether nobody would see it."""
+        """Whether there is no one to see it."""
         return not _IS_NOTEBOOK and not self.file.isatty()
 
     def bar(self, unit: str) -> "_Bar":
@@ -41,14 +40,14 @@ class TqdmBars:
         return _Bar(self, unit)
 
     def open(self, bar: "_Bar") -> None:
-        """Have a bar in the next free line, or in the one that it has."""
+        """Show a bar, on the next free line unless it has one."""
         self._open.add(bar)
         if bar not in self._shown:
             self._shown.append(bar)
             bar.add()
 
     def close(self, bar: "_Bar") -> None:
-        """Leave a bar as it is; after the last one, leave all lines to those who print next."""
+        """Leave a bar as it is; with the last one, all of them, so that what is printed next is below."""
         self._open.discard(bar)
         if not self._open:
             for one in self._shown:
@@ -57,12 +56,12 @@ class TqdmBars:
 
 
 class _Tqdm(tqdm):  # type: ignore[misc]  # comes without types
-    monitor_interval = 0  # no thread that looks after bars: these are drawn as often as is asked for
+    monitor_interval = 0  # no thread that refreshes the bars: each show() does
     ended: Any = None
 
     @property
     def format_dict(self) -> Any:
-        """What is shown: of a run that is over, no time that has passed since."""
+        """What is shown. For a run that is over it stays as it was then: no more time passes."""
         return self.ended or super().format_dict
 
 
@@ -96,5 +95,5 @@ class _Bar:
         self._bar = _Tqdm(unit=self._unit, file=self._bars.file, leave=True, dynamic_ncols=True)
 
     def leave(self) -> None:
-        self._bar.close()  # draws it once more where the cursor is, at its own line, and steps to the next
+        self._bar.close()  # draws it once more, on its own line, where the cursor is, and moves to the next line
         self._bar = None

@@ -1,16 +1,19 @@
-"""Scores: the one number by which a run is judged, as handlers are told of it."""
+"""Scores: the one number by which a run is judged, and in which direction it is better."""
 
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from aengine.engine import Engine
 
+MODES = {"max": "more is better", "min": "less is better"}
+"""What `mode=` may be, for `check_choice`."""
+
 Score: TypeAlias = str | Callable[[Engine[Any, Any]], float]
 """The name of a metric in `engine.state.metrics`, or `f(engine)` that returns the number."""
 
 
 def score_reader(score: Any, argument: str) -> Callable[[Engine[Any, Any]], float]:
-    """Return what reads a score from an engine, and says what there is if it is not there.
+    """Return a function that reads a score from an engine. Without such a metric, its error names those that there are.
 
     Raises:
         TypeError: it is neither a name nor callable.

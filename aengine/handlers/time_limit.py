@@ -1,10 +1,12 @@
-"""Time limits: a run ends cleanly when its time is up, before something else ends it."""
+"""Time limits: a run ends cleanly when its time is up, before it is killed from outside."""
 
 import math
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from time import perf_counter
 from typing import Any
 
+from aengine.arguments import check_seconds
 from aengine.engine import Engine
 from aengine.events import Events
 
@@ -14,83 +16,75 @@ class TimeLimit:
 
         TimeLimit(timedelta(hours=8)).attach(trainer)
 
-    The time is that of one `run()`, from STARTED on: one that is resumed has as much again.
+    The limit is for one `run()`, counted from STARTED: a run that is resumed has as much time again.
 
     Args:
         limit: seconds, or a timedelta.
 
     Raises:
-        ValueError, TypeError: this is no time, or none is left.
+        ValueError, TypeError: it is no time, or not more than 0.
     """
 
     def __init__(self, limit: float | timedelta) -> None:
-        self._seconds = _seconds(limit)
-        self._clock = _Clock()
+        given = limit.total_seconds() if isinstance(limit, timedelta) else limit
+        seconds = check_seconds(given, "a TimeLimit", 3600.0, positive=True, alternative="a timedelta")
+        self._clock = _Clock(lambda: seconds)
 
     def attach(self, engine: Engine[Any, Any]) -> None:
         """Limit the runs of an engine."""
-        engine.add_event_handler(Events.STARTED, self._begin)
         self._clock.attach(engine)
-
-    def _begin(self) -> None:
-        self._clock.end = perf_counter() + self._seconds
 
 
 class Deadline:
-    """Terminates a run at a moment, before its next step: ten minutes before a job is killed, say.
+    """Terminates a run at a given moment, before its next step: ten minutes before a job is killed, say.
 
         Deadline(datetime.fromtimestamp(float(os.environ["SLURM_JOB_END_TIME"]), UTC) - timedelta(minutes=10))
 
-    How long it is until then is read off the wall clock when a run starts, and measured by one that does not jump.
+    The wall clock is read once, when a run starts; the time until then is measured by a clock that does not jump.
 
     Args:
         moment: a datetime that has a time zone.
 
     Raises:
-        ValueError, TypeError: this is no such datetime.
+        ValueError, TypeError: it is no such datetime.
     """
 
     def __init__(self, moment: datetime) -> None:
-        self._moment = _aware(moment)
-        self._clock = _Clock()
+        if not isinstance(moment, datetime):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"a Deadline is a datetime, got {moment!r}; TimeLimit takes seconds")
+        if moment.utcoffset() is None:
+            raise ValueError(
+                f"a Deadline has a time zone, and {moment!r} has none: write  moment.astimezone()  if it is local time"
+            )
+        self._moment = moment
+        self._clock = _Clock(self._seconds_left)
 
     def attach(self, engine: Engine[Any, Any]) -> None:
         """Limit the runs of an engine. One that starts after the moment ends before its first step."""
-        engine.add_event_handler(Events.STARTED, self._begin)
         self._clock.attach(engine)
 
-    def _begin(self, engine: Engine[Any, Any]) -> None:
-        self._clock.end = perf_counter() + (self._moment - datetime.now(UTC)).total_seconds()
-        self._clock.look(engine)
+    def _seconds_left(self) -> float:
+        return (self._moment - datetime.now(UTC)).total_seconds()
 
 
 class _Clock:
-    def __init__(self) -> None:
-        self.end = math.inf
+    """Terminates a run when its time is up: `seconds_left()` is called as it starts."""
+
+    def __init__(self, seconds_left: Callable[[], float]) -> None:
+        self._seconds_left = seconds_left
+        self._end = math.inf
 
     def attach(self, engine: Engine[Any, Any]) -> None:
-        engine.add_event_handler(Events.ITERATION_COMPLETED, self.look)
+        engine.add_event_handler(Events.STARTED, self._begin)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._check)
 
-    def look(self, engine: Engine[Any, Any]) -> None:
-        if perf_counter() >= self.end:
+    def _begin(self, engine: Engine[Any, Any]) -> None:
+        left = self._seconds_left()
+        self._end = perf_counter() + left
+        if left <= 0:  # of a deadline: before the first step
+            self._check(engine)
+
+    def _check(self, engine: Engine[Any, Any]) -> None:
+        if perf_counter() >= self._end:
             engine.logger.info("engine %r is terminated: its time is up", engine.name)
             engine.terminate()
-
-
-def _seconds(limit: Any) -> float:
-    seconds: Any = limit.total_seconds() if isinstance(limit, timedelta) else limit
-    if isinstance(seconds, bool) or not isinstance(seconds, int | float):
-        raise TypeError(f"a TimeLimit is in seconds, or a timedelta; got {limit!r}")
-    if not seconds > 0:
-        raise ValueError(f"a TimeLimit is more than 0 seconds, got {limit!r}")
-    return seconds
-
-
-def _aware(moment: Any) -> datetime:
-    if not isinstance(moment, datetime):
-        raise TypeError(f"a Deadline is a datetime, got {moment!r}; TimeLimit takes seconds")
-    if moment.utcoffset() is None:
-        raise ValueError(
-            f"a Deadline has a time zone, and {moment!r} has none: write  moment.astimezone()  if it is local time"
-        )
-    return moment

@@ -1,6 +1,6 @@
-"""Timer: how long chosen stretches of a run take, in all or on average, by a clock that stops when the run does.
+"""Timer: how long chosen parts of a run take, in total or on average, by a clock that stops when the run does.
 
-`engine.statistics()` has the totals of a run, and `state.times` those of the last epoch: this is for what they lack.
+`engine.statistics()` has the totals of a run, and `state.times` those of the last epoch: this is for any other part.
 """
 
 from time import perf_counter
@@ -13,7 +13,7 @@ _ENDS = Events.TERMINATE | Events.COMPLETED | Events.CANCELLED | Events.EXCEPTIO
 
 
 class Timer:
-    """Measures what passes between events, or in the blocks of a `with`.
+    """Measures the time between events, or in the blocks of a `with`.
 
         timer = Timer(average=True)
         timer.attach(
@@ -25,7 +25,7 @@ class Timer:
         await trainer.run(loader)
         timer.value()  # seconds per step, the handlers before it included
 
-    The names are pytorch-ignite's. It stands still until it is started, and can be read at any time, from any thread.
+    The names are pytorch-ignite's. It does not run until it is started, and may be read at any time, on any thread.
 
     Args:
         average: `value()` is the time of one step, not of all.
@@ -37,8 +37,9 @@ class Timer:
     def __init__(self, *, average: bool = False) -> None:
         self._average = average
         self.step_count = 0
-        self._measured: tuple[float, float | None] = 0.0, None  # seconds, and since when more; as one, for readers
-        self._left_at: float | None = None  # when the run was interrupted in the midst of a stretch
+        # Seconds so far, and since when it runs. One tuple: another thread must not read one half new and one half old.
+        self._measured: tuple[float, float | None] = 0.0, None
+        self._interrupted_at: float | None = None  # set if it ran when the run was interrupted
         self._run_began = 0.0
         self._engine: Engine[Any, Any] | None = None
 
@@ -50,49 +51,50 @@ class Timer:
         resume: AnyEvent | None = None,
         step: AnyEvent | None = None,
     ) -> Self:
-        """Have it started, paused and stepped by events of an engine.
+        """Start, pause and step it at events of an engine.
 
-        It stops with the run, however that ends. The time between an interrupted run and its continuation does not
-        count. Handlers run in order of registration: attach it before those that it is to leave out of a stretch that
-        ends with their event.
+        It stops when the run ends, in whatever way. The time between an interrupted run and its continuation does not
+        count. Handlers run in order of registration: attach it before a handler of the event at which it pauses, and
+        that handler's time does not count.
 
         Args:
-            engine: whose events these are.
+            engine: the engine that fires these events.
             start: sets it to zero; and starts it, if there is no `resume`.
             pause: stops it.
-            resume: starts it, or has it go on. In pytorch-ignite the first stretch begins with `start` all the same.
+            resume: starts it, or continues. In pytorch-ignite the first measurement begins with `start` all the same.
             step: counts, for the average.
 
         Raises:
             ValueError: an event is not registered.
-            RuntimeError: it has been attached before.
+            RuntimeError: it is attached already.
         """
         if self._engine is not None:
-            raise RuntimeError("this Timer is attached already: make another one for each stretch that is measured")
+            raise RuntimeError("this Timer is attached already: make another one for each part that is measured")
         engine.add_event_handler(Events.STARTED, self._begin)
         engine.add_event_handler(start, self.reset)
-        for event, act in ((start if resume is None else resume, self.resume), (pause, self.pause), (step, self.step)):
-            if event is not None:
-                engine.add_event_handler(event, act)
+        engine.add_event_handler(start if resume is None else resume, self.resume)
+        engine.add_event_handler(pause, self.pause)
+        if step is not None:
+            engine.add_event_handler(step, self.step)
         engine.add_event_handler(_ENDS, lambda *_: self.pause())
-        engine.add_event_handler(Events.INTERRUPT, self._leave)
+        engine.add_event_handler(Events.INTERRUPT, self._interrupt)
         self._engine = engine
         return self
 
     def reset(self) -> None:
         """Stop it, and set it to zero."""
         self.step_count = 0
-        self._left_at = None
+        self._interrupted_at = None
         self._measured = 0.0, None
 
     def resume(self) -> None:
-        """Start it, or have it go on. Where it runs already this does nothing."""
-        seconds, since = self._now()
+        """Start it, or continue. Does nothing if it runs already."""
+        seconds, since = self._update()
         self._measured = seconds, perf_counter() if since is None else since
 
     def pause(self) -> None:
-        """Stop it. Where it stands already this does nothing."""
-        seconds, since = self._now()
+        """Stop it. Does nothing if it does not run."""
+        seconds, since = self._update()
         self._measured = (seconds if since is None else seconds + perf_counter() - since), None
 
     def step(self) -> None:
@@ -101,17 +103,17 @@ class Timer:
 
     @property
     def total(self) -> float:
-        """Seconds in all, those of the stretch under way included."""
-        seconds, since = self._measured_now()
+        """Seconds in total, up to now if it runs."""
+        seconds, since = self._read()
         return seconds if since is None else seconds + self._clock() - since
 
     @property
     def running(self) -> bool:
         """Whether it runs."""
-        return self._measured_now()[1] is not None
+        return self._read()[1] is not None
 
     def value(self) -> float:
-        """Return the seconds in all; or, with `average`, those of one step, of all before the first is done."""
+        """Return the seconds in total; or, with `average`, for each step, counting at least one."""
         return self.total / max(1, self.step_count) if self._average else self.total
 
     def __enter__(self) -> Self:
@@ -125,26 +127,27 @@ class Timer:
     def _begin(self, engine: Engine[Any, Any]) -> None:
         self._run_began = perf_counter() - engine.statistics().total
 
-    def _leave(self) -> None:
-        """The run is interrupted, and no event tells when it is gone on with."""
+    def _interrupt(self) -> None:
         if self.running:
             self.pause()
-            self._left_at = perf_counter()
+            self._interrupted_at = perf_counter()
 
-    def _now(self) -> tuple[float, float | None]:
-        self._measured, self._left_at = self._measured_now(), None
+    def _update(self) -> tuple[float, float | None]:
+        self._measured, self._interrupted_at = self._read(), None
         return self._measured
 
-    def _measured_now(self) -> tuple[float, float | None]:
-        left_at, engine = self._left_at, self._engine
-        if left_at is not None and engine is not None and engine.is_running:
-            went_on_at = perf_counter() - engine.statistics().total
-            if went_on_at > left_at:  # else the run that is left is not over yet
-                return self._measured[0], went_on_at
+    def _read(self) -> tuple[float, float | None]:
+        # No event is fired when an interrupted run continues: the statistics show that it has, and since when.
+        interrupted_at, engine = self._interrupted_at, self._engine
+        if interrupted_at is not None and engine is not None and engine.is_running:
+            continued_at = perf_counter() - engine.statistics().total
+            if continued_at > interrupted_at:  # else it is still the run that is being interrupted
+                return self._measured[0], continued_at
         return self._measured
 
     def _clock(self) -> float:
         engine = self._engine
         if engine is None or engine.is_running:
             return perf_counter()
-        return self._run_began + engine.statistics().total  # of a run that ended without an event: of no batch at all
+        # The run ended without any of _ENDS, as one without a single batch does: its statistics say when.
+        return self._run_began + engine.statistics().total

@@ -1,11 +1,11 @@
 """Training with torch: supervised steps, metrics, schedules, averages of weights. One module each.
 
-update         gradients of a loss, gathered, clipped and stepped on
+update         from a loss to a step of the optimizer: accumulation, clipping
 supervised     `create_supervised_trainer`, `create_supervised_evaluator`, and their steps
 moving         batches copied to a GPU beside the step
 metrics        torchmetrics' metrics on an engine (extra `training`)
 schedules      torch's learning-rate schedulers on an engine
 averages       torch's averages of weights on an engine
-gradients      what gradients, weights and updates look like
-lr_range_test  which learning rate to begin with
+gradients      statistics of gradients, weights and updates
+lr_range_test  a learning rate to begin with
 """

@@ -1,11 +1,11 @@
-"""Averages: torch's averages of weights on an engine: exponential moving ones, stochastic weight averaging.
+"""Averages: torch's averages of weights on an engine: exponential moving averages, stochastic weight averaging.
 
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.999))
     attach_average(trainer, average, model)
     attach_average(trainer, AveragedModel(model), model, Events.EPOCH_COMPLETED(after=75))  # SWA
 
-Evaluate `average` as any model. Its batch normalisation has the statistics of `model` as it was when the average was
-made, unless `use_buffers=True`; `torch.optim.swa_utils.update_bn` computes its own.
+Evaluate `average` like any model. Its batch normalisation has the statistics that `model` had when the average was
+made, unless `use_buffers=True`; `torch.optim.swa_utils.update_bn` computes new ones.
 """
 
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.optim.swa_utils import AveragedModel
 
+from aengine.callables import name_of
 from aengine.engine import Engine
 from aengine.events import AnyEvent, Events
 from aengine.training.update import UpdateEvents
@@ -21,16 +22,16 @@ from aengine.training.update import UpdateEvents
 def attach_average(
     engine: Engine[Any, Any], average: AveragedModel, model: torch.nn.Module, event: AnyEvent | None = None
 ) -> None:
-    """Have an average take in the weights of a model at each firing of an event.
+    """Update an average with the weights of a model at each firing of an event.
 
     A `Checkpoint` of the engine saves the average without being asked.
 
     Args:
-        engine: that trains the model.
-        average: torch's, of that model.
-        model: what is averaged.
-        event: by default each step of the optimizer where the engine tells of them, as supervised trainers do, else
-            each iteration.
+        engine: the engine that trains the model.
+        average: torch's average of that model.
+        model: the model that is averaged.
+        event: by default each step of the optimizer if the engine fires events for them, as supervised trainers do,
+            else each iteration.
 
     Raises:
         TypeError: these are no average and model.
@@ -40,13 +41,13 @@ def attach_average(
     _check(average, model)
     if engine.has_event_handler(average.update_parameters):
         raise RuntimeError(
-            f"this average is attached to engine {engine.name!r} already, and would take the weights in twice: make"
-            " another one; its event may be several, joined by |"
+            f"this average is attached to engine {engine.name!r} already, and would be updated twice: make another one;"
+            " its event may be several, joined by |"
         )
     if event is None:
-        tells = engine.has_registered_events(UpdateEvents.OPTIMIZER_STEPPED)
-        event = UpdateEvents.OPTIMIZER_STEPPED if tells else Events.ITERATION_COMPLETED
-    # Its own method, so that the average itself is what a checkpoint finds, and finds once.
+        has_steps = engine.has_registered_events(UpdateEvents.OPTIMIZER_STEPPED)
+        event = UpdateEvents.OPTIMIZER_STEPPED if has_steps else Events.ITERATION_COMPLETED
+    # Its own method, so that a checkpoint finds the average through the handler.
     engine.add_event_handler(event, average.update_parameters, model)
 
 
@@ -54,17 +55,13 @@ def _check(average: Any, model: Any) -> None:
     if not isinstance(average, AveragedModel):
         raise TypeError(
             "attach_average(engine, average, model) takes a torch.optim.swa_utils.AveragedModel, got a"
-            f" {type(average).__qualname__}: AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.999)) makes one"
+            f" {name_of(average)}: AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.999)) makes one"
         )
     if not isinstance(model, torch.nn.Module) or isinstance(model, AveragedModel):
         raise TypeError(f"attach_average(engine, average, model) takes the model that is trained, got {model!r}")
-    averaged, trained = _shapes(average), _shapes(model)
-    if averaged != trained:  # torch would average what both have, and be silent
+    averaged, trained = ([tuple(parameter.shape) for parameter in one.parameters()] for one in (average, model))
+    if averaged != trained:  # torch would silently average those parameters that both have
         raise ValueError(
             f"the average is one of another model: of its {len(averaged)} parameters and the {len(trained)} of this one"
             " not all have the same shapes"
         )
-
-
-def _shapes(model: torch.nn.Module) -> list[tuple[int, ...]]:
-    return [tuple(parameter.shape) for parameter in model.parameters()]

@@ -1,4 +1,4 @@
-"""Learning-rate range test: train with a rate that grows until the loss diverges, look at the curve, and undo it all.
+"""Learning-rate range test: train with a rate that grows until the loss diverges, record the loss, undo everything.
 
     found = await lr_range_test(trainer, model, optimizer, loader, exponential(1e-6, 1.0, steps=100))
     optimizer.param_groups[0]["lr"] = found.suggestion
@@ -13,12 +13,12 @@ import sys
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 import torch
 
+from aengine.arguments import check_whole
 from aengine.checkpoint.capture.randomness import RandomStates
 from aengine.engine import Engine
 from aengine.events import Events
@@ -28,13 +28,14 @@ from aengine.training.update import Update
 
 AnyEngine: TypeAlias = Engine[Any, Any]
 
-_FEWEST = 3
-"""Points in which a slope can be seen."""
+_MIN_STEPS = 3
+"""A slope is computed over three points."""
 
-_PATIENCE = 1000
-"""Iterations without a step of the optimizer, before it is said that there will be none."""
+_MAX_ITERATIONS_PER_STEP = 1000
+"""After so many iterations without a step of the optimizer, the test fails: there will be none."""
 
 _SEEN_BY_STEP = ("iteration", "epoch", "epoch_start", "epoch_length", "max_epochs", "max_iters", "batch")
+"""Attributes of the state that the trainer's step may read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +44,9 @@ class LRRange:
 
     Attributes:
         lrs: the learning rate of each step, of the first parameter group.
-        losses: the loss that this step was to lower; with accumulation, the mean of its batches.
+        losses: the loss whose gradients the step used; with accumulation, the mean of its batches.
         smoothed: the same, smoothed.
-        has_diverged: whether the test ended because the loss diverged, not because the rates or the data did end.
+        has_diverged: whether the test ended because the loss diverged, not because the rates or the data ended.
     """
 
     lrs: tuple[float, ...]
@@ -55,15 +56,15 @@ class LRRange:
 
     @property
     def suggestion(self) -> float:
-        """The rate at which the smoothed loss falls most from step to step, before its minimum.
+        """The rate at which the smoothed loss falls most steeply, before its minimum.
 
         Raises:
-            ValueError: it falls nowhere.
+            ValueError: it never falls.
         """
         falling = self.smoothed[: self._lowest + 1]
-        if len(falling) < _FEWEST:
+        if len(falling) < _MIN_STEPS:
             raise ValueError(
-                f"the loss falls nowhere in the {len(self.lrs)} steps of the test, so no learning rate can be"
+                f"the loss never falls in the {len(self.lrs)} steps of the test, so no learning rate can be"
                 " suggested: begin with a lower one, go up to a higher one, or take more steps"
             )
         slopes = [after - before for before, after in zip(falling, falling[2:], strict=False)]
@@ -74,14 +75,14 @@ class LRRange:
         """A tenth of the rate at which the smoothed loss is least: more cautious where the curve is flat.
 
         Raises:
-            ValueError: there is not a single point.
+            ValueError: the test has no points.
         """
         return self.lrs[self._lowest] / 10
 
     @property
     def _lowest(self) -> int:
         if not self.smoothed:
-            raise ValueError("the test has not a single point: the loss was not finite from the first step on")
+            raise ValueError("the test has no points: the loss was not finite from the first step on")
         return self.smoothed.index(min(self.smoothed))
 
 
@@ -89,17 +90,17 @@ def exponential(start: float = 1e-7, end: float = 10.0, steps: int = 100) -> lis
     """Return rates from `start` to `end`, each the same multiple of the one before.
 
     Raises:
-        ValueError: these are no two rates, or no number of steps.
+        ValueError: the rates do not rise from more than 0, or `steps` is no whole number, 3 or more.
     """
     _check_ends(start, end, steps)
     return [start * (end / start) ** (step / (steps - 1)) for step in range(steps)]
 
 
 def linear(start: float = 1e-7, end: float = 10.0, steps: int = 100) -> list[float]:
-    """Return rates from `start` to `end`, each more by the same amount than the one before.
+    """Return rates from `start` to `end`, each greater by the same amount than the one before.
 
     Raises:
-        ValueError: these are no two rates, or no number of steps.
+        ValueError: as `exponential`.
     """
     _check_ends(start, end, steps)
     return [start + (end - start) * step / (steps - 1) for step in range(steps)]
@@ -117,39 +118,39 @@ async def lr_range_test(  # noqa: PLR0913 -- what is trained, and how the curve 
     output_transform: Callable[[Any], Any] = lambda output: output,
     also: Iterable[Stateful] = (),
 ) -> LRRange:
-    """Run a trainer's step over data, each step of the optimizer with the next rate, and put everything back.
+    """Run a trainer's step over data, each step of the optimizer with the next rate, and restore everything.
 
-    The trainer itself is not run: its step is, by an engine of the test's own. So its handlers and subscribers hear
-    nothing: no checkpoint, log record, schedule or average comes of the test. The step sees the counters of the test in
-    `trainer.state`. It is called where the trainer would call it: on a worker, or on the event loop.
+    The trainer itself is not run: another engine runs its step. So none of its handlers and subscribers is called: the
+    test leaves no checkpoint and no log record, and changes no schedule or average. The step sees the counters of the
+    test in `trainer.state`. It is called on the thread on which the trainer would call it.
 
     Afterwards the parameters, buffers, gradients and modes of the model, the optimizer, the trainer's state, those
     handlers of the trainer that have a `state_dict`, and the random generators that a checkpoint would save are as they
-    were, bit by bit, however the test ended. For the length of the test there is a second copy of all of them, which is
-    made and put back on the thread of the event loop.
+    were, bit by bit, however the test ended. During the test there is a second copy of all of them in memory; it is
+    made and restored on the thread of the event loop.
 
     Args:
-        trainer: any engine whose step steps the optimizer, also one of several batches; its output has the loss.
-        model: what is trained; several models as one `torch.nn.ModuleList`.
-        optimizer: whose rate grows. If its parameter groups have different rates, or different `initial_lr` where a
-            scheduler was made, the ratios between them stay, and `rates` are those of the first group.
-        data: as of `run()`. It begins again when it ends before the rates do. A place that it keeps from one pass to
-            the next is not put back, unless it is among `also`.
+        trainer: any engine whose step steps the optimizer, also once in several batches; its output has the loss.
+        model: the model that is trained; several models as one `torch.nn.ModuleList`.
+        optimizer: the optimizer whose rate grows. If its parameter groups have different rates, or different
+            `initial_lr` where there is a scheduler, the ratios between them stay, and `rates` are for the first group.
+        data: as of `run()`. It is restarted when it ends before the rates do. A position that it keeps from one pass to
+            the next is not restored, unless it is among `also`.
         rates: one for each step of the optimizer, rising; by default `exponential()`.
-        smoothing: the weight of a new loss in the smoothed loss, which is an exponential average; 1 for no smoothing.
-            It lags some `1 / smoothing` steps behind, and so does the suggestion: take several times as many.
-        divergence: the test ends when the smoothed loss is so many times its least value, or is not finite. Of a least
-            value below zero, when it is above it by as much as that is above zero.
-        output_transform: makes the loss of the trainer's output: a number, or a tensor of one.
-        also: what else the step changes and has `state_dict` and `load_state_dict`, such as a GradScaler of its own.
+        smoothing: the weight of a new loss in the smoothed loss, an exponential average; 1 for no smoothing. It lags
+            behind by some `1 / smoothing` steps, and so does the suggestion: take several times as many steps.
+        divergence: the test ends when the smoothed loss is so many times its least value, or is not finite. Where the
+            least value is negative, when it is above it by `divergence - 1` times its absolute value.
+        output_transform: takes the loss from the trainer's output: a number, or a tensor of one.
+        also: objects with `state_dict` and `load_state_dict` that the step changes as well, such as a GradScaler.
 
     Raises:
         EngineBusy: the trainer is running.
         ValueError, TypeError: an argument is wrong.
-        RuntimeError: the optimizer was not stepped in the first thousand iterations, or between two steps of it.
+        RuntimeError: there was no step of the optimizer in a thousand iterations.
         BaseException: what the step or the data raised, as the very object.
 
-    Cancellation waits for the step in flight, puts everything back, and goes on.
+    A cancellation waits for the step in flight, and goes on when everything is restored.
     """
     if not isinstance(trainer, Engine):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(
@@ -157,14 +158,18 @@ async def lr_range_test(  # noqa: PLR0913 -- what is trained, and how the curve 
             f" {trainer!r}"
         )
     sweep = _Sweep(optimizer, exponential() if rates is None else rates, smoothing, divergence, output_transform)
-    _check_model(model)
-    own: Any = trainer  # whose step is run in its place
-    step, is_threaded = own._step, own._threaded  # noqa: SLF001
-
+    if not isinstance(model, torch.nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(
+            "lr_range_test(trainer, model, optimizer, data) takes a torch.nn.Module, to restore it; several as"
+            f" torch.nn.ModuleList([...]); got {model!r}"
+        )
+    own: Any = trainer
+    step, thread = own._step, None if own._threaded else False  # noqa: SLF001
     updates = [one for one in trainer.stateful_listeners() if isinstance(one, Update)]
 
     def end_step() -> None:
-        # The trainer's ITERATION_COMPLETED, by which they learn that no step is under way, is not fired.
+        # At the trainer's ITERATION_COMPLETED, which is not fired here, an Update notes that no step is under way. It
+        # does so as well when a state is loaded.
         for update in updates:
             update.load_state_dict(update.state_dict())
 
@@ -173,24 +178,20 @@ async def lr_range_test(  # noqa: PLR0913 -- what is trained, and how the curve 
             setattr(trainer.state, name, getattr(engine.state, name))
         return step(trainer, batch)
 
-    test: AnyEngine = Engine(
-        step_of_trainer,
-        name=f"learning-rate range test of {trainer.name}",
-        thread=None if is_threaded else False,
-    )
+    test: AnyEngine = Engine(step_of_trainer, name=f"learning-rate range test of {trainer.name}", thread=thread)
     test.add_event_handler(Events.ITERATION_COMPLETED, end_step)
-    test.add_event_handler(Events.ITERATION_COMPLETED, sweep.note)
+    test.add_event_handler(Events.ITERATION_COMPLETED, sweep.record)
     with (
-        own._busy(),  # noqa: SLF001 -- nobody is to run it meanwhile
+        own._busy(),  # noqa: SLF001 -- so that a run of the trainer is refused meanwhile
         _restored(trainer, model, optimizer, data, also),
-        sweep.listening(),
+        sweep.counting_steps(),
     ):
-        await test.run(data, max_epochs=sys.maxsize)  # until it is terminated
+        await test.run(data, max_epochs=sys.maxsize)  # until the sweep terminates it
     return sweep.found()
 
 
 class _Sweep:
-    """The curve, as it is drawn."""
+    """Sets the next rate after each step of the optimizer, and records the losses."""
 
     def __init__(
         self,
@@ -201,26 +202,24 @@ class _Sweep:
         output_transform: Callable[[Any], Any],
     ) -> None:
         self._ratios = _ratios(optimizer)
-        self._rates = _rising(rates)
+        self._rates = _check_rates(rates)
         if not 0 < smoothing <= 1:
             raise ValueError(f"smoothing= is the weight of a new loss, more than 0 and at most 1; got {smoothing!r}")
         if not divergence > 1:
-            raise ValueError(
-                f"divergence= is how many times its least value a loss may be, more than 1; got {divergence!r}"
-            )
+            raise ValueError(f"divergence= is how many times its least value a loss may be, over 1; got {divergence!r}")
         self._optimizer = optimizer
         self._smoothing = smoothing
         self._divergence = divergence
         self._transform = output_transform
         self._losses: list[float] = []
         self._smoothed: list[float] = []
-        self._of_step: list[float] = []  # the losses of the batches since the last step
+        self._since_step: list[float] = []  # the losses of the batches since the last step
         self._has_stepped = self._has_diverged = False
 
     @contextmanager
-    def listening(self) -> Generator[None]:
-        """Set the first rate, and see the steps of the optimizer."""
-        handle = self._optimizer.register_step_post_hook(self._see)
+    def counting_steps(self) -> Generator[None]:
+        """Set the first rate, and have the optimizer report its steps."""
+        handle = self._optimizer.register_step_post_hook(self._note_step)
         try:
             self._set_rate()
             yield
@@ -231,31 +230,31 @@ class _Sweep:
         count = len(self._losses)
         return LRRange(self._rates[:count], tuple(self._losses), tuple(self._smoothed), self._has_diverged)
 
-    def note(self, engine: AnyEngine) -> None:
-        """An iteration is completed."""
+    def record(self, engine: AnyEngine) -> None:
+        """Record the loss of an iteration; end the test, or set the next rate, if the optimizer was stepped in it."""
         loss = _number(self._transform(engine.state.output))
-        self._of_step.append(loss)
+        self._since_step.append(loss)
         if not math.isfinite(loss):
             self._has_diverged = True
             engine.terminate()
         elif self._has_stepped:
             self._has_stepped = False
-            self._add(sum(self._of_step) / len(self._of_step))
-            self._of_step.clear()
+            self._add_point(sum(self._since_step) / len(self._since_step))
+            self._since_step.clear()
             if self._has_diverged or len(self._losses) == len(self._rates):
                 engine.terminate()
             else:
                 self._set_rate()
-        elif len(self._of_step) == _PATIENCE:
+        elif len(self._since_step) == _MAX_ITERATIONS_PER_STEP:
             raise RuntimeError(
-                f"{_PATIENCE} iterations have passed without a step of the optimizer: pass the one that the trainer's"
-                " step steps"
+                f"{_MAX_ITERATIONS_PER_STEP} iterations have passed without a step of the optimizer: pass the one that"
+                " the trainer's step steps"
             )
 
-    def _see(self, *_: Any) -> None:
+    def _note_step(self, *_: Any) -> None:
         self._has_stepped = True
 
-    def _add(self, loss: float) -> None:
+    def _add_point(self, loss: float) -> None:
         smoothed = self._smoothing * loss + (1 - self._smoothing) * self._smoothed[-1] if self._smoothed else loss
         self._losses.append(loss)
         self._smoothed.append(smoothed)
@@ -265,7 +264,7 @@ class _Sweep:
     def _set_rate(self) -> None:
         rate = self._rates[len(self._losses)]
         for group, ratio in zip(self._optimizer.param_groups, self._ratios, strict=True):
-            if isinstance(group["lr"], torch.Tensor):  # where the step is captured, it reads this very tensor
+            if isinstance(group["lr"], torch.Tensor):  # in place: a step captured in a CUDA graph reads this tensor
                 group["lr"].fill_(rate * ratio)
             else:
                 group["lr"] = rate * ratio
@@ -279,62 +278,59 @@ def _number(loss: Any) -> float:
     except (TypeError, ValueError, RuntimeError):  # the last is torch's, of more than one number
         raise TypeError(
             f"a range test needs the loss of each iteration, a number or a tensor of one, and the output is {loss!r}:"
-            " have output_transform= make it, as in  output_transform=lambda output: output['loss']"
+            " take it from there, as by  output_transform=lambda output: output['loss']"
         ) from None
 
 
-# Putting back
+# Keeping and restoring: each _keep_...() returns a function that restores what it has kept
 
 
 @contextmanager
 def _restored(
     trainer: AnyEngine, model: torch.nn.Module, optimizer: torch.optim.Optimizer, data: Any, also: Iterable[Stateful]
 ) -> Generator[None]:
-    """Have all be afterwards as it is now. The last kept is put back first; one that fails keeps none from its turn."""
+    """Restore everything at the end, what was kept last first. If one fails, the others are restored all the same."""
     with ExitStack() as kept:
-        kept.callback(_keep_random(data))
+        random_states = RandomStates()
+        kept.callback(random_states.restore, random_states.capture(data), data)
         kept.callback(_keep_state(trainer.state))
-        kept.callback(_keep_model(model, optimizer))  # after those that bring gradients of their own
+        kept.callback(_keep_model(model, optimizer))  # restored after the handlers, as an Update restores gradients too
         kept.callback(_keep_optimizer(optimizer))
         for one in (*trainer.stateful_listeners(), *also):
-            if isinstance(one, GradientStatistics):  # its state is a part of what it shows
+            if isinstance(one, GradientStatistics):  # its state_dict lacks the measured values
                 kept.callback(one.keep())
             else:
                 kept.callback(one.load_state_dict, copy.deepcopy(one.state_dict()))
         yield
 
 
-def _keep_random(data: Any) -> Callable[[], object]:
-    states = RandomStates()
-    return partial(states.restore, states.capture(data), data)
-
-
 def _keep_state(state: State) -> Callable[[], None]:
     attributes = dict(vars(state))
     contents = {name: copy.copy(value) for name, value in attributes.items() if type(value) in (dict, list, set)}
 
-    def put_back() -> None:
+    def restore() -> None:
         for name, content in contents.items():
-            container: Any = attributes[name]  # the very same, for others may refer to it
+            container: Any = attributes[name]  # the same object, as others may refer to it
             container.clear()
             container.extend(content) if isinstance(container, list) else container.update(content)
         vars(state).clear()
         vars(state).update(attributes)
 
-    return put_back
+    return restore
 
 
 def _keep_model(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
     modes = [(module, module.training) for module in model.modules()]
-    # Also those that a state_dict lacks, and those that the model replaces.
+    # By name, as the model may replace a buffer by another tensor; also those that its state_dict lacks.
     named: list[dict[str, torch.Tensor | None]] = [vars(module)["_buffers"] for module in model.modules()]
     buffers = [(by_name, dict(by_name)) for by_name in named]
-    parameters = list(dict.fromkeys([*model.parameters(), *_parameters_of(optimizer)]))
+    optimized: list[torch.nn.Parameter] = [one for group in optimizer.param_groups for one in group["params"]]
+    parameters = list(dict.fromkeys([*model.parameters(), *optimized]))
     gradients = [(parameter, parameter.grad) for parameter in parameters]
     tensors = [*parameters, *model.buffers(), *(gradient for _, gradient in gradients if gradient is not None)]
     values = [(tensor, tensor.detach().clone()) for tensor in tensors]
 
-    def put_back() -> None:
+    def restore() -> None:
         for module, was_training in modes:
             module.training = was_training
         for by_name, before in buffers:
@@ -346,11 +342,11 @@ def _keep_model(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Cal
             for tensor, value in values:
                 tensor.detach().copy_(value)
 
-    return put_back
+    return restore
 
 
 def _keep_optimizer(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
-    # Its own load_state_dict() would turn what it keeps in float32, of parameters in bfloat16, into theirs.
+    # Not by its load_state_dict(), which casts what it keeps in float32 to the dtype of the parameter, as bfloat16.
     state: Any = optimizer.state
     by_parameter = {parameter: copy.deepcopy(kept) for parameter, kept in state.items()}
     groups = [
@@ -359,42 +355,36 @@ def _keep_optimizer(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
     ]
     rates = [group["lr"] for group in optimizer.param_groups]
 
-    def put_back() -> None:
+    def restore() -> None:
         state.clear()
         state.update(by_parameter)
         for group, before, rate in zip(optimizer.param_groups, groups, rates, strict=True):
             group.clear()
             group.update(before)
-            if isinstance(rate, torch.Tensor):  # the very same
+            if isinstance(rate, torch.Tensor):  # the same tensor, as a captured step reads it
                 rate.copy_(before["lr"])
                 group["lr"] = rate
 
-    return put_back
+    return restore
 
 
-def _parameters_of(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
-# At the door
+# Arguments
 
 
 def _check_ends(start: float, end: float, steps: int) -> None:
     if not 0 < start < end < math.inf:
         raise ValueError(f"the rates of a range test rise, from more than 0; got {start!r} to {end!r}")
-    if type(steps) is not int or steps < _FEWEST:
-        raise ValueError(f"steps= is a whole number, {_FEWEST} or more; got {steps!r}")
+    check_whole(steps, "steps=", minimum=_MIN_STEPS)
 
 
-def _rising(rates: Any) -> tuple[float, ...]:
+def _check_rates(rates: Any) -> tuple[float, ...]:
     if not isinstance(rates, Iterable):
         raise TypeError(f"rates= are several, such as exponential(1e-7, 10.0, steps=100); got {rates!r}")
-    several: Iterable[Any] = rates
-    rising = tuple(float(rate) for rate in several)
-    if len(rising) < _FEWEST or not all(0 < one < other < math.inf for one, other in pairwise(rising)):
+    rising = tuple(float(rate) for rate in rates)  # pyright: ignore[reportUnknownVariableType]
+    if len(rising) < _MIN_STEPS or not all(0 < one < other < math.inf for one, other in pairwise(rising)):
         raise ValueError(
-            f"the rates of a range test are {_FEWEST} or more, rising, from more than 0, as exponential() and linear()"
-            f" make them; got {len(rising)}: {rising[:5]}"
+            f"the rates of a range test are {_MIN_STEPS} or more, rising, from more than 0, as exponential() and"
+            f" linear() make them; got {len(rising)}: {rising[:5]}"
         )
     return rising
 
@@ -403,21 +393,13 @@ def _ratios(optimizer: Any) -> list[float]:
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"a range test needs an optimizer of torch.optim, or derived from it; got {optimizer!r}")
     groups = optimizer.param_groups
-    # Where a scheduler was made, it may have begun with a rate of 0.
+    # A scheduler keeps the configured rate in `initial_lr`, and may have set `lr` to 0 for a warm-up.
     rates = [float(group.get("initial_lr", group["lr"])) for group in groups]
     if len(set(rates)) == 1:
         return [1.0] * len(groups)
     if not rates[0] > 0:
         raise ValueError(
-            f"the parameter groups of the optimizer have the rates {rates}, and the others are to grow with the first,"
-            " which is 0: make a group that has a rate the first one"
+            f"the parameter groups of the optimizer have the rates {rates}; the others grow in proportion to the first,"
+            " which is 0: make a group whose rate is not 0 the first one"
         )
     return [rate / rates[0] for rate in rates]
-
-
-def _check_model(model: Any) -> None:
-    if not isinstance(model, torch.nn.Module):
-        raise TypeError(
-            "lr_range_test(trainer, model, optimizer, data) takes a torch.nn.Module, to put it back; several as"
-            f" torch.nn.ModuleList([...]); got {cast(object, model)!r}"
-        )

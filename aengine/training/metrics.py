@@ -3,9 +3,9 @@
     attach_metric(evaluator, torchmetrics.classification.MulticlassAccuracy(num_classes=10), "accuracy")
     attach_metric(trainer, torchmetrics.RunningMean(window=100), "loss", every=10, epoch_bound=False)
 
-Whatever has torchmetrics' interface goes: its collections, wrappers and trackers, and metrics of one's own. They live
-where they are put: `metric.to(device)` for outputs on a GPU. Some look for bad values at each update, for which a GPU
-must be waited for: `nan_strategy="disable"` and `validate_args=False` are faster.
+All of torchmetrics' classes will do, also its collections, wrappers and trackers, and metrics derived from them. A
+metric stays on its device: call `metric.to(device)` for outputs on a GPU. Some check values at each update, and wait
+for the GPU: `nan_strategy="disable"` and `validate_args=False` are faster.
 """
 
 import logging
@@ -14,18 +14,17 @@ from typing import Any, TypeAlias, cast
 
 import torch
 
+from aengine.callables import name_of
 from aengine.checkpoint.capture.metrics import MetricStates
 from aengine.engine import Engine
-from aengine.events import Events
+from aengine.events import AnyEvent, Events
+from aengine.extras import missing_package
 
 try:
     from torchmetrics import Metric, MetricCollection
     from torchmetrics.wrappers import MetricTracker
 except ImportError as error:
-    raise ImportError(
-        'metrics need torchmetrics: pip install "torchmetrics>=1.4", which is what aengine\'s extra "training" brings:'
-        ' pip install -e ".[training]"'
-    ) from error
+    raise missing_package(__name__, "torchmetrics>=1.4", "training") from error
 
 AnyMetric: TypeAlias = Metric | MetricCollection | MetricTracker
 
@@ -41,26 +40,26 @@ def attach_metric(
     every: int | None = None,
     epoch_bound: bool = True,
 ) -> "AttachedMetric":
-    """Have a metric computed by an engine.
+    """Have an engine compute a metric.
 
-    It is reset when an epoch begins, a tracker incremented; updated when an iteration is completed; and computed when
-    the epoch is. A result of one number becomes a plain number, `engine.state.metrics[name]`; results by name, as of
-    collections, become `engine.state.metrics["name/key"]` each. A `Checkpoint` of the engine saves the metric without
-    being asked, so that a run that is resumed within an epoch computes what it would have computed.
+    It is reset when an epoch begins (a tracker is incremented), updated when an iteration is completed, and computed
+    when the epoch is completed. A result of one number becomes a plain number, `engine.state.metrics[name]`; results by
+    name, as of collections, become `engine.state.metrics["name/key"]` each. A `Checkpoint` of the engine saves the
+    metric without being asked: a run that is resumed within an epoch computes what it would have computed.
 
     Args:
-        engine: whose outputs are measured.
-        metric: of torchmetrics.
-        name: of the result.
+        engine: the engine whose outputs are measured.
+        metric: a metric of torchmetrics.
+        name: the name of the result.
         output_transform: makes of the output what the metric takes: a tuple of arguments, a dictionary of them by name,
-            or the only one.
-        every: compute it after every so many iterations, too: of the epoch so far, or of what the metric itself
-            remembers, as `RunningMean` does.
-        epoch_bound: False to go on over the epochs of a run, and be reset when a run begins anew.
+            or the only argument.
+        every: compute it also after every so many iterations: of the epoch so far, or of the window that the metric
+            itself keeps, as `RunningMean` does.
+        epoch_bound: False to continue over the epochs of a run, and be reset when another run begins.
 
     Raises:
-        TypeError: this is no metric of torchmetrics.
-        ValueError: another one has this name on this engine; or `every` is less than 1.
+        TypeError: it is no metric of torchmetrics.
+        ValueError: another metric has this name on this engine; or `every` is less than 1.
         RuntimeError: this very metric is attached to this engine already.
     """
     attached = AttachedMetric(metric, name, output_transform=output_transform, epoch_bound=epoch_bound)
@@ -71,13 +70,13 @@ def attach_metric(
 class AttachedMetric:
     """A metric on an engine: what `attach_metric` returns.
 
-    Its `state_dict` has what torchmetrics' own has not by default: the metric's state under way, all of it, and that of
-    the metrics that it is made of.
+    Its `state_dict` has all of the metric's current state, and that of the metrics that it consists of: by default
+    torchmetrics' own does not.
 
     Attributes:
         metric: the metric.
-        name: of its result.
-        iterations: how many outputs there have been since it was last reset.
+        name: the name of its result.
+        iterations: the number of outputs since it was last reset.
     """
 
     def __init__(
@@ -92,32 +91,32 @@ class AttachedMetric:
         self._states = MetricStates(metric, name)
 
     def attach(self, engine: Engine[Any, Any], *, every: int | None = None) -> None:
-        """Have it computed by an engine: see `attach_metric`."""
+        """Have an engine compute it: see `attach_metric`."""
         others = [one for one in engine.stateful_listeners() if isinstance(one, AttachedMetric)]
         for one in others:
             if one.metric is self.metric:
                 raise RuntimeError(
-                    f"this {type(self.metric).__qualname__} is attached to engine {engine.name!r} already, as"
-                    f" {one.name!r}, and would be updated twice: make another one for {self.name!r}"
+                    f"this {name_of(self.metric)} is attached to engine {engine.name!r} already, as {one.name!r}, and"
+                    f" would be updated twice: make another one for {self.name!r}"
                 )
         if self.name in [one.name for one in others]:
             raise ValueError(f"engine {engine.name!r} has a metric {self.name!r} already: give this one another name")
-        now_and_then = None if every is None else Events.ITERATION_COMPLETED(every=every)
+        computed_at: AnyEvent = Events.EPOCH_COMPLETED
+        if every is not None:
+            computed_at = Events.ITERATION_COMPLETED(every=every) | computed_at
         engine.add_event_handler(Events.EPOCH_STARTED, self._begin)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._update)
-        if now_and_then is not None:
-            engine.add_event_handler(now_and_then, self._publish)
-        engine.add_event_handler(Events.EPOCH_COMPLETED, self._publish)
+        engine.add_event_handler(computed_at, self._compute)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state under way. The tensors are live: a `Checkpoint` copies what is saved."""
+        """Return the current state. Its tensors are those of the metric: a `Checkpoint` copies what it saves."""
         return {"iterations": self.iterations, "metrics": self._states.state_dict()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on with a state under way.
+        """Continue with such a state.
 
         Raises:
-            ValueError: it is of a metric that is made of others.
+            ValueError: it is of a metric that consists of other metrics.
         """
         self._states.load_state_dict(state_dict["metrics"])
         self.iterations = state_dict["iterations"]
@@ -133,7 +132,7 @@ class AttachedMetric:
                 self.metric.reset()
         elif self._is_epoch_bound and seen != self.iterations:
             _logger.warning(
-                "metric %r goes on within an epoch and has %d of its %d iterations: its state was not saved with the"
+                "metric %r continues within an epoch and has %d of its %d iterations: its state was not saved with the"
                 " engine's, or it was attached later",
                 self.name,
                 self.iterations,
@@ -143,20 +142,19 @@ class AttachedMetric:
     def _update(self, engine: Engine[Any, Any]) -> None:
         given = self._transform(engine.state.output)
         if isinstance(given, tuple):
-            arguments: tuple[Any, ...] = given
-            self.metric.update(*arguments)
+            self.metric.update(*given)
         elif isinstance(given, dict):
             self.metric.update(**cast(dict[str, Any], given))
         else:
             self.metric.update(given)
         self.iterations += 1
 
-    def _publish(self, engine: Engine[Any, Any]) -> None:
+    def _compute(self, engine: Engine[Any, Any]) -> None:
         engine.state.metrics.update(_results(self.name, self.metric.compute()))
 
 
 def _results(name: str, result: Any) -> dict[str, Any]:
-    """Return results by full name: numbers as plain ones, so that they can be written down anywhere."""
+    """Return results by full name, single numbers as plain numbers, which any logger can write."""
     if isinstance(result, Mapping):
         found: dict[str, Any] = {}
         named: Mapping[Any, Any] = result

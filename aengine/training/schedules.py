@@ -6,15 +6,15 @@
 
 Warm-up is LinearLR in a SequentialLR or a ChainedScheduler, as torch has it.
 
-`engine.add_event_handler(event, scheduler.step)` is a trap: `step()` takes an `epoch`, so that it is called with the
-engine as one. `lambda: scheduler.step()` would do, but for saving.
+Do not write `engine.add_event_handler(event, scheduler.step)`: `step()` takes an `epoch`, and would be called with the
+engine as one. `lambda: scheduler.step()` works, but then checkpoints do not find the scheduler.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from aengine.callables import name_of
 from aengine.engine import Engine
 from aengine.events import AnyEvent
 from aengine.handlers.scores import Score, score_reader
@@ -26,18 +26,18 @@ def attach_scheduler(
     """Have a scheduler take a step at each firing of an event.
 
     A `Checkpoint` of the engine saves the scheduler without being asked. The learning rate itself is a part of the
-    optimizer's state: save that, too.
+    optimizer's state: save that as well.
 
     Args:
-        engine: whose event it is: the trainer, so that its checkpoints have the scheduler.
+        engine: the engine that fires the event: the trainer, so that its checkpoints have the scheduler.
         scheduler: of torch, or derived from its classes.
         event: ITERATION_COMPLETED; EPOCH_COMPLETED; or OPTIMIZER_STEPPED of `UpdateEvents`, which with gradient
-            accumulation comes once in a group.
-        metric: what ReduceLROnPlateau looks at, and only that: the name of a metric of this engine, or `f(engine)` that
-            returns a number, such as `lambda engine: evaluator.state.metrics["loss"]`.
+            accumulation is fired once for each group.
+        metric: for ReduceLROnPlateau only: the name of a metric of this engine, or `f(engine)` that returns a number,
+            such as `lambda engine: evaluator.state.metrics["loss"]`.
 
     Raises:
-        TypeError: this is no scheduler; or one that needs a metric has none, or the other way round.
+        TypeError: it is no scheduler; or it needs a metric and there is none, or the other way round.
         ValueError: the event is not registered.
         RuntimeError: the scheduler is attached to the engine already.
     """
@@ -56,32 +56,25 @@ class Schedule:
     def __init__(self, scheduler: LRScheduler, *, metric: Score | None = None) -> None:
         _check(scheduler, metric)
         self.scheduler = scheduler
-        self._metric: Callable[[Engine[Any, Any]], float] | None = None
-        if metric is not None:
-            self._metric = score_reader(metric, "metric")
+        self._metric = None if metric is None else score_reader(metric, "metric")
 
     def attach(self, engine: Engine[Any, Any], event: AnyEvent) -> None:
-        """Take a step at each firing of an event.
-
-        Raises:
-            ValueError: the event is not registered.
-            RuntimeError: the scheduler is attached to the engine already.
-        """
+        """Take a step at each firing of an event: see `attach_scheduler`."""
         others = (one for one in engine.stateful_listeners() if isinstance(one, Schedule))
         if any(one.scheduler is self.scheduler for one in others):
             raise RuntimeError(
-                f"this {type(self.scheduler).__qualname__} is attached to engine {engine.name!r} already, and would"
-                " take two steps for one: its event may be several, joined by |"
+                f"this {name_of(self.scheduler)} is attached to engine {engine.name!r} already, and would step twice:"
+                " its event may be several, joined by |"
             )
         engine.add_event_handler(event, self._step)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return that of the scheduler."""
+        """Return the state of the scheduler."""
         state: dict[str, Any] = self.scheduler.state_dict()
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Have the scheduler go on."""
+        """Load the state of the scheduler."""
         self.scheduler.load_state_dict(state_dict)
 
     def _step(self, engine: Engine[Any, Any]) -> None:
@@ -93,13 +86,13 @@ class Schedule:
 
 
 def _check(scheduler: Any, metric: Any) -> None:
-    kind = type(scheduler).__qualname__
+    kind = name_of(scheduler)
     if not isinstance(scheduler, LRScheduler):
         raise TypeError(
             "attach_scheduler(engine, scheduler, event) takes a scheduler of torch.optim.lr_scheduler, got a"
             f" {kind}: call anything else in a handler,  engine.add_event_handler(event, lambda: ...)"
         )
     if isinstance(scheduler, ReduceLROnPlateau) and metric is None:
-        raise TypeError(f'{kind} looks at a metric: attach_scheduler(engine, scheduler, event, metric="loss")')
+        raise TypeError(f'{kind} needs a metric: attach_scheduler(engine, scheduler, event, metric="loss")')
     if not isinstance(scheduler, ReduceLROnPlateau) and metric is not None:
-        raise TypeError(f"{kind} looks at no metric: leave metric= out; it is for ReduceLROnPlateau")
+        raise TypeError(f"{kind} takes no metric: leave metric= out; it is for ReduceLROnPlateau")

@@ -1,21 +1,22 @@
-"""Supervised steps: the engines that most trainings need, and their steps, to be copied where they do not fit.
+"""Supervised training: the engines that most trainings need, and their steps, to be copied where they do not fit.
 
     trainer = create_supervised_trainer(model, optimizer, loss_fn, device="cuda")
     evaluator = create_supervised_evaluator(model, {"accuracy": accuracy}, device="cuda")
 
-The names and their order are those of pytorch-ignite. What differs: `amp_mode` is the type to compute in; the output of
-a trainer is by default a detached tensor, for which nobody waits; an evaluator leaves the model in the mode it was in.
+The names and their order are those of pytorch-ignite. What differs: `amp_mode` is the type to compute in; a trainer's
+output is by default a detached tensor, so that no step waits for the device; an evaluator leaves the model in its mode.
 """
 
 from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
 from dataclasses import fields, is_dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
 
 import torch
 
-from aengine.callables import check_callable
+from aengine.callables import check_callable, name_of
 from aengine.engine import Engine
 from aengine.training.update import Clip, Update
 
@@ -28,7 +29,7 @@ Step: TypeAlias = Callable[[AnyEngine, Any], Any]
 
 
 class PrepareBatch(Protocol):
-    """What makes inputs and targets, where they are needed, of a batch: `prepare_batch` is one."""
+    """Makes inputs and targets of a batch, on the device: `prepare_batch` is one."""
 
     def __call__(self, batch: Any, *, device: Device, non_blocking: bool) -> tuple[Any, Any]:
         """Return inputs and targets."""
@@ -42,37 +43,37 @@ def prepare_batch(batch: Any, device: Device = None, *, non_blocking: bool = Fal
         ValueError: the batch is no pair.
     """
     if not isinstance(batch, tuple | list) or len(cast(list[Any], batch)) != 2:  # noqa: PLR2004 -- a pair
-        kind = type(batch).__qualname__
-        came = f"{kind} of {len(cast(Any, batch))}" if hasattr(batch, "__len__") else kind
+        came = f"{name_of(batch)} of {len(cast(Any, batch))}" if hasattr(batch, "__len__") else name_of(batch)
         raise ValueError(
             f"a batch is a pair of inputs and targets, got a {came}: have"
             " prepare_batch=f(batch, device=..., non_blocking=...) return the two"
         )
     inputs, targets = cast(list[Any], batch)
-    if device is None:
-        return inputs, targets
-    return move(inputs, device, non_blocking=non_blocking), move(targets, device, non_blocking=non_blocking)
+    if device is not None:
+        inputs, targets = (move(one, device, non_blocking=non_blocking) for one in (inputs, targets))
+    return inputs, targets
 
 
 def move(value: Any, device: Device, *, non_blocking: bool = False) -> Any:
-    """Return a value with all that has `to()` on a device, at any depth of mappings, lists, tuples, dataclasses.
+    """Return a value with everything that has `to()` on a device, at any depth of mappings, lists, tuples, dataclasses.
 
     With `non_blocking`, copies of pinned memory to a GPU are not waited for.
     """
     if hasattr(value, "to"):
         return value.to(device, non_blocking=non_blocking)
+    moved = partial(move, device=device, non_blocking=non_blocking)
     if isinstance(value, Mapping):
         named: Mapping[Any, Any] = value
-        return {name: move(one, device, non_blocking=non_blocking) for name, one in named.items()}
+        return {name: moved(one) for name, one in named.items()}
     if isinstance(value, tuple | list):
-        moved = [move(one, device, non_blocking=non_blocking) for one in cast(list[Any], value)]
+        several = [moved(one) for one in cast(list[Any], value)]
         make: Any = type(value)
-        return make(*moved) if hasattr(value, "_fields") else make(moved)
+        return make(*several) if hasattr(value, "_fields") else make(several)
     if is_dataclass(value) and not isinstance(value, type):
-        twin = copy(value)  # which also does for one that is frozen, or has fields that it does not take
+        # A copy that is changed, for its class may be frozen, or have fields that its __init__ does not take.
+        twin = copy(value)
         for field in fields(value):
-            moved_field = move(getattr(value, field.name), device, non_blocking=non_blocking)
-            object.__setattr__(twin, field.name, moved_field)
+            object.__setattr__(twin, field.name, moved(getattr(value, field.name)))
         return twin
     return value
 
@@ -83,17 +84,17 @@ def apply_model(model: torch.nn.Module, x: Any) -> Any:
 
 
 def unchanged(output: Any) -> Any:
-    """Return what it is given."""
+    """Return the output itself."""
     return output
 
 
 def detached_loss(_x: Any, _y: Any, _y_pred: Any, loss: torch.Tensor) -> torch.Tensor:
-    """Return the loss as a tensor where it is: `loss.item()` would wait for the device at each step."""
+    """Return the loss as a tensor on its device: `loss.item()` would wait for the device at each step."""
     return loss.detach()
 
 
 def predictions_and_targets(_x: Any, y: Any, y_pred: Any) -> tuple[Any, Any]:
-    """Return predictions and targets, in the order of metrics."""
+    """Return predictions and targets, in the order in which metrics take them."""
     return y_pred, y
 
 
@@ -110,10 +111,10 @@ def supervised_training_step(  # noqa: PLR0913 -- pytorch-ignite's arguments
     amp_mode: torch.dtype | None = None,
     model_fn: Callable[[torch.nn.Module, Any], Any] = apply_model,
 ) -> Step:
-    """Return the step of `create_supervised_trainer`. Whoever needs another one copies what is inside."""
+    """Return the step of `create_supervised_trainer`. For a step that differs, copy the body of this one."""
     autocast = _autocast(amp_mode, device, model)
     if isinstance(loss_fn, type):
-        name = loss_fn.__qualname__
+        name = name_of(loss_fn)
         raise TypeError(f"loss_fn= is called as loss_fn(y_pred, y), and {name} is a class: loss_fn={name}()")
     check_callable(loss_fn, "loss_fn=", "loss_fn", "y_pred", "y")
 
@@ -141,7 +142,7 @@ def supervised_evaluation_step(
     amp_mode: torch.dtype | None = None,
     model_fn: Callable[[torch.nn.Module, Any], Any] = apply_model,
 ) -> Step:
-    """Return the step of `create_supervised_evaluator`. Whoever needs another one copies what is inside."""
+    """Return the step of `create_supervised_evaluator`. For a step that differs, copy the body of this one."""
     autocast = _autocast(amp_mode, device, model)
 
     def evaluate_step(engine: AnyEngine, batch: Any) -> Any:  # noqa: ARG001 -- a step takes it
@@ -175,8 +176,8 @@ def create_supervised_trainer(  # noqa: PLR0913 -- pytorch-ignite's arguments
     """Return an engine that trains a model on batches of inputs and targets.
 
     The model is in training mode in each step. It is not moved: move it before the optimizer is made. A `Checkpoint` of
-    this engine saves the scaler, and gradients that wait for the rest of their group, without being asked. The engine
-    fires `UpdateEvents.OPTIMIZER_STEPPED`, for schedules and averages: see `Update`.
+    this engine also saves the scaler, and the gradients of a group of batches that is not complete. The engine fires
+    `UpdateEvents.OPTIMIZER_STEPPED`, for schedules and averages: see `Update`.
 
     Args:
         model: the model, also compiled or distributed.
@@ -191,11 +192,11 @@ def create_supervised_trainer(  # noqa: PLR0913 -- pytorch-ignite's arguments
         amp_mode: what autocast computes in: torch.bfloat16, or torch.float16 with a scaler; None for no autocast but
             the caller's.
         scaler: True, or a GradScaler, for gradients of float16.
-        gradient_accumulation_steps: batches to a step of the optimizer; the last of an epoch may have fewer.
-        clip_gradients: the greatest norm of the gradients, or what clips them: see `Update`.
-        model_fn: `model_fn(model, x)` returns what the model does.
-        name: the engine's.
-        thread: the engine's: None for its worker, False for the event loop's thread.
+        gradient_accumulation_steps: batches for each step of the optimizer; the last group of an epoch may have fewer.
+        clip_gradients: the greatest norm of the gradients, or a function that clips them: see `Update`.
+        model_fn: calls the model: `model_fn(model, x)`.
+        name: the name of the engine.
+        thread: as of `Engine`: None for its worker, False for the event loop's thread.
 
     Raises:
         ValueError, TypeError: an argument is wrong, or contradicts another.
@@ -211,7 +212,7 @@ def create_supervised_trainer(  # noqa: PLR0913 -- pytorch-ignite's arguments
             " precision of your own"
         )
     if isinstance(scaler, bool):
-        _autocast(amp_mode, device, model)  # a wrong one is refused before its device is looked for
+        _autocast(amp_mode, device, model)  # refuses a model or a device that is none, before the scaler needs them
         chosen = torch.amp.GradScaler(_device_type(device, model)) if scaler else None
     else:
         chosen = scaler
@@ -219,17 +220,9 @@ def create_supervised_trainer(  # noqa: PLR0913 -- pytorch-ignite's arguments
         model, optimizer, scaler=chosen, accumulate=gradient_accumulation_steps, clip_gradients=clip_gradients
     )
     step = supervised_training_step(
-        model,
-        update,
-        loss_fn,
-        device,
-        non_blocking,
-        prepare_batch,
-        model_transform,
-        output_transform,
-        amp_mode=amp_mode,
-        model_fn=model_fn,
-    )
+        model, update, loss_fn, device, non_blocking, prepare_batch, model_transform, output_transform,
+        amp_mode=amp_mode, model_fn=model_fn,
+    )  # fmt: skip
     trainer: AnyEngine = Engine(step, name=name, thread=thread)
     update.attach(trainer)
     return trainer
@@ -252,21 +245,21 @@ def create_supervised_evaluator(  # noqa: PLR0913 -- pytorch-ignite's arguments
     """Return an engine that computes metrics of a model on batches of inputs and targets.
 
     In each step the model is in evaluation mode and gradients are off; between two steps each of its modules is in the
-    mode it was in. A model of very many modules is quicker if it is in evaluation mode to begin with. For inference
-    mode, write `with torch.inference_mode(): await evaluator.run(...)`.
+    mode it was in before. A model of very many modules is quicker if it is in evaluation mode from the beginning. For
+    inference mode, write `with torch.inference_mode(): await evaluator.run(...)`.
 
     Args:
-        model: the model; beside the step of a trainer, a copy of it.
+        model: the model; if it is evaluated beside the step of its trainer, a copy of it.
         metrics: torchmetrics' metrics by name, for `attach_metric`.
-        device: as of `create_supervised_trainer`, and likewise those that are not described here.
+        device: where batches are moved to; by default they stay where they are.
         non_blocking: do not wait for batches in pinned memory to have been copied.
         prepare_batch: makes inputs and targets of a batch.
         model_transform: makes predictions of what the model returns.
         output_transform: `f(x, y, y_pred)` returns the output; by default `(y_pred, y)`, as metrics take them.
-        amp_mode: what autocast computes in, None for no autocast but the caller's.
-        model_fn: `model_fn(model, x)` returns what the model does.
-        name: the engine's.
-        thread: the engine's.
+        amp_mode: what autocast computes in; None for no autocast but the caller's.
+        model_fn: calls the model: `model_fn(model, x)`.
+        name: the name of the engine.
+        thread: as of `Engine`: None for its worker, False for the event loop's thread.
 
     Raises:
         ValueError, TypeError: an argument is wrong.
@@ -275,15 +268,9 @@ def create_supervised_evaluator(  # noqa: PLR0913 -- pytorch-ignite's arguments
     if metrics is not None and not isinstance(metrics, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f'metrics= are metrics by name, such as {{"accuracy": metric}}; got {metrics!r}')
     step = supervised_evaluation_step(
-        model,
-        device,
-        non_blocking,
-        prepare_batch,
-        model_transform,
-        output_transform,
-        amp_mode=amp_mode,
-        model_fn=model_fn,
-    )
+        model, device, non_blocking, prepare_batch, model_transform, output_transform,
+        amp_mode=amp_mode, model_fn=model_fn,
+    )  # fmt: skip
     evaluator: AnyEngine = Engine(step, name=name, thread=thread)
     if metrics:
         from aengine.training.metrics import attach_metric  # noqa: PLC0415 -- torchmetrics is optional
@@ -295,7 +282,7 @@ def create_supervised_evaluator(  # noqa: PLR0913 -- pytorch-ignite's arguments
 
 @contextmanager
 def evaluating(model: torch.nn.Module) -> Generator[None]:
-    """Have a model in evaluation mode for a while, and then each of its modules in the mode it was in."""
+    """Put a model into evaluation mode, and at the end each of its modules back into the mode it was in before."""
     before = [(module, module.training) for module in model.modules()]
     if not any(was_training for _, was_training in before):
         yield
@@ -304,7 +291,7 @@ def evaluating(model: torch.nn.Module) -> Generator[None]:
     try:
         yield
     finally:
-        model.train()  # by its own method, which may do more than set the mode, as those of merged adapters do
+        model.train()  # its own method may do more than set the mode: LoRA's unmerges its adapters
         for module, was_training in before:
             if module.training != was_training:
                 module.training = was_training
@@ -315,7 +302,10 @@ def _autocast(
 ) -> Callable[[], AbstractContextManager[object]]:
     if not isinstance(model, torch.nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"the model is a torch.nn.Module, got {model!r}")
-    _check_device(device)
+    try:
+        torch.device("cpu" if device is None else device)
+    except RuntimeError:
+        raise ValueError(f'device= is a device of torch, such as "cuda" or "cpu"; got {device!r}') from None
     if amp_mode is None:
         return nullcontext
     if amp_mode not in (torch.bfloat16, torch.float16):
@@ -331,19 +321,11 @@ def _autocast(
             with torch.autocast(device_type, dtype=amp_mode):
                 yield
         finally:
-            # Only the outermost autocast forgets the weights that it has cast. If the caller of run() is within another
-            # one, the next step would compute with the weights of this one.
+            # Only the outermost autocast clears its cache of cast weights. If run() was called within another autocast,
+            # the next step would compute with this step's weights.
             torch.clear_autocast_cache()
 
     return autocast
-
-
-def _check_device(device: Device) -> None:
-    if device is not None:
-        try:
-            torch.device(device)
-        except RuntimeError:
-            raise ValueError(f'device= is a device of torch, such as "cuda" or "cpu"; got {device!r}') from None
 
 
 def _device_type(device: Device, model: torch.nn.Module) -> str:

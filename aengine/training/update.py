@@ -1,4 +1,4 @@
-"""Update: what becomes of a loss: gradients, gathered over a group of batches and clipped, and the optimizer's step.
+"""Update: from a loss to a step of the optimizer: gradients are accumulated over a group of batches, and clipped.
 
 update = Update(model, optimizer, accumulate=4, clip_gradients=1.0)
 
@@ -21,6 +21,7 @@ from typing import Any, TypeAlias, cast
 import torch
 from torch.nn.utils import clip_grad_norm_
 
+from aengine.arguments import check_whole
 from aengine.engine import Engine
 from aengine.events import EventEnum, Events
 
@@ -33,10 +34,10 @@ class UpdateEvents(EventEnum):
     """What an engine with an Update fires.
 
     Attributes:
-        OPTIMIZER_STEPPED: the optimizer was stepped, after a whole group of batches or the last, partial one of an
-            epoch. Its handlers run before those of ITERATION_COMPLETED. It counts its firings, for filters. A
-            GradScaler that found infinite gradients had the optimizer leave the parameters alone; it is fired anyway,
-            for to know would be to wait for the device. At this event nothing can be saved.
+        OPTIMIZER_STEPPED: the optimizer was stepped, after a complete group of batches, or after the last group of an
+            epoch, which may be incomplete. Its handlers run before those of ITERATION_COMPLETED. It counts its own
+            firings, for filters. It is fired also where a GradScaler skipped the step because gradients were infinite:
+            finding that out would mean waiting for the device. At this event nothing can be saved.
     """
 
     OPTIMIZER_STEPPED = "optimizer_stepped"
@@ -45,28 +46,28 @@ class UpdateEvents(EventEnum):
 class Update:
     """Turns the losses of a group of batches into a step of the optimizer.
 
-    The loss of each batch is divided by `accumulate`, whether its group becomes whole or not. The last group of an
-    epoch, and of a run that ends by `max_iters`, may be partial and is stepped on all the same: in the step of its last
-    batch if the length of the epoch is known, else before the other handlers of EPOCH_COMPLETED. A group that
-    `terminate()`, an interruption or an error leaves open goes on when the run is gone on with; one of an epoch that is
-    terminated without EPOCH_COMPLETED, in the next epoch.
+    The loss of each batch is divided by `accumulate`, whether its group is completed or not. The last group of an
+    epoch, or of a run that ends by `max_iters`, may be incomplete; the optimizer is stepped all the same: in the step
+    of its last batch if the length of the epoch is known, else before the other handlers of EPOCH_COMPLETED. A group
+    that `terminate()`, an interruption or an error leaves incomplete continues when the run continues; one of an epoch
+    that is terminated without EPOCH_COMPLETED, in the next epoch.
 
-    For several optimizers, as of a GAN, make an Update for each, of the model that it trains.
+    For several optimizers, as of a GAN, make an Update for each, with the model that it trains.
 
-    A model's `state_dict` has no gradients, so this has a `state_dict` of its own, which has those of an open group and
-    the scaler. A `Checkpoint` saves it without being asked. In the middle of a group that is as much again as the
-    parameters: saving every so many whole groups is cheaper.
+    A model's `state_dict` has no gradients, so this has a `state_dict` of its own, with those of an incomplete group
+    and the scaler's state. A `Checkpoint` saves it without being asked. In the middle of a group it is as large as the
+    parameters: it is cheaper to save between two groups.
 
     Args:
         model: whose gradients are clipped and saved.
-        optimizer: what is stepped.
+        optimizer: the optimizer to step.
         scaler: a GradScaler, for gradients of float16.
         accumulate: batches in a group.
-        clip_gradients: the greatest total norm of the gradients; or what is called with the parameters to clip them,
-            such as `partial(clip_grad_value_, clip_value=0.5)`. Before each step, on unscaled gradients.
+        clip_gradients: the greatest total norm of the gradients; or a function that is called with the parameters to
+            clip them, such as `partial(clip_grad_value_, clip_value=0.5)`. Before each step, on unscaled gradients.
 
     Attributes:
-        pending: batches of the group under way, whose gradients the optimizer is yet to step on.
+        pending: batches of the current group, whose gradients the optimizer has not used yet.
 
     Raises:
         ValueError, TypeError: an argument is wrong.
@@ -82,37 +83,39 @@ class Update:
         clip_gradients: float | Clip | None = None,
     ) -> None:
         _check(model, optimizer, scaler)
-        if type(accumulate) is not int or accumulate < 1:
-            raise ValueError(f"gradients are accumulated over a whole number of batches, 1 or more; got {accumulate!r}")
         self.pending = 0
         self._model = model
         self._optimizer = optimizer
         self._scaler = scaler
-        self._accumulate = accumulate
+        self._accumulate = check_whole(
+            accumulate, "accumulate= (gradient_accumulation_steps= of a trainer)", minimum=1, of="batches"
+        )
         self._clip = _clip(clip_gradients)
-        self._has_stepped = self._is_told_of = False
-        self._is_adding = False  # from before the gradients of a step change until it is completed
-        self._serves: weakref.ref[Engine[Any, Any]] | None = None  # weak, for the engine's handlers refer to this
+        self._has_stepped = False  # in the current iteration
+        self._is_firing = False  # OPTIMIZER_STEPPED
+        self._is_adding = False  # gradients: from backward() to ITERATION_COMPLETED; longer, if the step has failed
+        # Weak, for the engine refers to this through its handlers: a cycle would keep the engine after its last use.
+        self._engine: weakref.ref[Engine[Any, Any]] | None = None
 
     def attach(self, engine: Engine[Any, Any]) -> None:
-        """Serve an engine: fire the event, end its epochs, be saved with it. Before other handlers are added.
+        """Fire the event on an engine, complete its epochs, be saved with it. Call it before other handlers are added.
 
         Raises:
-            ValueError: this serves an engine.
+            ValueError: this is attached already.
         """
-        if self._serves is not None:
-            raise ValueError("this Update serves an engine already: make another one, with an optimizer of its own")
-        self._serves = weakref.ref(engine)
+        if self._engine is not None:
+            raise ValueError("this Update is attached already: make another one, with an optimizer of its own")
+        self._engine = weakref.ref(engine)
         engine.register_events(*UpdateEvents)
-        engine.add_event_handler(Events.ITERATION_COMPLETED, self._tell)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._report)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._finish)
-        engine.add_event_handler(Events.TERMINATE, self._look_back)
+        engine.add_event_handler(Events.TERMINATE, self._warn_if_incomplete)
 
     def zero_grad(self) -> None:
-        """Forget the gradients of the group before, if a new one begins: before the model is called.
+        """Clear the gradients of the group before, if a new group begins. Call it before the model is called.
 
-        A group in which a step failed after it had begun to add its own gradients begins anew, too, and a warning says
-        how many batches are lost with it: how much of that step is in there, nobody knows.
+        A group also begins anew where a step failed while it added its gradients: how much of them was added is
+        unknown. A warning says how many batches are lost.
         """
         if self._is_adding and self.pending:
             _logger.warning(
@@ -125,15 +128,17 @@ class Update:
             self._optimizer.zero_grad()
 
     def __call__(self, engine: Engine[Any, Any], loss: torch.Tensor) -> None:
-        """Add the gradients of a loss to those of its group; step the optimizer if it was the last of it.
+        """Add the gradients of a loss to those of its group; step the optimizer if this is the last batch of the group.
 
         Raises:
             TypeError: the loss is no tensor of a single number.
-            RuntimeError: this was not attached to the engine, so that the last group could be lost.
+            RuntimeError: this is not attached to the engine, so that the last group could be lost.
         """
         _check_loss(loss)
-        if self._serves is None or self._serves() is not engine:
-            raise RuntimeError(f"this Update does not serve engine {engine.name!r}: call  update.attach(engine)  first")
+        if self._engine is None or self._engine() is not engine:
+            raise RuntimeError(
+                f"this Update is not attached to engine {engine.name!r}: call  update.attach(engine)  first"
+            )
         self._is_adding = True
         share = loss / self._accumulate if self._accumulate > 1 else loss
         (share if self._scaler is None else self._scaler.scale(share)).backward()
@@ -142,15 +147,15 @@ class Update:
             self._step()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the gradients of an open group, in the order of the model's parameters, and the scaler's state.
+        """Return the gradients of an incomplete group, in the order of the model's parameters, and the scaler's state.
 
         Raises:
             RuntimeError: called at OPTIMIZER_STEPPED.
         """
-        if self._is_told_of:
+        if self._is_firing:
             raise RuntimeError(
-                "at OPTIMIZER_STEPPED other handlers are still to see the iteration, so that a run resumed from there"
-                " would differ: save at ITERATION_COMPLETED or EPOCH_COMPLETED"
+                "at OPTIMIZER_STEPPED other handlers have not run for this iteration yet, so that a run resumed from"
+                " there would differ: save at ITERATION_COMPLETED or EPOCH_COMPLETED"
             )
         gradients = [parameter.grad for parameter in self._model.parameters()] if self.pending else []
         return {
@@ -161,29 +166,30 @@ class Update:
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on with a group, after the parameters were loaded.
+        """Continue with a group. Call it after the parameters were loaded.
 
         Raises:
-            ValueError: it was left open by an Update of groups of another size, or of another model; or only one of the
-                two has a scaler.
+            ValueError: the group is of another size, or of another model; or only one of the two has a scaler.
         """
         pending, accumulate, gradients = (state_dict[name] for name in ("pending", "accumulate", "gradients"))
         parameters = list(self._model.parameters()) if pending else []
         if pending and accumulate != self._accumulate:
             raise ValueError(
                 f"a group of {accumulate} batches was under way, {pending} of them done, and groups have"
-                f" {self._accumulate} here: go on with {accumulate}, or from a checkpoint between two groups"
+                f" {self._accumulate} here: continue with {accumulate}, or from a checkpoint between two groups"
             )
         if len(gradients) != len(parameters):
             raise ValueError(f"there are gradients of {len(gradients)} parameters, and {len(parameters)} in the model")
         if (self._scaler is None) != (state_dict["scaler"] is None):
             here, there = ("no GradScaler", "one") if self._scaler is None else ("a GradScaler", "none")
-            raise ValueError(f"this Update has {here}, and the one that was saved had {there}: build the same to go on")
+            raise ValueError(
+                f"this Update has {here}, and the one that was saved had {there}: build the same to continue"
+            )
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = None if gradient is None else gradient.detach().to(parameter.device, copy=True)
         if self._scaler is not None:
             self._scaler.load_state_dict(state_dict["scaler"])
-            if pending:  # it has no scale before it has scaled something, and may be asked to unscale first
+            if pending:  # has it create its scale, which it does as it scales: the next step may unscale before that
                 self._scaler.scale(torch.zeros((), device=parameters[0].device))
         self.pending = pending
         self._has_stepped = self._is_adding = False
@@ -202,27 +208,28 @@ class Update:
         self.pending = 0
         self._has_stepped = True
 
-    def _tell(self, engine: Engine[Any, Any]) -> None:
-        """The iteration is completed: only now do schedules and averages see a state that can be saved."""
+    def _report(self, engine: Engine[Any, Any]) -> None:
+        # At ITERATION_COMPLETED, not within the step: there schedules and averages would change in a state that is not
+        # one to save.
         self._is_adding = False
         if self._has_stepped:
-            self._has_stepped, self._is_told_of = False, True
+            self._has_stepped, self._is_firing = False, True
             try:
                 engine.fire_event(UpdateEvents.OPTIMIZER_STEPPED)
             finally:
-                self._is_told_of = False
+                self._is_firing = False
 
     def _finish(self, engine: Engine[Any, Any]) -> None:
-        """Step on the rest of an epoch whose end could not be foreseen."""
+        """Step the optimizer for the last group of an epoch whose length was not known."""
         if self.pending:
             self._step()
-            self._tell(engine)
+            self._report(engine)
 
-    def _look_back(self) -> None:
+    def _warn_if_incomplete(self) -> None:
         if self.pending:
             _logger.warning(
-                "the run was ended in the middle of a group: the gradients of %d of %d batches were not stepped on yet,"
-                " and will be if the run is gone on with",
+                "the run was ended in the middle of a group: the gradients of %d of %d batches are not used yet, and"
+                " will be if the run continues",
                 self.pending,
                 self._accumulate,
             )
@@ -247,7 +254,7 @@ def _clip(clip: Any) -> Clip | None:
         return cast("Clip | None", clip)
     if isinstance(clip, bool) or not isinstance(clip, int | float) or not clip > 0:
         raise ValueError(
-            f"clip_gradients= takes the greatest norm, more than 0, or what is called with the parameters; got {clip!r}"
+            f"clip_gradients= takes the greatest norm, more than 0, or a function of the parameters; got {clip!r}"
         )
     return partial(clip_grad_norm_, max_norm=float(clip))
 

@@ -57,7 +57,7 @@ def the_less_the_better(engine: AnyEngine) -> float:
     ],
     ids=shown,
 )
-def test_run_ends_after_so_many_looks_without_improvement(
+def test_run_ends_after_so_many_scores_without_improvement(
     scores: list[float], options: dict[str, Any], epochs: int
 ) -> None:
     trainer, _ = scoring(scores, **options)
@@ -72,7 +72,7 @@ def test_stop_is_a_termination() -> None:
     assert (stopping.best, stopping.waited) == (3, 2)
 
 
-async def test_resumed_run_goes_on_waiting(tmp_path: Path) -> None:
+async def test_resumed_run_continues_to_count(tmp_path: Path) -> None:
     async def run(step: int | None = None) -> tuple[int, float | None]:
         trainer, stopping = scoring([1, 5, 4, 3, 2, 1, 0], patience=4)
         async with Checkpoint(tmp_path, {}, keep=Keep(every_n=1)) as checkpoint:
@@ -97,7 +97,7 @@ async def test_run_that_was_stopped_and_is_loaded_has_nothing_left(tmp_path: Pat
         await checkpoint.restore(again)
         state = await again.run([0], max_epochs=4)
         assert (state.epoch, state.stop_reason, stopping.waited) == (3, StopReason.TERMINATED, 2)
-        assert (await again.run([0], max_epochs=4)).epoch == 4, "who runs it again all the same is served"
+        assert (await again.run([0], max_epochs=4)).epoch == 4, "it can be run again all the same"
 
 
 def test_run_that_begins_anew_waits_anew() -> None:
@@ -143,11 +143,15 @@ def test_metric_that_is_not_there_is_named_with_those_that_are() -> None:
 @pytest.mark.parametrize(
     ("options", "kind", "message"),
     [
-        ({"patience": 0}, ValueError, "patience= is a whole number of looks, 1 or more; got 0"),
+        ({"patience": 0}, ValueError, "patience= is a whole number of scores, 1 or more; got 0"),
         ({"threshold": -0.1}, ValueError, "threshold= is 0 or more, got -0.1"),
         ({"threshold": math.nan}, ValueError, "threshold= is 0 or more, got nan"),
-        ({"mode": "maximum"}, ValueError, "mode= is one of 'max', 'min', got 'maximum'"),
-        ({"threshold_mode": "relative"}, ValueError, "threshold_mode= is one of 'abs', 'rel', got 'relative'"),
+        (
+            {"mode": "maximum"},
+            ValueError,
+            r'mode= is one of "max" \(more is better\), "min" \(less is better\), got .maximum.',
+        ),
+        ({"threshold_mode": "relative"}, ValueError, 'threshold_mode= is one of "abs", "rel", got .relative.'),
         ({"score": 0.5}, TypeError, "score= takes the name of a metric .*; got 0.5"),
     ],
     ids=str,
@@ -160,16 +164,16 @@ def test_wrong_argument_is_refused(options: dict[str, Any], kind: type[Exception
 
 def test_second_attachment_to_an_engine_is_refused_and_one_to_the_next_is_not() -> None:
     trainer, stopping = scoring([1, 2])
-    with pytest.raises(RuntimeError, match="looks at engine 'trainer' already: make another one"):
+    with pytest.raises(RuntimeError, match="is attached to engine 'trainer' already: make another one"):
         stopping.attach(trainer)
     evaluator: AnyEngine = Engine(lambda engine, batch: None, name="evaluator")
-    with pytest.raises(RuntimeError, match="looks at engine 'trainer' already"):
+    with pytest.raises(RuntimeError, match="is attached to engine 'trainer' already"):
         stopping.attach(trainer, evaluator)
     next_one: AnyEngine = Engine(lambda engine, batch: None, name="next")
     with pytest.raises(ValueError, match="no event 'MINE'"):
         stopping.attach(next_one, evaluator, "MINE")
     stopping.attach(next_one, evaluator)
-    with pytest.raises(RuntimeError, match="looks at engine 'evaluator' already"):
+    with pytest.raises(RuntimeError, match="is attached to engine 'evaluator' already"):
         stopping.attach(Engine(lambda engine, batch: None), evaluator)
 
 

@@ -48,7 +48,7 @@ async def test_finite_outputs_of_any_kind_pass() -> None:
 
 
 @pytest.mark.parametrize("end", ["epoch", "termination"])
-async def test_what_was_not_looked_at_is_looked_at_in_the_end(end: str) -> None:
+async def test_results_not_read_yet_are_read_at_the_end(end: str) -> None:
     engine = guarded(3)
     if end == "termination":
         engine.add_event_handler(Events.ITERATION_COMPLETED(once=3), engine.terminate)

@@ -121,11 +121,11 @@ async def test_what_was_slow_has_most_of_the_timeline(kind: str, thread: bool | 
     engine: AnyEngine = Engine(maybe_slow_step, thread=thread)
     timeline = Timeline(engine)
     await KINDS[kind](engine)
-    last, told = timeline.samples[-1], engine.statistics()
+    last, statistics = timeline.samples[-1], engine.statistics()
     spent = {name: getattr(last, name) for name in KINDS}
     assert max(spent, key=lambda name: spent[name]) == kind
     assert spent[kind] > sum(spent.values()) / 2
-    assert last.total == told.total
+    assert last.total == statistics.total
     assert last.iteration == BATCHES
     shares = legend(picture.timeline(timeline))
     assert max(LABELS.values(), key=lambda label: shares.get(label, 0.0)) == LABELS[kind]  # "the rest" may be more
@@ -200,7 +200,7 @@ async def test_time_of_a_handler_that_was_removed_stays() -> None:
     assert timeline.samples[-1].handlers >= 4 * SLOW  # and what it took after the last sample that saw it
 
 
-async def test_run_that_goes_on_is_drawn_up_to_now_from_another_thread() -> None:
+async def test_run_under_way_is_drawn_up_to_now_from_another_thread() -> None:
     engine: AnyEngine = Engine(step)
     timeline = Timeline(engine)
     drawn: list[Picture] = []
@@ -219,12 +219,12 @@ async def test_nothing_recorded_says_what_to_do() -> None:
     with pytest.raises(ValueError, match=r"nothing was recorded of engine 'trainer': make the Timeline before run\(\)"):
         picture.timeline(Timeline(engine))
     with pytest.raises(TypeError, match=r"recorded = Timeline\(engine\)  before the run; got <Engine 'trainer'"):
-        picture.timeline(engine)  # type: ignore[arg-type]  # as somebody might
+        picture.timeline(engine)  # type: ignore[arg-type]  # a user's mistake
 
 
 @pytest.mark.parametrize("limit", [1, 0, 2.5, True])
 def test_limit_is_a_number_of_samples(limit: Any) -> None:
-    with pytest.raises(ValueError, match=r"limit= is the number of samples to keep, at least 2"):
+    with pytest.raises(ValueError, match=r"limit= is a whole number of samples to keep, 2 or more"):
         Timeline(Engine(step), limit=limit)
 
 
@@ -288,7 +288,7 @@ def test_numbers_that_are_none_are_read_as_such(tmp_path: Path) -> None:
     assert values[1] == math.inf
 
 
-def test_name_that_is_not_in_the_log_is_told_with_those_that_are(log: Any) -> None:
+def test_name_that_is_not_in_the_log_is_refused_with_those_that_are(log: Any) -> None:
     with pytest.raises(ValueError, match=r"nothing is called 'los' in the log; it has \['accuracy', 'loss'\]"):
         picture.read(log, "los")
     there = r"nothing is called 'loss' at engine=None, event='ITERATION' in the log; it is at engine='.*', event='ITER"
@@ -406,7 +406,7 @@ def test_curve_of_too_many_values_is_the_range_that_they_span() -> None:
         (([],), r"the loss is a sequence of numbers"),
         ((Curve([1, 2], [1.0]),), r"got \(2,\) steps and \(1,\) values"),
         (([1.0], []), r"the metric is a sequence of numbers"),
-        (([1.0], [1.0], "best"), r'mode= is "max" or "min", got .best.'),
+        (([1.0], [1.0], "best"), r'mode= is one of "max" \(more is better\), "min" \(less is better\), got .best.'),
     ],
     ids=["empty", "steps", "metric", "mode"],
 )

@@ -1,4 +1,4 @@
-"""Progress: what the bars are told, and what they print on a terminal, in a pipe, and for several engines at once."""
+"""Progress: how the bars are called, and what they print on a terminal, in a pipe, and for several engines at once."""
 
 import io
 import os
@@ -27,8 +27,8 @@ AnyEngine: TypeAlias = Engine[Any, Any]
 EACH = timedelta(microseconds=1)
 
 
-class Told:
-    """A display that keeps what it is told, bar by bar."""
+class RecordingDisplay:
+    """A display that records the calls of each bar."""
 
     is_quiet = False
 
@@ -37,94 +37,94 @@ class Told:
         self.bars: dict[str, list[Any]] = {}
         self.error: Exception | None = None
 
-    def bar(self, unit: str) -> "_ToldBar":
+    def bar(self, unit: str) -> "_RecordingBar":
         if self.error is not None:
             raise self.error
-        return _ToldBar(self.bars.setdefault(unit, []))
+        return _RecordingBar(self.bars.setdefault(unit, []))
 
 
-class _ToldBar:
-    def __init__(self, told: list[Any]) -> None:
-        self.told = told
+class _RecordingBar:
+    def __init__(self, calls: list[Any]) -> None:
+        self.calls = calls
 
     def begin(self, name: str, count: int, total: int | None) -> None:
-        self.told.append([name, total, count])
+        self.calls.append([name, total, count])
 
     def show(self, count: int, text: str) -> None:
         self.text = text
-        if self.told[-1][-1] != count:
-            self.told[-1].append(count)
+        if self.calls[-1][-1] != count:
+            self.calls[-1].append(count)
 
     def close(self) -> None:
-        self.told.append("closed")
+        self.calls.append("closed")
 
 
 def plain(engine: AnyEngine, batch: int) -> float:
     return batch / 3
 
 
-# What the bars are told
+# How the bars are called
 
 
 async def test_epochs_and_iterations_are_nested() -> None:
-    told = Told()
+    display = RecordingDisplay()
     engine: AnyEngine = Engine(plain, name="trainer")
-    show_progress(engine, told, every=EACH)
+    show_progress(engine, display, every=EACH)
 
     @engine.on(Events.ITERATION_COMPLETED | Events.EPOCH_STARTED | Events.EPOCH_COMPLETED)
     async def wait_for_the_look_before() -> None:
         await engine.flush()
 
     await engine.run([1, 2, 3], max_epochs=2)
-    assert told.bars["epoch"] == [["trainer", 2, 0, 1, 2], "closed"]
-    first, second, closed = [one for one in told.bars["it"] if one[0] != "trainer 0/2"]
+    assert display.bars["epoch"] == [["trainer", 2, 0, 1, 2], "closed"]
+    first, second, closed = [one for one in display.bars["it"] if one[0] != "trainer 0/2"]
     assert (first, closed) == (["trainer 1/2", 3, 0, 1, 2, 3], "closed")
     assert second == ["trainer 2/2", 3, 0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("limit", [{"max_epochs": 1}, {"max_iters": 4}])
 async def test_a_single_epoch_or_so_many_iterations_are_one_bar(limit: dict[str, int]) -> None:
-    told = Told()
+    display = RecordingDisplay()
     engine: AnyEngine = Engine(plain, name="trainer")
-    show_progress(engine, told)
+    show_progress(engine, display)
     await engine.run([1, 2, 3, 4], **limit)
-    (bar, closed) = told.bars.pop("it")
+    (bar, closed) = display.bars.pop("it")
     assert (bar[0], bar[-1], closed) == ("trainer", 4, "closed")
-    assert not told.bars
+    assert not display.bars
 
 
 async def test_what_is_terminated_stays_where_it_was() -> None:
-    told = Told()
+    display = RecordingDisplay()
     engine: AnyEngine = Engine(plain)
-    show_progress(engine, told)
+    show_progress(engine, display)
     engine.add_event_handler(Events.ITERATION_COMPLETED(once=5), engine.terminate)
     await engine.run([1, 2, 3], max_epochs=4)
-    assert told.bars["epoch"][-2][-1] == 1
-    assert told.bars["it"][-2][-1] == 2
-    assert told.bars["it"][-1] == "closed"
-    assert told.bars["it"].count("closed") == 1
+    assert display.bars["epoch"][-2][-1] == 1
+    assert display.bars["it"][-2][-1] == 2
+    assert display.bars["it"][-1] == "closed"
+    assert display.bars["it"].count("closed") == 1
 
 
 async def test_what_is_terminated_at_the_end_of_an_epoch_has_completed_it() -> None:
-    told = Told()
+    display = RecordingDisplay()
     engine: AnyEngine = Engine(plain)
-    show_progress(engine, told)
+    show_progress(engine, display)
     engine.add_event_handler(Events.EPOCH_COMPLETED(once=2), engine.terminate)
     await engine.run([1, 2, 3], max_epochs=4)
-    assert told.bars["epoch"][-2][-1] == 2
-    assert told.bars["it"][-2][-1] == 3
+    assert display.bars["epoch"][-2][-1] == 2
+    assert display.bars["it"][-2][-1] == 3
 
 
 async def test_a_run_that_fails_closes_its_bars() -> None:
     def fail(engine: AnyEngine, batch: int) -> None:
         raise Boom
 
-    told = Told()
+    display = RecordingDisplay()
     engine: AnyEngine = Engine(fail)
-    show_progress(engine, told)
+    show_progress(engine, display)
     with pytest.raises(Boom):
         await engine.run([1])
-    assert told.bars["it"][-1] == "closed"
+    assert display.bars["it"][-1] == "closed"
 
 
 async def test_numbers_stand_beside_the_bar_and_the_rest_does_not() -> None:
@@ -132,22 +132,22 @@ async def test_numbers_stand_beside_the_bar_and_the_rest_does_not() -> None:
         loss = torch.tensor(1 / 3, requires_grad=True)
         return {"loss": loss, "logits": torch.zeros(2), "name": "x", "count": batch}
 
-    told, texts = Told(), []
+    display, texts = RecordingDisplay(), []
     engine: AnyEngine = Engine(step)
-    bar = told.bar("it")
-    told.bar = lambda unit: bar  # type: ignore[method-assign]  # to read its text
-    show_progress(engine, told)
+    bar = display.bar("it")
+    display.bar = lambda unit: bar  # type: ignore[method-assign]  # to read its text
+    show_progress(engine, display)
     engine.add_event_handler(Events.EPOCH_COMPLETED, lambda engine: engine.state.metrics.update(accuracy=0.5))
     await engine.run([7])
     texts.append(bar.text)
     assert texts == ["loss=0.3333, count=7, accuracy=0.5"]
 
 
-async def test_a_display_that_fails_is_warned_of_once_and_the_run_goes_on(caplog: pytest.LogCaptureFixture) -> None:
-    told = Told()
-    told.error = OSError("the terminal is gone")
+async def test_a_display_that_fails_is_warned_of_once_and_the_run_continues(caplog: pytest.LogCaptureFixture) -> None:
+    display = RecordingDisplay()
+    display.error = OSError("the terminal is gone")
     engine: AnyEngine = Engine(plain)
-    show_progress(engine, told, every=EACH)
+    show_progress(engine, display, every=EACH)
     await engine.run([1, 2, 3], max_epochs=3)
     assert engine.state.iteration == 9
     assert [one.levelname for one in caplog.records if one.name == "aengine.handlers"] == ["WARNING"]
@@ -156,8 +156,8 @@ async def test_a_display_that_fails_is_warned_of_once_and_the_run_goes_on(caplog
 async def test_a_terminal_that_is_stopped_delays_no_step() -> None:
     is_drawing, go_on = threading.Event(), threading.Event()
 
-    class Stopped(Told):
-        def bar(self, unit: str) -> "_ToldBar":
+    class Stopped(RecordingDisplay):
+        def bar(self, unit: str) -> "_RecordingBar":
             is_drawing.set()
             go_on.wait()
             return super().bar(unit)
@@ -246,7 +246,7 @@ async def test_several_engines_at_once_have_a_line_each(bars_on: Callable[[io.St
         assert sum(f"engine-{number}" in line and f"{10 + number}/{10 + number}" in line for line in last) == 1
 
 
-async def test_the_time_of_a_run_that_is_over_does_not_go_on() -> None:
+async def test_the_time_of_a_run_that_is_over_stands_still() -> None:
     terminal = Terminal()
     bars = TqdmBars(terminal)
     short: AnyEngine = Engine(plain, name="short")
@@ -312,7 +312,7 @@ def test_on_a_real_terminal_what_is_printed_next_has_a_line_of_its_own(kind: str
         try:
             while some := os.read(ours, 1 << 16):
                 printed += some
-        except OSError:  # how Linux says that nobody writes any more
+        except OSError:  # Linux's way to say that no writer is left
             pass
         os.close(ours)
     assert process.returncode == 0
@@ -342,7 +342,7 @@ def test_without_the_package_it_says_what_to_install(kind: str) -> None:
     [
         (TypeError, r"every= is a timedelta, such as timedelta\(seconds=0.1\); got 0.5", {"every": 0.5}),
         (TypeError, r"every= is a timedelta, .*; got 5", {"every": 5}),
-        (ValueError, r"every= is the time .*, more than 0", {"every": timedelta(0)}),
+        (ValueError, r"every= is a timedelta of more than 0", {"every": timedelta(0)}),
         (TypeError, r"values= must be callable, got \{'loss': 1\}", {"values": {"loss": 1}}),
         (TypeError, r"values= .* cannot be called as values\(engine\)", {"values": lambda: {"loss": 1}}),
     ],
@@ -350,10 +350,10 @@ def test_without_the_package_it_says_what_to_install(kind: str) -> None:
 def test_what_cannot_be_shown_is_refused_on_any_display(
     *, is_quiet: bool, error: type[Exception], message: str, arguments: dict[str, Any]
 ) -> None:
-    told = Told()
-    told.is_quiet = is_quiet
+    display = RecordingDisplay()
+    display.is_quiet = is_quiet
     with pytest.raises(error, match=message):
-        show_progress(Engine(lambda engine, batch: batch), told, **arguments)
+        show_progress(Engine(lambda engine, batch: batch), display, **arguments)
 
 
 @pytest.mark.parametrize("bars", [TqdmBars, RichBars])
@@ -361,4 +361,4 @@ def test_a_class_of_bars_is_no_display(bars: Any) -> None:
     with pytest.raises(TypeError, match=rf"class: show_progress\(engine, {bars.__name__}\(\)\)"):
         show_progress(Engine(lambda engine, batch: batch), bars)
     with pytest.raises(TypeError, match=r"bar\(unit\).* TqdmBars\(\)"):
-        show_progress(Engine(lambda engine, batch: batch), "tqdm")  # type: ignore[arg-type]  # as somebody might
+        show_progress(Engine(lambda engine, batch: batch), "tqdm")  # type: ignore[arg-type]  # a user's mistake

@@ -13,7 +13,7 @@ from aengine.handlers.time_limit import Deadline, TimeLimit
 
 
 class Clock:
-    """Goes on by a second in each step."""
+    """Advances by a second in each step."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -42,7 +42,7 @@ async def test_run_ends_when_its_time_is_up(clock: Clock, limit: Any, thread: bo
     assert (state.iteration, state.stop_reason) == (3, StopReason.TERMINATED)
 
 
-async def test_run_that_is_gone_on_with_has_as_much_time_again(clock: Clock) -> None:
+async def test_run_that_continues_has_as_much_time_again(clock: Clock) -> None:
     engine: AnyEngine = Engine(clock.step)
     TimeLimit(3).attach(engine)
     await engine.run(range(100))
@@ -69,10 +69,10 @@ async def test_run_that_starts_after_its_deadline_does_no_step() -> None:
 @pytest.mark.parametrize(
     ("make", "kind", "message"),
     [
-        (lambda: TimeLimit(0), ValueError, "more than 0 seconds, got 0"),
-        (lambda: TimeLimit(timedelta(seconds=-1)), ValueError, "more than 0 seconds, got datetime.timedelta"),
-        (lambda: TimeLimit(float("nan")), ValueError, "more than 0 seconds, got nan"),
-        (lambda: TimeLimit("8h"), TypeError, "is in seconds, or a timedelta; got '8h'"),  # type: ignore[arg-type]
+        (lambda: TimeLimit(0), ValueError, "more than 0 seconds, such as 3600.0; got 0"),
+        (lambda: TimeLimit(timedelta(seconds=-1)), ValueError, "more than 0 seconds, such as 3600.0; got -1.0"),
+        (lambda: TimeLimit(float("nan")), ValueError, "more than 0 seconds, such as 3600.0; got nan"),
+        (lambda: TimeLimit("8h"), TypeError, "a number of seconds, such as 3600.0, or a timedelta; got '8h'"),  # type: ignore[arg-type]
         (lambda: Deadline(3600), TypeError, "is a datetime, got 3600; TimeLimit takes seconds"),  # type: ignore[arg-type]
         (lambda: Deadline(datetime(2030, 1, 1)), ValueError, r"has a time zone, .*moment\.astimezone\(\)"),  # noqa: DTZ001 -- the mistake
     ],

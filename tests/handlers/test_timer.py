@@ -1,4 +1,4 @@
-"""The timer measures what it is told to, and stops with the run. The clock is the tests' own."""
+"""The timer measures between its events, and stops with the run. The clock is the tests' own."""
 
 from collections.abc import Callable
 from contextlib import suppress
@@ -18,7 +18,7 @@ THREADS = pytest.mark.parametrize("thread", [None, False], ids=["worker", "loop"
 
 
 class Clock:
-    """Goes on only when it is told to."""
+    """Advances only when a test sets it."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -185,7 +185,7 @@ async def test_time_between_an_interrupted_run_and_its_continuation_does_not_cou
     assert seen == ([22.0] if reads else [])
 
 
-async def test_timer_that_stood_when_the_run_was_interrupted_stands_still_when_it_goes_on(clock: Clock) -> None:
+async def test_timer_that_stood_when_the_run_was_interrupted_stands_still_when_it_continues(clock: Clock) -> None:
     engine = stepping(clock)
     timer = Timer().attach(engine, resume=Events.ITERATION_STARTED, pause=Events.ITERATION_COMPLETED)
     engine.add_event_handler(Events.ITERATION_COMPLETED(once=2), engine.interrupt)
@@ -197,7 +197,7 @@ async def test_timer_that_stood_when_the_run_was_interrupted_stands_still_when_i
 
 def test_it_is_attached_once() -> None:
     timer = Timer().attach(Engine(lambda engine, batch: None))
-    with pytest.raises(RuntimeError, match="make another one for each stretch"):
+    with pytest.raises(RuntimeError, match="make another one for each part"):
         timer.attach(Engine(lambda engine, batch: None))
     with pytest.raises(ValueError, match="has no event 'STEPPED'"):
         Timer().attach(Engine(lambda engine, batch: None), step="STEPPED")

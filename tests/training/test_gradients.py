@@ -347,7 +347,7 @@ async def test_it_ends_when_it_is_removed() -> None:
     assert not optimizer._optimizer_step_post_hooks
 
 
-async def test_step_that_fails_is_not_told_of_and_leaves_no_copy_behind() -> None:
+async def test_step_that_fails_is_not_reported_and_leaves_no_copy_behind() -> None:
     model, optimizer = build()
     statistics = GradientStatistics(model, optimizer, every=2)
     trainer = create_supervised_trainer(model, optimizer, LOSS)

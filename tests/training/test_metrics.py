@@ -127,7 +127,7 @@ def _as_dict(result: Any) -> dict[str, Any]:
     return result if isinstance(result, dict) else {"score": result}
 
 
-async def test_running_mean_of_the_losses_goes_on_over_the_epochs_if_it_is_told_to() -> None:
+async def test_running_mean_of_the_losses_continues_over_the_epochs_if_it_is_not_epoch_bound() -> None:
     engine: AnyEngine = Engine(through)
     attach_metric(engine, RunningMean(window=4), "bound")
     attach_metric(engine, RunningMean(window=4), "free", epoch_bound=False)
@@ -200,7 +200,7 @@ async def test_trainer_and_evaluator_have_metrics() -> None:
     assert evaluator.state.metrics == {"accuracy": 1.0}
 
 
-async def test_metric_of_a_run_that_failed_goes_on_with_it() -> None:
+async def test_metric_of_a_run_that_failed_continues_with_it() -> None:
     failing = [Boom()]
 
     def step(engine: AnyEngine, batch: float) -> torch.Tensor:
@@ -222,7 +222,7 @@ async def test_metric_that_misses_the_beginning_of_an_epoch_says_so(caplog: pyte
     attach_metric(engine, SumMetric(), "sum")
     with caplog.at_level(logging.WARNING, "aengine.training"):
         await engine.run([torch.tensor(1.0)] * 3, max_epochs=1)
-    assert "metric 'sum' goes on within an epoch and has 0 of its 2 iterations" in caplog.text
+    assert "metric 'sum' continues within an epoch and has 0 of its 2 iterations" in caplog.text
     assert engine.state.metrics == {"sum": 1.0}
 
 

@@ -30,7 +30,7 @@ on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU
 
 
 class Broker:
-    """A stream that is its own iterator, goes on where it is, and has to be entered."""
+    """A stream that is its own iterator, continues where it is, and has to be entered."""
 
     def __init__(self) -> None:
         self.log: list[str] = []
@@ -88,7 +88,7 @@ ALL_KINDS: dict[str, Callable[[int], Any]] = {
 @pytest.mark.parametrize("kind", ALL_KINDS)
 async def test_a_run_is_what_it_was(kind: str, prefetch: int, thread: bool | None) -> None:  # noqa: FBT001 -- pytest passes it by name
     """The same events, batches and outputs, of data of every kind."""
-    told = []
+    recorded = []
     for is_moved in (False, True):
         engine: AnyEngine = Engine(double, thread=thread)
         data: Any = ALL_KINDS[kind](6)
@@ -96,9 +96,9 @@ async def test_a_run_is_what_it_was(kind: str, prefetch: int, thread: bool | Non
             data = move_ahead(engine, data, "cpu")
         seen, steps = record(engine), record_steps(engine)
         state = await engine.run(data, max_epochs=2, epoch_length=3, prefetch=prefetch)
-        told.append((seen, steps, state.stop_reason, state.epoch_length))
-    assert told[0] == told[1]
-    assert [batch for *_, batch in told[1][1]] == [1, 2, 3, 4, 5, 6]
+        recorded.append((seen, steps, state.stop_reason, state.epoch_length))
+    assert recorded[0] == recorded[1]
+    assert [batch for *_, batch in recorded[1][1]] == [1, 2, 3, 4, 5, 6]
 
 
 @prefetches
@@ -189,7 +189,7 @@ def test_what_is_no_data_is_refused() -> None:
 @pytest.mark.parametrize(
     "step", [lambda engine, batch: sum(batch), lambda engine, batch: batch[0]], ids=["iter", "get"]
 )
-def test_engine_that_was_not_told_says_so(step: Any) -> None:
+def test_engine_without_move_ahead_says_so(step: Any) -> None:
     data = move_ahead(Engine(double), [[1, 2]], "cpu")
     with pytest.raises(RuntimeError, match=r"was moved ahead for another engine: call  move_ahead\(engine, data"):
         Engine(step).run_sync(data)
@@ -218,7 +218,7 @@ def test_data_keeps_its_attributes() -> None:
 @pytest.mark.parametrize("prefetch", [0, 2])
 @pytest.mark.parametrize("stop_at", [1, 4, 7])
 @pytest.mark.parametrize("kind", KINDS)
-async def test_run_that_was_stopped_goes_on_exactly(
+async def test_run_that_was_stopped_continues_exactly(
     kind: str,
     stop_at: int,
     prefetch: int,
@@ -247,9 +247,9 @@ async def test_run_that_was_stopped_goes_on_exactly(
 @pytest.mark.parametrize("kind", [kind for kind in ALL_KINDS if "generator function" not in kind])
 @pytest.mark.parametrize("event", [Events.GET_BATCH_COMPLETED, Events.ITERATION_COMPLETED], ids=["fetched", "stepped"])
 @pytest.mark.parametrize("how", ["terminate", "interrupt"])
-async def test_run_goes_on_in_memory_as_it_would_without(how: str, event: Any, kind: str, prefetch: int) -> None:
+async def test_run_continues_in_memory_as_it_would_without(how: str, event: Any, kind: str, prefetch: int) -> None:
     """Also where it stops with a batch in hand, that was handed over and not stepped on."""
-    told = []
+    recorded = []
     for is_moved in (False, True):
         engine: AnyEngine = Engine(double)
         data: Any = ALL_KINDS[kind](6)
@@ -260,9 +260,9 @@ async def test_run_goes_on_in_memory_as_it_would_without(how: str, event: Any, k
         await engine.run(data, max_epochs=2, epoch_length=3, prefetch=prefetch)
         stop.remove()
         await engine.run(data, max_epochs=2, epoch_length=3, prefetch=prefetch)
-        told.append(steps)
-    assert told[0] == told[1]
-    assert len(told[0]) == 6
+        recorded.append(steps)
+    assert recorded[0] == recorded[1]
+    assert len(recorded[0]) == 6
 
 
 def shuffled(generator: torch.Generator | None = None) -> Any:
@@ -386,7 +386,7 @@ async def test_broker_is_entered_and_exited_and_loses_no_batch_to_a_cancellation
     prefetch: int,
     thread: bool | None,  # noqa: FBT001 -- pytest passes it by name
 ) -> None:
-    """Also none that is being moved as the cancellation comes. Who is its own iterator is not closed."""
+    """Also none that is being moved as the cancellation comes. Data that is its own iterator is not closed."""
     broker = Broker()
     engine: AnyEngine = Engine(double, thread=thread)
     steps = record_steps(engine)
@@ -447,7 +447,7 @@ async def test_error_of_the_data_comes_out_as_it_is() -> None:
         assert engine.state.iteration == 1
 
 
-# Nobody waits
+# No thread waits
 
 
 def test_default_step_needs_nothing_of_what_is_in_a_tensor() -> None:

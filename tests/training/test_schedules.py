@@ -60,7 +60,7 @@ SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], LRScheduler]] = {
 
 
 class Training:
-    """A supervised trainer with a scheduler and an average, and a checkpoint that is told of neither."""
+    """A supervised trainer with a scheduler and an average, and a checkpoint that is given neither."""
 
     def __init__(
         self,
@@ -155,7 +155,7 @@ async def test_plateau_is_found_in_a_metric_of_the_engine_or_another_one() -> No
     assert rates == [pytest.approx(0.005)] * 2
 
 
-async def test_plateau_that_was_resumed_goes_on_being_patient(tmp_path: Path) -> None:
+async def test_plateau_that_was_resumed_continues_to_count(tmp_path: Path) -> None:
     async def run(step: int | None = None) -> list[float]:
         model, optimizer = build()
         trainer = create_supervised_trainer(model, optimizer, LOSS)
@@ -175,7 +175,7 @@ async def test_plateau_that_was_resumed_goes_on_being_patient(tmp_path: Path) ->
     assert await run(14) == whole[2:]
 
 
-async def test_average_of_an_engine_of_ones_own_takes_in_each_iteration_or_what_it_is_told() -> None:
+async def test_average_of_an_engine_of_ones_own_takes_in_each_iteration_or_at_its_event() -> None:
     model = torch.nn.Linear(1, 1)
 
     def step(engine: AnyEngine, batch: float) -> None:
@@ -226,8 +226,8 @@ def scheduler_of(kind: str) -> Any:
 @pytest.mark.parametrize(
     ("kind", "metric", "message"),
     [
-        ("plateau", None, r'ReduceLROnPlateau looks at a metric: attach_scheduler\(.*, metric="loss"\)'),
-        ("step", "loss", "StepLR looks at no metric: leave metric= out"),
+        ("plateau", None, r'ReduceLROnPlateau needs a metric: attach_scheduler\(.*, metric="loss"\)'),
+        ("step", "loss", "StepLR takes no metric: leave metric= out"),
         ("optimizer", None, r"takes a scheduler of torch.optim.lr_scheduler, got a SGD"),
         ("plateau", 0.5, "metric= takes the name of a metric .*; got 0.5"),
     ],

@@ -39,7 +39,7 @@ from aengine.training.update import Update, UpdateEvents
 
 THREADS = pytest.mark.parametrize("thread", [None, False], ids=["worker", "loop"])
 
-# What the trainer is told, and the same for the plain loop.
+# The arguments of the trainer, and the same for the plain loop.
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "plain": ({}, {}),
     "accumulation": ({"gradient_accumulation_steps": 3}, {"accumulate": 3}),
@@ -97,7 +97,7 @@ async def test_gradient_scaler_scales_as_in_the_plain_loop(dtype: torch.dtype | 
 
 
 async def test_weights_that_were_cast_for_one_step_are_not_used_in_the_next() -> None:
-    """Though the caller's autocast goes on, which alone would forget them."""
+    """Though the caller's autocast continues, which alone would forget them."""
     model, optimizer = build()
     trainer = create_supervised_trainer(model, optimizer, LOSS, amp_mode=torch.bfloat16, thread=False)
     evaluator = create_supervised_evaluator(model, amp_mode=torch.bfloat16, thread=False)
@@ -193,7 +193,7 @@ async def test_group_of_an_epoch_that_is_terminated_is_stepped_on() -> None:
 
 
 @pytest.mark.parametrize("skip", [False, True], ids=["completed", "skip-completed"])
-async def test_terminated_run_says_what_was_not_stepped_on_and_goes_on_as_if_it_had_not_ended(
+async def test_terminated_run_says_what_is_not_used_yet_and_continues_as_if_it_had_not_ended(
     caplog: pytest.LogCaptureFixture,
     skip: bool,  # noqa: FBT001 -- pytest passes it by name
 ) -> None:
@@ -204,7 +204,7 @@ async def test_terminated_run_says_what_was_not_stepped_on_and_goes_on_as_if_it_
     trainer.add_event_handler(Events.ITERATION_COMPLETED(once=5), lambda: trainer.terminate(skip_completed=skip))
     with caplog.at_level(logging.WARNING, "aengine.training"):
         await trainer.run(batches(), max_epochs=2)
-    assert "the gradients of 2 of 3 batches were not stepped on yet" in caplog.text
+    assert "the gradients of 2 of 3 batches are not used yet" in caplog.text
     caplog.clear()
     await trainer.run(batches(), max_epochs=2)
     assert as_numbers(losses) == expected
@@ -212,7 +212,7 @@ async def test_terminated_run_says_what_was_not_stepped_on_and_goes_on_as_if_it_
 
 
 class Resumable:
-    """A trainer and its checkpoint: made twice, the second one goes on where the first one was."""
+    """A trainer and its checkpoint: made twice, the second one continues where the first one was."""
 
     def __init__(self, directory: Path, **options: Any) -> None:
         self.model, self.optimizer = build()
@@ -234,7 +234,7 @@ class Resumable:
 
 @THREADS
 @pytest.mark.parametrize("has_length", [True, False], ids=["length", "no-length"])
-async def test_run_resumed_in_the_middle_of_a_group_goes_on_as_if_it_had_not_ended(
+async def test_run_resumed_in_the_middle_of_a_group_continues_as_if_it_had_not_ended(
     tmp_path: Path,
     thread: bool | None,  # noqa: FBT001 -- pytest passes it by name
     has_length: bool,  # noqa: FBT001 -- pytest passes it by name
@@ -248,7 +248,7 @@ async def test_run_resumed_in_the_middle_of_a_group_goes_on_as_if_it_had_not_end
         assert_equal_bits(resumed.model.state_dict(), whole.model.state_dict())
 
 
-async def test_group_cannot_be_gone_on_with_in_another_size(tmp_path: Path) -> None:
+async def test_group_cannot_be_continued_in_another_size(tmp_path: Path) -> None:
     await Resumable(tmp_path, gradient_accumulation_steps=4).run()
     other = Resumable(tmp_path, gradient_accumulation_steps=2)
     with pytest.raises(
@@ -258,7 +258,7 @@ async def test_group_cannot_be_gone_on_with_in_another_size(tmp_path: Path) -> N
     assert len(await Resumable(tmp_path, gradient_accumulation_steps=2).run(4)) == 10  # between two groups
 
 
-async def test_trainer_with_a_scaler_does_not_go_on_with_one_without(tmp_path: Path) -> None:
+async def test_trainer_with_a_scaler_does_not_continue_without_one(tmp_path: Path) -> None:
     await Resumable(tmp_path).run()
     with pytest.raises(CheckpointMismatch, match="this Update has a GradScaler, and the one that was saved had none"):
         await Resumable(tmp_path, scaler=scaler()).run(2)
@@ -351,12 +351,12 @@ def test_default_step_reads_no_number_out_of_a_tensor(options: dict[str, Any]) -
         reading.run_sync(batches())
 
 
-def test_step_prepares_applies_and_transforms_as_it_is_told() -> None:
+def test_step_prepares_applies_and_transforms_as_its_arguments_say() -> None:
     model = torch.nn.Linear(WIDTH, 1)
-    asked: list[Any] = []
+    given: list[Any] = []
 
     def prepare(batch: Any, *, device: Any, non_blocking: bool) -> tuple[Any, Any]:
-        asked.append((device, non_blocking))
+        given.append((device, non_blocking))
         return batch["x"], batch["y"]
 
     trainer = create_supervised_trainer(
@@ -372,7 +372,7 @@ def test_step_prepares_applies_and_transforms_as_it_is_told() -> None:
     )
     x, y = batches()[0]
     trainer.run_sync([{"x": x, "y": y}])
-    assert asked == [("cpu", True)]
+    assert given == [("cpu", True)]
     assert_equal_bits(trainer.state.output, (x, y, 2 * model(x), LOSS(2 * model(x), y).item()))
 
 
@@ -541,7 +541,7 @@ def test_model_is_back_in_training_mode_by_its_own_train() -> None:
     assert not model.is_merged
 
 
-def test_evaluator_computes_in_the_type_it_is_told() -> None:
+def test_evaluator_computes_in_the_type_it_is_given() -> None:
     model = torch.nn.Linear(WIDTH, 1).eval()
     for device in (None, "cpu"):
         evaluator = create_supervised_evaluator(model, device=device, amp_mode=torch.bfloat16)
@@ -588,7 +588,7 @@ def test_metrics_of_an_evaluator_have_names() -> None:
         create_supervised_evaluator(model, wrong)
 
 
-def test_scaler_that_is_asked_for_by_true_is_one_for_the_device_of_the_model() -> None:
+def test_scaler_given_as_true_is_one_for_the_device_of_the_model() -> None:
     model, optimizer = build()
     trainer = create_supervised_trainer(model, optimizer, LOSS, amp_mode=torch.float16, scaler=True)
     (update,) = trainer.stateful_listeners()
@@ -629,12 +629,12 @@ def test_update_is_of_a_model_and_takes_the_gradients_of_no_other() -> None:
         Update(model, optimizer, accumulate=2).load_state_dict(saved)
 
 
-def test_update_that_serves_no_engine_says_so() -> None:
+def test_update_that_is_attached_to_no_engine_says_so() -> None:
     model, optimizer = build()
     update = Update(model, optimizer)
     trainer: AnyEngine = Engine(supervised_training_step(model, update, LOSS), name="own")
-    with pytest.raises(RuntimeError, match=r"does not serve engine 'own': call  update.attach"):
+    with pytest.raises(RuntimeError, match=r"is not attached to engine 'own': call  update.attach"):
         trainer.run_sync(batches())
     update.attach(trainer)
-    with pytest.raises(ValueError, match="serves an engine already"):
+    with pytest.raises(ValueError, match="is attached already"):
         update.attach(trainer)
