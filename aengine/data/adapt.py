@@ -11,23 +11,14 @@ from aengine.callables import name_of
 
 @dataclass(frozen=True, slots=True)
 class Adapted:
-    """The data of a run, and what is known of it before it is opened.
-
-    Attributes:
-        data: as the user gave it.
-        name: its type or function, for messages.
-        length: `len(data)`; None where there is none, which for a factory or a stream is no error.
-        is_manager: whether it is an async context manager, to be entered before it is iterated.
-        is_async: whether it needs an event loop. A factory may still return async data.
-        is_one_shot: whether it is its own iterator, so that nothing can restart it.
-    """
+    """The data of a run, and what is known of it before it is opened."""
 
     data: Any
-    name: str
-    length: int | None
-    is_manager: bool
-    is_async: bool
-    is_one_shot: bool
+    name: str  # its type or function, for messages
+    length: int | None  # `len(data)`, where it has one
+    is_manager: bool  # an async context manager, to be entered before it is iterated
+    is_async: bool  # needs an event loop; a factory may still return async data
+    is_one_shot: bool  # its own iterator, so that nothing can restart it
 
 
 def adapt(data: Any) -> Adapted:

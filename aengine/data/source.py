@@ -271,9 +271,8 @@ class Source:
     async def aclose(self, *, gently: bool = False) -> None:
         """Stop pulling ahead, and close the iterator if the engine opened it. The caller shields and bounds this.
 
-        Args:
-            gently: let the fetch under way end if cancelling it would end an async generator of the user's, which may
-                be iterated further. It is given half of the grace.
+        `gently` lets the fetch under way end if cancelling it would end an async generator of the user's, which may be
+        iterated further; it is given half of the grace.
         """
         prefetcher = self._prefetcher
         if isinstance(prefetcher, TaskPrefetcher):

@@ -82,11 +82,8 @@ class Loop:
     ) -> None:
         """A driver on an event loop begins to advance this. Raises as `Source.attach` does.
 
-        Args:
-            run: what the data needs of it.
-            cancelled: what a cancellation raises there.
-            others_had_a_turn: returns whether other tasks had a turn since it was called before; None where the loop
-                does not run on the event loop's own thread.
+        `cancelled` is what a cancellation raises there. `others_had_a_turn` returns whether other tasks had a turn
+        since it was called before; it is None where the loop does not run on the event loop's own thread.
         """
         self.source.attach(run)
         if cancelled not in self.cancellations:
