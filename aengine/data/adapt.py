@@ -1,32 +1,24 @@
 """What users hand in as data, checked once, at the door: its kind, its length, its name."""
 
 import inspect
+from collections.abc import Sized
 from dataclasses import dataclass
 from types import FunctionType
-from typing import Any
+from typing import Any, cast
 
 from aengine.callables import name_of
 
 
 @dataclass(frozen=True, slots=True)
 class Adapted:
-    """The data of a run, and what is known of it before it is opened.
-
-    Attributes:
-        data: as the user gave it.
-        name: its type or function, for messages.
-        length: `len(data)`; None where there is none, which for a factory or a stream is no error.
-        is_manager: whether it is an async context manager, to be entered before it is iterated.
-        is_async: whether it needs an event loop. A factory may still return async data.
-        is_one_shot: whether it is its own iterator, so that nothing can restart it.
-    """
+    """The data of a run, and what is known of it before it is opened."""
 
     data: Any
-    name: str
-    length: int | None
-    is_manager: bool
-    is_async: bool
-    is_one_shot: bool
+    name: str  # its type or function, for messages
+    length: int | None  # `len(data)`, where it has one
+    is_manager: bool  # an async context manager, to be entered before it is iterated
+    is_async: bool  # needs an event loop; a factory may still return async data
+    is_one_shot: bool  # its own iterator, so that nothing can restart it
 
 
 def adapt(data: Any) -> Adapted:
@@ -40,7 +32,7 @@ def adapt(data: Any) -> Adapted:
     if not (data is None or is_async or is_iterable(data)):
         _check_factory(data)
     try:
-        length = len(data)
+        length = len(cast(Sized, data))
     except TypeError:  # also torch's DataLoader over an iterable dataset, which has a __len__ that raises this
         length = None
     return Adapted(data, name_of(data), length, is_manager, is_async, is_one_shot(data))

@@ -14,25 +14,15 @@ from aengine.threads.thread_state import ThreadState
 
 @dataclass(frozen=True, slots=True)
 class RunContext:
-    """The run on an event loop, as its source sees it.
-
-    Attributes:
-        loop_handle: its event loop.
-        spawn: starts a task of the run, from any thread; the second argument is called if the task never starts.
-        fail: fails the run with an error that no wait of the loop would raise.
-        settings: torch's settings of the thread that called `run()`.
-        prefetch: how many batches to pull ahead; 0 for none.
-        can_use: given for how many iterations batches were fetched, says whether the run can use one more.
-        grace: seconds that clean-up may take.
-    """
+    """The run on an event loop, as its source sees it."""
 
     loop_handle: EventLoopHandle
-    spawn: Callable[[Callable[[], Any], Callable[[], Any]], None]
-    fail: Callable[[BaseException], None]
-    settings: ThreadState
-    prefetch: int
-    can_use: Callable[[int], bool]
-    grace: float
+    spawn: Callable[[Callable[[], Any], Callable[[], Any]], None]  # a task, and what to call if it never starts
+    fail: Callable[[BaseException], None]  # with an error that no wait of the loop would raise
+    settings: ThreadState  # of the thread that called `run()`
+    prefetch: int  # how many batches to pull ahead; 0 for none
+    can_use: Callable[[int], bool]  # given for how many iterations batches were fetched: whether it can use one more
+    grace: float  # seconds that clean-up may take
 
 
 class ManagedData:

@@ -66,7 +66,6 @@ class Source:
         self._iterator: Any = None
         self._prefetcher: Prefetcher | None = None
         self._begun_in: EventLoopHandle | None = None  # where an async iterator was begun that outlives a run
-        self._took = self.position.took  # bound once: called for each batch
         self.arrival: Callable[[], Awaitable[Any]] = self._open_and_wait
         self.take: Callable[[], Any] = self._open_and_take
 
@@ -170,30 +169,31 @@ class Source:
         self._choose()
 
     def _choose(self) -> None:
-        has_state = self.position.stateful is not None
-        if self.position.unread:
+        position, iterator = self.position, self._iterator
+        has_state = position.stateful is not None
+        if position.unread:
             self.take = self._take_unread
         elif self._prefetcher is not None:
             self.take, self.arrival = self._take_ahead, self._arrival_ahead
-        elif has(self._iterator, "__anext__"):
+        elif has(iterator, "__anext__"):
             self.take = _pending
-            self.arrival = self._arrival_of_stateful if has_state else self._iterator.__anext__
+            self.arrival = self._arrival_of_stateful if has_state else iterator.__anext__
         else:
-            self.take = self._take_of_stateful if has_state else self._iterator.__next__
+            self.take = self._take_of_stateful if has_state else iterator.__next__
 
     def _take_unread(self) -> Any:
         fetched = self.position.unread.popleft()
         if not self.position.unread:
             self._choose()
-        return self._took(fetched)
+        return self.position.took(fetched)
 
     def _take_of_stateful(self) -> Any:
-        batch = next(self._iterator)
-        return self._took(Fetched(batch, self.position.state()))
+        batch, position = next(self._iterator), self.position
+        return position.took(Fetched(batch, position.state()))
 
     async def _arrival_of_stateful(self) -> Any:
-        batch = await anext(self._iterator)
-        return self._took(Fetched(batch, self.position.state()))
+        batch, position = await anext(self._iterator), self.position
+        return position.took(Fetched(batch, position.state()))
 
     # Ahead of the step
 
@@ -208,7 +208,7 @@ class Source:
 
     def _take_ahead(self) -> Any:
         fetched = self._buffer.take_nowait()
-        return PENDING if fetched is None else self._took(fetched)
+        return PENDING if fetched is None else self.position.took(fetched)
 
     async def _arrival_ahead(self) -> Any:
         await self._buffer.arrival()
@@ -271,9 +271,8 @@ class Source:
     async def aclose(self, *, gently: bool = False) -> None:
         """Stop pulling ahead, and close the iterator if the engine opened it. The caller shields and bounds this.
 
-        Args:
-            gently: let the fetch under way end if cancelling it would end an async generator of the user's, which may
-                be iterated further. It is given half of the grace.
+        `gently` lets the fetch under way end if cancelling it would end an async generator of the user's, which may be
+        iterated further; it is given half of the grace.
         """
         prefetcher = self._prefetcher
         if isinstance(prefetcher, TaskPrefetcher):

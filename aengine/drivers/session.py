@@ -214,7 +214,7 @@ class Session:
         self._progress = loop.progress()
         if is_suspended:
             return
-        self._state.set_progress(self._progress)
+        self._state.last_progress = self._progress
         self._loop = self._generator = None
         self._keep_unread(loop.source)
         generator.close()

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from aengine.errors import missing_package
+from aengine.extras import missing_package
 from aengine.loggers.runs import RecentRecords, SharedRun, check_reachable
 from aengine.loggers.sink import Record, engine_and_name
 from aengine.state import StopReason

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from aengine.errors import missing_package
+from aengine.extras import missing_package
 from aengine.loggers.runs import SharedRun
 from aengine.loggers.sink import Record, engine_and_name
 from aengine.state import StopReason

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from aengine.arguments import check_choice
-from aengine.errors import missing_package
+from aengine.extras import missing_package
 from aengine.loggers.runs import BAD, RecentRecords, SharedRun, check_reachable
 from aengine.loggers.sink import Record
 from aengine.state import StopReason

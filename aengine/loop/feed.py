@@ -50,13 +50,13 @@ class Feed:
         return batch
 
     def look_ahead(self, completed: int) -> LoopGenerator:
-        """Before an epoch begins: fetch a batch of what cannot be restarted, for no epoch is to be empty.
+        """Before an epoch begins: fetch a batch of data that cannot be restarted, for no epoch is to be empty.
 
         Raises:
             Exhausted: there is none.
         """
         source = self.source
-        if not source.is_one_shot or completed == self._first:
+        if completed == self._first:  # empty data is an error, which is raised by the epoch
             return
         if not source.has_ended:
             batch = yield from self.fetch()

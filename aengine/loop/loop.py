@@ -82,11 +82,8 @@ class Loop:
     ) -> None:
         """A driver on an event loop begins to advance this. Raises as `Source.attach` does.
 
-        Args:
-            run: what the data needs of it.
-            cancelled: what a cancellation raises there.
-            others_had_a_turn: returns whether other tasks had a turn since it was called before; None where the loop
-                does not run on the event loop's own thread.
+        `cancelled` is what a cancellation raises there. `others_had_a_turn` returns whether other tasks had a turn
+        since it was called before; it is None where the loop does not run on the event loop's own thread.
         """
         self.source.attach(run)
         if cancelled not in self.cancellations:
@@ -127,7 +124,7 @@ class Loop:
             requests.enter(Phase.ENDING_EPOCH)
             yield from self._finish_listeners()
             state.stop_reason = reason
-            state.set_progress(self.progress())
+            state.last_progress = self.progress()
             state.times["COMPLETED"] = perf_counter() - began
             if not requests.skips_completed:
                 yield from self._dispatch("COMPLETED")
@@ -149,7 +146,8 @@ class Loop:
 
     def _epoch(self) -> LoopGenerator:
         state, requests, began = self._state, self._requests, perf_counter()
-        yield from self._fetching(self.feed.look_ahead(self.completed))
+        if self.source.is_one_shot:
+            yield from self._fetching(self.feed.look_ahead(self.completed))
         if self._epoch_is_complete:
             state.epoch += 1
             state.epoch_start = state.iteration
@@ -202,7 +200,8 @@ class Loop:
     @property
     def _is_done(self) -> bool:
         state = self._state
-        return self.progress().reaches(state.max_epochs, state.max_iters, state.epoch_length)
+        progress = Progress(self.completed, state.epoch, state.epoch_start, self._epoch_is_complete)
+        return progress.reaches(state.max_epochs, state.max_iters, state.epoch_length)
 
     # One function: as several, the calls between them would cost more than they do. It writes into `state`, `bus` and
     # its stopwatch, and `feed` directly, for the same reason.

@@ -89,7 +89,7 @@ def begin(
     state.max_epochs, state.max_iters = limits
     state.epoch_length = length
     state.iteration, state.epoch, state.epoch_start = progress.iteration, progress.epoch, progress.epoch_start
-    state.set_progress(None)
+    state.last_progress = None
     return progress
 
 
@@ -165,7 +165,7 @@ def from_state_dict(saved: Mapping[str, Any], state: State, user_keys: Sequence[
     state.iteration, state.epoch, state.epoch_start = progress.iteration, progress.epoch, progress.epoch_start
     for key in user_keys:
         setattr(state, key, saved[key])
-    state.set_progress(progress)
+    state.last_progress = progress
     return progress
 
 

@@ -27,19 +27,14 @@ class Request(Enum):
 class Phase(Enum):
     """Where the loop is."""
 
-    IDLE = auto()
+    IDLE = auto()  # no run is under way, or it accepts no more requests
     BETWEEN_EPOCHS = auto()
     ITERATING = auto()
     ENDING_EPOCH = auto()
 
 
 class Requests:
-    """The requests of one engine that are pending.
-
-    Attributes:
-        pending: read by the loop between steps; changed by the methods.
-        phase: where the loop is. In IDLE nothing is accepted but a pause.
-    """
+    """The requests of one engine that are pending. The loop reads `pending` between steps, and takes what it serves."""
 
     def __init__(self) -> None:
         self.pending: set[Request] = set()
