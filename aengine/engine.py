@@ -9,11 +9,12 @@ from typing import Any, Generic, TypeVar, overload
 
 from anyio.lowlevel import checkpoint_if_cancelled
 
+from aengine.arguments import check_seconds
 from aengine.bus.emitter import EventEmitter, RemovableEventHandle
 from aengine.bus.inbox import Overflow
 from aengine.bus.listeners import Snapshot
 from aengine.bus.stream import Stream
-from aengine.callables import check_call, check_seconds, is_async_callable, name_of
+from aengine.callables import check_callable, is_async_callable, name_of
 from aengine.drivers.iterate import IterationStream
 from aengine.drivers.services import Service, ServiceEntry
 from aengine.drivers.session import Session
@@ -65,7 +66,7 @@ class Engine(Generic[Batch, Output]):
         thread: bool | None = None,
         grace: float = 30.0,
     ) -> None:
-        check_call(step, "the step", "step", "engine", "batch")
+        check_callable(step, "the step", "step", "engine", "batch")
         check_seconds(grace, "grace=", 30.0)
         is_async = is_async_callable(step)
         if thread and is_async:

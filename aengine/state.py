@@ -4,6 +4,9 @@ from collections.abc import Mapping
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+if TYPE_CHECKING:
+    from aengine.loop.progress import Progress
+
 
 class StopReason(Enum):
     """Why the last `run()` ended."""
@@ -71,6 +74,7 @@ class State:
         self.times: dict[str, float | None] = {"EPOCH_COMPLETED": None, "COMPLETED": None}
         self.stop_reason: StopReason | None = None
         self.event_to_attr: dict[str, str] = dict(COUNTERS)
+        self._progress: Progress | None = None
         for name, value in attributes.items():
             setattr(self, name, value)
 
@@ -96,15 +100,19 @@ class State:
 
     @property
     def is_done(self) -> bool:
-        """Whether the limit given to the last run was reached."""
-        if self.max_iters is not None:
-            return self.iteration >= self.max_iters
-        return self.max_epochs is not None and self.epoch >= self.max_epochs
+        """Whether a run has completed, from its COMPLETED on, by reaching the limits; False while one is under way."""
+        progress = self._progress
+        return progress is not None and progress.reaches(self.max_epochs, self.max_iters, self.epoch_length)
+
+    def set_progress(self, progress: "Progress | None") -> None:
+        """Called by the engine: what is completed; None from the beginning of a run to its end."""
+        self._progress = progress
 
     def __repr__(self) -> str:
         shown = {
             name: value if isinstance(value, int | float | str | Enum | None) else f"<{type(value).__name__}>"
             for name, value in vars(self).items()
+            if not name.startswith("_")
         }
         return f"State({', '.join(f'{name}={value}' for name, value in shown.items())})"
 

@@ -13,6 +13,8 @@ from anyio.lowlevel import checkpoint
 
 from aengine import Engine, Events, StopReason, stop_on_signals
 
+pytestmark = pytest.mark.every_event_loop
+
 Thread: TypeAlias = bool | None
 
 both_threads = pytest.mark.parametrize("thread", [None, False], ids=["worker", "loop"])

@@ -10,6 +10,7 @@ from typing import Any
 from aengine.bus.inbox import BackpressureWait, Inbox
 from aengine.bus.topic import Dispatch
 from aengine.errors import InboxOverflow
+from aengine.threads.worker import close_unawaited
 
 reading: ContextVar[Inbox | None] = ContextVar("aengine_reading", default=None)
 """The inbox of the subscriber whose handler this is, None elsewhere."""
@@ -88,11 +89,6 @@ def no_room(room: BackpressureWait) -> InboxOverflow:
         f"the inbox of {room.inbox.name!r} is full, and no run is under way in which it is emptied: emit fewer events"
         " between runs, make its buffer= larger, or choose another overflow="
     )
-
-
-def close_unawaited(wanted: object) -> None:
-    """Give up a coroutine that will not be awaited, without Python's warning that it was not."""
-    getattr(wanted, "close", lambda: None)()
 
 
 async def _room_for_reader(room: BackpressureWait, *, can_wait: bool) -> None:

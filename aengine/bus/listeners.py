@@ -5,7 +5,7 @@ from time import perf_counter
 from typing import Any, TypeAlias
 
 from aengine.bus.inbox import Inbox
-from aengine.callables import bind, is_async_callable, name_of
+from aengine.callables import bind_handler, is_async_callable, name_of
 from aengine.events import ALWAYS, Filter, Selector
 
 Snapshot: TypeAlias = Callable[[Any], Any]
@@ -69,7 +69,7 @@ class InlineHandler(Listener):
         super().__init__(selector)
         self.handler = handler
         self.name = name_of(handler)
-        self.call = bind(handler, selector.name, args, kwargs)
+        self.call = bind_handler(handler, selector.name, args, kwargs)
         self.is_async = is_async_callable(handler)
         self.is_last = False
         self.seconds = 0.0

@@ -13,7 +13,7 @@ from aengine.bus.dispatch import reading
 from aengine.bus.inbox import Inbox, Overflow
 from aengine.bus.listeners import InboxListener, Snapshot
 from aengine.bus.topic import Topic
-from aengine.callables import check_call, is_async_callable, is_awaitable, name_of
+from aengine.callables import check_callable, is_async_callable, is_awaitable, name_of
 from aengine.errors import StrayCancellation
 from aengine.events import AnyEvent, Event, selectors
 from aengine.statistics import ListenerStatistics
@@ -45,7 +45,7 @@ class Subscription:
         if type(buffer) is not int or buffer < 1:
             raise ValueError(f"buffer= is the number of events that may wait, at least 1, got {buffer!r}")
         if snapshot is not None:
-            check_call(snapshot, "snapshot=", "snapshot", "engine")
+            check_callable(snapshot, "snapshot=", "snapshot", "engine")
         if not isinstance(snapshot, Hashable):
             snapshot = partial(cast(Snapshot, snapshot))  # shared by those that were given the very same one
         self.name = name
@@ -99,7 +99,7 @@ class Subscriber(Subscription):
         snapshot: Snapshot | None,
         name: str | None,
     ) -> None:
-        check_call(handler, "a subscriber's handler", "handler", "event")
+        check_callable(handler, "a subscriber's handler", "handler", "event")
         if on_error not in ("raise", "log"):
             raise ValueError(f'on_error= is "raise" (the run fails) or "log" (counted and logged), got {on_error!r}')
         super().__init__(bus, event, name or name_of(handler), buffer, overflow, snapshot)

@@ -20,7 +20,6 @@ import anyio.abc
 from anyio.lowlevel import checkpoint, checkpoint_if_cancelled
 
 from aengine.bus.bus import Bus
-from aengine.bus.dispatch import close_unawaited
 from aengine.bus.inbox import BackpressureWait
 from aengine.bus.subscriber import Subscriber
 from aengine.data.managed import RunContext
@@ -30,10 +29,11 @@ from aengine.errors import HandlerTimeout, StrayCancellation, raise_failures
 from aengine.loop.effects import Effect, LoopGenerator, NextBatch, WaitCancelled
 from aengine.loop.loop import Loop
 from aengine.loop.requests import Request, Requests
+from aengine.threads.dedicated import DedicatedThread
 from aengine.threads.event_loop import EventLoopHandle, ThreadSafeEvent, TickCounter
 from aengine.threads.openmp import release_idle_threads
 from aengine.threads.thread_state import ThreadState, context_for_thread
-from aengine.threads.worker import Worker, WorkItem
+from aengine.threads.worker import WorkItem, close_unawaited
 
 _TURNS = 4
 """Turns of the event loop to give away in a row: one is not enough for a socket to be served."""
@@ -88,7 +88,7 @@ class Driver:
         self._reported: BaseException | None = None  # a failure beside the loop that it was not told of yet
         self._changed: ThreadSafeEvent | None = None
         self._room: BackpressureWait | None = None  # what the loop waits for
-        self._worker: Worker | None = None
+        self._worker: DedicatedThread | None = None
         self._work_item: WorkItem | None = None
         self._shared: ExitStack | None = None
         self._subscribers = SubscriberTasks(bus, self._loop_handle, grace)
@@ -239,7 +239,7 @@ class Driver:
         parent = self._parent
         if parent is None or not parent.can_share(self._caller):
             release_idle_threads()
-            self._worker = Worker(f"aengine {self._bus.name}", self._settings)
+            self._worker = DedicatedThread(f"aengine {self._bus.name}", self._settings)
             return
         self._worker = parent._worker  # noqa: SLF001 -- another driver
         self._shared = ExitStack()
@@ -282,7 +282,7 @@ class Driver:
     async def _on_worker(self, function: Callable[..., Any], *arguments: Any) -> Any:
         assert self._worker is not None, "found before the loop is driven"  # noqa: S101
         one = WorkItem(self._loop_handle, self._context, function, *arguments)
-        self._worker.submit(one)
+        self._worker.post(one.run)
         with anyio.CancelScope(shield=True):
             await one.wait(lambda: None)
         if one.error is not None:
@@ -434,7 +434,7 @@ class Driver:
         assert self._worker is not None, "found before the loop is driven"  # noqa: S101
         one = WorkItem(self._loop_handle, self._context, *self._next)
         self._work_item = one  # before it begins: its step may ask whether it is here
-        self._worker.submit(one)
+        self._worker.post(one.run)
         try:
             await one.wait(partial(self._requests.pending.add, Request.RAISE_FAILURE))
         finally:

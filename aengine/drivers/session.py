@@ -9,7 +9,6 @@ from typing import Any, TypeAlias
 
 import anyio
 
-from aengine.bus.dispatch import close_unawaited
 from aengine.bus.emitter import EventEmitter, RemovableEventHandle
 from aengine.data.adapt import check, check_prefetch, needs_event_loop
 from aengine.data.prefetch import Fetched
@@ -23,6 +22,7 @@ from aengine.loop.loop import Loop
 from aengine.loop.progress import Progress, begin, from_state_dict, to_state_dict
 from aengine.loop.requests import Requests
 from aengine.state import State
+from aengine.threads.worker import close_unawaited
 
 Limits: TypeAlias = tuple[int | None, int | None, int | None]
 """max_epochs, max_iters, epoch_length, as they were given to `run()`."""
@@ -205,6 +205,7 @@ class Session:
         self._progress = loop.progress()
         if is_suspended:
             return
+        self._state.set_progress(self._progress)
         self._loop = self._generator = None
         self._keep_unread(loop.source)
         generator.close()

@@ -41,7 +41,7 @@ from aengine.bus.bus import Bus
 from aengine.bus.emitter import RemovableEventHandle
 from aengine.bus.listeners import InlineHandler
 from aengine.bus.topic import Topic
-from aengine.callables import bind
+from aengine.callables import bind_handler
 from aengine.engine import Engine
 from aengine.events import AnyEvent, Selector, event_name, selectors
 
@@ -279,7 +279,7 @@ class _Exchanged:
         function, args, kwargs = entry
         inside = inspect.unwrap(function, stop=lambda one: isinstance(one, _StandIn))
         self._inside = inside if isinstance(inside, _StandIn) else None
-        self._call = bind(function, name, args, kwargs) if self._inside is None else function
+        self._call = bind_handler(function, name, args, kwargs) if self._inside is None else function
 
     def __call__(self, engine: Any, *payload: Any) -> Any:
         result = self._call(engine, *payload)

@@ -10,9 +10,9 @@ from typing import Any, TypeAlias, cast
 import anyio
 
 from aengine.callables import is_async_callable, is_awaitable, name_of
-from aengine.loggers.beside import Beside
 from aengine.loggers.scalars import resolve
 from aengine.loggers.sink import Closable, Record, Sink, Write
+from aengine.threads.dedicated import DedicatedThread
 
 _logger = logging.getLogger("aengine.loggers")
 
@@ -42,7 +42,7 @@ class RetryingSink:
         self.failures = 0
         self.busy = 0.0
         self.called_at = self.retry_at = -math.inf
-        self._beside = Beside(f"aengine sink {self.name}")
+        self._thread = DedicatedThread(f"aengine sink {self.name}")
         self._write = self._writer(sink.write if isinstance(sink, Sink) else sink)
         self._close = self._call_beside(anything.close) if isinstance(anything, Closable) else None
         self._linger = linger
@@ -103,7 +103,7 @@ class RetryingSink:
 
     def leave(self) -> None:
         """Let its thread end, when its call does. The next call has another."""
-        self._beside.leave()
+        self._thread.abandon()
 
     async def _try(self, function: Callable[[], Awaitable[None]], deadline: float | None) -> Exception | None:
         """Call the sink, and return what it raised."""
@@ -141,7 +141,7 @@ class RetryingSink:
             return self._call_beside(read_and_write)
 
         async def call(batch: Sequence[Record]) -> None:
-            await cast(Awaitable[None], write(await self._beside.call(_read_all, batch)))
+            await cast(Awaitable[None], write(await self._thread.call(_read_all, batch)))
 
         return call
 
@@ -151,7 +151,7 @@ class RetryingSink:
             return function
 
         async def call(*arguments: Any) -> None:
-            result = await self._beside.call(function, *arguments)
+            result = await self._thread.call(function, *arguments)
             if is_awaitable(result):
                 await result
 

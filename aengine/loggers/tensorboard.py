@@ -22,12 +22,12 @@ except ImportError as error:
 class TensorBoard:
     """Writes each number of each record as a scalar, and has the file up to date after each call.
 
-    Several engines may share one. When the run of one begins, and no other goes on, so does a new event file: an
-    evaluator that runs beside a trainer, or in its handlers, writes into the trainer's.
+    Several engines may share one. A new event file begins when a run begins and no other is under way: an evaluator
+    that runs beside a trainer, or in its handlers, writes into the trainer's file.
 
     Args:
         directory: where the event files go; made at the first record.
-        tag: `tag(record, name)` returns what the page calls a value.
+        tag: `tag(record, name)` returns the name of a value on the page.
     """
 
     def __init__(
@@ -37,15 +37,17 @@ class TensorBoard:
         self._tag = tag
         self._writer: Any = None
         self._runs = SharedRun()
-        self._ends = 0  # of runs, since the last close
-        self._notes = threading.Lock()  # of who begins and ends, on an event loop, which must not wait for the disk
-        self._lock = threading.Lock()  # several engines, each with a thread
+        self._ends = 0  # of engines' runs, since the last close
+        # Two locks: begin() and end() are called on the event loop, which must not wait for a thread that holds the
+        # other one while it writes to the disk. Each engine that shares this writes from a thread of its own.
+        self._runs_lock = threading.Lock()
+        self._lock = threading.Lock()
 
     def write(self, records: Sequence[Record], /) -> None:
         """Append the records.
 
         Raises:
-            OSError: the files cannot be written. What was written of these records is written twice then.
+            OSError: the files cannot be written. The records before the failure are written twice then.
         """
         with self._lock:
             writer = self._writer
@@ -58,20 +60,20 @@ class TensorBoard:
 
     def begin(self, engine: str, time: float, /) -> None:
         """Take note that a run of an engine began."""
-        with self._notes:
+        with self._runs_lock:
             self._runs.begin(engine, time)
 
     def end(self, engine: str, time: float, reason: StopReason, /) -> None:
         """Take note that a run of an engine ended."""
-        with self._notes:
+        with self._runs_lock:
             self._runs.end(engine, time, reason)
             self._ends += 1
 
     def close(self) -> None:
-        """Close the file until the next write, unless the run of another engine goes on, which writes to it."""
+        """Close the file until the next write, unless the run of another engine is under way, which writes to it."""
         with self._lock:
-            with self._notes:
-                has_ended, self._ends = self._ends > 0, 0  # else it is interrupted
+            with self._runs_lock:
+                has_ended, self._ends = self._ends > 0, 0  # else this run was interrupted
                 if has_ended and not self._runs.is_over:
                     return
             writer, self._writer = self._writer, None

@@ -16,10 +16,11 @@ from typing import Any, Literal, TypeAlias
 
 import anyio
 
-from aengine.callables import check_call, check_seconds
+from aengine.arguments import check_seconds
+from aengine.callables import check_callable
 from aengine.engine import Engine
 from aengine.events import AnyEvent, Event, EventEnum, Events, FilteredEvent, date_of, selectors
-from aengine.loggers.buffer import Spool
+from aengine.loggers.buffer import RecordBuffer
 from aengine.loggers.retry import RetryingSink
 from aengine.loggers.runs import BAD
 from aengine.loggers.scalars import numbers_of, snapshot
@@ -98,7 +99,7 @@ class Tracker:
         # For what the step's thread and the event loop's both change, down to the blank line. Re-entrant: a signal
         # handler may fire an event while its own thread holds it.
         self._lock = RLock()
-        self._spool: Spool[Record] = Spool(spool)
+        self._spool: RecordBuffer[Record] = RecordBuffer(spool)
         self._goal = 0  # the number of the last record that is to be written before the call is answered
         self._is_called = False  # to write: the call is on its way, or being answered
         self._is_wanted = False  # and is to be sent
@@ -182,7 +183,7 @@ class Tracker:
                 self._must_close = not self._closes_at_flush  # again: it was told of the end before this came
                 self._begin_to_limit_time()
             self._tell_of_begin(time)  # a run that goes on after an interruption may not tell; or it is told of again
-            self._spool.put(record, is_passing=event in _PASSING)
+            self._spool.put(record, is_iteration=event in _PASSING)
             if self._is_called:
                 self._hurry_if_due()
             else:
@@ -307,7 +308,7 @@ class Tracker:
             if not await self._sink.write(batch):
                 return False
             with self._lock:
-                self._spool.done()
+                self._spool.mark_written()
         return True
 
     def _next_batch(self) -> list[Record]:
@@ -352,7 +353,7 @@ class Tracker:
     def _may_gather(self) -> bool:
         spool = self._spool
         nobody_waits = self._goal < spool.oldest and not self._is_ending
-        return nobody_waits and spool.is_passing and 0 < spool.waiting < self._enough
+        return nobody_waits and spool.has_only_iterations and 0 < spool.waiting < self._enough
 
     def _warn_of_loss(self) -> None:
         spool = self._spool
@@ -409,9 +410,9 @@ def track(
         RuntimeError: the sink gets the same values of the same engine at one of these events already.
     """
     _check_sink(sink)
-    check_call(values, "values=", "values", "engine")
+    check_callable(values, "values=", "values", "engine")
     if step is not None:
-        check_call(step, "step=", "step", "engine")
+        check_callable(step, "step=", "step", "engine")
     check_seconds(linger, "linger=", 5.0)
     if type(spool) is not int or spool < 1:
         raise ValueError(f"spool= is the number of records that may wait, at least 1, got {spool!r}")
@@ -431,4 +432,4 @@ def _check_sink(sink: Any) -> None:
     write = getattr(sink, "write", sink)
     if not callable(write):
         raise TypeError(f"a sink has a method write(records), or is a function of the records, got {sink!r}")
-    check_call(write, "the sink", "write", "records")
+    check_callable(write, "the sink", "write", "records")

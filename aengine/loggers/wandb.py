@@ -8,8 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from aengine.loggers.reach import look_for
-from aengine.loggers.runs import BAD, RecentRecords, SharedRun
+from aengine.loggers.runs import BAD, RecentRecords, SharedRun, check_reachable
 from aengine.loggers.sink import Record
 from aengine.state import StopReason
 
@@ -24,7 +23,7 @@ except ImportError as error:
 _MODES = ("online", "offline", "disabled")
 
 _FAILED = 1
-"""What tells W&B that a run failed; 0 that it did not."""
+"""The exit code of a run that failed; 0 is that of one that did not."""
 
 _STEP = "step"
 
@@ -34,18 +33,18 @@ class WandB:
 
         track(trainer, WandB("digits", config={"lr": 0.01}))
 
-    A number of the engine "trainer" is called "trainer/loss" and drawn over "trainer/step", for each engine counts its
-    own steps and W&B's only ever grows. A value that is itself called "step" becomes "trainer/step_"; a `*` in the name
-    of an engine, which W&B keeps for patterns, becomes `_`.
+    A number of the engine "trainer" is called "trainer/loss" and drawn over "trainer/step": each engine counts its own
+    steps, and W&B's step can only grow. A value that is itself called "step" becomes "trainer/step_"; a `*` in the name
+    of an engine, which W&B reserves for patterns, becomes `_`.
 
-    The run begins with the first record, or the first end; it is left to W&B to say so, and nothing is printed. It is
-    finished when the engine's run ends, with exit code 1 if that raised or was cancelled, unless it was interrupted.
+    The run begins with the first record, or the first end; nothing is printed. It is finished when the engine's run
+    ends, with exit code 1 if that raised or was cancelled, unless it was interrupted.
     Several engines may share one: the run then lasts until all of them have ended, and ends as the first of them did.
     What is written after the end goes to a run with the same id, which W&B resumes; offline, in a folder of its own.
 
     `wandb.init` and `finish` may take seconds; so give `track` a larger `linger` where much is uploaded. They are
-    called in the thread of the sink, and `wandb.run` is not touched. As a part of a `Checkpoint`, it has a training
-    that is resumed go on in the same W&B run.
+    called in the thread of the sink, and `wandb.run` is not touched. As a part of a `Checkpoint` it makes a resumed
+    training go on in the same W&B run.
 
     Args:
         project: the name of the project; by default WANDB_PROJECT, or what W&B chooses.
@@ -93,12 +92,14 @@ class WandB:
         self._run_id = _new_id() if run_id is None else run_id
         self._arguments: dict[str, Any] = {"project": project, "name": name, "config": dict(config or {}), "mode": mode}
         self._directory = None if directory is None else Path(directory)
-        self._groups: set[str] = set()  # whose step W&B knows
-        self._must_end = False  # a run that has ended, of which W&B knows nothing yet
+        self._groups: set[str] = set()  # of values, one for each engine, whose step W&B has been told of
+        self._must_end = False  # an engine's run has ended, and W&B was not told
         self._runs = SharedRun()
         self._written = RecentRecords()
-        self._notes = threading.Lock()  # of who begins and ends: what tells of it must not wait for a server
-        self._lock = threading.Lock()  # several engines, each with a thread
+        # Two locks: begin() and end() are called on the event loop, which must not wait for a thread that holds the
+        # other one while a server takes its time. Each engine that shares this writes from a thread of its own.
+        self._runs_lock = threading.Lock()
+        self._lock = threading.Lock()
 
     @property
     def run_id(self) -> str:
@@ -107,18 +108,18 @@ class WandB:
 
     def begin(self, engine: str, time: float, /) -> None:
         """Take note that a run of an engine began."""
-        with self._notes:
+        with self._runs_lock:
             self._runs.begin(engine, time)
 
     def write(self, records: Sequence[Record], /) -> None:
-        """Hand the records to W&B's own process, which brings them to the server in its own time.
+        """Hand the records to W&B's own process, which sends them to the server when it likes.
 
         Raises:
-            OSError: nobody listens there.
-            wandb.Error: there is no run to be had, or it was finished by somebody else.
+            OSError: no server accepts a connection.
+            wandb.Error: no run can be begun, or it was finished elsewhere.
         """
         with self._lock:
-            records = self._written.new_of(records)
+            records = self._written.unwritten(records)
             if records:
                 self._open()
             for record in records:
@@ -127,18 +128,18 @@ class WandB:
 
     def end(self, engine: str, time: float, reason: StopReason, /) -> None:
         """Take note that a run of an engine ended."""
-        with self._notes:
+        with self._runs_lock:
             self._runs.end(engine, time, reason)
             self._must_end = True
 
     def close(self) -> None:
-        """Finish the run, if no engine goes on and it was not given to us.
+        """Finish the run, if no engine's run is under way, and the run is not the application's own.
 
         Raises:
             OSError, wandb.Error: as `write`.
         """
         with self._lock:
-            with self._notes:
+            with self._runs_lock:
                 is_over, reason = self._runs.is_over, self._runs.reason
             if not self._own or not is_over or (self._run is None and not self._must_end):
                 return
@@ -152,7 +153,7 @@ class WandB:
         return {"run_id": self.run_id}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on in the run of which this was the state, if the run is not one that was given to us.
+        """Go on in the run that this is the state of, unless the run is the application's own.
 
         Raises:
             RuntimeError: another run is under way.
@@ -171,20 +172,20 @@ class WandB:
         )
 
     def _open(self) -> None:
-        """Have a run that goes on."""
+        """Begin or resume the run."""
         if self._run is not None:
             return
         settings: Any = wandb.setup().settings
         if (self._arguments["mode"] or settings.mode) == "online":
-            look_for(settings.base_url)  # or wandb.init() takes 90 seconds, and the interpreter waits for that
+            check_reachable(settings.base_url)  # without, wandb.init() takes 90 s, and the interpreter waits for it
         if self._directory is not None:
-            self._directory.mkdir(parents=True, exist_ok=True)  # or W&B would take another
+            self._directory.mkdir(parents=True, exist_ok=True)  # W&B takes another one if it is missing
         self._run = wandb.init(
             **self._arguments,
             id=self._run_id,
             dir=self._directory,
             resume="allow",
-            reinit="create_new",  # beside whatever run the application has
+            reinit="create_new",  # leaves the application's run, if it has one, alone
             settings=wandb.Settings(silent=True, console="off"),
         )
         self._groups.clear()

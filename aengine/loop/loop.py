@@ -97,6 +97,7 @@ class Loop(Attending):
             self._requests.phase = Phase.ENDING_EPOCH
             yield from self._finish_listeners()
             state.stop_reason = reason
+            state.set_progress(self.progress())
             state.times["COMPLETED"] = perf_counter() - began
             if not self._requests.skips_completed:
                 yield from self._dispatch("COMPLETED")
@@ -318,10 +319,8 @@ class Loop(Attending):
 
     @property
     def _is_done(self) -> bool:
-        if self._epoch_is_complete:
-            return self._state.is_done
-        max_iters = self._state.max_iters  # reached inside an epoch, which then has no end to be told
-        return max_iters is not None and max_iters <= self._state.iteration < self._end_of_epoch
+        state = self._state
+        return self.progress().reaches(state.max_epochs, state.max_iters, state.epoch_length)
 
     def _look_ahead(self) -> LoopGenerator:
         """Data that cannot be restarted must have more before an epoch is begun for it: no epoch is to be empty."""

@@ -78,6 +78,7 @@ def begin(
     state.max_epochs, state.max_iters = limits
     state.epoch_length = epoch_length
     state.iteration, state.epoch, state.epoch_start = progress.iteration, progress.epoch, progress.epoch_start
+    state.set_progress(None)
     return progress
 
 
@@ -91,6 +92,7 @@ def _begin_anew(
     state.max_iters = max_iters
     state.epoch_length = epoch_length
     state.iteration = state.epoch = state.epoch_start = 0
+    state.set_progress(None)
     return Progress()
 
 
@@ -196,6 +198,7 @@ def from_state_dict(saved: Mapping[str, Any], state: State, user_keys: Sequence[
     state.iteration, state.epoch, state.epoch_start = progress.iteration, progress.epoch, progress.epoch_start
     for key in user_keys:
         setattr(state, key, saved[key])
+    state.set_progress(progress)
     return progress
 
 

@@ -13,6 +13,8 @@ from support.saving_run import Run, Valve, endless, saving, strays, until
 from aengine import Event, Events, StopReason
 from aengine.errors import CheckpointNotWritten
 
+pytestmark = pytest.mark.every_event_loop
+
 
 async def test_a_save_under_way_is_finished_when_the_run_is_cancelled(tmp_path: Path) -> None:
     async with saving(tmp_path) as run:

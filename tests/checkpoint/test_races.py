@@ -16,6 +16,8 @@ from aengine import Engine, Event, Events, HandlerTimeout
 from aengine.checkpoint import Checkpoint, CheckpointEvents, Keep
 from aengine.errors import CheckpointNotWritten, StrayCancellation
 
+pytestmark = pytest.mark.every_event_loop
+
 DISK_FULL = OSError(28, "No space left on device")
 
 

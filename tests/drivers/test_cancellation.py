@@ -26,6 +26,8 @@ from support.backends import Backend
 
 from aengine import Engine, Event, Events, StopReason
 
+pytestmark = pytest.mark.every_event_loop
+
 Act = Callable[[], object]
 
 LENGTH = 2

@@ -11,6 +11,8 @@ from anyio.lowlevel import checkpoint
 
 from aengine import Engine, Event, Events, StopReason
 
+pytestmark = pytest.mark.every_event_loop
+
 Thread: TypeAlias = bool | None
 
 both_threads = pytest.mark.parametrize("thread", [None, False], ids=["worker", "loop"])
