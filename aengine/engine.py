@@ -4,7 +4,6 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from functools import partial
-from time import perf_counter
 from typing import Any, Generic, TypeVar, overload
 
 from anyio.lowlevel import checkpoint_if_cancelled
@@ -16,9 +15,9 @@ from aengine.bus.listeners import Snapshot
 from aengine.bus.stream import Stream
 from aengine.callables import check_callable, is_async_callable, name_of
 from aengine.drivers.iterate import IterationStream
-from aengine.drivers.services import Service, ServiceEntry
+from aengine.drivers.services import Service
 from aengine.drivers.session import Session
-from aengine.events import AnyEvent, Event, EventEnum, Events
+from aengine.events import AnyEvent, Event, EventEnum
 from aengine.loop.requests import Request, Requests
 from aengine.state import Randomness, State
 from aengine.statistics import EngineStatistics
@@ -38,10 +37,9 @@ class Engine(Generic[Batch, Output]):
         thread: None for where the step belongs; False to run a plain step on the event loop's own thread; True to
             insist on the worker.
         grace: seconds that clean-up may take: handlers of CANCELLED and EXCEPTION_RAISED, subscribers that are behind,
-            closing the data.
+            services, closing the data.
 
     Attributes:
-        name: shown in logs, notes, events and statistics.
         state: what the loop knows.
         state_dict_user_keys: the attributes of the state that are saved and loaded with the engine.
         randomness: what saves and restores the states of random number generators with the engine, so that a run
@@ -49,8 +47,8 @@ class Engine(Generic[Batch, Output]):
             `aengine.checkpoint` puts one here.
 
     Raises:
-        TypeError: the step cannot be called as `step(engine, batch)`, or `thread=True` was given for an async one.
-        TypeError, ValueError: `grace` is no number of seconds, 0 or more.
+        TypeError, ValueError: the step cannot be called as `step(engine, batch)`, `thread=True` was given for an async
+            one, or `grace` is no number of seconds, 0 or more.
 
     Example:
         >>> engine = Engine(lambda engine, batch: batch * 2)
@@ -168,13 +166,8 @@ class Engine(Generic[Batch, Output]):
         The body is part of the run: its exception fails the run, and leaving the block early terminates it. Raises and
         cancels as `run` does.
         """
-        return IterationStream(
-            partial(self.run, data, max_epochs, max_iters, epoch_length, prefetch=prefetch),
-            self.terminate,
-            partial(self.add_event_handler, Events.ITERATION_COMPLETED),
-            self._record_iteration,
-            self._session.wait_for_body,
-        )
+        run = partial(self.run, data, max_epochs, max_iters, epoch_length, prefetch=prefetch)
+        return IterationStream(self, run, self._session)
 
     # Listening
 
@@ -323,14 +316,7 @@ class Engine(Generic[Batch, Output]):
             TypeError: this is no Service.
             ValueError: `on_error` is neither of the two; or this engine has this very service already.
         """
-        if not isinstance(service, Service):
-            raise TypeError(f"a service derives from aengine.Service, got {service!r}")
-        if on_error not in ("raise", "log"):
-            raise ValueError(f'on_error= is "raise" (the run fails) or "log" (counted and logged), got {on_error!r}')
-        if self._session.has_service(service):
-            raise ValueError(f"engine {self.name!r} has this service already: {service!r}")
-        entry = ServiceEntry(service, name or type(service).__qualname__, raises=on_error == "raise")
-        return self._session.add_service(entry)
+        return self._session.add_service(service, on_error, name)
 
     # Events of the user's own
 
@@ -355,7 +341,7 @@ class Engine(Generic[Batch, Output]):
         """Fire an event, from a step or a plain handler: inline handlers run at once, then the inboxes are filled.
 
         On the worker thread it waits for async handlers and for room in inboxes. Elsewhere it never waits: events over
-        an inbox's bound are accepted, and the loop waits in its place before the next step.
+        an inbox's bound are accepted, and the loop waits for room before its next step.
 
         Raises:
             RuntimeError: the event has an async inline handler, which cannot be awaited here; or an inbox is full, and
@@ -381,10 +367,7 @@ class Engine(Generic[Batch, Output]):
         return self._requests.fire(self._emitter.name_to_fire(event), at_end)
 
     def stateful_listeners(self) -> list[Any]:
-        """Return the objects that listen, inline or concurrently, and have `state_dict` and `load_state_dict`.
-
-        Of a bound method it is the object. In order of registration, event by event, each once.
-        """
+        """Return the listeners (of a bound method: its object) that have a state to save, each once, event by event."""
         return self._emitter.stateful_listeners(self)
 
     async def emit(self, event: AnyEvent) -> None:
@@ -400,10 +383,11 @@ class Engine(Generic[Batch, Output]):
         await self._emitter.emit(self, event)
 
     async def flush(self) -> None:
-        """Wait until the subscribers have handled every event that was fired before this call. Cancellable.
+        """Wait until every event fired before this call has been handled, and all services are flushed. Cancellable.
 
         Raises:
-            RuntimeError: called in a subscriber's handler, or events wait and no run is under way to handle them.
+            RuntimeError: called by a subscriber's handler or a service, which would wait for itself; or events wait,
+                and no run is under way to handle them.
         """
         await self._emitter.flush()
 
@@ -414,10 +398,7 @@ class Engine(Generic[Batch, Output]):
 
     @property
     def is_inside(self) -> bool:
-        """Whether the caller is the run under way itself: what the loop waits for.
-
-        That is its step, an inline handler, or the body of an `iterate()`.
-        """
+        """Whether the loop waits for the caller: its step, an inline handler, or the body of an `iterate()`."""
         return self._session.is_inside
 
     # Stopping
@@ -511,45 +492,7 @@ class Engine(Generic[Batch, Output]):
 
     def statistics(self) -> EngineStatistics:
         """Return where the time goes, and what becomes of the events. Cheap; at any time, from any thread."""
-        bus, watch = self._bus, self._bus.stopwatch
-        handlers: dict[str, float] = {}
-        of_fired: dict[str, float] = {}
-        for topic in bus.topics:
-            seconds = handlers if topic.is_fired_by_loop else of_fired
-            for handler in topic.inline:
-                seconds[handler.name] = seconds.get(handler.name, 0.0) + handler.seconds
-        return EngineStatistics(
-            name=self.name,
-            running=self._session.is_running,
-            epoch=self.state.epoch,
-            iteration=self.state.iteration,
-            total=watch.total,
-            data=watch.data,
-            step=watch.step,
-            handlers=handlers,
-            handlers_of_fired=of_fired,
-            back_pressure=watch.back_pressure,
-            event_loop=watch.event_loop,
-            lag=watch.lag,
-            listeners=tuple(one.statistics() for one in (*bus.subscribers, *bus.streams)),
-            services=tuple(entry.statistics() for entry in self._session.services),
-        )
-
-    def _record_iteration(self) -> Event:
-        state, bus = self.state, self._bus
-        return Event(
-            "ITERATION_COMPLETED",
-            self.name,
-            bus.sequence,
-            state.iteration,
-            state.epoch,
-            state.epoch_length,
-            state.max_epochs,
-            state.output,
-            dict(state.metrics),
-            perf_counter(),
-            None,
-        )
+        return self._session.statistics()
 
     def __repr__(self) -> str:
         state = self.state

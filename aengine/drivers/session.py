@@ -5,10 +5,12 @@ from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from time import perf_counter
 from typing import Any, TypeAlias
 
 import anyio
 
+from aengine.arguments import check_choice
 from aengine.bus.emitter import EventEmitter, RemovableEventHandle
 from aengine.data.adapt import check, check_prefetch, needs_event_loop
 from aengine.data.prefetch import Fetched
@@ -17,11 +19,13 @@ from aengine.drivers.driver import Driver
 from aengine.drivers.services import Service, ServiceEntry, ServiceTasks
 from aengine.drivers.sync import DONE, SUSPENDED, BlockingRunner, runs_in_event_loop
 from aengine.errors import EngineBusy, raise_failures
+from aengine.events import Event
 from aengine.loop.effects import LoopGenerator
 from aengine.loop.loop import Loop
 from aengine.loop.progress import Progress, begin, from_state_dict, to_state_dict
 from aengine.loop.requests import Requests
 from aengine.state import State
+from aengine.statistics import EngineStatistics
 from aengine.threads.worker import close_unawaited
 
 Limits: TypeAlias = tuple[int | None, int | None, int | None]
@@ -226,8 +230,14 @@ class Session:
             )
         self._loop.set_data(Source(data, self._logger, randomness=engine.randomness))
 
-    def add_service(self, entry: ServiceEntry) -> RemovableEventHandle:
-        """Add a service; where a run is under way, it takes part from now on."""
+    def add_service(self, service: Service, on_error: str, name: str | None) -> RemovableEventHandle:
+        """Add a service, as `Engine.add_service`; where a run is under way, it takes part from now on."""
+        if not isinstance(service, Service):
+            raise TypeError(f"a service derives from aengine.Service, got {service!r}")
+        check_choice(on_error, "on_error=", ("raise", "log"))
+        if any(entry.service is service for entry in self.services):
+            raise ValueError(f"engine {self._bus.name!r} has this service already: {service!r}")
+        entry = ServiceEntry(service, name or type(service).__qualname__, raises=on_error == "raise")
         self.services += (entry,)
         if self._driver is not None:
             self._driver.add_service(entry)
@@ -239,10 +249,6 @@ class Session:
         self.services = tuple(one for one in self.services if one is not entry)
         if self._driver is not None:
             self._driver.remove_service(entry)
-
-    def has_service(self, service: Service) -> bool:
-        """Say whether this very service has been added."""
-        return any(entry.service is service for entry in self.services)
 
     def wait_for_body(self, task: int | None) -> None:
         """The loop waits for this task, with the body of an `iterate()`; None where it waits no longer."""
@@ -277,3 +283,48 @@ class Session:
         fired = state_dict.get("fired", {})
         for topic in {*self._bus.topics, *map(self._bus.topic, fired)}:
             topic.own_count = fired.get(topic.name, 0)
+
+    # Looking
+
+    def statistics(self) -> EngineStatistics:
+        """Return where the time goes, as `Engine.statistics`."""
+        bus, watch = self._bus, self._bus.stopwatch
+        handlers: dict[str, float] = {}
+        of_fired: dict[str, float] = {}
+        for topic in bus.topics:
+            seconds = handlers if topic.is_fired_by_loop else of_fired
+            for handler in topic.inline:
+                seconds[handler.name] = seconds.get(handler.name, 0.0) + handler.seconds
+        return EngineStatistics(
+            name=bus.name,
+            running=self.is_running,
+            epoch=self._state.epoch,
+            iteration=self._state.iteration,
+            total=watch.total,
+            data=watch.data,
+            step=watch.step,
+            handlers=handlers,
+            handlers_of_fired=of_fired,
+            back_pressure=watch.back_pressure,
+            event_loop=watch.event_loop,
+            lag=watch.lag,
+            listeners=tuple(one.statistics() for one in (*bus.subscribers, *bus.streams)),
+            services=tuple(entry.statistics() for entry in self.services),
+        )
+
+    def record_iteration(self) -> Event:
+        """Return the event of the iteration that was completed last, as a subscriber would get it."""
+        state, bus = self._state, self._bus
+        return Event(
+            "ITERATION_COMPLETED",
+            bus.name,
+            bus.sequence,
+            state.iteration,
+            state.epoch,
+            state.epoch_length,
+            state.max_epochs,
+            state.output,
+            dict(state.metrics),
+            perf_counter(),
+            None,
+        )

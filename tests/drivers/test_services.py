@@ -350,7 +350,7 @@ def test_statistics_show_it_by_its_name_and_bad_ones_are_refused() -> None:
     wrong: Any = Log
     with pytest.raises(TypeError, match=r"a service derives from aengine\.Service, got"):
         engine.add_service(wrong)
-    with pytest.raises(ValueError, match=r'on_error= is "raise"'):
+    with pytest.raises(ValueError, match="on_error= "):
         engine.add_service(Log(), on_error="warn")
     with pytest.raises(ValueError, match="has this service already"):
         engine.add_service(service)
