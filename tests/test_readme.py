@@ -31,10 +31,10 @@ def code_in_prose(page: Path) -> list[str]:
 
 
 @cache
-def names_in_the_package() -> set[str]:
-    """Return every identifier in the code of the package, comments and strings left out."""
-    names = {"aengine", *keyword.kwlist}
-    for path in (ROOT / "aengine").rglob("*.py"):
+def names_in_the_code() -> set[str]:
+    """Return every identifier in the package and its tests and the words of the settings; no comments, no strings."""
+    names = {*keyword.kwlist, *re.findall(r"\w+", text_of(ROOT / "pyproject.toml"))}
+    for path in [*(ROOT / "aengine").rglob("*.py"), *(ROOT / "tests").rglob("*.py")]:
         names.add(path.stem)
         tokens = tokenize.generate_tokens(io.StringIO(text_of(path)).readline)
         names.update(token.string for token in tokens if token.type == tokenize.NAME)
@@ -89,5 +89,5 @@ def test_names_that_it_mentions_exist(page: Path) -> None:
     chains = [re.split(r"[=(]", chain)[0] for chain in chains if not (ROOT / chain).exists()]
     names = {name for chain in chains for name in chain.split(".")}
     assert names
-    unknown = sorted(names - names_in_the_package())
+    unknown = sorted(names - names_in_the_code())
     assert not unknown
