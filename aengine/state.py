@@ -119,23 +119,23 @@ class State:
 
 @runtime_checkable
 class Stateful(Protocol):
-    """What can say where it stands, and be put back there."""
+    """An object that can return its state, and be put back to it."""
 
     def state_dict(self) -> Any:
-        """Return where it stands: a value that does not change when this goes on."""
+        """Return its state: a value that does not change when the object goes on."""
 
     def load_state_dict(self, state_dict: Any) -> Any:
-        """Go back to where it stood."""
+        """Go back to that state."""
 
 
 class Randomness(Protocol):
-    """What captures the states of random number generators and restores them, to have data come again as it came."""
+    """Captures and restores the states of random number generators, so that data comes again in the same order."""
 
     def capture(self, data: Any) -> Any:
-        """Return where the generators stand: those that everybody shares, and those that the data has of its own."""
+        """Return the states of the generators: of the process's, and of those that the data has of its own."""
 
     def restore(self, captured: Any, data: Any) -> None:
-        """Put them back there; with None for the data, only those that everybody shares."""
+        """Put them back to those states; with None for the data, only the process's."""
 
     def has_own(self, data: Any) -> bool:
         """Say whether the data has generators of its own."""

@@ -18,6 +18,7 @@ from aengine.errors import StrayCancellation
 from aengine.events import AnyEvent, Event, selectors
 from aengine.statistics import ListenerStatistics
 from aengine.threads.event_loop import EventLoopHandle
+from aengine.threads.guarded import guarded
 
 if TYPE_CHECKING:
     from aengine.bus.bus import Bus
@@ -119,29 +120,27 @@ class Subscriber(Subscription):
         reading.set(self.inbox)
         self._limiter = anyio.CapacityLimiter(1)  # not the application's: a slow handler takes none of its threads
         is_done = False
-        try:
+
+        async def consume() -> None:
+            nonlocal is_done
             with anyio.CancelScope(shield=True) as self._scope:
                 await self._consume(loop_handle)
                 is_done = True
-        except Exception as error:  # noqa: BLE001 -- handed over
-            fail(error)
-        except (KeyboardInterrupt, SystemExit) as error:  # asyncio would leave its loop with them at once
-            fail(error)
-        except BaseException as error:  # noqa: BLE001 -- handed over; our own cancellation the scope would have kept
-            self.lose(fail, error)
-        finally:
-            self._scope = None
-            if not is_done:
-                self.inbox.close_nowait(discard=True)  # who is dead must block nobody
 
-    def lose(self, fail: Fail, cancellation: BaseException | None = None) -> None:
-        """Its task was cancelled from outside, in its midst or before its first step."""
-        stray = StrayCancellation(
+        await guarded(consume, fail, self._stray)
+        self._scope = None
+        if not is_done:  # nothing takes from this inbox any more, so nothing may wait for room in it
+            self.inbox.close_nowait(discard=True)
+
+    def lose(self, fail: Fail) -> None:
+        """Its task was cancelled natively before its first step."""
+        self.inbox.close_nowait(discard=True)
+        fail(self._stray())
+
+    def _stray(self) -> StrayCancellation:
+        return StrayCancellation(
             f"subscriber {self.name!r} was cancelled from outside the run, or let a cancellation out"
         )
-        stray.__cause__ = cancellation
-        self.inbox.close_nowait(discard=True)
-        fail(stray)
 
     async def _consume(self, loop_handle: EventLoopHandle) -> None:
         inbox, handler, is_async = self.inbox, self.handler, self._is_async

@@ -131,22 +131,20 @@ class Driver:
     def _connect(self) -> None:
         """Tell the loop, its data, the bus and the requests of this run's event loop."""
         loop, handle = self._loop, self._loop_handle
-        cancelled = anyio.get_cancelled_exc_class()
-        if cancelled not in loop.cancellations:
-            loop.cancellations += (cancelled,)
-        loop.others_had_a_turn = TickCounter.here().watch() if self._worker is None else None
-        run = RunContext(
+        context = RunContext(
             handle, self.spawn, self._fail_of_data, self._settings, self._prefetch, loop.can_use, self._grace
         )
-        loop.source.move_to(run)
+        others_had_a_turn = TickCounter.here().watch() if self._worker is None else None
+        loop.attach(context, anyio.get_cancelled_exc_class(), others_had_a_turn)
         self._bus.loop_handle = handle
         # Posted even from the loop's own thread: a signal handler interrupts select(), which sleeps again unless woken.
         # A weak reference: the scheduled callback lives one more turn of the event loop, and would keep the engine.
-        self._requests.on_change = partial(handle.post, partial(_call_if_alive, WeakMethod(self._on_request)))
+        self._requests.wake_by(partial(handle.post, partial(_call_if_alive, WeakMethod(self._on_request))))
 
     def _disconnect(self) -> None:
-        self._requests.on_change = self._bus.loop_handle = None
-        self._loop.source.host = self._bus.reported = None
+        self._requests.wake_by(None)
+        self._loop.detach()
+        self._bus.loop_handle = self._bus.reported = None
 
     # What the run owns
 
@@ -183,7 +181,7 @@ class Driver:
         self._outcome.failures.append(error)
         if self._reported is None and self._deadline is None and not self._is_over:
             self._reported = error
-            self._requests.pending.add(Request.RAISE_FAILURE)
+            self._requests.return_to_driver()
             self._scope.cancel()
 
     def _fail_of_data(self, error: BaseException) -> None:
@@ -257,7 +255,7 @@ class Driver:
             self._bus.end_streams()
             if not self.has_abandoned:  # the loop has done so itself, unless it was cancelled in its clean-up
                 await self._run_cleanup(source.aclose, deadline)
-        await self._run_cleanup(source.leave, deadline)
+        await self._run_cleanup(source.exit, deadline)
         if self._worker is not None:
             await self._run_cleanup(self._worker.stop)
 
@@ -319,7 +317,7 @@ class Driver:
                 f"the clean-up of engine {self._bus.name!r} did not end within its {self._grace} seconds of grace"
             )
         was_woken, self._is_woken = self._is_woken, False
-        return self._take_reported() or (WaitCancelled() if was_woken and self._loop.waits_for_data else None)
+        return self._take_reported() or (WaitCancelled() if was_woken and self._loop.feed.is_awaited else None)
 
     # The hot path of steps on the event loop: what is awaited most, a coroutine, is awaited in place.
     async def _advance_here(self) -> None:
@@ -377,7 +375,7 @@ class Driver:
         item = worker.submit(*self._next)
         try:
             # A cancellation must not wait for the whole loop: it is asked to return to this driver after its step.
-            await item.wait(partial(self._requests.pending.add, Request.RAISE_FAILURE))
+            await item.wait(self._requests.return_to_driver)
         finally:
             if item.done:
                 worker.finish()
@@ -486,7 +484,7 @@ class Driver:
             self._backpressure.abandon()
         if (
             Request.TERMINATE in pending
-            and self._loop.waits_for_data
+            and self._loop.feed.is_awaited
             and self._deadline is None
             and not self._is_over
             and self._loop.source.can_be_woken

@@ -13,6 +13,7 @@ from aengine.errors import HandlerTimeout, StrayCancellation
 from aengine.state import StopReason
 from aengine.statistics import ServiceStatistics
 from aengine.threads.event_loop import EventLoopHandle, ThreadSafeEvent
+from aengine.threads.guarded import guarded
 
 if TYPE_CHECKING:
     from anyio.abc import TaskGroup
@@ -153,8 +154,7 @@ class ServiceTasks:
         assert self._group is not None and self._loop_handle is not None, "started before"  # noqa: PT018, S101
         if type(entry.service).serve is Service.serve:  # it has no use for a task
             return
-        task = self._tasks[entry] = _Task(partial(entry.service.serve, self._engine), entry.service, self._loop_handle)
-        task.on_error = partial(self._handle, entry, where="serve")
+        task = self._tasks[entry] = _Task(entry, self._engine, self._loop_handle, self._handle)
         self._loop_handle.start(self._group, task.run, task.never_started, name=entry.name)
 
     def _handle(self, entry: ServiceEntry, error: BaseException, where: str) -> None:
@@ -271,31 +271,36 @@ class ServiceTasks:
 class _Task:
     """The task in which a service serves."""
 
-    def __init__(self, serve: Callable[[], Awaitable[None]], service: Service, loop_handle: EventLoopHandle) -> None:
+    def __init__(
+        self,
+        entry: ServiceEntry,
+        engine: Any,
+        loop_handle: EventLoopHandle,
+        on_error: Callable[[ServiceEntry, BaseException, str], None],
+    ) -> None:
         self.ended = ThreadSafeEvent(loop_handle)
-        self.on_error: Callable[[BaseException], None]
-        self._serve = serve
-        self._service = service
+        self._service = entry.service
+        self._name = entry.name
+        self._serve = partial(entry.service.serve, engine)
+        self._on_error: Callable[[BaseException], None] = lambda error: on_error(entry, error, "serve")
         self._scope = anyio.CancelScope(shield=True)  # what cancels the run does not cancel this: see `Service.serve`
 
     async def run(self) -> None:
         _caller.set(self._service)
-        try:
-            with self._scope:
-                await self._serve()
-        except (Exception, KeyboardInterrupt, SystemExit) as error:  # noqa: BLE001 -- handed over
-            self.on_error(error)
-        except BaseException as error:  # noqa: BLE001 -- likewise; our own cancellation the scope would have kept
-            self.never_started(error)
-        finally:
-            self.ended.set()
-
-    def never_started(self, cancellation: BaseException | None = None) -> None:
-        """Its task was cancelled natively, by what is not the run; perhaps before its first step."""
-        stray = StrayCancellation("the task of a service was cancelled from outside the run")
-        stray.__cause__ = cancellation
-        self.on_error(stray)
+        await guarded(self._serve_in_scope, self._on_error, self._stray)
         self.ended.set()
+
+    async def _serve_in_scope(self) -> None:
+        with self._scope:
+            await self._serve()
+
+    def never_started(self) -> None:
+        """Its task was cancelled natively before its first step."""
+        self._on_error(self._stray())
+        self.ended.set()
+
+    def _stray(self) -> StrayCancellation:
+        return StrayCancellation(f"the task of service {self._name!r} was cancelled from outside the run")
 
     def cancel(self) -> None:
         self._scope.cancel()

@@ -10,9 +10,9 @@ from typing import Any, TypeAlias
 
 import anyio
 
-from aengine.arguments import check_choice
+from aengine.arguments import check_choice, check_whole
 from aengine.bus.emitter import EventEmitter, RemovableEventHandle
-from aengine.data.adapt import check, check_prefetch, needs_event_loop
+from aengine.data.adapt import adapt
 from aengine.data.prefetch import Fetched
 from aengine.data.source import Source
 from aengine.drivers.driver import Driver
@@ -78,7 +78,7 @@ class Session:
     async def run(self, engine: Any, data: Any, limits: Limits, prefetch: int) -> None:
         """Run the loop on the event loop that runs here, as `Engine.run`."""
         with self._busy():
-            check_prefetch(prefetch)
+            check_whole(prefetch, "prefetch=", minimum=0, of="batches to pull ahead")
             loop, generator = self._begin(engine, data, limits)
             await self._drive(engine, loop, generator, prefetch)
 
@@ -86,8 +86,8 @@ class Session:
         """Run the loop without an event loop until something must be awaited, as `Engine.run_sync`."""
         if runs_in_event_loop():
             raise RuntimeError("run_sync() would block the event loop that runs here: write  await engine.run(...)")
-        check_prefetch(prefetch)
-        if self._is_async or prefetch or self.services or self._bus.must_await or needs_event_loop(data):
+        check_whole(prefetch, "prefetch=", minimum=0, of="batches to pull ahead")
+        if self._is_async or prefetch or self.services or self._bus.must_await or adapt(data).is_async:
             anyio.run(self.run, engine, data, limits, prefetch)
             return
         with self._busy():
@@ -126,7 +126,7 @@ class Session:
             raise EngineBusy(f"engine {self._bus.name!r} is running: {advice}")
 
     def _begin(self, engine: Any, data: Any, limits: Limits) -> tuple[Loop, LoopGenerator]:
-        check(data)
+        adapted = adapt(data)
         state, randomness = self._state, engine.randomness
         if state.max_epochs is None and state.max_iters is None:
             self._give_up()
@@ -134,9 +134,9 @@ class Session:
             self._refuse_other_arguments(data, limits)
             self._bus.start_clock()
             return self._loop, self._generator
-        progress = begin(state, self._progress, data, *limits)
-        unread = self._unread[1] if self._unread is not None and self._unread[0] is data else None
-        source = Source(data, self._logger, unread, randomness)
+        progress = begin(state, self._progress, adapted, *limits)
+        unread = self._unread[1] if self._unread is not None and self._unread[0] is data else ()
+        source = Source(adapted, self._logger, unread, randomness)
         if progress.position is not None:
             source.resume_at(progress.position, progress.iteration)
         else:
@@ -144,12 +144,17 @@ class Session:
         state.dataloader = data
         self._requests.begin()
         self._bus.reset()
-        loop = self._loop = Loop(
-            engine, self._step, source, progress, state=state, bus=self._bus, requests=self._requests
-        )
         rng, self._rng_to_restore = self._rng_to_restore, None
-        if randomness is not None and rng is not None:
-            loop.restore_rng = partial(randomness.restore, rng, data)
+        loop = self._loop = Loop(
+            engine,
+            self._step,
+            source,
+            progress,
+            state=state,
+            bus=self._bus,
+            requests=self._requests,
+            restore_rng=None if randomness is None or rng is None else partial(randomness.restore, rng, data),
+        )
         generator = self._generator = loop.run()
         return loop, generator
 
@@ -223,12 +228,12 @@ class Session:
 
     def set_data(self, engine: Any, data: Any) -> None:
         """Have the next batch come from other data, as `Engine.set_data`."""
-        check(data)
+        adapted = adapt(data)
         if self._loop is None:
             raise RuntimeError(
                 "set_data() changes the data of a run under way, and there is none: pass the data to run()"
             )
-        self._loop.set_data(Source(data, self._logger, randomness=engine.randomness))
+        self._loop.set_data(Source(adapted, self._logger, randomness=engine.randomness))
 
     def add_service(self, service: Service, on_error: str, name: str | None) -> RemovableEventHandle:
         """Add a service, as `Engine.add_service`; where a run is under way, it takes part from now on."""

@@ -31,10 +31,9 @@ class BlockingRunner:
 
         What failed the run, or Ctrl-C, is added to `failures`.
         """
-        self._requests.on_change = self._changed.set
+        self._requests.wake_by(self._changed.set)
         try:
-            while True:
-                wanted = next(self._generator)
+            for wanted in self._generator:  # nothing is sent: nothing has been awaited
                 if wanted is Effect.SUSPEND:
                     return SUSPENDED
                 if wanted is Effect.RAISE_FAILURE:  # a subscriber or a service was added, which needs an event loop
@@ -43,13 +42,11 @@ class BlockingRunner:
                     self._wait_while_paused()
                 elif type(wanted) is not Effect:
                     return wanted
-        except StopIteration:
-            return DONE
         except BaseException as error:  # noqa: BLE001 -- raised by the caller of this
             failures.append(error)
-            return DONE
         finally:
-            self._requests.on_change = None
+            self._requests.wake_by(None)
+        return DONE
 
     def _wait_while_paused(self) -> None:
         while self._requests.pending == {Request.PAUSE}:
