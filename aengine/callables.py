@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import CoroutineType
-from typing import Any
+from typing import Any, cast
 
 
 def is_awaitable(value: Any) -> bool:
@@ -19,9 +19,16 @@ def is_async_callable(function: Any) -> bool:
 
 def name_of(thing: Any) -> str:
     """Return a name for something that a user handed in: of a function, of what a partial calls, else of the type."""
-    while isinstance(thing, partial):
+    while isinstance(thing, partial) and not hasattr(thing, "__qualname__"):  # else it is `named`
         thing = thing.func
     return str(getattr(thing, "__qualname__", None) or type(thing).__qualname__)
+
+
+def named(handler: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """Return this handler under a name that says what it is for: so it stands in statistics, notes and errors."""
+    renamed: Any = partial(handler)
+    renamed.__qualname__ = name
+    return cast("Callable[..., Any]", renamed)
 
 
 def type_name(kind: type) -> str:
@@ -42,7 +49,7 @@ def check_callable(function: Any, what: str, name: str, *arguments: str) -> None
 
     For instance: check_callable(step, "the step", "step", "engine", "batch").
     """
-    _check_runs(function, what)
+    check_function(function, what)
     try:
         signature = inspect.signature(function)
     except ValueError:  # some built-ins have none: the call itself will show whether it fits
@@ -66,7 +73,7 @@ def bind_handler(
     Raises:
         TypeError: the handler can be called neither with the engine nor without it, or would not run when it is called.
     """
-    _check_runs(handler, "a handler")
+    check_function(handler, "a handler")
     try:
         signature = inspect.signature(handler)
     except ValueError:  # some built-ins have none: then it gets the engine, as handlers do
@@ -88,7 +95,8 @@ def bind_handler(
     )
 
 
-def _check_runs(function: Any, what: str) -> None:
+def check_function(function: Any, what: str) -> None:
+    """Raise TypeError for what is not callable, and for what would run nothing when called: a generator function."""
     if not callable(function):
         raise TypeError(f"{what} must be callable, got {function!r}")
     if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):

@@ -227,7 +227,7 @@ class EventEmitter:
 
     def _topic_to_fire(self, event: AnyEvent) -> tuple[Topic, int]:
         topic = self.bus.topic(self.name_to_fire(event))
-        return topic, self.bus.count_firing(topic)
+        return topic, topic.count_firing()
 
     @property
     def last_event(self) -> Any:

@@ -12,7 +12,6 @@ import anyio.to_thread
 from aengine.bus.dispatch import reading
 from aengine.bus.inbox import Inbox, Overflow
 from aengine.bus.listeners import InboxListener, Snapshot
-from aengine.bus.topic import Topic
 from aengine.callables import check_callable, is_async_callable, is_awaitable, name_of
 from aengine.errors import StrayCancellation
 from aengine.events import AnyEvent, Event, selectors
@@ -23,15 +22,10 @@ from aengine.threads.guarded import guarded
 if TYPE_CHECKING:
     from aengine.bus.bus import Bus
 
-OnError: TypeAlias = str
-
-
 Fail: TypeAlias = Callable[[BaseException], None]
-
 
 _TURN = 0.002
 """Seconds that a subscriber whose handler never waits goes on before it lets other tasks have a turn."""
-
 
 TURN_EVENTS = 32
 """Events that a subscriber handles from one look at the clock to the next, and that a stream gives in one turn."""
@@ -58,10 +52,10 @@ class Subscription:
         self._listeners = [InboxListener(selector, self.inbox, snapshot) for selector in self.selectors]
         self._topics = [bus.topic(selector.name) for selector in self.selectors]
 
-    def subscribe(self, count_of: Callable[[Topic], int]) -> None:
+    def subscribe(self) -> None:
         """Begin to listen."""
         for topic, listener in zip(self._topics, self._listeners, strict=True):
-            topic.listen(listener, count_of(topic))
+            topic.listen(listener)
 
     def unsubscribe(self) -> None:
         """Listen no more."""
@@ -70,7 +64,7 @@ class Subscription:
 
     def statistics(self) -> ListenerStatistics:
         """Return what became of the events so far."""
-        accepted, handled, dropped, discarded, depth = self.inbox.account()
+        accepted, handled, dropped, discarded, depth = self.inbox.counts()
         since = self._busy_since
         return ListenerStatistics(
             name=self.name,
@@ -96,7 +90,7 @@ class Subscriber(Subscription):
         *,
         buffer: int,
         overflow: Overflow | str,
-        on_error: OnError,
+        on_error: str,
         snapshot: Snapshot | None,
         name: str | None,
     ) -> None:
@@ -115,7 +109,7 @@ class Subscriber(Subscription):
     async def consume(self, loop_handle: EventLoopHandle, fail: Fail) -> None:
         """Handle what arrives until the inbox is closed and empty. Errors go to `fail`, not to the task group.
 
-        Shielded: what was accepted before a cancellation is still handled. `give_up()` ends it all the same.
+        Shielded: what was accepted before a cancellation is still handled. `cancel()` ends it all the same.
         """
         reading.set(self.inbox)
         self._limiter = anyio.CapacityLimiter(1)  # not the application's: a slow handler takes none of its threads
@@ -132,7 +126,7 @@ class Subscriber(Subscription):
         if not is_done:  # nothing takes from this inbox any more, so nothing may wait for room in it
             self.inbox.close_nowait(discard=True)
 
-    def lose(self, fail: Fail) -> None:
+    def fail_as_stray(self, fail: Fail) -> None:
         """Its task was cancelled natively before its first step."""
         self.inbox.close_nowait(discard=True)
         fail(self._stray())
@@ -147,7 +141,7 @@ class Subscriber(Subscription):
         self._begin_work()
         try:
             while True:
-                for event in islice(inbox.taken(), TURN_EVENTS):
+                for event in islice(inbox.drain(), TURN_EVENTS):
                     try:
                         if is_async:
                             await handler(event)
@@ -156,15 +150,15 @@ class Subscriber(Subscription):
                     except Exception as error:
                         if not self._isolates(error, event):
                             raise
-                if inbox.in_hand is not None:  # and handled: there may be more
-                    inbox.done_nowait()
+                if inbox.in_hand is not None:  # the last of so many, and handled: there may be more
+                    inbox.mark_handled()
                     if perf_counter() - self._turn_began < _TURN:
                         continue
                 elif inbox.closed:
                     return
                 self._rest()
-                await inbox.arrival(loop_handle)
-                if inbox.is_dismissed:
+                await inbox.wait_for_event(loop_handle)
+                if inbox.is_reader_stopped:
                     return
                 self._begin_work()
         finally:
@@ -196,8 +190,8 @@ class Subscriber(Subscription):
         if result is not None and is_awaitable(result):
             await result
 
-    def give_up(self) -> None:
-        """Cancel the handler: its time is over."""
+    def cancel(self) -> None:
+        """Cancel the handler now, and discard what waits."""
         if self._scope is None:  # its task has not taken its first step, and will find nothing to do
             self.inbox.close_nowait(discard=True)
         else:

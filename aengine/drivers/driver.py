@@ -136,7 +136,7 @@ class Driver:
         )
         others_had_a_turn = TickCounter.here().watch() if self._worker is None else None
         loop.attach(context, anyio.get_cancelled_exc_class(), others_had_a_turn)
-        self._bus.loop_handle = handle
+        self._bus.enter_loop(handle)
         # Posted even from the loop's own thread: a signal handler interrupts select(), which sleeps again unless woken.
         # A weak reference: the scheduled callback lives one more turn of the event loop, and would keep the engine.
         self._requests.wake_by(partial(handle.post, partial(_call_if_alive, WeakMethod(self._on_request))))
@@ -144,7 +144,7 @@ class Driver:
     def _disconnect(self) -> None:
         self._requests.wake_by(None)
         self._loop.detach()
-        self._bus.loop_handle = self._bus.reported = None
+        self._bus.leave_loop()
 
     # What the run owns
 
@@ -451,7 +451,7 @@ class Driver:
     def _take_reported(self) -> BaseException | None:
         # The bus is told, so that no further note is made on it: it was noted where it was raised.
         reported, self._reported = self._reported, None
-        self._bus.reported = reported
+        self._bus.report(reported)
         return reported
 
     def _begin_clean_up(self) -> None:

@@ -110,7 +110,7 @@ class ServiceTasks:
         self._engine = engine
         self._grace = grace
         self._open = list(entries)  # those that have not been told of the end of the run
-        self._ending: set[ServiceEntry] = set()  # those whose `run_ended` was called
+        self._ending: set[ServiceEntry] = set()  # those whose `run_ended` was called, or is not to be: flush() was late
         self._failures: list[BaseException] = []  # of those that were called before the run could be told
         self._tasks: dict[ServiceEntry, _Task] = {}
         self._group: TaskGroup | None = None
@@ -179,8 +179,10 @@ class ServiceTasks:
         """
         flushable = [entry for entry in self._open if type(entry.service).flush is not Service.flush]
         late = await self._for_each(flushable, lambda entry: entry.service.flush(), "flush", deadline)
-        for entry in late:
-            self._abandon(entry, None)
+        for entry in late:  # `run_abandoned` is called when the run has ended: it is this that fails it
+            self._ending.add(entry)
+            if entry in self._tasks:
+                self._tasks[entry].cancel()
         self._raise_timeout(late)
 
     async def run_ended(self, error: BaseException | None, deadline: float) -> None:

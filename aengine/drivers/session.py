@@ -272,8 +272,7 @@ class Session:
     def state_dict(self, engine: Any) -> dict[str, Any]:
         """Return where the engine stands, as `Engine.state_dict`."""
         progress = self._progress if self._loop is None else self._loop.progress()
-        fired = {topic.name: topic.own_count for topic in self._bus.topics if topic.own_count}
-        saved = to_state_dict(progress, self._state, fired, engine.state_dict_user_keys)
+        saved = to_state_dict(progress, self._state, self._bus.own_counts, engine.state_dict_user_keys)
         if engine.randomness is not None:
             saved["random"] = engine.randomness.capture(self._state.dataloader)
         return saved
@@ -285,9 +284,7 @@ class Session:
         self._progress = replace(progress, is_loaded=False) if begins_anew else progress
         self._give_up()
         self._rng_to_restore = state_dict.get("random")
-        fired = state_dict.get("fired", {})
-        for topic in {*self._bus.topics, *map(self._bus.topic, fired)}:
-            topic.own_count = fired.get(topic.name, 0)
+        self._bus.restore_own_counts(state_dict.get("fired", {}))
 
     # Looking
 

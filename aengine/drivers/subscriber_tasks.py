@@ -40,7 +40,7 @@ class SubscriberTasks:
             self._mark_ended(subscriber)
 
     def _never_started(self, subscriber: Subscriber, fail: Fail) -> None:
-        subscriber.lose(fail)
+        subscriber.fail_as_stray(fail)
         self._mark_ended(subscriber)
 
     def _mark_ended(self, subscriber: Subscriber) -> None:
@@ -66,9 +66,9 @@ class SubscriberTasks:
         if self._are_over:  # what is emitted now waits for the next run
             return
         awaited = self._awaited
-        for subscriber in awaited:  # before the first wait: during one, another may take on more
-            if subscriber.inbox.when_awaited is not None:
-                subscriber.inbox.when_awaited()
+        for subscriber in awaited:  # before the first wait, during which another may take on more
+            if subscriber.inbox.on_flush is not None:
+                subscriber.inbox.on_flush()
         sequence, loop_handle = self._bus.sequence, EventLoopHandle()
         for subscriber in awaited:
             await subscriber.inbox.wait_processed(sequence, loop_handle)
@@ -77,14 +77,14 @@ class SubscriberTasks:
         """Wait until all that was accepted has been handled, and what the handlers themselves fire meanwhile.
 
         Raises:
-            HandlerTimeout: some were not done at the deadline. They have been cancelled; the message says what was lost.
+            HandlerTimeout: some were not done at the deadline. They have been cancelled; it says what was lost.
         """
         with anyio.CancelScope(deadline=deadline) as scope:
             await self.flush()
             while self._late:
                 await self.flush()
         if scope.cancelled_caught and (late := self._late):  # else an event came after the last look
-            raise self._bus.give_up(late, self._grace)
+            raise self._bus.cancel_late(late, self._grace)
 
     @property
     def _late(self) -> list[Subscriber]:
@@ -94,7 +94,7 @@ class SubscriberTasks:
         """Have the tasks end, and wait for that. What is emitted from now on waits for the next run."""
         ends = dict(self._ends)
         for subscriber in ends:
-            subscriber.inbox.dismiss_reader()
+            subscriber.inbox.stop_reader()
         for end in ends.values():
             await end.wait()
         self._are_over = True

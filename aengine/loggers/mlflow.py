@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from aengine.errors import missing_package
 from aengine.loggers.runs import RecentRecords, SharedRun, check_reachable
 from aengine.loggers.sink import Record, engine_and_name
 from aengine.state import StopReason
@@ -16,10 +17,7 @@ try:
     from mlflow.entities import Metric, Param, RunStatus, RunTag
     from mlflow.tracking import get_tracking_uri
 except ImportError as error:
-    raise ImportError(
-        'aengine.loggers.mlflow needs mlflow: pip install "mlflow-skinny>=3", which is what the extra "mlflow" brings:'
-        ' pip install -e ".[mlflow]"'
-    ) from error
+    raise missing_package(__name__, "mlflow-skinny>=3", "mlflow") from error
 
 _logger = logging.getLogger("aengine.loggers")
 
@@ -93,16 +91,12 @@ class MLflow:
         self._tag = tag
         self._client: Any = None
         self._is_open = False
-        self._must_end = False  # an engine's run has ended, and the server was not told
         self._latest: float | None = None  # the time of the last record
         self._has_params = False
         self._names: dict[str, str] = {}  # of metrics, to the names that MLflow allows
         self._runs = SharedRun()
         self._written = RecentRecords()
-        # Two locks: begin() and end() are called on the event loop, which must not wait for a thread that holds the
-        # other one while a server takes its time. Each engine that shares this writes from a thread of its own.
-        self._runs_lock = threading.Lock()
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # each engine that shares this calls it from a thread of its own
 
     @property
     def run_id(self) -> str | None:
@@ -111,8 +105,7 @@ class MLflow:
 
     def begin(self, engine: str, time: float, /) -> None:
         """Take note that a run of an engine began."""
-        with self._runs_lock:
-            self._runs.begin(engine, time)
+        self._runs.begin(engine, time)
 
     def write(self, records: Sequence[Record], /) -> None:
         """Write the records, a thousand numbers in a request. Those that were written before are not written again.
@@ -134,9 +127,7 @@ class MLflow:
 
     def end(self, engine: str, time: float, reason: StopReason, /) -> None:
         """Take note that a run of an engine ended."""
-        with self._runs_lock:
-            self._runs.end(engine, time, reason)
-            self._must_end = True
+        self._runs.end(engine, time, reason)
 
     def close(self) -> None:
         """Give the run its last status, if no engine's run is under way.
@@ -144,15 +135,14 @@ class MLflow:
         Raises:
             OSError, mlflow.MlflowException: as `write`.
         """
+        runs = self._runs
         with self._lock:
-            with self._runs_lock:
-                runs, began, ended = self._runs, self._runs.began, self._runs.ended or self._latest
-                is_due = runs.is_over and (self._is_open or self._must_end)
-            if is_due:
+            if runs.is_over and (self._is_open or runs.has_news):
                 check_reachable(self._uri)
-                self._open(began)
-                self._set_status(_STATUS.get(runs.reason, RunStatus.FINISHED), ended)
-                self._is_open = self._must_end = False
+                self._open(runs.began)
+                self._set_status(_STATUS.get(runs.reason, RunStatus.FINISHED), runs.ended or self._latest)
+                self._is_open = False
+                runs.take_news()
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed training needs to go on in the same MLflow run."""

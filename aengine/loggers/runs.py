@@ -1,6 +1,7 @@
 """What the sinks of tracking servers share: runs that several engines write into, records that came twice, servers."""
 
 import socket
+import threading
 import urllib.request
 from collections.abc import Sequence
 from typing import Any
@@ -25,20 +26,25 @@ class SharedRun:
     The server's run lasts from the first begin to the last end. Its outcome is that of the engine's run that began
     first: the trainer's, and not that of an evaluator beside it. Once that one has failed, a run of another engine does
     not change the outcome, even if it begins after all others have ended: it may be the trainer's last evaluation.
-    Not thread-safe: the caller holds a lock.
+
+    Thread-safe, with a lock of its own that is held for an instant only: begins and ends are reported on event loops,
+    which must not wait for a sink's thread that holds the lock of the sink while a server takes its time.
 
     Attributes:
         began: when the first of them began, in seconds since 1970; None if none has.
         ended: when the last of them ended.
         reason: why the first of them ended.
+        has_news: whether one has ended since `take_news` was called.
     """
 
     def __init__(self) -> None:
         self.began: float | None = None
         self.ended: float | None = None
         self.reason = StopReason.COMPLETED
+        self.has_news = False
         self._first = ""
         self._open_runs = 0
+        self._lock = threading.Lock()
 
     @property
     def is_over(self) -> bool:
@@ -47,20 +53,28 @@ class SharedRun:
 
     def begin(self, engine: str, time: float) -> None:
         """Take note that a run of an engine began."""
-        if self._open_runs == 0:
-            if engine == self._first or self.reason not in BAD:
-                self._first, self.reason = engine, StopReason.COMPLETED
-            self.began, self.ended = time, None
-        elif self.began is None or time < self.began:  # two threads report begins, and not always in order
-            self._first, self.began = engine, time
-        self._open_runs += 1
+        with self._lock:
+            if self._open_runs == 0:
+                if engine == self._first or self.reason not in BAD:
+                    self._first, self.reason = engine, StopReason.COMPLETED
+                self.began, self.ended = time, None
+            elif self.began is None or time < self.began:  # two threads report begins, and not always in order
+                self._first, self.began = engine, time
+            self._open_runs += 1
 
     def end(self, engine: str, time: float, reason: StopReason) -> None:
         """Take note that a run of an engine ended."""
-        self._open_runs -= 1
-        self.ended = time
-        if engine == self._first:
-            self.reason = reason
+        with self._lock:
+            if engine == self._first:
+                self.reason = reason
+            self.ended, self.has_news = time, True
+            self._open_runs -= 1  # last: another thread looks at `is_over` first, and then at the rest
+
+    def take_news(self) -> bool:
+        """Say whether one has ended since this was called before."""
+        with self._lock:
+            has_news, self.has_news = self.has_news, False
+            return has_news
 
 
 class RecentRecords:

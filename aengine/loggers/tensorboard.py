@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from aengine.errors import missing_package
 from aengine.loggers.runs import SharedRun
 from aengine.loggers.sink import Record, engine_and_name
 from aengine.state import StopReason
@@ -13,10 +14,7 @@ from aengine.state import StopReason
 try:
     from torch.utils.tensorboard import SummaryWriter
 except ImportError as error:
-    raise ImportError(
-        'aengine.loggers.tensorboard needs tensorboard: pip install "tensorboard>=2.17", which is what the extra'
-        ' "tensorboard" brings: pip install -e ".[tensorboard]"'
-    ) from error
+    raise missing_package(__name__, "tensorboard>=2.17", "tensorboard") from error
 
 
 class TensorBoard:
@@ -37,11 +35,7 @@ class TensorBoard:
         self._tag = tag
         self._writer: Any = None
         self._runs = SharedRun()
-        self._ends = 0  # of engines' runs, since the last close
-        # Two locks: begin() and end() are called on the event loop, which must not wait for a thread that holds the
-        # other one while it writes to the disk. Each engine that shares this writes from a thread of its own.
-        self._runs_lock = threading.Lock()
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # each engine that shares this calls it from a thread of its own
 
     def write(self, records: Sequence[Record], /) -> None:
         """Append the records.
@@ -60,22 +54,17 @@ class TensorBoard:
 
     def begin(self, engine: str, time: float, /) -> None:
         """Take note that a run of an engine began."""
-        with self._runs_lock:
-            self._runs.begin(engine, time)
+        self._runs.begin(engine, time)
 
     def end(self, engine: str, time: float, reason: StopReason, /) -> None:
         """Take note that a run of an engine ended."""
-        with self._runs_lock:
-            self._runs.end(engine, time, reason)
-            self._ends += 1
+        self._runs.end(engine, time, reason)
 
     def close(self) -> None:
         """Close the file until the next write, unless the run of another engine is under way, which writes to it."""
         with self._lock:
-            with self._runs_lock:
-                has_ended, self._ends = self._ends > 0, 0  # else this run was interrupted
-                if has_ended and not self._runs.is_over:
-                    return
+            if self._runs.take_news() and not self._runs.is_over:  # without news, the run was interrupted
+                return
             writer, self._writer = self._writer, None
             if writer is not None:
                 writer.close()

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from aengine.arguments import check_choice
+from aengine.errors import missing_package
 from aengine.loggers.runs import BAD, RecentRecords, SharedRun, check_reachable
 from aengine.loggers.sink import Record
 from aengine.state import StopReason
@@ -15,12 +17,7 @@ from aengine.state import StopReason
 try:
     import wandb
 except ImportError as error:
-    raise ImportError(
-        'aengine.loggers.wandb needs wandb: pip install "wandb>=0.19.10", which is what the extra "wandb" brings:'
-        ' pip install -e ".[wandb]"'
-    ) from error
-
-_MODES = ("online", "offline", "disabled")
+    raise missing_package(__name__, "wandb>=0.19.10", "wandb") from error
 
 _FAILED = 1
 """The exit code of a run that failed; 0 is that of one that did not."""
@@ -77,9 +74,8 @@ class WandB:
         anything: Any = config
         if config is not None and not isinstance(anything, Mapping):
             raise TypeError(f"WandB(config=) is a mapping of names to values, got {config!r}")
-        if mode is not None and mode not in _MODES:
-            choices = ", ".join(f'"{one}"' for one in _MODES)
-            raise ValueError(f"WandB(mode=) is one of {choices}, got {mode!r}")
+        if mode is not None:
+            check_choice(mode, "WandB(mode=)", ("online", "offline", "disabled"))
         if run_id is not None and (bad := set(run_id) & set("/\\#?%:")):
             raise ValueError(f"WandB(run_id=) may have none of the characters {' '.join(sorted(bad))}, got {run_id!r}")
         anything = run
@@ -93,13 +89,9 @@ class WandB:
         self._arguments: dict[str, Any] = {"project": project, "name": name, "config": dict(config or {}), "mode": mode}
         self._directory = None if directory is None else Path(directory)
         self._groups: set[str] = set()  # of values, one for each engine, whose step W&B has been told of
-        self._must_end = False  # an engine's run has ended, and W&B was not told
         self._runs = SharedRun()
         self._written = RecentRecords()
-        # Two locks: begin() and end() are called on the event loop, which must not wait for a thread that holds the
-        # other one while a server takes its time. Each engine that shares this writes from a thread of its own.
-        self._runs_lock = threading.Lock()
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # each engine that shares this calls it from a thread of its own
 
     @property
     def run_id(self) -> str:
@@ -108,8 +100,7 @@ class WandB:
 
     def begin(self, engine: str, time: float, /) -> None:
         """Take note that a run of an engine began."""
-        with self._runs_lock:
-            self._runs.begin(engine, time)
+        self._runs.begin(engine, time)
 
     def write(self, records: Sequence[Record], /) -> None:
         """Hand the records to W&B's own process, which sends them to the server when it likes.
@@ -128,9 +119,7 @@ class WandB:
 
     def end(self, engine: str, time: float, reason: StopReason, /) -> None:
         """Take note that a run of an engine ended."""
-        with self._runs_lock:
-            self._runs.end(engine, time, reason)
-            self._must_end = True
+        self._runs.end(engine, time, reason)
 
     def close(self) -> None:
         """Finish the run, if no engine's run is under way, and the run is not the application's own.
@@ -139,14 +128,12 @@ class WandB:
             OSError, wandb.Error: as `write`.
         """
         with self._lock:
-            with self._runs_lock:
-                is_over, reason = self._runs.is_over, self._runs.reason
-            if not self._own or not is_over or (self._run is None and not self._must_end):
+            if not self._own or not self._runs.is_over or (self._run is None and not self._runs.has_news):
                 return
             self._open()
-            run: Any = self._run
-            self._run, self._must_end = None, False
-            run.finish(exit_code=_FAILED if reason in BAD else 0)
+            run, self._run = self._run, None
+            self._runs.take_news()
+            run.finish(exit_code=_FAILED if self._runs.reason in BAD else 0)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed training needs to go on in the same W&B run."""

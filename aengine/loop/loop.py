@@ -11,7 +11,7 @@ from types import CoroutineType, GeneratorType
 from typing import Any
 
 from aengine.bus.bus import Bus
-from aengine.bus.topic import NEVER_FIRED, Topic
+from aengine.bus.topic import Topic
 from aengine.callables import is_awaitable, refuse_stop_iteration
 from aengine.data.managed import RunContext
 from aengine.data.source import PENDING, Source
@@ -131,7 +131,7 @@ class Loop:
             state.times["COMPLETED"] = perf_counter() - began
             if not requests.skips_completed:
                 yield from self._dispatch("COMPLETED")
-                yield from self._bus.topic("COMPLETED").finish(self._engine, state.epoch)
+                yield from self._bus.topic("COMPLETED").dispatch_at_end(self._engine)
                 state.times["COMPLETED"] = perf_counter() - began
             yield from self._accept_no_more()
             yield Effect.FLUSH
@@ -212,20 +212,22 @@ class Loop:
         feed, watch, plain_types, coroutine = self.feed, bus.stopwatch, self._plain_types, CoroutineType
         getting, got, started, completed = self._topics_of_an_iteration()
         end = min(self._end_of_epoch, NEVER if state.max_iters is None else state.max_iters)
-        watch.weight, bus.next_due = 0, ALWAYS  # the epoch before may have ended at this very iteration
+        watch.weight, bus.next_count = 0, ALWAYS  # the epoch before may have ended at this very iteration
         is_timed, mark, batch = False, 0.0, END
         usual: type | None = None  # what the step has returned last, if that is not to be awaited
         try:
             while (iteration := state.iteration) < end:
                 state.batch = None  # so that its memory is free before the next one comes
-                if is_busy := iteration >= bus.next_due:
+                if is_busy := iteration >= bus.next_count:
                     if self._has_other_data:
                         self._has_other_data = False
                         getting, got, started, completed = self._topics_of_an_iteration()
                     if is_timed := iteration >= watch.next_reading:
                         watch.read(iteration)
-                        bus.next_due = min(watch.next_reading, getting.due, got.due, started.due - 1)
-                    if iteration >= getting.due:
+                        bus.next_count = min(
+                            watch.next_reading, getting.next_count, got.next_count, started.next_count - 1
+                        )
+                    if iteration >= getting.next_count:
                         if (rest := getting.dispatch(engine, iteration)) is not None:
                             yield from rest
                         if requests.pending:
@@ -254,7 +256,7 @@ class Loop:
                 if is_busy:
                     if is_timed:
                         watch.data += (perf_counter() - mark) * watch.weight
-                    if iteration >= got.due:
+                    if iteration >= got.next_count:
                         if (rest := got.dispatch(engine, iteration)) is not None:
                             yield from rest
                         if requests.pending:
@@ -264,7 +266,7 @@ class Loop:
 
                 state.iteration = iteration = iteration + 1
                 if is_busy:
-                    if iteration >= started.due:
+                    if iteration >= started.next_count:
                         if (rest := started.dispatch(engine, iteration)) is not None:
                             yield from rest
                         if requests.pending:
@@ -290,7 +292,7 @@ class Loop:
                 state.output = output
                 batch = END
                 self.completed = iteration
-                if iteration >= completed.due:
+                if iteration >= completed.next_count:
                     dispatch = completed.dispatch
                     if (rest := dispatch(engine, iteration)) is not None:
                         yield from rest
@@ -359,8 +361,8 @@ class Loop:
         self._bus.stopwatch.weight = 1
         topic = self._bus.topic(name)
         topic.mark_fired_by_loop()
-        count = self._bus.count_firing(topic)
-        if count >= topic.due:
+        count = topic.count_firing()
+        if count >= topic.next_count:
             yield from topic.dispatch(self._engine, count, payload) or ()
 
     def _serve_requests(self, *, between_steps: bool = True) -> LoopGenerator:  # noqa: C901, PLR0912 -- a branch a request
@@ -373,7 +375,7 @@ class Loop:
                 yield Effect.RAISE_FAILURE
             elif requests.take(Request.CHANGE_DATA):
                 yield from self.feed.change(self.completed)
-                self._has_other_data, self._bus.next_due = True, ALWAYS
+                self._has_other_data, self._bus.next_count = True, ALWAYS
             elif Request.TERMINATE in requests.pending:
                 raise Terminated(StopReason.TERMINATED)
             elif requests.take(Request.TERMINATE_EPOCH):
@@ -430,16 +432,13 @@ class Loop:
 
     def _finish_listeners(self) -> LoopGenerator:
         """Give those that asked for it their last event, if it did not come by itself."""
-        hot = {  # whose counts the hot path does not keep
-            "GET_BATCH_STARTED": self.completed - 1,
-            "GET_BATCH_COMPLETED": self.completed - 1,
-            "ITERATION_STARTED": self.completed,
-            "ITERATION_COMPLETED": self.completed,
-        }
+        if self.completed > self._first:  # the hot path does not record these
+            for name in ("GET_BATCH_STARTED", "GET_BATCH_COMPLETED"):
+                self._bus.topic(name).record_firing(self.completed - 1)
+            for name in ("ITERATION_STARTED", "ITERATION_COMPLETED"):
+                self._bus.topic(name).record_firing(self.completed)
         for topic in self._bus.topics:
-            count = hot.get(topic.name, topic.count) if self.completed > self._first else topic.count
-            if count != NEVER_FIRED:
-                yield from topic.finish(self._engine, count)
+            yield from topic.dispatch_at_end(self._engine)
 
     # The end
 
@@ -454,15 +453,13 @@ class Loop:
         yield Effect.SHIELD
         self._bus.stopwatch.weight = 1
         topic = self._bus.topic("CANCELLED" if is_cancellation else "EXCEPTION_RAISED")
-        count = self._bus.count_firing(topic)
-        for part in topic.parts():
+        payload = () if is_cancellation else (error,)
+        for dispatch in topic.dispatch_to_each(self._engine, topic.count_firing(), payload):
             try:
-                yield from part.dispatch(self._engine, count, () if is_cancellation else (error,)) or ()
+                yield from dispatch
             except Exception as another:  # noqa: BLE001 -- the others are called, too; it is raised with the first
                 if another is not error:
                     self.also_raised.append(another)
-            finally:
-                part.clear()
         try:
             yield from self._accept_no_more()
         except Exception as another:  # noqa: BLE001 -- likewise

@@ -66,7 +66,8 @@ class WorkItem:
         Raises:
             BaseException: what `wanted` raised; or the cancellation of that task, and then `wanted` was not awaited.
         """
-        self._answers = answers = SimpleQueue()
+        answers: SimpleQueue[tuple[Any, BaseException | None]] = SimpleQueue()
+        self._answers = answers
         self._wanted = wanted
         # Written first, then this read; _abandon() does the opposite, so that at least one of the two sees the other.
         if self._abandoned_by is not None:

@@ -98,7 +98,7 @@ async def test_who_asks_as_the_directory_turns_out_to_be_taken_is_told(tmp_path:
             topic = run.engine._bus.topic("STARTED")
             run.engine.add_event_handler(Events.STARTED, ask_first)
             topic.inline = topic.inline[::-1]
-            topic._arrange()
+            topic._choose_dispatch()
             with pytest.raises(Exception, match="in use by another Checkpoint"), anyio.fail_after(60):
                 await run.engine.run([1])
         await run.checkpoint.close()

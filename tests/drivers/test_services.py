@@ -215,6 +215,9 @@ async def test_one_that_hangs_at_the_end_is_abandoned_after_the_grace_and_named(
     with pytest.raises(HandlerTimeout, match=r"services of engine .* were still busy .*: 'hanging'"):
         await engine.run([1])
     assert hanging.calls.count(("run_abandoned", engine.state.stop_reason, None)) == (where == "run_ended")
+    if where == "flush":  # which fails the run: it is told so
+        ((reason, error),) = [call[1:] for call in hanging.calls if type(call) is tuple]
+        assert (reason, type(error)) == (StopReason.FAILED, HandlerTimeout)
     assert [call[0] for call in hanging.calls if type(call) is tuple] == ["run_abandoned"]
     assert [call[0] for call in other.calls if type(call) is tuple] == ["run_ended"]
 
