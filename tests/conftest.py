@@ -13,7 +13,7 @@ from typing import Any
 import hypothesis
 import pytest
 from support.backends import BACKENDS, Backend
-from support.pairwise import covering
+from support.covering_array import covering
 
 # OpenMP's threads wait for their next part of an operation by spinning, on cores that the other workers of pytest need.
 # Set here, before torch is imported, and inherited by the workers: tests of small models take half the time.
@@ -45,26 +45,29 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def mark_variants(items: list[pytest.Function]) -> None:
-    """Mark as `slow` and `variant` the runs that repeat others in circumstances that should make no difference.
+    """Mark as `slow` and `variant` what repeats other cases in circumstances that should make no difference.
 
-    On uvloop, for the package has no line that only uvloop runs: what may differ is the timing, so that tests that
-    cross threads or cancel keep that run, by `every_event_loop`. And of a test marked `pairwise`, the cases without
-    which every two values of its parameters still meet.
+    Those are runs on uvloop: the package has no line that only uvloop runs, and what may differ is the timing, so
+    that tests that cross threads or cancel keep theirs, by `every_event_loop`. And the cases of a test marked
+    `covering(strength)` that its parameters' values do not need in order to meet.
     """
-    pairwise: defaultdict[Any, list[pytest.Function]] = defaultdict(list)
+    products: defaultdict[Any, list[pytest.Function]] = defaultdict(list)
     variants: list[pytest.Function] = []
     for item in items:
+        backend: Any = item.callspec.params.get("anyio_backend")
         if item.get_closest_marker("slow") is not None:
             continue
-        backend: Any = item.callspec.params.get("anyio_backend")
         if backend and backend[1].get("use_uvloop") and item.get_closest_marker("every_event_loop") is None:
             variants.append(item)
-        elif item.get_closest_marker("pairwise") is not None:
-            pairwise[item.function].append(item)
-    for cases in pairwise.values():
+        elif item.get_closest_marker("covering") is not None:
+            products[item.function].append(item)
+    for cases in products.values():
+        mark = cases[0].get_closest_marker("covering")
+        assert mark is not None
         # By identity, since a value need not be hashable: it is one object in all the cases that it is combined into.
-        chosen = covering([{name: id(value) for name, value in item.callspec.params.items()} for item in cases])
-        variants += (item for position, item in enumerate(cases) if position not in chosen)
+        values = [{name: id(value) for name, value in case.callspec.params.items()} for case in cases]
+        chosen = covering(values, *mark.args)
+        variants += (case for position, case in enumerate(cases) if position not in chosen)
     for item in variants:
         item.add_marker("slow")
         item.add_marker("variant")
