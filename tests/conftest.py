@@ -28,20 +28,24 @@ hypothesis.settings.load_profile("aengine")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--one-in", type=int, default=1, metavar="N", help="run one in N of the selected tests")
+    parser.addoption("--one-in", type=int, default=1, metavar="N", help="of the selected variants run one in N")
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Iterator[None]:
-    """Mark what varies other tests before pytest selects by marker; then take one in N of the selected."""
+    """Mark what varies other tests before pytest selects by marker; then take one in N of the selected variants."""
     mark_variants([item for item in items if isinstance(item, pytest.Function) and hasattr(item, "callspec")])
     yield
     one_in: int = config.getoption("--one-in")
     # By name, not by chance or position: all workers must select the same, and a new test must not change the others.
-    selected = [item for item in items if zlib.crc32(item.nodeid.encode()) % one_in == 0]
-    if len(selected) < len(items):
-        config.hook.pytest_deselected(items=list(set(items) - set(selected)))
-        items[:] = selected
+    left_out = {
+        item
+        for item in items
+        if item.get_closest_marker("variant") is not None and zlib.crc32(item.nodeid.encode()) % one_in
+    }
+    if left_out:
+        config.hook.pytest_deselected(items=list(left_out))
+        items[:] = [item for item in items if item not in left_out]
 
 
 def mark_variants(items: list[pytest.Function]) -> None:
