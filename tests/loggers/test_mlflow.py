@@ -1,6 +1,6 @@
 """MLflow: what its own client finds, in files and on a real server, and what becomes of a run while that is down.
 
-A real server is there under `.ci/mlflow-server python -m pytest -m mlflow_server tests/loggers/test_mlflow.py`; see there.
+With a real server: `.ci/mlflow-server python -m pytest -m mlflow_server tests/loggers/test_mlflow.py`.
 """
 
 import logging
