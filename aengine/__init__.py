@@ -3,13 +3,13 @@
 #   state        what the loop knows                checkpoint/  saving while training goes on, and resuming exactly
 #   events       names, filters, the Event record     capture/     every part's state at one instant, copied
 #   statistics   where the time went                  formats/     how it becomes files, and state again
-#   callables    users' functions, checked, bound     store/       the directory: commits, locks, retention
-#   threads/     crossing threads                     cli/         python -m aengine checkpoints
-#   bus/         who listens                        handlers/    ready-made: limits, progress, profiling, pictures
-#   data/        any data as the next batch         signals      stop_on_signals
-#   loop/        the loop: a generator, no I/O      training/    supervised steps, metrics, schedules, range test
-#   drivers/     who advances the loop              loggers/     numbers of a run, written beside the step
-#                                                   interop/     pytorch-ignite's metrics and handlers
+#   arguments    users' values, checked               store/       the directory: commits, locks, retention
+#   callables    users' functions, checked, bound     cli/         python -m aengine checkpoints
+#   threads/     crossing threads                   handlers/    ready-made: limits, progress, profiling, pictures
+#   bus/         who listens                        signals      stop_on_signals
+#   data/        any data as the next batch         training/    supervised steps, metrics, schedules, range test
+#   loop/        the loop: a generator, no I/O      loggers/     numbers of a run, written beside the step
+#   drivers/     who advances the loop              interop/     pytorch-ignite's metrics and handlers
 """The training-loop engine for async Python.
 
 from aengine import Engine, Events
@@ -20,6 +20,7 @@ await trainer.run(loader, max_epochs=10)
 
 from aengine.bus.emitter import RemovableEventHandle
 from aengine.bus.inbox import Overflow
+from aengine.drivers.services import Service
 from aengine.engine import Engine
 from aengine.errors import (
     AengineError,
@@ -68,6 +69,7 @@ __all__ = [
     "NotSerializable",
     "Overflow",
     "RemovableEventHandle",
+    "Service",
     "State",
     "StopReason",
     "StrayCancellation",

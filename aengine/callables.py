@@ -1,86 +1,58 @@
-"""Binding: what users hand in as steps and handlers, checked and flattened at the door, and named in messages."""
+"""Callables: the steps and handlers that users hand in, checked at once, and bound to one way of being called."""
 
 import inspect
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import CoroutineType
-from typing import Any, TypeAlias
+from typing import Any, cast
 
 
 def is_awaitable(value: Any) -> bool:
     """Say whether `value` is to be awaited."""
-    return type(value) is CoroutineType or inspect.isawaitable(value)
+    return type(value) is CoroutineType or inspect.isawaitable(value)  # the first is quick, and true of most
 
 
 def is_async_callable(function: Any) -> bool:
-    """Say whether calling this surely gives something to await; other callables are asked by their result."""
+    """Say whether calling this is sure to return an awaitable; of other callables only each result can tell."""
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004
 
 
-def name_of(function: Any) -> str:
-    """Return a name to show for a handler."""
-    inner = getattr(function, "func", function)  # of a functools.partial
-    name: str = getattr(inner, "__qualname__", None) or type(inner).__qualname__
-    return name
+def name_of(thing: Any) -> str:
+    """Return a name for something that a user handed in: of a function, of what a partial calls, else of the type."""
+    while isinstance(thing, partial) and not hasattr(thing, "__qualname__"):  # else it is `named`
+        thing = thing.func
+    return str(getattr(thing, "__qualname__", None) or type(thing).__qualname__)
+
+
+def named(handler: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """Return this handler under a name that says what it is for: so it stands in statistics, notes and errors."""
+    renamed: Any = partial(handler)
+    renamed.__qualname__ = name
+    return cast("Callable[..., Any]", renamed)
+
+
+def type_name(kind: type) -> str:
+    """Return the name of a type as one must import it: with its module, unless it is built in."""
+    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
 
 
 def refuse_stop_iteration(error: Exception, what: str) -> None:
     """Raise a RuntimeError, with its cause, for an error that Python would take for the end of an iteration."""
     if isinstance(error, StopIteration | StopAsyncIteration):
-        raise RuntimeError(  # noqa: TRY004 -- what Python itself makes of it
+        raise RuntimeError(  # noqa: TRY004 -- as Python does for a generator that lets a StopIteration out (PEP 479)
             f"{what} raised {type(error).__name__}, which would look like the end of the data"
         ) from error
 
 
-def bind(
-    handler: Callable[..., Any], event_name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> Callable[..., Any]:
-    """Return `f(engine, *payload)` that calls the handler with what it takes of it, then `args` and `kwargs`.
+def check_callable(function: Any, what: str, name: str, *arguments: str) -> None:
+    """Raise TypeError for what cannot be called as `name(*arguments)`, and for what would not run when it is called.
 
-    Raises:
-        TypeError: the handler cannot be called with the engine nor without it, or calling it would do nothing.
+    For instance: check_callable(step, "the step", "step", "engine", "batch").
     """
-    refuse_generators(handler, "a handler")
-    try:
-        signature = inspect.signature(handler)
-    except ValueError:  # some built-ins have none; then it takes the engine, as handlers do
-        signature = inspect.Signature([inspect.Parameter("anything", inspect.Parameter.VAR_POSITIONAL)])
-    forms, payload = (_FORMS[event_name], (_ANY,)) if event_name in _FORMS else (_PLAIN, ())
-    for form in forms:
-        first, named = form(_ANY, payload)
-        try:
-            signature.bind(*first, *args, **kwargs, **named)
-        except TypeError:
-            continue
-        if form is _with_all and not args and not kwargs:
-            return handler
-        return _call_in_form(handler, form, args, kwargs)
-    given = ", ".join([*map(repr, args), *(f"{name}={value!r}" for name, value in kwargs.items())])
-    raise TypeError(
-        f"handler {name_of(handler)}{signature} of {event_name} cannot be called as"
-        f" {name_of(handler)}({', '.join(filter(None, ['engine', given]))}) nor as {name_of(handler)}({given})"
-    )
-
-
-def refuse_generators(function: Any, what: str) -> None:
-    """Raise TypeError for what is not callable, and for what would not run when called."""
-    if not callable(function):
-        raise TypeError(f"{what} must be callable, got {function!r}")
-    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
-        raise TypeError(
-            f"{what} must be a plain or an async function, but {name_of(function)} has a yield in it:"
-            " calling it runs nothing"
-        )
-
-
-def check_call(function: Any, what: str, name: str, *arguments: str) -> None:
-    """Raise TypeError for what cannot be called as `name(*arguments)`, or would do nothing.
-
-    For instance: check_call(step, "the step", "step", "engine", "batch").
-    """
-    refuse_generators(function, what)
+    check_function(function, what)
     try:
         signature = inspect.signature(function)
-    except ValueError:  # a built-in without one: it will show
+    except ValueError:  # some built-ins have none: the call itself will show whether it fits
         return
     try:
         signature.bind(*arguments)
@@ -91,54 +63,80 @@ def check_call(function: Any, what: str, name: str, *arguments: str) -> None:
         ) from None
 
 
-def check_seconds(value: Any, what: str, usual: float) -> None:
-    """Raise TypeError or ValueError for what is no number of seconds, 0 or more; it may be infinite."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{what} is a number of seconds, such as {usual}; got {value!r}")
-    if not value >= 0:
-        raise ValueError(f"{what} is 0 seconds or more, such as {usual}; got {value!r}")
-
-
-Form: TypeAlias = Callable[[Any, tuple[Any, ...]], tuple[tuple[Any, ...], dict[str, Any]]]
-_ANY = object()
-
-
-def _call_in_form(
-    handler: Callable[..., Any], form: Form, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+def bind_handler(
+    handler: Callable[..., Any], event_name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Callable[..., Any]:
-    def call(engine: Any, *payload: Any) -> Any:
-        first, named = form(engine, payload)
-        return handler(*first, *args, **kwargs, **named)
+    """Return `f(engine, *payload)` that calls the handler with those of them that it takes, then `args` and `kwargs`.
 
-    return call
+    Which of them it takes is found out here, once: a dispatch looks at no signature.
 
-
-def _with_all(engine: Any, payload: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return (engine, *payload), {}
-
-
-def _with_engine(engine: Any, _: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return (engine,), {}
-
-
-def _with_payload(_: Any, payload: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return payload, {}
-
-
-def _with_nothing(_: Any, __: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return (), {}
-
-
-def _with_engine_and_iterations(engine: Any, payload: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return (engine,), {"iter_counter": payload[0]}
-
-
-def _with_iterations(_: Any, payload: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return (), {"iter_counter": payload[0]}
+    Raises:
+        TypeError: the handler can be called neither with the engine nor without it, or would not run when it is called.
+    """
+    check_function(handler, "a handler")
+    try:
+        signature = inspect.signature(handler)
+    except ValueError:  # some built-ins have none: then it gets the engine, as handlers do
+        signature = inspect.Signature([inspect.Parameter("anything", inspect.Parameter.VAR_POSITIONAL)])
+    calls = _CALLS_WITH_PAYLOAD.get(event_name, _CALLS)
+    payload = (None,) if event_name in _CALLS_WITH_PAYLOAD else ()
+    for call in calls:
+        try:  # `signature.bind` in place of the handler: it refuses what the handler would refuse, and runs nothing
+            call(signature.bind, args, kwargs, None, *payload)
+        except TypeError:
+            continue
+        if call is _with_all and not args and not kwargs:
+            return handler  # itself: no function in between at each event
+        return partial(call, handler, args, kwargs)
+    given = ", ".join([*map(repr, args), *(f"{name}={value!r}" for name, value in kwargs.items())])
+    raise TypeError(
+        f"handler {name_of(handler)}{signature} of {event_name} cannot be called as"
+        f" {name_of(handler)}({', '.join(filter(None, ['engine', given]))}) nor as {name_of(handler)}({given})"
+    )
 
 
-_PLAIN: tuple[Form, ...] = (_with_all, _with_nothing)
-_FORMS: Mapping[str, tuple[Form, ...]] = {
+def check_function(function: Any, what: str) -> None:
+    """Raise TypeError for what is not callable, and for what would run nothing when called: a generator function."""
+    if not callable(function):
+        raise TypeError(f"{what} must be callable, got {function!r}")
+    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+        raise TypeError(
+            f"{what} must be a plain or an async function, but {name_of(function)} has a yield in it:"
+            " calling it runs nothing"
+        )
+
+
+# The ways to call a handler: each takes the handler and its own arguments, bound once, and what comes with the event.
+
+
+def _with_all(handler: Any, args: Any, kwargs: Any, engine: Any, *payload: Any) -> Any:
+    return handler(engine, *payload, *args, **kwargs)
+
+
+def _with_engine(handler: Any, args: Any, kwargs: Any, engine: Any, *_: Any) -> Any:
+    return handler(engine, *args, **kwargs)
+
+
+def _with_payload(handler: Any, args: Any, kwargs: Any, _: Any, *payload: Any) -> Any:
+    return handler(*payload, *args, **kwargs)
+
+
+def _with_nothing(handler: Any, args: Any, kwargs: Any, *_: Any) -> Any:
+    return handler(*args, **kwargs)
+
+
+def _with_engine_and_counter(handler: Any, args: Any, kwargs: Any, engine: Any, iteration: Any) -> Any:
+    return handler(engine, *args, **kwargs, iter_counter=iteration)
+
+
+def _with_counter(handler: Any, args: Any, kwargs: Any, _: Any, iteration: Any) -> Any:
+    return handler(*args, **kwargs, iter_counter=iteration)
+
+
+# Tried in this order: the first that fits the signature is the one. The payload of EXCEPTION_RAISED goes by position,
+# that of TERMINATE_SINGLE_EPOCH by the keyword `iter_counter`, as pytorch-ignite gives them to its handlers.
+_CALLS: tuple[Callable[..., Any], ...] = (_with_all, _with_nothing)
+_CALLS_WITH_PAYLOAD: Mapping[str, tuple[Callable[..., Any], ...]] = {
     "EXCEPTION_RAISED": (_with_all, _with_payload, _with_nothing),
-    "TERMINATE_SINGLE_EPOCH": (_with_engine_and_iterations, _with_iterations, _with_engine, _with_nothing),
+    "TERMINATE_SINGLE_EPOCH": (_with_engine_and_counter, _with_counter, _with_engine, _with_nothing),
 }

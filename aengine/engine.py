@@ -1,40 +1,33 @@
-"""Engine: the face. What users construct, listen to, run and stop."""
+"""Engine: the face of the package. What users construct, listen to, run and stop."""
 
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Mapping
-from contextlib import AbstractAsyncContextManager, contextmanager
-from dataclasses import replace
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AbstractAsyncContextManager
 from functools import partial
-from time import perf_counter
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, overload
 
-import anyio
 from anyio.lowlevel import checkpoint_if_cancelled
 
-from aengine.bus.bus import Bus
-from aengine.bus.dispatch import close_unawaited
-from aengine.bus.emitter import EventEmitter
-from aengine.callables import check_call, check_seconds, is_async_callable, name_of
-from aengine.data.adapt import check, check_prefetch, needs_event_loop
-from aengine.data.prefetch import Fetched
-from aengine.data.source import Source
-from aengine.drivers.driver import Driver
+from aengine.arguments import check_seconds
+from aengine.bus.emitter import EventEmitter, RemovableEventHandle
+from aengine.bus.inbox import Overflow
+from aengine.bus.listeners import Snapshot
+from aengine.bus.stream import Stream
+from aengine.callables import check_callable, is_async_callable, name_of
 from aengine.drivers.iterate import IterationStream
-from aengine.drivers.sync import DONE, SUSPENDED, drive, runs_in_event_loop
-from aengine.errors import EngineBusy, raise_failures
-from aengine.events import Event, Events
-from aengine.loop.effects import LoopGenerator
-from aengine.loop.loop import Loop
-from aengine.loop.progress import Progress, begin, from_state_dict, to_state_dict
+from aengine.drivers.services import Service
+from aengine.drivers.session import Session
+from aengine.events import AnyEvent, Event, EventEnum
 from aengine.loop.requests import Request, Requests
 from aengine.state import Randomness, State
 from aengine.statistics import EngineStatistics
 
 Batch = TypeVar("Batch")
 Output = TypeVar("Output")
+Handler = TypeVar("Handler", bound=Callable[..., Any])
 
 
-class Engine(EventEmitter, Generic[Batch, Output]):
+class Engine(Generic[Batch, Output]):
     """Loops over data, runs a step for each batch, and publishes what happens.
 
     Args:
@@ -44,17 +37,18 @@ class Engine(EventEmitter, Generic[Batch, Output]):
         thread: None for where the step belongs; False to run a plain step on the event loop's own thread; True to
             insist on the worker.
         grace: seconds that clean-up may take: handlers of CANCELLED and EXCEPTION_RAISED, subscribers that are behind,
-            closing the data.
+            services, closing the data.
 
     Attributes:
+        state: what the loop knows.
         state_dict_user_keys: the attributes of the state that are saved and loaded with the engine.
         randomness: what saves and restores the states of random number generators with the engine, so that a run
             that is resumed draws what it would have drawn, and shuffled data comes as it came. None for nothing;
             `aengine.checkpoint` puts one here.
 
     Raises:
-        TypeError: the step cannot be called as `step(engine, batch)`, or `thread=True` was given for an async one.
-        TypeError, ValueError: `grace` is no number of seconds, 0 or more.
+        TypeError, ValueError: the step cannot be called as `step(engine, batch)`, `thread=True` was given for an async
+            one, or `grace` is no number of seconds, 0 or more.
 
     Example:
         >>> engine = Engine(lambda engine, batch: batch * 2)
@@ -70,27 +64,31 @@ class Engine(EventEmitter, Generic[Batch, Output]):
         thread: bool | None = None,
         grace: float = 30.0,
     ) -> None:
-        check_call(step, "the step", "step", "engine", "batch")
+        check_callable(step, "the step", "step", "engine", "batch")
         check_seconds(grace, "grace=", 30.0)
         is_async = is_async_callable(step)
         if thread and is_async:
             raise TypeError(
                 f"thread=True puts a plain step on the worker, but {name_of(step)} is async: leave thread= out"
             )
-        name, state = name or name_of(step).rpartition("<locals>.")[2], State()
+        self.name = name or name_of(step).rpartition("<locals>.")[2]
+        self.state = State()
         self.logger = logging.getLogger("aengine.engine")
-        super().__init__(name, state, Bus(name, self.logger, state), Requests())
-        self._step = step
-        self._threaded = not is_async and thread is not False
-        self._is_async = is_async
-        self._grace = grace
-        self._progress = Progress()
-        self._unread: tuple[Any, list[Fetched]] | None = None
-        self._rng_to_restore: Any = None
-        self._generator: LoopGenerator | None = None
-        self._is_running = False
         self.state_dict_user_keys: list[str] = []
         self.randomness: Randomness | None = None
+        self._requests = Requests()
+        self._emitter = EventEmitter(self.name, self.logger, self.state)
+        self._bus = self._emitter.bus
+        self._session = Session(
+            step,
+            self.state,
+            self._emitter,
+            self._requests,
+            self.logger,
+            is_async=is_async,
+            threaded=not is_async and thread is not False,
+            grace=grace,
+        )
 
     # Running
 
@@ -127,10 +125,7 @@ class Engine(EventEmitter, Generic[Batch, Output]):
         be resumed.
         """
         await checkpoint_if_cancelled()
-        with self._busy():
-            check_prefetch(prefetch)
-            loop, generator = self._begin(data, max_epochs, max_iters, epoch_length)
-            await self._drive(loop, generator, prefetch)
+        await self._session.run(self, data, (max_epochs, max_iters, epoch_length), prefetch)
         return self.state
 
     def run_sync(
@@ -150,26 +145,7 @@ class Engine(EventEmitter, Generic[Batch, Output]):
             RuntimeError: an event loop runs in this thread.
             BaseException: as `run` does.
         """
-        if runs_in_event_loop():
-            raise RuntimeError("run_sync() would block the event loop that runs here: write  await engine.run(...)")
-        check_prefetch(prefetch)
-        if self._is_async or prefetch or self._bus.must_await or needs_event_loop(data):
-            return anyio.run(partial(self.run, data, max_epochs, max_iters, epoch_length, prefetch=prefetch))
-        with self._busy():
-            loop, generator = self._begin(data, max_epochs, max_iters, epoch_length)
-            failures: list[BaseException] = []
-            wanted = drive(generator, self._requests, failures)
-            if wanted is not DONE and wanted is not SUSPENDED:
-                try:
-                    anyio.run(partial(self._drive, loop, generator, 0, wanted))
-                finally:
-                    close_unawaited(wanted)  # where it was not come to
-            else:
-                self._end(loop, generator, is_suspended=wanted is SUSPENDED)
-                try:
-                    raise_failures(self.name, [*failures, *loop.also_raised])
-                finally:
-                    failures.clear()  # an error's traceback holds this frame: no cycle may hold the engine
+        self._session.run_sync(self, data, (max_epochs, max_iters, epoch_length), prefetch)
         return self.state
 
     def iterate(
@@ -190,115 +166,240 @@ class Engine(EventEmitter, Generic[Batch, Output]):
         The body is part of the run: its exception fails the run, and leaving the block early terminates it. Raises and
         cancels as `run` does.
         """
-        return IterationStream(
-            partial(self.run, data, max_epochs, max_iters, epoch_length, prefetch=prefetch),
-            self.terminate,
-            partial(self.add_event_handler, Events.ITERATION_COMPLETED),
-            self._record,
-            self._waits_for,
+        run = partial(self.run, data, max_epochs, max_iters, epoch_length, prefetch=prefetch)
+        return IterationStream(self, run, self._session)
+
+    # Listening
+
+    def on(self, event: AnyEvent, *args: Any, **kwargs: Any) -> Callable[[Handler], Handler]:
+        """Return a decorator that adds an inline handler, and returns it as it was. See `add_event_handler`.
+
+        Raises:
+            TypeError: this is no event, such as the handler itself, by `@engine.on` without parentheses.
+            ValueError: the event is not registered with this engine.
+        """
+        self._emitter.select(event)
+
+        def add(handler: Handler) -> Handler:
+            self.add_event_handler(event, handler, *args, **kwargs)
+            return handler
+
+        return add
+
+    def add_event_handler(
+        self, event: AnyEvent, handler: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> RemovableEventHandle:
+        """Add an inline handler: it runs between two steps, in order of registration, and the loop waits for it.
+
+        It is called as `handler(engine, *args, **kwargs)`, without the engine if it does not take it; for
+        EXCEPTION_RAISED with the exception after the engine; for TERMINATE_SINGLE_EPOCH with `iter_counter=` if it
+        takes that. A plain `def` runs where the step runs, an `async def` is awaited on the event loop; so is whatever
+        else it returns that can be awaited, such as the handle of a task. What it raises fails the run. Inline handlers
+        run before the event is sent to subscribers and streams.
+
+        Raises:
+            TypeError: the handler cannot be called so.
+            ValueError: the event is not registered with this engine.
+        """
+        return self._emitter.add_inline(event, handler, args, kwargs)
+
+    def remove_event_handler(self, handler: Callable[..., Any], event: AnyEvent) -> None:
+        """Remove an inline handler from the very event, with its filter, that it was added with.
+
+        Raises:
+            ValueError: it does not listen to that.
+        """
+        self._emitter.remove_inline(handler, event)
+
+    def has_event_handler(self, handler: Callable[..., Any], event: AnyEvent | None = None) -> bool:
+        """Say whether an inline handler listens: to anything; to an event, or, filtered, with that very filter."""
+        return self._emitter.has_inline(handler, event)
+
+    @overload
+    def subscribe(
+        self,
+        event: AnyEvent,
+        handler: None = None,
+        *,
+        buffer: int = 64,
+        overflow: Overflow | str = "wait",
+        on_error: str = "raise",
+        snapshot: Snapshot | None = None,
+        name: str | None = None,
+    ) -> Callable[[Handler], Handler]: ...
+    @overload
+    def subscribe(
+        self,
+        event: AnyEvent,
+        handler: Callable[[Event], Any],
+        *,
+        buffer: int = 64,
+        overflow: Overflow | str = "wait",
+        on_error: str = "raise",
+        snapshot: Snapshot | None = None,
+        name: str | None = None,
+    ) -> RemovableEventHandle: ...
+    def subscribe(
+        self,
+        event: AnyEvent,
+        handler: Callable[[Event], Any] | None = None,
+        *,
+        buffer: int = 64,
+        overflow: Overflow | str = "wait",
+        on_error: str = "raise",
+        snapshot: Snapshot | None = None,
+        name: str | None = None,
+    ) -> Any:
+        """Add a handler beside the step: while a run lasts, in a task of its own, one `Event` at a time, in order.
+
+        Without a handler, returns a decorator. `run()` ends when every subscriber has handled what it was sent.
+
+        Args:
+            event: what to listen to; several with `|` share one inbox.
+            handler: `handler(event)`; a plain `def` runs in a thread.
+            buffer: how many events may wait in its inbox.
+            overflow: what happens when more come: "wait" (the loop does), "latest", "drop_oldest", "drop_new", "error".
+            on_error: "raise" fails the run with what the handler raised; "log" logs and counts it, and goes on.
+            snapshot: `snapshot(engine)` is called inline, between steps, once for all that share it; what it returns
+                travels in `event.snapshot`.
+            name: shown in notes and statistics; by default the handler's.
+
+        Raises:
+            TypeError: the handler or the snapshot cannot be called so; or this is no event.
+            ValueError: the event is not registered with this engine, or an argument is wrong.
+        """
+        add = partial(
+            self._emitter.subscribe,
+            event,
+            buffer=buffer,
+            overflow=overflow,
+            on_error=on_error,
+            snapshot=snapshot,
+            name=name,
         )
+        if handler is not None:
+            return add(handler)
+        self._emitter.select(event)
 
-    @contextmanager
-    def _busy(self) -> Generator[None]:
-        if self._is_running:
-            raise EngineBusy(
-                f"engine {self.name!r} is running: one engine runs one loop at a time. Await the run under way, or make"
-                " another engine"
-            )
-        self._is_running = True
-        try:
-            yield
-        finally:
-            self._is_running = False
-            self._requests.end()
+        def decorate(function: Handler) -> Handler:
+            add(function)
+            return function
 
-    def _begin(
-        self, data: Any, max_epochs: int | None, max_iters: int | None, epoch_length: int | None
-    ) -> tuple[Loop, LoopGenerator]:
-        check(data)
-        if self.state.max_epochs is None and self.state.max_iters is None:
-            self._give_up()
-        if self._loop is not None and self._generator is not None:
-            self._refuse_other_arguments(data, max_epochs, max_iters, epoch_length)
-            self._bus.start_clock()
-            return self._loop, self._generator
-        state = self.state
-        progress = begin(state, self._progress, data, max_epochs, max_iters, epoch_length)
-        unread = self._unread[1] if self._unread is not None and self._unread[0] is data else None
-        source = Source(data, self.logger, unread, self.randomness)
-        if progress.position is not None:
-            source.resume_at(progress.position, progress.iteration)
-        else:
-            source.restart(progress.iteration)
-        state.dataloader = data
-        self._requests.begin()
-        self._bus.reset()
-        loop = self._loop = Loop(
-            self, self._step, source, progress, state=state, bus=self._bus, requests=self._requests
-        )
-        restore_rng, self._rng_to_restore = self._rng_to_restore, None
-        if self.randomness is not None and restore_rng is not None:
-            loop.restore_rng = partial(self.randomness.restore, restore_rng, data)
-        generator = self._generator = loop.run()
-        return loop, generator
+        return decorate
 
-    def _give_up(self) -> None:
-        """Begin anew, or elsewhere: what was interrupted will not be gone on with."""
-        if self._loop is not None and self._generator is not None:
-            self._generator.close()
-            self._keep_unread(self._loop.source)
-        self._loop = self._generator = None
+    def stream(
+        self,
+        event: AnyEvent,
+        *,
+        buffer: int = 64,
+        overflow: Overflow | str = "drop_oldest",
+        snapshot: Snapshot | None = None,
+    ) -> Stream:
+        """Return events to be read, as in the class `Stream`.
 
-    def _refuse_other_arguments(
-        self, data: Any, max_epochs: int | None, max_iters: int | None, epoch_length: int | None
-    ) -> None:
-        state = self.state
-        given = {"max_epochs": max_epochs, "max_iters": max_iters, "epoch_length": epoch_length}
-        other = [
-            f"{name}={value} (it has {getattr(state, name)})"
-            for name, value in given.items()
-            if value not in (None, getattr(state, name))
-        ]
-        if data is not None and data is not state.dataloader:
-            other.append("other data")
-        if other:
-            raise ValueError(
-                f"engine {self.name!r} was interrupted and goes on where it was, so it cannot take {', '.join(other)}:"
-                " call run() with what it was called with, or without arguments; set_data() changes the data"
-            )
+        It ends with the run. The arguments are those of `subscribe`. A slow reader loses the oldest events, which are
+        counted, and never slows the loop, unless it asks for that by `overflow="wait"`.
+        """
+        return self._emitter.stream(event, buffer=buffer, overflow=overflow, snapshot=snapshot)
 
-    async def _drive(self, loop: Loop, generator: LoopGenerator, prefetch: int, wanted: Any = None) -> State:
-        driver = self._driver = Driver(
-            loop,
-            generator,
-            self._bus,
-            self._requests,
-            threaded=self._threaded and wanted is None,
-            grace=self._grace,
-            prefetch=prefetch,
-            wanted=wanted,
-        )
-        try:
-            await driver.run()
-        finally:
-            self._driver = None
-            if not driver.has_abandoned:
-                self._end(loop, generator, is_suspended=driver.is_suspended)
-        return self.state
+    def add_service(
+        self, service: Service, *, on_error: str = "raise", name: str | None = None
+    ) -> RemovableEventHandle:
+        """Have a service live beside the runs of this engine, also one that is under way. See `Service`.
 
-    def _end(self, loop: Loop, generator: LoopGenerator, *, is_suspended: bool) -> None:
-        self._bus.stopwatch.stop()
-        self._progress = loop.progress()
-        if is_suspended:
-            return
-        self._loop = self._generator = None
-        self._keep_unread(loop.source)
-        generator.close()
+        Args:
+            service: an object of a subclass of `Service`. One that several engines are given has to know them apart.
+            on_error: "raise" fails the run with what `serve`, `flush` or `run_ended` raised; "log" logs and counts it.
+            name: shown in notes, logs and statistics; by default its class.
 
-    def _keep_unread(self, source: Source) -> None:
-        """Keep what was fetched and not stepped on, for the next run over the same data."""
-        unread = source.unread()
-        self._unread = (source.data, unread) if unread else None
+        Raises:
+            TypeError: this is no Service.
+            ValueError: `on_error` is neither of the two; or this engine has this very service already.
+        """
+        return self._session.add_service(service, on_error, name)
+
+    # Events of the user's own
+
+    def register_events(self, *events: str | EventEnum, event_to_attr: Mapping[Any, str] | None = None) -> None:
+        """Register events of one's own, to listen to and to fire.
+
+        Args:
+            events: names, or members of a subclass of EventEnum.
+            event_to_attr: the attribute of the state that counts an event, for its filters. It is made, as 0, if it is
+                not there. An event without one counts its firings.
+
+        Raises:
+            TypeError: something that is no event.
+        """
+        self._emitter.register(events, event_to_attr)
+
+    def has_registered_events(self, event: AnyEvent) -> bool:
+        """Say whether all of these can be listened to here."""
+        return self._emitter.has_registered(event)
+
+    def fire_event(self, event: AnyEvent) -> None:
+        """Fire an event, from a step or a plain handler: inline handlers run at once, then the inboxes are filled.
+
+        On the worker thread it waits for async handlers and for room in inboxes. Elsewhere it never waits: events over
+        an inbox's bound are accepted, and the loop waits for room before its next step.
+
+        Raises:
+            RuntimeError: the event has an async inline handler, which cannot be awaited here; or an inbox is full, and
+                no run is under way in which it could be emptied.
+            ValueError: the event is not registered.
+        """
+        self._emitter.fire(self, event)
+
+    def fire_between_steps(self, event: AnyEvent, *, at_end: Callable[[], object] | None = None) -> bool:
+        """Have the loop fire an event before its next step, where the state is that of a completed one.
+
+        From any thread or task, without waiting. Where the loop is paused, it is fired there. Returns False, and does
+        nothing, if no run is under way.
+
+        Args:
+            event: the event.
+            at_end: called when `run()` is about to return or raise, however it came to that: a run that is cancelled
+                before its first event, or given up by a second Ctrl-C, fires nothing any more.
+
+        Raises:
+            ValueError: the event is not registered.
+        """
+        return self._requests.fire(self._emitter.name_to_fire(event), at_end)
+
+    def stateful_listeners(self) -> list[Any]:
+        """Return the listeners (of a bound method: its object) that have a state to save, each once, event by event."""
+        return self._emitter.stateful_listeners(self)
+
+    async def emit(self, event: AnyEvent) -> None:
+        """Fire an event from async code: awaits its inline handlers, and room in the inboxes of its subscribers.
+
+        Cancellable; an event that has been sent stays sent. From a subscriber's own handler it never deadlocks: where
+        waiting for room would be waiting for itself, the event is accepted over the inbox's bound.
+
+        Raises:
+            RuntimeError: an inbox is full, and no run is under way that could empty it.
+            ValueError: the event is not registered.
+        """
+        await self._emitter.emit(self, event)
+
+    async def flush(self) -> None:
+        """Wait until every event fired before this call has been handled, and all services are flushed. Cancellable.
+
+        Raises:
+            RuntimeError: called by a subscriber's handler or a service, which would wait for itself; or events wait,
+                and no run is under way to handle them.
+        """
+        await self._emitter.flush()
+
+    @property
+    def last_event_name(self) -> Any:
+        """The event, or its name, that was last dispatched to any listener; None before the first."""
+        return self._emitter.last_event
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether the loop waits for the caller: its step, an inline handler, or the body of an `iterate()`."""
+        return self._session.is_inside
 
     # Stopping
 
@@ -342,17 +443,12 @@ class Engine(EventEmitter, Generic[Batch, Output]):
             RuntimeError: no run is under way.
             TypeError: this cannot be data.
         """
-        check(data)
-        if self._loop is None:
-            raise RuntimeError(
-                "set_data() changes the data of a run under way, and there is none: pass the data to run()"
-            )
-        self._loop.set_data(Source(data, self.logger, randomness=self.randomness))
+        self._session.set_data(self, data)
 
     @property
     def is_running(self) -> bool:
         """Whether a run is under way."""
-        return self._is_running
+        return self._session.is_running
 
     @property
     def should_terminate(self) -> bool:
@@ -378,12 +474,7 @@ class Engine(EventEmitter, Generic[Batch, Output]):
         the counts of events that count their firings, and the state's attributes that `state_dict_user_keys` names;
         with `engine.randomness`, also the states of random number generators, as tensors.
         """
-        progress = self._progress if self._loop is None else self._loop.progress()
-        fired = {topic.name: topic.own_count for topic in self._bus.topics if topic.own_count}
-        saved = to_state_dict(progress, self.state, fired, self.state_dict_user_keys)
-        if self.randomness is not None:
-            saved["random"] = self.randomness.capture(self.state.dataloader)
-        return saved
+        return self._session.state_dict(self)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *, begins_anew: bool = False) -> None:
         """Go on, at the next `run()`, where a `state_dict` was taken, by this engine or by pytorch-ignite's.
@@ -397,57 +488,11 @@ class Engine(EventEmitter, Generic[Batch, Output]):
             EngineBusy: a run is under way.
             ValueError: a key is missing, or two contradict each other.
         """
-        if self._is_running:
-            raise EngineBusy(f"engine {self.name!r} is running: load its state before run()")
-        self._progress = from_state_dict(state_dict, self.state, self.state_dict_user_keys)
-        if begins_anew:
-            self._progress = replace(self._progress, is_loaded=False)
-        self._give_up()
-        self._rng_to_restore = state_dict.get("random")
-        fired = state_dict.get("fired", {})
-        for topic in {*self._bus.topics, *map(self._bus.topic, fired)}:
-            topic.own_count = fired.get(topic.name, 0)
+        self._session.load_state_dict(self, state_dict, begins_anew=begins_anew)
 
     def statistics(self) -> EngineStatistics:
         """Return where the time goes, and what becomes of the events. Cheap; at any time, from any thread."""
-        bus, watch = self._bus, self._bus.stopwatch
-        handlers: dict[str, float] = {}
-        of_fired: dict[str, float] = {}
-        for topic in bus.topics:
-            seconds = handlers if topic.is_fired_by_loop else of_fired
-            for handler in topic.inline:
-                seconds[handler.name] = seconds.get(handler.name, 0.0) + handler.seconds
-        return EngineStatistics(
-            name=self.name,
-            running=self._is_running,
-            epoch=self.state.epoch,
-            iteration=self.state.iteration,
-            total=watch.total,
-            data=watch.data,
-            step=watch.step,
-            handlers=handlers,
-            handlers_of_fired=of_fired,
-            back_pressure=watch.back_pressure,
-            event_loop=watch.event_loop,
-            lag=watch.lag,
-            listeners=tuple(one.statistics() for one in (*bus.subscribers, *bus.streams)),
-        )
-
-    def _record(self) -> Event:
-        state, bus = self.state, self._bus
-        return Event(
-            "ITERATION_COMPLETED",
-            self.name,
-            bus.sequence,
-            state.iteration,
-            state.epoch,
-            state.epoch_length,
-            state.max_epochs,
-            state.output,
-            dict(state.metrics),
-            perf_counter(),
-            None,
-        )
+        return self._session.statistics()
 
     def __repr__(self) -> str:
         state = self.state

@@ -1,24 +1,24 @@
 """Every error and warning of the package.
 
     AengineError
-    ├── EngineBusy (RuntimeError)      run() of an engine that is running
-    ├── DataExhausted (ValueError)     the data gave nothing when more was asked of it
-    ├── HandlerTimeout (TimeoutError)  a concurrent handler outlived the grace period
-    ├── InboxOverflow (RuntimeError)   an inbox with overflow="error" was full
-    ├── StrayCancellation (RuntimeError)  a task of the run was cancelled from outside of it
-    └── CheckpointError (RuntimeError) whatever goes wrong with checkpoints
-        ├── CheckpointNotFound         there is none, or not the one that was asked for
-        ├── CheckpointDamaged          what is on disk does not verify
-        ├── CheckpointMismatch         it is whole, but does not fit what it is to be loaded into
-        ├── CheckpointNotWritten       a save failed; the checkpoints before it are as they were
-        ├── CheckpointLocked           another writer has the directory
-        └── NotSerializable (TypeError)  something in the state could not be loaded back
+    ├── EngineBusy (RuntimeError)         run() was called while the engine was running
+    ├── DataExhausted (ValueError)        the data had no batch to give, and cannot be restarted
+    ├── HandlerTimeout (TimeoutError)     a handler or a clean-up took longer than the grace period
+    ├── InboxOverflow (RuntimeError)      an inbox with overflow="error" was full
+    ├── StrayCancellation (RuntimeError)  a task of the run was cancelled, but not by the run
+    └── CheckpointError (RuntimeError)    something went wrong with a checkpoint
+        ├── CheckpointNotFound            there is none, or not the one that was requested
+        ├── CheckpointDamaged             its files are not those that were written
+        ├── CheckpointMismatch            it is whole, but does not fit what it is to be loaded into
+        ├── CheckpointNotWritten          a save failed; the checkpoints before it are unchanged
+        ├── CheckpointLocked              another writer is using the directory
+        └── NotSerializable (TypeError)   something in the state could not be loaded again
 
     DataExhaustedWarning (UserWarning) the data ended before the run was complete
     CheckpointWarning (UserWarning)    a save failed or a checkpoint was damaged, and the run goes on
 
-What a user's own step, handler or data raises is never wrapped: it comes out of `run()` as the very object
-that was raised, with a note that says where. Arguments that are wrong are plain ValueErrors and TypeErrors.
+An exception of a user's own step, handler or data is never wrapped: `run()` raises the very same object, with a note
+that says where it came from. Wrong arguments are plain ValueErrors and TypeErrors.
 """
 
 import logging
@@ -27,80 +27,92 @@ _logger = logging.getLogger("aengine.engine")
 
 
 class AengineError(Exception):
-    """The root of what aengine itself raises."""
+    """The base of all errors that are aengine's own."""
 
 
 class EngineBusy(AengineError, RuntimeError):
-    """The engine is running already: one engine runs one loop at a time."""
+    """The engine is running already: an engine runs one loop at a time."""
 
 
 class DataExhausted(AengineError, ValueError):
-    """The data has nothing to give, and cannot be restarted to give more."""
+    """The data has no batch to give, and cannot be restarted."""
 
 
 class HandlerTimeout(AengineError, TimeoutError):
-    """Concurrent handlers did not finish what they had accepted within the engine's `grace` seconds."""
+    """Concurrent handlers had not emptied their inboxes, or a clean-up was not over, after `grace` seconds."""
 
 
 class InboxOverflow(AengineError, RuntimeError):
-    """An event met a full inbox whose policy is `overflow="error"`, or one that nobody empties: no run is under way."""
+    """An inbox with `overflow="error"` was full; or one with "wait", while no run is under way that empties it."""
 
 
 class StrayCancellation(AengineError, RuntimeError):
-    """A task of the run was cancelled, and not by the run: natively, as `asyncio.run()` does to what is left.
+    """A task of the run was cancelled, but not by the run: by asyncio's `Task.cancel()`, say.
 
-    A handler that lets out the cancellation of something that it awaited is one, too. A cancellation of the run itself
-    takes its place.
+    `asyncio.run()` calls it at its end for each task that is left. Also raised where a handler awaits something that is
+    cancelled, and does not catch that cancellation. A run that is itself cancelled as well raises its own cancellation
+    instead.
     """
 
 
 class CheckpointError(AengineError, RuntimeError):
-    """The root of what goes wrong with checkpoints. None of it is ever silent."""
+    """The base of all errors of checkpoints. None of them is ever silent."""
 
 
 class CheckpointNotFound(CheckpointError):
-    """There is no checkpoint where one must be, or not the one that was asked for."""
+    """There is no checkpoint where there must be one, or not the one that was requested."""
 
 
 class CheckpointDamaged(CheckpointError):
-    """A checkpoint is cut, changed or incomplete, so that nothing of it can be trusted."""
+    """A checkpoint is truncated, changed or incomplete, so that nothing of it can be trusted."""
 
 
 class CheckpointMismatch(CheckpointError):
-    """A checkpoint is whole, but was made of something else: other keys, or other shapes."""
+    """A checkpoint is whole, but is one of something else: its keys or shapes differ."""
 
 
 class CheckpointNotWritten(CheckpointError):
-    """A save failed. Nothing of it is left behind, and the checkpoints before it are as they were."""
+    """A save failed. None of its files remain, and the checkpoints before it are unchanged."""
 
 
 class CheckpointLocked(CheckpointError):
-    """Another writer has the directory: two would remove each other's checkpoints."""
+    """Another writer is using the directory: two would remove each other's checkpoints."""
 
 
 class NotSerializable(CheckpointError, TypeError):
-    """Something in the state could not be loaded back with `weights_only=True`, so it is not saved either."""
+    """Something in the state could not be loaded with `weights_only=True`, so it is not saved in the first place."""
 
 
 class CheckpointWarning(UserWarning):
-    """A save failed, or a checkpoint was damaged and set aside, and the run goes on."""
+    """A save failed, or a checkpoint was damaged and set aside, and the run continues."""
 
 
 class DataExhaustedWarning(UserWarning):
-    """The data ended before the run was complete, and could not be restarted. The run was closed cleanly."""
+    """The data ended before the run was complete, and cannot be restarted. The run ended cleanly."""
+
+
+def missing_package(module: str, requirement: str, extra: str) -> ImportError:
+    """Return what a module raises without the optional package that it needs: an error that says how to install it."""
+    package = requirement.partition(">")[0]
+    return ImportError(
+        f'{module} needs {package}: pip install "{requirement}", which is what the extra "{extra}" brings:'
+        f' pip install -e ".[{extra}]"'
+    )
 
 
 def raise_failures(name: str, failures: list[BaseException], cancellation: BaseException | None = None) -> None:
-    """Raise a single failure as the very object it is, several as a group; without any, the cancellation, if any."""
-    failures = list({id(error): error for error in failures}.values())
+    """Raise a single failure as the very object it is, several as a group; without any, the cancellation, if any.
+
+    A KeyboardInterrupt or SystemExit among several is raised by itself, for only so does it end the program; the others
+    are logged.
+    """
+    failures = list({id(error): error for error in failures}.values())  # one may have been reported from two places
     try:
-        for index, error in enumerate(failures):
-            if isinstance(error, KeyboardInterrupt | SystemExit):
-                for other in failures[:index] + failures[index + 1 :]:
-                    _logger.error("engine %r failed as well", name, exc_info=other)
-                del error
-                raise failures[index]
-            del error
+        exits = [index for index, error in enumerate(failures) if isinstance(error, KeyboardInterrupt | SystemExit)]
+        if exits:
+            for other in failures[: exits[0]] + failures[exits[0] + 1 :]:
+                _logger.error("engine %r failed as well", name, exc_info=other)
+            raise failures[exits[0]]
         if len(failures) == 1:
             raise failures[0]
         if failures:
@@ -108,6 +120,8 @@ def raise_failures(name: str, failures: list[BaseException], cancellation: BaseE
         if cancellation is not None:
             raise cancellation
     finally:
-        # An error's traceback holds this frame: no cycle may hold the engine.
+        # The traceback of what is raised refers to this frame. If the frame still referred to the error, the two would
+        # form a cycle, and all that the traceback refers to (the engine, the model, memory of a GPU) would stay until
+        # the garbage collector runs. So no variable of this function names the raised error, and these are emptied.
         failures = []
         cancellation = None

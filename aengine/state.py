@@ -4,6 +4,9 @@ from collections.abc import Mapping
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+if TYPE_CHECKING:
+    from aengine.loop.progress import Progress
+
 
 class StopReason(Enum):
     """Why the last `run()` ended."""
@@ -71,6 +74,7 @@ class State:
         self.times: dict[str, float | None] = {"EPOCH_COMPLETED": None, "COMPLETED": None}
         self.stop_reason: StopReason | None = None
         self.event_to_attr: dict[str, str] = dict(COUNTERS)
+        self._progress: Progress | None = None
         for name, value in attributes.items():
             setattr(self, name, value)
 
@@ -96,38 +100,42 @@ class State:
 
     @property
     def is_done(self) -> bool:
-        """Whether the limit given to the last run was reached."""
-        if self.max_iters is not None:
-            return self.iteration >= self.max_iters
-        return self.max_epochs is not None and self.epoch >= self.max_epochs
+        """Whether a run has completed, from its COMPLETED on, by reaching the limits; False while one is under way."""
+        progress = self._progress
+        return progress is not None and progress.reaches(self.max_epochs, self.max_iters, self.epoch_length)
+
+    def set_progress(self, progress: "Progress | None") -> None:
+        """Called by the engine: what is completed; None from the beginning of a run to its end."""
+        self._progress = progress
 
     def __repr__(self) -> str:
         shown = {
             name: value if isinstance(value, int | float | str | Enum | None) else f"<{type(value).__name__}>"
             for name, value in vars(self).items()
+            if not name.startswith("_")
         }
         return f"State({', '.join(f'{name}={value}' for name, value in shown.items())})"
 
 
 @runtime_checkable
 class Stateful(Protocol):
-    """What can say where it stands, and be put back there."""
+    """An object that can return its state, and be put back to it."""
 
     def state_dict(self) -> Any:
-        """Return where it stands: a value that does not change when this goes on."""
+        """Return its state: a value that does not change when the object goes on."""
 
     def load_state_dict(self, state_dict: Any) -> Any:
-        """Go back to where it stood."""
+        """Go back to that state."""
 
 
 class Randomness(Protocol):
-    """What captures the states of random number generators and restores them, to have data come again as it came."""
+    """Captures and restores the states of random number generators, so that data comes again in the same order."""
 
     def capture(self, data: Any) -> Any:
-        """Return where the generators stand: those that everybody shares, and those that the data has of its own."""
+        """Return the states of the generators: of the process's, and of those that the data has of its own."""
 
     def restore(self, captured: Any, data: Any) -> None:
-        """Put them back there; with None for the data, only those that everybody shares."""
+        """Put them back to those states; with None for the data, only the process's."""
 
     def has_own(self, data: Any) -> bool:
         """Say whether the data has generators of its own."""

@@ -43,6 +43,21 @@ class ListenerStatistics:
 
 
 @dataclass(frozen=True, slots=True)
+class ServiceStatistics:
+    """What one background service has been doing.
+
+    Attributes:
+        name: the service's class, or the name given as `name=`.
+        is_running: whether it takes part in a run that is under way.
+        errors: exceptions that its methods raised.
+    """
+
+    name: str
+    is_running: bool
+    errors: int
+
+
+@dataclass(frozen=True, slots=True)
 class EngineStatistics:
     """Where the time went since the run began; of a run that has ended, the whole of it.
 
@@ -65,6 +80,7 @@ class EngineStatistics:
         lag: the longest time, in seconds, that the loop waited for its turn on the event loop when it needed no more
             than a turn: how late everything else on it was served.
         listeners: the subscribers and the streams that are open.
+        services: the background services.
     """
 
     name: str
@@ -80,6 +96,7 @@ class EngineStatistics:
     event_loop: float
     lag: float
     listeners: tuple[ListenerStatistics, ...]
+    services: tuple[ServiceStatistics, ...] = ()
 
 
 class Stopwatch:

@@ -1,26 +1,36 @@
-"""What a checkpoint costs a run: how long the loop stands still, and how fast it steps while one is written.
+"""What a checkpoint costs a run: how long the loop waits, and its step rate while a checkpoint is written.
 
     python benchmarks/checkpoint.py [--fast] [--json FILE] [--only GROUP ...] [--directory DIR]
 
 Method:
 
-- The state is a model and its AdamW, 256 MB and 1 GB in some two hundred tensors, as large as it is in memory.
-- stand: how long the loop stands still for one save. Ours is taken in a real run, on the worker: from the end of the
-  last inline handler of the iteration that saves to the first handler of the next, less the same where nothing is
-  saved. Of the others it is the time until the call that saves has returned: `torch.save` and fsync into a new file,
-  pytorch-ignite's Checkpoint with its DiskSaver, Lightning's AsyncCheckpointIO, `dcp.async_save` of torch with its
-  default arguments. Beside them the same bytes copied from one flat tensor into another that is there already. Each in
-  turn, in rounds; the first save of each, which may make its buffers, is not counted; the write behind it is waited
-  for, and what it wrote removed, outside of what is timed.
-- rate: steps that are completed between the begin of a save and its end on the disk, over those that the same loop
-  completes in that time without one. Standing still counts. 1.0 is a save that nobody feels.
+- The state is a model and its AdamW, 256 MB and 1 GB in memory, in some two hundred tensors.
+- stand: how long the loop waits for one save. For aengine it is measured in a real run, on the worker: from the end of
+  the last inline handler of the iteration that saves to the first handler of the next iteration, minus the same time
+  where nothing is saved. For the others it is the time until the call that saves has returned: `torch.save` and fsync
+  into a new file, pytorch-ignite's Checkpoint with its DiskSaver, Lightning's AsyncCheckpointIO, `dcp.async_save` of
+  torch with its default arguments. For comparison, the same number of bytes is copied from one flat tensor into
+  another that exists already. Each in turn, in rounds; the first save of each, which may allocate buffers, is not
+  counted; waiting for the write, and removing the files, is not timed.
+- rate: steps that are completed between the start of a save and its end on the disk, divided by the steps that the same
+  loop completes in that time without a save. The wait of the loop counts. 1.0 is a save that does not slow the loop.
 
-The disk is that of `--directory`, by default the one for temporary files.
+The files are written to `--directory`, by default to the directory for temporary files.
 """
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
+
+if __name__ == "__main__":  # before the other imports: --help is not to wait for torch
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure there")
+    parser.add_argument("--fast", action="store_true", help="fewer and smaller: for CI")
+    parser.add_argument("--only", nargs="+", choices=("stand", "rate"), default=["stand", "rate"])
+    parser.add_argument("--directory", type=Path, help="where to write the checkpoints")
+    arguments = parser.parse_args()
+
 import os
 import shutil
 import statistics
@@ -28,7 +38,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 import anyio
@@ -41,12 +50,11 @@ from aengine import Engine, Event, Events
 from aengine.checkpoint import Checkpoint, Keep
 
 AnyEngine: TypeAlias = Engine[Any, Any]
-GROUPS = ("stand", "rate")
 MB = 1_000_000
 
 
 class Training:
-    """A model of so many bytes with its AdamW, and a step of either size on something small beside it."""
+    """A model of a given size in bytes with its AdamW, and a step on a small model of its own."""
 
     def __init__(self, size: int) -> None:
         torch.manual_seed(0)
@@ -76,7 +84,7 @@ class Saver(Protocol):
     """One way to save."""
 
     def save(self) -> float:
-        """Save, and return for how many seconds the caller stood still."""
+        """Save, and return for how many seconds the caller waited."""
 
     def is_written(self) -> bool:
         """Say whether it is on the disk."""
@@ -170,7 +178,7 @@ class Lightning:
         began = time.perf_counter()
         self._io.save_checkpoint(self._training.state(), self._path)
         stood = time.perf_counter() - began
-        executor: Any = self._io._executor  # noqa: SLF001 -- it tells nobody when it is done
+        executor: Any = self._io._executor  # noqa: SLF001 -- there is no public way to wait for it
         self._done = executor.submit(lambda: None)  # its one thread is done with what came before
         return stood
 
@@ -205,7 +213,7 @@ class DcpAsync:
 
 
 class Ours:
-    """A run of three iterations for each save, which comes after the second."""
+    """A run of three iterations for each save, which is made after the second."""
 
     def __init__(self, training: Training, directory: Path, *, write_in: Any = "thread") -> None:
         self._engine: AnyEngine = Engine(do_nothing)
@@ -393,13 +401,7 @@ def measure_rate(report: Report, size: int, directory: Path, *, rounds: int) -> 
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure there")
-    parser.add_argument("--fast", action="store_true", help="fewer and smaller: for CI")
-    parser.add_argument("--only", nargs="+", choices=GROUPS, default=list(GROUPS))
-    parser.add_argument("--directory", type=Path, help="where to write the checkpoints")
-    options = parser.parse_args()
+def main(options: argparse.Namespace) -> None:
     begin()
     sizes = [64 * MB] if options.fast else [256 * MB, 1000 * MB]
     rounds = 3 if options.fast else 9
@@ -431,4 +433,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(arguments)

@@ -4,15 +4,16 @@
 
 Method (`measure.py` has the rest):
 
-- engines: 1,000 engines run at once in one event loop, 1,000 async steps each, against ten times 100 engines one lot
-  after the other, so that both do the same work; building the engines is outside, the task group inside. Twice: with
-  steps that never suspend, and with steps that await a checkpoint every tenth time, so that all are truly under way at
-  once. The ratio of CPU time is judged (the wall's is shown).
-- server: a TCP echo server (anyio's) on the event loop that runs the engine, a client in another process that sends
-  one request after the other, 2 ms apart. Idle and training phases alternate. The step is a torch step of about 20 ms,
-  with torch's default threads, default settings of the engine. Judged is the median latency by that of the idle phases.
-- cancel: from `scope.cancel()` until `run()` has come out, while the step awaits for ever, while no-op steps run on the
-  worker, and while a 20 ms step does: that one is waited for, so it costs up to a step.
+- engines: 1,000 engines run at once in one event loop, 1,000 async steps each, compared with ten lots of 100 engines,
+  one lot after the other, so that both do the same work; building the engines is not timed, the task group is. Twice:
+  with steps that never suspend, and with steps that await a checkpoint every tenth time, so that all runs really
+  overlap. The claim is about the ratio of CPU time (that of wall time is shown).
+- server: a TCP echo server (anyio's) on the event loop that runs the engine, a client in another process that sends one
+  request after the other, 2 ms apart. Idle and training phases alternate. The step is a torch step of about 20 ms, with
+  torch's default threads and default settings of the engine. The claim is about the median latency, divided by that of
+  the idle phases.
+- cancel: from `scope.cancel()` until `run()` has ended, while the step awaits for ever, while no-op steps run on the
+  worker, and while a 20 ms step runs there: that one is waited for, so it takes up to a step.
 - import: `import aengine` in a fresh interpreter, anyio included, with bytecode.
 """
 
@@ -179,7 +180,7 @@ async def serve_and_train(
 
 
 def server_group(report: Report, backends: list[str], *, fast: bool) -> None:
-    """Latency of requests beside a torch step."""
+    """Latency of requests while a torch step runs."""
     from torch_steps import run_parallel_operations, seconds_a_step, twenty_millisecond_step
 
     step, data = twenty_millisecond_step()
@@ -199,11 +200,11 @@ def server_group(report: Report, backends: list[str], *, fast: bool) -> None:
             quantiles = [percentile(taken, percent) for taken in (idle, training) for percent in (50, 99)]
             rows.append((f"{backend}, {where}", *quantiles, ratio))
     report.table(
-        f"A TCP echo server beside a torch step of {alone:.0f} ms: ms a request",
+        f"A TCP echo server during a torch step of {alone:.0f} ms: ms a request",
         ("", "idle p50", "idle p99", "training p50", "training p99", "ratio of p50"),
         rows,
     )
-    report.claims.append(claim("request beside a 20 ms torch step: by the idle median", 2, judged))
+    report.claims.append(claim("request during a 20 ms torch step: by the idle median", 2, judged))
 
 
 def percentile(values: list[float], percent: int) -> float:
@@ -226,7 +227,7 @@ def slow_step(engine: object, batch: object) -> None:
 
 
 async def cancel_latency(step: Callable[[Any, Any], Any]) -> float:
-    """Milliseconds from cancelling until `run()` is out."""
+    """Milliseconds from the cancellation until `run()` has ended."""
     engine: AnyEngine = Engine(step)
     cancelled_at = 0.0
     async with anyio.create_task_group() as group:
@@ -243,7 +244,7 @@ async def cancel_latency(step: Callable[[Any, Any], Any]) -> float:
 
 
 def cancel_group(report: Report, backends: list[str], *, fast: bool) -> None:
-    """How soon a cancelled run is over."""
+    """How soon a cancelled run has ended."""
     kinds: dict[str, Callable[[Any, Any], Any]] = {
         "step that waits for ever": wait_for_ever,
         "no-op steps on the worker": plain_step,
@@ -271,7 +272,7 @@ print((time.perf_counter() - started) * 1e3, int("torch" in sys.modules))
 
 
 def import_group(report: Report, *, fast: bool) -> None:
-    """How long the import takes, and that it brings no torch."""
+    """How long the import takes, and that it does not load torch."""
     rounds = 5 if fast else 21
     taken: dict[str, list[float]] = {"aengine": [], "anyio": []}
     torch_loaded = 0

@@ -1,31 +1,41 @@
-"""A whole training with everything on: ours, the same by hand in place, and pytorch-ignite's.
+"""A complete training: with aengine, as one loop written by hand, and with pytorch-ignite.
 
     python benchmarks/everything.py [--fast] [--json FILE] [--threads 1] [--directory DIR]
 
 Method:
 
-- One training, three times over: the digits of scikit-learn, a small convolutional network, AdamW, batches of 64, a
-  shuffle, dropout; at each step a one-cycle schedule with its warm-up, a moving average of the weights, the mean loss
-  and a guard against NaN; after each epoch accuracy and F1 of the average on the digits held out, early stopping, which
-  does not come to stop any of them, and a checkpoint, of which two are kept; a line of JSON and two scalars for
-  TensorBoard at each step, and their like after each epoch; a bar by tqdm, on what claims to be a terminal and discards
-  what is drawn.
+- The same training each time: the digits of scikit-learn, a small convolutional network, AdamW, shuffled batches of 64,
+  dropout; at each step a one-cycle schedule with its warm-up, a moving average of the weights, the mean loss and a
+  guard against NaN; after each epoch accuracy and F1 of the average on the digits held out, early stopping, which
+  stops none of them, and a checkpoint, of which two are kept; a line of JSON and two scalars for TensorBoard at each
+  step, and again after each epoch; a progress bar by tqdm, on a fake terminal that discards the output.
 - By hand means one loop that does all of it in place, with the same libraries: torchmetrics, torch's averages and
-  schedulers, `torch.save`, SummaryWriter, json, tqdm. It writes a checkpoint as a careful person would: into a new
-  file, fsync, rename, fsync of the folder. Ours does that, too, and computes a checksum, and saves more besides. Ignite
-  has its own of everything; its Checkpoint does not sync, and its average and metrics are other code.
-- Ours is taken twice: with validation beside the step, on a snapshot of the average; and in place, as the other two
-  have it.
-- Timed is from before the first step to when everything is on the disk and the loggers are closed. What is judged is
-  wall time, by that of the loop by hand in the same round. torch has `--threads` threads in all of them: one is enough
-  for images of 8x8, and a second core is there for what runs beside the step.
-- Before anything is timed each is run once, and its losses and accuracies are read from its log. Ours and those by hand
-  must be equal to the last bit, or the benchmark fails; ignite's are compared, and told.
+  schedulers, `torch.save`, SummaryWriter, json, tqdm. It writes a checkpoint with care: into a new file, fsync, rename,
+  fsync of the folder. aengine does that, too, and computes a checksum, and saves more state. Ignite uses its own parts
+  for everything; its Checkpoint does not sync, and its average and metrics are other code.
+- aengine is measured twice: with validation concurrently with the step, on a snapshot of the average; and in place, as
+  in the other two.
+- The time is from before the first step until everything is on the disk and the loggers are closed. The claim is about
+  wall time, divided by that of the loop by hand in the same round. torch has `--threads` threads in all of them: one is
+  enough for images of 8x8, and a second core is free for what runs concurrently with the step.
+- Before anything is timed each is run once, and its losses and accuracies are read from its log. Those of aengine and
+  of the loop by hand must be equal to the last bit, or the benchmark fails; ignite's are compared, and printed.
 """
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
+
+if __name__ == "__main__":  # before the other imports: --help is not to wait for torch
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure there")
+    parser.add_argument("--fast", action="store_true", help="fewer and shorter: for CI")
+    parser.add_argument("--threads", type=int, default=1, help="torch's (default: 1)")
+    parser.add_argument("--directory", type=Path, help="where to write logs and checkpoints")
+    parser.add_argument("--report", action="store_true", help="only print where the time of one run of aengine goes")
+    arguments = parser.parse_args()
+
 import io
 import json
 import math
@@ -36,7 +46,6 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -81,7 +90,7 @@ y = torch.tensor(labels)
 
 
 class Terminal(io.TextIOWrapper):
-    """What says that it is a terminal, so that bars are drawn, and throws away what is drawn."""
+    """Claims to be a terminal, so that bars are drawn, and discards the output."""
 
     def __init__(self) -> None:
         super().__init__(open(os.devnull, "wb"))  # noqa: PTH123, SIM115 -- closed with this
@@ -105,7 +114,7 @@ def network() -> nn.Module:
 
 @dataclass
 class Training:
-    """What all of them begin with: everything that draws random numbers does so here, or in the loop, in one order."""
+    """What all of them start from. All random numbers are drawn here, or in the loop, in the same order."""
 
     epochs: int
     folder: Path
@@ -136,10 +145,10 @@ def metrics() -> MetricCollection:
 # Ours
 
 
-def ours(training: Training, *, is_beside: bool, tell: Callable[[str], None] = lambda _: None) -> Sample:
+def ours(training: Training, *, is_concurrent: bool, report: Callable[[str], None] = lambda _: None) -> Sample:
     model, optimizer, schedule = training.model, training.optimizer, training.schedule
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(DECAY))
-    validated = AveragedModel(model) if is_beside else average
+    validated = AveragedModel(model) if is_concurrent else average
     trainer = create_supervised_trainer(model, optimizer, cross_entropy)
     validator = create_supervised_evaluator(validated.eval(), {"validation": metrics()}, name="validator")
 
@@ -152,7 +161,7 @@ def ours(training: Training, *, is_beside: bool, tell: Callable[[str], None] = l
     def copy_average(_: AnyEngine) -> dict[str, Tensor]:
         return {name: tensor.clone() for name, tensor in average.state_dict().items()}
 
-    async def validate_beside(event: Event) -> None:
+    async def validate_snapshot(event: Event) -> None:
         validated.load_state_dict(event.snapshot)
         validator.state.step = event.iteration
         await validator.run(training.held_out)
@@ -161,8 +170,8 @@ def ours(training: Training, *, is_beside: bool, tell: Callable[[str], None] = l
         validator.state.step = engine.state.iteration
         await validator.run(training.held_out)
 
-    if is_beside:
-        trainer.subscribe(Events.EPOCH_COMPLETED, validate_beside, snapshot=copy_average)
+    if is_concurrent:
+        trainer.subscribe(Events.EPOCH_COMPLETED, validate_snapshot, snapshot=copy_average)
     else:
         trainer.add_event_handler(Events.EPOCH_COMPLETED, validate)
 
@@ -186,7 +195,7 @@ def ours(training: Training, *, is_beside: bool, tell: Callable[[str], None] = l
             async with Checkpoint(training.folder / "checkpoints", state, keep=Keep(last=2)) as checkpoint:
                 checkpoint.attach(trainer, Events.EPOCH_COMPLETED)
                 await trainer.run(training.data, max_epochs=training.epochs)
-        tell(table(trainer.statistics()))
+        report(table(trainer.statistics()))
         return watch.sample
 
     return run_on("asyncio", run)
@@ -216,7 +225,7 @@ class Log:
 
 
 def save(folder: Path, step: int, state: Any) -> None:
-    """Have a checkpoint on the disk, whole or not at all, and then remove the one before the last."""
+    """Write a checkpoint, whole or not at all, and then remove the one before the last."""
     folder.mkdir(exist_ok=True)
     temporary, path = folder / "temporary.pt", folder / f"step-{step:010}.pt"
     with temporary.open("wb") as file:
@@ -355,11 +364,11 @@ def ignite(training: Training) -> Sample:  # noqa: PLR0915 -- one set-up, to be 
     return watch.sample
 
 
-BY_HAND, BESIDE, IN_PLACE, IGNITE = "by hand, in place", "aengine", "aengine, validating in place", "pytorch-ignite"
+BY_HAND, CONCURRENT, IN_PLACE, IGNITE = "by hand, in place", "aengine", "aengine, validating in place", "pytorch-ignite"
 SUBJECTS: dict[str, Callable[[Training], Sample]] = {
     BY_HAND: by_hand,
-    BESIDE: partial(ours, is_beside=True),
-    IN_PLACE: partial(ours, is_beside=False),
+    CONCURRENT: partial(ours, is_concurrent=True),
+    IN_PLACE: partial(ours, is_concurrent=False),
     IGNITE: ignite,
 }
 
@@ -369,7 +378,7 @@ SUBJECTS: dict[str, Callable[[Training], Sample]] = {
 
 @dataclass(frozen=True)
 class History:
-    """What a training's log says of it, and how much it wrote."""
+    """The losses and accuracies in the log of a training, and how much it wrote."""
 
     losses: list[float]
     accuracies: list[float]
@@ -395,7 +404,7 @@ def compare(report: Report, epochs: int, folder: Path) -> None:
         take(Training(epochs, folder))
         histories[name] = history_of(folder)
     hand = histories[BY_HAND]
-    for name in (BESIDE, IN_PLACE):
+    for name in (CONCURRENT, IN_PLACE):
         if histories[name] != hand:
             raise RuntimeError(
                 f"{name}: its losses, accuracies, lines or checkpoints are not those of the loop by hand"
@@ -422,22 +431,15 @@ def greatest_difference(some: list[float], others: list[float]) -> float:
     return max(abs(one - other) for one, other in zip(some, others, strict=True))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure there")
-    parser.add_argument("--fast", action="store_true", help="fewer and shorter: for CI")
-    parser.add_argument("--threads", type=int, default=1, help="torch's (default: 1)")
-    parser.add_argument("--directory", type=Path, help="where to write logs and checkpoints")
-    parser.add_argument("--tell", action="store_true", help="only say where the time of one run of ours goes")
-    options = parser.parse_args()
+def main(options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
     begin()
     rounds, epochs = (3, 4) if options.fast else (15, 10)
     report = Report("everything", {"rounds": rounds, "epochs": epochs, "threads": options.threads})
     with tempfile.TemporaryDirectory(dir=options.directory) as temporary:
         folder = Path(temporary) / "run"
-        if options.tell:
-            ours(Training(epochs, folder), is_beside=True, tell=print)
+        if options.report:
+            ours(Training(epochs, folder), is_concurrent=True, report=print)
             return
         compare(report, epochs, folder)
         steps = Training(epochs, folder).steps
@@ -453,11 +455,11 @@ def main() -> None:
         [[name, one.wall, one.cpu, f"{one.wall_ratio(hand).median:.3f}"] for name, one in series.items()],
     )
     report.claims += [
-        claim("wall time, by that of the same loop by hand", 1.0, {"": series[BESIDE].wall_ratio(hand)}),
-        claim("wall time of ignite by ours", 1.0, {"": series[IGNITE].wall_ratio(series[BESIDE])}, at_least=True),
+        claim("wall time, by that of the same loop by hand", 1.0, {"": series[CONCURRENT].wall_ratio(hand)}),
+        claim("wall time of ignite by ours", 1.0, {"": series[IGNITE].wall_ratio(series[CONCURRENT])}, at_least=True),
     ]
     report.finish(options.json)
 
 
 if __name__ == "__main__":
-    main()
+    main(arguments)

@@ -1,15 +1,15 @@
 """What the benchmarks share: samples, interleaved rounds, claims and the report.
 
-How a figure comes about:
+How a figure is made:
 
 - A *sample* is one whole run of a subject over many iterations, timed from just before the loop starts until it has
   returned, and divided by the number of iterations. Starting the event loop is outside, starting and ending the run
   is inside. CPU is `time.process_time`, which counts every thread of the process and no other process: on a shared
-  machine it wanders less than the clock on the wall.
-- The subjects that are compared are sampled in *rounds*, each once per round, in an order shuffled anew (by a fixed
-  seed), so that what the machine does meanwhile meets all of them alike.
+  machine it varies less than wall time.
+- The subjects that are compared are sampled in *rounds*, each once per round, in an order that is shuffled for each
+  round (with a fixed seed), so that other load on the machine affects all of them alike.
 - Differences and ratios are taken within a round, and their median over the rounds is the figure. The figure in
-  brackets is taken from the smallest sample of each subject: what the code costs when nobody disturbs it.
+  brackets is taken from the smallest sample of each subject: what the code costs when nothing disturbs it.
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ def run_on(backend: str, function: Callable[[], Awaitable[T]]) -> T:
 
 
 def in_fresh_process(function: Callable[[], T]) -> T:
-    """Call a function in a new interpreter: for memory, on which earlier work leaves its mark."""
+    """Call a function in a new interpreter: for memory, which earlier work in the process would change."""
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn) as executor:
         return executor.submit(function).result()
 
 
 def settle() -> None:
-    """Leave no rubbish of the sample before to the next."""
+    """Collect the garbage of the sample before."""
     gc.collect()
 
 
@@ -183,7 +183,7 @@ def interleave(subjects: Mapping[str, Subject], *, rounds: int, seconds: float) 
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A promise of the project next to the figure seen."""
+    """A promise of the project, with the figure measured."""
 
     text: str
     limit: float
@@ -204,14 +204,14 @@ def worst(figures: Mapping[str, Figure], *, at_least: bool = False) -> tuple[str
 
 
 def claim(text: str, limit: float, figures: Mapping[str, Figure], *, at_least: bool = False) -> Claim:
-    """A promise that must hold for each of the figures: it stands or falls with the worst."""
+    """A promise that must hold for each of the figures: the worst one decides."""
     where, seen = worst(figures, at_least=at_least)
     return Claim(text, limit, seen, where if len(figures) > 1 else "", at_least)
 
 
 @dataclass(slots=True)
 class Report:
-    """What was measured: printed as it comes, written as JSON at the end."""
+    """The measurements: printed at once, written as JSON at the end."""
 
     title: str
     settings: dict[str, object]
@@ -231,7 +231,7 @@ class Report:
             self.figures.append(figure)
 
     def finish(self, json_path: Path | None) -> None:
-        """Print each claim next to the figure seen, and write everything down."""
+        """Print each claim with the figure measured, and write everything as JSON."""
         print("\nClaims")
         rows = [
             [
@@ -267,7 +267,7 @@ def arguments(description: str | None, groups: Sequence[str]) -> argparse.Namesp
 
 
 def environment() -> dict[str, object]:
-    """What the figures were taken with."""
+    """The versions and the machine that the figures were measured with."""
     versions: dict[str, object] = {"python": sys.version.split()[0], "machine": platform.platform()}
     for name in VERSIONS_OF:
         try:
@@ -278,7 +278,7 @@ def environment() -> dict[str, object]:
 
 
 def begin() -> None:
-    """Print what the figures are taken with; leave what was imported out of the garbage collector's sight."""
+    """Print the environment; exclude what was imported from garbage collection."""
     gc.collect()
     gc.freeze()
     print(", ".join(f"{name} {value}" for name, value in environment().items()))
@@ -292,7 +292,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def shown(value: object) -> str:
-    """A number with as many digits as mean something here."""
+    """A number, with only its significant digits."""
     if not isinstance(value, float):
         return str(value)
     if abs(value) >= 100:

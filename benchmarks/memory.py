@@ -1,17 +1,17 @@
-"""What memory costs: that of an engine among many, and that of a long run, which is nothing.
+"""The memory of one engine among many, and of a long run, which must not grow.
 
     python benchmarks/memory.py [--fast] [--json FILE] [--only GROUP ...]
 
 Method:
 
-- memory of an engine: 1,000 engines, each suspended in the 500th of its 1,000 async steps, in a fresh process. Counted
+- memory of an engine: 1,000 engines, each suspended in the 500th of its 1,000 async steps, in a fresh process. Measured
   twice: what Python allocated since before the first was built (tracemalloc) and what the process grew by (RSS). Both
-  have the engine, its run, its task group and the task that awaits it. The larger is judged. Beside it, for scale, the
-  same number of tasks that only sleep.
+  include the engine, its run, its task group and the task that awaits it. The claim is about the larger. For
+  comparison, the same number of tasks that only sleep.
 - growth: one run, with a subscriber (every event handled) and a stream that is read, on the worker; memory after the
-  first tenth and at the end, each after a full garbage collection, in a fresh process; RSS and tracemalloc in runs of
-  their own. What may differ between two moments is what the two inboxes hold: 64 KiB of traced memory, and 1 MiB of
-  RSS, which comes in pages and arenas.
+  first tenth and at the end, each after a full garbage collection, in a fresh process; RSS and tracemalloc in separate
+  runs. Only the contents of the two inboxes may differ between the two: 64 KiB of traced memory, and 1 MiB of
+  RSS, which grows in pages and arenas.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def memory_of_many(backend: str, what: str, count: int, *, trace: bool) -> float
 
 
 async def runner_warm_up(data: list[int]) -> None:
-    """Load and allocate what the first run of all needs, and later ones share."""
+    """Load and allocate what only the first run needs, and later runs share."""
 
     async def step(engine: object, batch: int) -> None:
         pass
@@ -161,7 +161,7 @@ def growth_of(backend: str, iterations: int, *, trace: bool) -> int:
 
 
 def growth_group(report: Report, backends: list[str], *, fast: bool) -> None:
-    """A long run keeps nothing."""
+    """A long run does not grow."""
     iterations = 100_000 if fast else 1_000_000
     by_resident: dict[str, Figure] = {}
     by_trace: dict[str, Figure] = {}

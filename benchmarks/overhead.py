@@ -1,4 +1,4 @@
-"""What the loop costs: µs an iteration over nothing at all, beside a bare loop and pytorch-ignite.
+"""What the loop costs: µs an iteration with a step that does nothing, compared with a bare loop and pytorch-ignite.
 
     python benchmarks/overhead.py [--fast] [--json FILE] [--only GROUP ...]
 
@@ -9,16 +9,16 @@ Method (`measure.py` has the rest: samples, interleaved rounds, medians with the
   come from the same interleaved rounds in one process.
 - "Over the bare loop" means: minus a `for` loop that calls the same step over the same list (for async steps, one
   that awaits it; for async data, an `async for`), within each round.
-- ignite is its `Engine`, as it comes: no debug logging, no handler but those named. It has no async, so there is
-  nothing of its to compare with an async step, async handlers or async data.
+- "ignite" is its `Engine` with default settings: no debug logging, no handlers but those named. It has no async, so an
+  async step, async handlers and async data have nothing to be compared with.
 - "worker": a plain step in the default mode, on the engine's own thread; "loop": `thread=False`, on the event loop.
 - One event to n subscribers: the cost of the run with n subscribers to ITERATION_COMPLETED, each a trivial `async def`,
   minus the same run without, per iteration. The buffer is the default (64), but for "error", which gets one that holds
-  the whole run. With policies that drop, many events are dropped: that is what they are for, and the share delivered
-  stands beside. On the worker, a step of nothing fills the buffer of 64 in some 50 µs, and two threads change places
-  for each 64 events: what that costs is the operating system's affair, and a step that takes longer does not pay it.
-- Beside it, by hand and without an event, a state or an error in it: an object through a memory stream of anyio, of 64,
-  to another task; and a thread that puts 64 objects on a deque, has the event loop take them, and waits for that.
+  the whole run. With policies that drop, many events are dropped: that is their purpose, and the share delivered is
+  shown. On the worker, a step that does nothing fills the buffer of 64 in some 50 µs, and each 64 events cost two
+  thread switches: their price is the operating system's, and a step that takes longer does not pay it.
+- For comparison, by hand and without events, state or errors: an object through a memory stream of anyio, of 64, to
+  another task; and a thread that puts 64 objects on a deque, has the event loop take them, and waits for that.
 - The torch rows run real steps on scikit-learn's digits with torch's default threads, after the main thread has built
   the model and run parallel operations; the ratio is wall time of the default mode by that of the bare loop. A sample
   takes a second, so that what a run costs once (a thread, and OpenMP's threads for it: some 2 ms) is in proportion.
@@ -190,7 +190,7 @@ HANDLERS: dict[str, dict[str, Any]] = {
 
 
 def loop_group(report: Report, backends: list[str], rounds: int, seconds: float) -> None:
-    """Sync step, sync data, inline sync handlers, beside ignite."""
+    """Sync step, sync data, inline sync handlers, compared with ignite."""
     over: dict[str, dict[str, Figure]] = {kind: {} for kind in HANDLERS}
     less: dict[str, dict[str, Figure]] = {kind: {} for kind in HANDLERS}
     more: dict[str, Figure] = {}
@@ -313,7 +313,7 @@ def subscribe(engine: AnyEngine, policy: str, buffer: int) -> None:
 
 
 def share_delivered(backend: str, policy: str, *, thread: bool | None, count: int = 20_000) -> float:
-    """How many of a run's events reach the handler: counted in a run of its own, for counting costs."""
+    """How many of a run's events reach the handler: counted in a separate run, because counting costs time."""
     delivered = 0
 
     async def counting(event: object) -> None:
@@ -331,7 +331,7 @@ def share_delivered(backend: str, policy: str, *, thread: bool | None, count: in
 
 
 def by_stream(count: int, *, backend: str) -> Sample:
-    """Objects to another task, as one would send them by hand."""
+    """Objects to another task, sent by hand."""
 
     async def main() -> Sample:
         send, received = anyio.create_memory_object_stream[int](BUFFER)
@@ -352,7 +352,7 @@ def by_stream(count: int, *, backend: str) -> Sample:
 
 
 def from_thread(count: int, *, backend: str) -> Sample:
-    """Objects from a thread to the event loop, a buffer at a time: the least that any hand-over between them costs."""
+    """Objects from a thread to the event loop, a buffer at a time: the least that such a transfer costs."""
 
     async def main() -> Sample:
         waiting: deque[int] = deque()
@@ -424,7 +424,7 @@ def bus_group(report: Report, backends: list[str], rounds: int, seconds: float, 
 
 
 def torch_group(report: Report, rounds: int, seconds: float) -> None:
-    """Real steps in the default mode beside the bare loop."""
+    """Real steps in the default mode, compared with the bare loop."""
     from torch_steps import Batch, Step, run_parallel_operations, small_step, wide_step
 
     run_parallel_operations()
@@ -479,7 +479,7 @@ def main() -> None:
     if importlib.util.find_spec("uvloop") is None:
         backends = [name for name in backends if name != "uvloop"]
     report = Report("overhead", {"fast": fast, "rounds": rounds, "seconds a sample": seconds, "only": chosen.only})
-    ignite(10)  # imports torch too: every subject runs in the same process, beside the same libraries
+    ignite(10)  # imports torch too: every subject runs in the same process, with the same libraries loaded
     begin()
     if "loop" in chosen.only:
         loop_group(report, backends, rounds, seconds)

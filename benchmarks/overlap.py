@@ -2,13 +2,13 @@
 
     python benchmarks/overlap.py [--fast] [--json FILE]
 
-Method: each of the three waits (`time.sleep` where it is plain, `anyio.sleep` where it is async), so that nothing but
-the loop decides what runs beside what. Each is timed alone in the same round, on the same backend, in a loop of its
-own, half before the run and half after; sleeps are longer than they say, and how much longer is the machine's affair.
+Method: each of the three sleeps (`time.sleep` where it is plain, `anyio.sleep` where it is async), so that only the
+loop decides what runs concurrently. Each is timed alone in the same round, on the same backend, in a loop of its own,
+half before the run and half after: a sleep takes longer than its argument, by an amount that depends on the machine.
 The run is timed from before `run()` until it has returned, the filling of the pipeline and the handling of the last
-event included. Judged is the time of an iteration by that of the slowest part. The data is pulled ahead (`prefetch=2`),
-the handler is a subscriber with the default policy: every event is handled. pytorch-ignite runs the same three plain
-functions, one after the other, for it has no other way.
+event included. The claim is about the time of an iteration, divided by that of the slowest part. The data is prefetched
+(`prefetch=2`), the handler is a subscriber with the default policy: every event is handled. pytorch-ignite runs the
+same three plain functions one after the other.
 """
 
 from __future__ import annotations

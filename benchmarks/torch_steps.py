@@ -32,7 +32,7 @@ def network(width: int, layers: int) -> nn.Module:
 
 
 def training_step(width: int, layers: int) -> Step:
-    """A step as people write it: forward, loss, backward, optimizer."""
+    """The usual step: forward, loss, backward, optimizer."""
     model = network(width, layers)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     loss_fn = nn.CrossEntropyLoss()

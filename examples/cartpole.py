@@ -2,21 +2,35 @@
 
     python examples/cartpole.py [--seed 0] [--in-turn] [--backend trio]
 
-- Eight environments of gymnasium are stepped by a task each. A step takes a millisecond, as if the simulator were on
-  another machine; it is awaited, so eight at once take no longer than one.
-- What they see comes to the engine as async data: an async context manager that owns the tasks. However the run ends,
-  it ends them, and they close their environments. Who is ahead of the learner waits: there is no queue to grow.
-- The learner's step is plain torch, on the engine's own thread. The players act by a copy of the policy, which a
-  subscriber brings up to date beside the step. A rollout says of which version it is, and so how stale it is.
-- The run ends when the last 20 episodes kept the pole up for 400 steps on average, of 500 at most. Then a second engine
-  plays ten more, greedily.
+- Eight environments of gymnasium are stepped, each by a task of its own. A step takes a millisecond, as if the
+  simulator were on another machine; it is awaited, so eight at once take no longer than one.
+- Their rollouts are the engine's async data: an async context manager that owns the tasks. However the run ends, the
+  context manager ends the tasks, and they close their environments. A task that is ahead of the learner waits, so no
+  queue can grow.
+- The learner's step is plain torch, on the engine's own thread. The players act with a copy of the policy, which a
+  subscriber updates concurrently with the step. A rollout holds the version of its policy, and so its staleness.
+- The run ends when the last 20 episodes kept the pole upright for 400 steps on average, of 500 at most. Then a second
+  engine plays ten more episodes, greedily.
 
-With `--in-turn` the environments play one after the other, by the newest policy: slower, and the same every time.
+With `--in-turn` the environments play one after the other, with the newest policy: slower, and the same in every run.
 
-The step is that of Schulman et al., https://arxiv.org/abs/1707.06347, its advantages of https://arxiv.org/abs/1506.02438.
+The step is that of Schulman et al., https://arxiv.org/abs/1707.06347, with the advantages of
+https://arxiv.org/abs/1506.02438.
 """
 
 import argparse
+
+if __name__ == "__main__":  # before the other imports: --help is not to wait for torch
+    parser = argparse.ArgumentParser(
+        description="Learn to keep a pole upright on a cart, from eight environments that run concurrently."
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the environments and the players (default: 0)")
+    parser.add_argument("--in-turn", action="store_true", help="one environment after the other: the same in every run")
+    parser.add_argument(
+        "--backend", choices=["asyncio", "trio"], default="asyncio", help="event loop (default: asyncio)"
+    )
+    arguments = parser.parse_args()
+
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack, asynccontextmanager, closing
@@ -33,7 +47,7 @@ from torch import Tensor, nn
 
 from aengine import Engine, Event, Events, stop_on_signals
 
-ENVIRONMENTS, LENGTH = 8, 64  # a batch has a rollout of so many steps from each, or from those that were quicker
+ENVIRONMENTS, LENGTH = 8, 64  # rollouts in a batch, the first that are finished; steps in a rollout
 LATENCY = 0.001  # seconds for a step of an environment
 DISCOUNT, TRACE = 0.98, 0.95
 PASSES, CLIP, ENTROPY = 6, 0.2, 0.01
@@ -41,18 +55,18 @@ EPISODES, SOLVED = 20, 400
 
 
 class Experience(NamedTuple):
-    """What was seen and done: a row for each step."""
+    """Observations and actions: a row for each step."""
 
     seen: Tensor
     action: Tensor
     chance: Tensor  # the logarithm of how likely the action was
-    then: Tensor  # what was seen after it
+    then: Tensor  # the next observation
     fell: Tensor
     ended: Tensor  # because the pole fell, or after 500 steps
 
 
 class Rollout(NamedTuple):
-    """What one environment has to tell."""
+    """A number of steps in one environment."""
 
     experience: Experience
     returns: list[int]  # of the episodes that ended: how many steps the pole was up
@@ -69,13 +83,13 @@ def network(outputs: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(4, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, outputs))
 
 
-policy, critic = network(2), network(1)  # logits of left and right; what is still to come
+policy, critic = network(2), network(1)  # logits of left and right; the expected return
 parameters = [*policy.parameters(), *critic.parameters()]
 optimizer = torch.optim.Adam(parameters, lr=2e-3)
 
 
 class Published:
-    """What the players act by. Read and written on the event loop only."""
+    """The policy of the players. Read and written on the event loop only."""
 
     policy = deepcopy(policy)
     version = 0
@@ -119,7 +133,7 @@ async def concurrently(seed: int) -> AsyncIterator[Callable[[], AsyncIterator[Ba
             while True:
                 finished.append(await player.play())
                 arrived.release()
-                await taken.acquire()  # nobody is ahead of the learner by more than a rollout
+                await taken.acquire()  # so no player is ahead of the learner by more than a rollout
 
     async def batches() -> AsyncIterator[Batch]:
         while True:
@@ -133,7 +147,7 @@ async def concurrently(seed: int) -> AsyncIterator[Callable[[], AsyncIterator[Ba
     async with anyio.create_task_group() as players:
         for number in range(ENVIRONMENTS):
             players.start_soon(play_on, number)
-        yield batches  # the function, not a generator: what the engine has opened it also closes
+        yield batches  # the function, not a generator: the engine closes what it has opened itself
         players.cancel_scope.cancel()
 
 
@@ -142,12 +156,12 @@ async def in_turn(trainer: Trainer, seed: int) -> AsyncIterator[Batch]:
         environments = [stack.enter_context(closing(gymnasium.make("CartPole-v1"))) for _ in range(ENVIRONMENTS)]
         players = [Player(environment, seed + number) for number, environment in enumerate(environments)]
         while True:
-            await trainer.flush()  # until the policy is published
+            await trainer.flush()  # waits until the policy is published
             yield [await player.play() for player in players]
 
 
 def advantages(batch: Experience, values: Tensor) -> Tensor:
-    """Return by how much each action turned out better than the critic had thought."""
+    """Return by how much the outcome of each action was better than the estimate of the critic."""
     surprises = 1 + DISCOUNT * critic(batch.then).squeeze(-1) * ~batch.fell - values
     total, totals = torch.zeros(len(values)), []
     for surprise, ended in zip(reversed(surprises.unbind(1)), reversed(batch.ended.unbind(1)), strict=True):
@@ -212,7 +226,7 @@ async def play_greedily(engine: Engine[int, int], seed: int) -> int:
 
 
 async def main(seed: int, *, is_in_turn: bool) -> None:
-    torch.set_num_threads(1)  # for networks this small
+    torch.set_num_threads(1)  # enough for networks this small
     trainer = make_trainer()
 
     @trainer.subscribe(Events.ITERATION_COMPLETED(every=10, at_end=True))
@@ -235,9 +249,4 @@ async def main(seed: int, *, is_in_turn: bool) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Keep a pole upright.")
-    parser.add_argument("--seed", type=int, default=0, help="of the environments and the players (default: 0)")
-    parser.add_argument("--in-turn", action="store_true", help="one environment after the other: the same every time")
-    parser.add_argument("--backend", choices=["asyncio", "trio"], default="asyncio")
-    arguments = parser.parse_args()
     anyio.run(lambda: main(arguments.seed, is_in_turn=arguments.in_turn), backend=arguments.backend)

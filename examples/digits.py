@@ -1,19 +1,29 @@
-"""Digits with everything on: what a real training has around its step, and where each of it runs.
+"""A complete training on handwritten digits: what a real training has around its step, and where each part runs.
 
     python examples/digits.py [--out FOLDER]
 
-- Between two steps runs what steers, or changes with the weights: the schedule with its warm-up, the moving average of
-  the weights, the NaN guard; and validation of the average, which says when to stop and which checkpoint is the best.
-- Beside the step runs the rest: two logs (FOLDER/log.jsonl; FOLDER/tensorboard, for `tensorboard --logdir`), a progress
-  bar, the writing of checkpoints; and what is only looked at: how well the average knows the training digits.
+- Inline handlers run between two steps. They change the training, or follow the weights: the schedule with its warm-up,
+  the moving average of the weights, the NaN guard, and validation of the average, which decides when to stop and which
+  checkpoint is the best.
+- Subscribers run concurrently with the step: two logs (FOLDER/log.jsonl; FOLDER/tensorboard, for
+  `tensorboard --logdir`), a progress bar, the writing of checkpoints, and the accuracy of the average on the training
+  digits, which nothing depends on.
 
-Ctrl-C and SIGTERM end it cleanly, with a checkpoint. The same command goes on from there, to the very numbers of a run
-that was never stopped. At the end the best checkpoint is tested, on digits that nothing has seen.
+Ctrl-C and SIGTERM end it cleanly, with a checkpoint. The same command resumes from there, and reaches the same numbers
+as a run that was never stopped. At the end the best checkpoint is tested, on digits that no part of the training used.
 """
 
 import argparse
-from copy import deepcopy
 from pathlib import Path
+
+if __name__ == "__main__":  # before the other imports: --help is not to wait for torch
+    parser = argparse.ArgumentParser(
+        description="Train on scikit-learn's digits with metrics, a schedule, early stopping, checkpoints and logs."
+    )
+    parser.add_argument("--out", type=Path, default=Path(), help="folder for logs and checkpoints (default: here)")
+    arguments = parser.parse_args()
+
+from copy import deepcopy
 from typing import Any
 
 import anyio
@@ -46,7 +56,7 @@ from aengine.training.update import UpdateEvents
 EPOCHS, PATIENCE = 40, 8
 
 torch.manual_seed(0)
-torch.set_num_threads(1)  # for images of 8x8; the other cores are for what runs beside the step
+torch.set_num_threads(1)  # enough for images of 8x8; the other cores run the subscribers
 
 digits = load_digits()
 images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16
@@ -77,13 +87,13 @@ def metrics() -> MetricCollection:
 
 
 def in_batches(which: Tensor) -> list[tuple[Tensor, Tensor]]:
-    # No DataLoader, which draws a random number for each pass. Beside the step nobody could say before which batch.
+    # Not a DataLoader: it draws a random number for each pass, and a subscriber would draw it at an unpredictable step.
     return list(zip(images[which].split(100), labels[which].split(100), strict=True))
 
 
 trainer = create_supervised_trainer(model, optimizer, nn.functional.cross_entropy)
 validator = create_supervised_evaluator(average, {"validation": metrics()}, name="validator")
-candidate = deepcopy(model)  # takes the weights of a snapshot: those of the trainer change meanwhile
+candidate = deepcopy(model)  # is given the weights of a snapshot, because the trainer's change meanwhile
 observer = create_supervised_evaluator(candidate, {"training": metrics()}, name="observer")
 
 attach_scheduler(trainer, schedule, UpdateEvents.OPTIMIZER_STEPPED)
@@ -102,7 +112,7 @@ async def validate(engine: Engine[Any, Any]) -> None:
 
 @trainer.on(Events.STARTED)
 def begin(engine: Engine[Any, Any]) -> None:
-    engine.state.metrics.setdefault("accuracy", 0.0)  # of what Ctrl-C saves before the first validation
+    engine.state.metrics.setdefault("accuracy", 0.0)  # for a checkpoint that Ctrl-C saves before the first validation
 
 
 @trainer.subscribe(Events.EPOCH_COMPLETED(every=5), snapshot=lambda _: deepcopy(average.module.state_dict()))
@@ -139,9 +149,9 @@ async def main(out: Path) -> None:
                 await trainer.run(loader, max_epochs=EPOCHS)
             print(table(trainer.statistics()))
             if stop.received:
-                print(f"stopped at step {trainer.state.iteration}: the same command goes on")
+                print(f"stopped at step {trainer.state.iteration}: the same command resumes")
                 return
-        best = max(checkpoint.list(), key=lambda each: each.metrics["accuracy"])  # the first of equals, as Keep has it
+        best = max(checkpoint.list(), key=lambda each: each.metrics["accuracy"])  # the first of equals, as in Keep
         await checkpoint.restore(trainer, best.step)
 
     tester = create_supervised_evaluator(average, {"test": metrics()})
@@ -152,6 +162,4 @@ async def main(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Train on scikit-learn's digits, with everything on.")
-    parser.add_argument("--out", type=Path, default=Path(), help="where logs and checkpoints go (default: here)")
-    anyio.run(main, parser.parse_args().out)
+    anyio.run(main, arguments.out)

@@ -2,17 +2,26 @@
 
     python examples/gan.py [--out FOLDER]
 
-Trains on the handwritten digits of scikit-learn, and every ten epochs draws ten of each digit into FOLDER/gan.png:
-beside the step, from a snapshot of the weights. Progress is read from a stream by a plain `async for`.
+It trains on the handwritten digits of scikit-learn. Every ten epochs a subscriber draws ten of each digit into
+FOLDER/gan.png, concurrently with the step, from a snapshot of the weights. A plain `async for` reads the progress from
+a stream.
 
 The step is that of Goodfellow et al., https://arxiv.org/abs/1406.2661, both networks given the digit's label (Mirza and
 Osindero, https://arxiv.org/abs/1411.1784). The picture is drawn by the moving average of the generator's weights.
 """
 
 import argparse
+from pathlib import Path
+
+if __name__ == "__main__":  # before the other imports: --help is not to wait for torch
+    parser = argparse.ArgumentParser(
+        description="Train a generative adversarial network that draws handwritten digits."
+    )
+    parser.add_argument("--out", type=Path, default=Path(), help="folder for the picture (default: here)")
+    arguments = parser.parse_args()
+
 from collections.abc import Iterator
 from copy import deepcopy
-from pathlib import Path
 
 import anyio
 import torch
@@ -70,7 +79,7 @@ def draw(network: nn.Module, noise: Tensor, which: Tensor) -> Tensor:
 
 
 def judge(pictures: Tensor, which: Tensor, verdict: float) -> Tensor:
-    """Return how far the discriminator is from saying `verdict`: 1 for real, 0 for drawn."""
+    """Return the loss of the discriminator, if it should say `verdict`: 1 for real, 0 for drawn."""
     opinions = discriminator(torch.cat([pictures, which], dim=1))
     return binary_cross_entropy_with_logits(opinions, torch.full_like(opinions, verdict))
 
@@ -80,7 +89,7 @@ def train_step(engine: Engine[Batch, Losses], batch: Batch) -> Losses:
     drawn = draw(generator, torch.randn(len(real), NOISE), which)
 
     discriminator_optimizer.zero_grad()
-    # 0.9: one that is never quite sure leaves the generator something to learn from.
+    # 0.9 and not 1: a discriminator that is never certain leaves the generator a gradient to learn from.
     discriminator_loss = judge(real, which, 0.9) + judge(drawn.detach(), which, 0.0)
     discriminator_loss.backward()
     discriminator_optimizer.step()
@@ -112,7 +121,7 @@ async def main(out: Path) -> None:
 
     @trainer.subscribe(Events.EPOCH_COMPLETED(every=10, at_end=True), snapshot=average_weights, overflow="latest")
     @torch.inference_mode()
-    def paint(event: Event) -> None:  # a plain function: on a thread, so the event loop need not wait for it
+    def paint(event: Event) -> None:  # a plain function runs in a thread, so the event loop does not wait for it
         painter.load_state_dict(event.snapshot)
         tiles = pad(draw(painter, noise, which).view(10, 10, 8, 8), (2, 2, 2, 2), value=-1)
         grid = tiles.permute(0, 2, 1, 3).reshape(120, 120).add(1).mul(127.5).byte()
@@ -128,6 +137,4 @@ async def main(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Learn to draw digits.")
-    parser.add_argument("--out", type=Path, default=Path(), help="where the picture goes (default: here)")
-    anyio.run(main, parser.parse_args().out)
+    anyio.run(main, arguments.out)

@@ -1,15 +1,23 @@
-"""A language model of words: an LSTM reads Python's manual, remembering from batch to batch, and goes on by itself.
+"""A language model of words: an LSTM learns Python's reference manual, and writes text of its own.
 
     python examples/language_model.py
 
-After the `word_language_model` of https://github.com/pytorch/examples, on the language's reference manual, which comes
-with Python. Back-propagation through time is truncated: what the LSTM remembers is handed on from batch to batch, in
-the engine's state, within an epoch; gradients are not.
+It follows the `word_language_model` of https://github.com/pytorch/examples; the text is the reference manual that comes
+with Python. Back-propagation through time is truncated: within an epoch the memory of the LSTM is passed from batch to
+batch, in the engine's state, but gradients are not.
 
-After each epoch a second engine validates, inline: if the perplexity is not the best so far, the learning rate is a
-quarter from the next epoch on. Beside the step, from a snapshot, a line is written by what has been learnt so far.
-Ctrl-C ends the training early, and the best model is tested all the same.
+After each epoch an inline handler validates with a second engine: if the perplexity is not the best so far, the
+learning rate is divided by four from the next epoch on. A subscriber writes a line of text with a snapshot of the
+model, concurrently with the step. Ctrl-C ends the training early; the best model is then tested all the same.
 """
+
+import argparse
+
+if __name__ == "__main__":  # before the other imports: --help is not to wait for torch
+    parser = argparse.ArgumentParser(
+        description="Train an LSTM on Python's reference manual, for about a minute, and let it write text."
+    )
+    arguments = parser.parse_args()
 
 import math
 import re
@@ -29,11 +37,11 @@ from aengine import Engine, Event, Events, stop_on_signals
 from aengine.training.metrics import attach_metric
 from aengine.training.schedules import attach_scheduler
 
-SIZE, ROWS, LENGTH = 128, 20, 35  # of the memory; of a batch: so many passages, of so many words
+SIZE, ROWS, LENGTH = 128, 20, 35  # size of the memory; passages in a batch; words in a passage
 UNKNOWN, END = "<unknown>", "<end>"  # a rare word; the end of a paragraph
 
-Batch = tuple[Tensor, Tensor]  # words (rows, length), and for each of them the one that follows
-Weighed = tuple[float, int]  # a mean loss, and over how many words of a row
+Batch = tuple[Tensor, Tensor]  # words (rows, length), and for each of them the next word
+Weighed = tuple[float, int]  # a mean loss, and the number of words in a row
 Reading = Engine[Batch, Weighed]
 
 
@@ -55,7 +63,7 @@ def read_manual() -> tuple[list[str], list[list[Batch]]]:
 
 
 class Reader(nn.Module):
-    """Guesses each word from those before it."""
+    """Predicts each word from the words before it."""
 
     def __init__(self, words: int) -> None:
         super().__init__()
@@ -68,7 +76,7 @@ class Reader(nn.Module):
         nn.init.zeros_(self.guess.bias)
 
     def forward(self, words: Tensor, memory: Any = None) -> tuple[Tensor, Any]:
-        """From words (rows, length) to logits (rows, vocabulary, length), and what is remembered."""
+        """From words (rows, length) to logits (rows, vocabulary, length), and the new memory."""
         read, memory = self.lstm(self.drop(self.embedding(words)), memory)
         return self.guess(self.drop(read)).mT, memory
 
@@ -76,7 +84,7 @@ class Reader(nn.Module):
 def read(model: Reader, engine: Reading, batch: Batch) -> Tensor:
     words, following = batch
     logits, memory = model(words, engine.state.memory)
-    engine.state.memory = [part.detach() for part in memory]  # here back-propagation is truncated
+    engine.state.memory = [part.detach() for part in memory]  # truncates back-propagation
     return nn.functional.cross_entropy(logits, following)
 
 
@@ -126,11 +134,11 @@ def create_trainer(model: Reader, validation: list[Batch], *, thread: bool | Non
 
 
 async def train(trainer: Reading, model: Reader, vocabulary: list[str], data: list[Batch], epochs: int) -> Reader:
-    """Train, and tell of it. Returns the model as it was when it was best."""
+    """Train, and print the progress. Returns the model of the best epoch."""
     best = math.inf, model
 
     @trainer.subscribe(Events.EPOCH_COMPLETED, snapshot=lambda _: deepcopy(model))
-    def tell(event: Event) -> None:
+    def report(event: Event) -> None:
         nonlocal best
         perplexity, rate, loss = (event.metrics[name] for name in ("perplexity", "rate", "loss"))
         best = min(best, (perplexity, event.snapshot), key=lambda one: one[0])
@@ -146,7 +154,7 @@ async def train(trainer: Reading, model: Reader, vocabulary: list[str], data: li
 
 @torch.inference_mode()
 def write(model: Reader, vocabulary: list[str], length: int) -> str:
-    chance = Generator().manual_seed(1)  # of its own: torch's global one is the step's, which may run meanwhile
+    chance = Generator().manual_seed(1)  # not torch's global one: the step, which may run now, draws from that
     end, memory, text = vocabulary.index(END), None, ""
     word = torch.tensor([[end]])
     model.eval()

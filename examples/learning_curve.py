@@ -1,13 +1,21 @@
-"""Two pictures of the quickstart's run: how it learned, and where its time went.
+"""Two pictures of a run of the quickstart: its loss and accuracy, and where its time went.
 
     python examples/learning_curve.py [--out FOLDER]
 
-It runs `quickstart.py` with three things more beside the step: a log of every loss (FOLDER/losses.jsonl), samples of
-the statistics, and, when the run is over, a thread that draws FOLDER/learning_curve.png and FOLDER/timeline.png. The
-losses are the same in every run; the time is not.
+It runs `quickstart.py` with a log of every loss (FOLDER/losses.jsonl) and samples of the statistics. When the run is
+over, a thread draws FOLDER/learning_curve.png and FOLDER/timeline.png. The losses are the same in every run; the times
+are not.
 """
 
 import argparse
+from pathlib import Path
+
+if __name__ == "__main__":  # before the other imports: --help is not to wait for torch
+    parser = argparse.ArgumentParser(
+        description="Run the quickstart, and draw its learning curve and where its time went."
+    )
+    parser.add_argument("--out", type=Path, default=Path(), help="folder for the pictures (default: here)")
+    arguments = parser.parse_args()
 
 import anyio
 from anyio.to_thread import run_sync as in_thread
@@ -20,7 +28,7 @@ from aengine.loggers.jsonl import JSONLines
 from aengine.loggers.tracker import track
 
 
-def draw(out: anyio.Path, timeline: Timeline) -> None:
+def draw(out: Path, timeline: Timeline) -> None:
     loss = picture.read(out / "losses.jsonl", "loss")
     length = len(loss.steps) // len(accuracies)
     accuracy = picture.Curve([length * epoch for epoch in range(1, len(accuracies) + 1)], accuracies, "accuracy")
@@ -28,8 +36,8 @@ def draw(out: anyio.Path, timeline: Timeline) -> None:
     picture.timeline(timeline).save(out / "timeline.png")
 
 
-async def train_and_draw(out: anyio.Path) -> None:
-    await (out / "losses.jsonl").unlink(missing_ok=True)
+async def train_and_draw(out: Path) -> None:
+    await anyio.Path(out / "losses.jsonl").unlink(missing_ok=True)
     track(
         trainer,
         JSONLines(out / "losses.jsonl"),
@@ -43,6 +51,4 @@ async def train_and_draw(out: anyio.Path) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Draw pictures of the quickstart's run.")
-    parser.add_argument("--out", type=anyio.Path, default=anyio.Path(), help="where they go (default: here)")
-    anyio.run(train_and_draw, parser.parse_args().out)
+    anyio.run(train_and_draw, arguments.out)

@@ -1,16 +1,25 @@
-"""Train a small network on the 1,797 handwritten digits of scikit-learn, with everything else beside the step.
+"""Train a small network on the 1,797 handwritten digits of scikit-learn, with validation, a log and a progress bar.
 
     python examples/quickstart.py [--out FOLDER]
 
 - The step is plain torch. It runs on the engine's own thread, so the event loop stays free.
-- An async handler awaits what it needs between two epochs, then steers: the learning rate, and when to stop.
-- The rest runs beside the step: validation of a snapshot of the weights by a second engine, a log with a line of
-  JSON every ten iterations (FOLDER/quickstart.jsonl), a progress bar.
+- An async inline handler runs between two epochs. It sets the learning rate, and decides when to stop.
+- Subscribers run concurrently with the step: validation of a snapshot of the weights by a second engine, a log with a
+  line of JSON every ten iterations (FOLDER/quickstart.jsonl), a progress bar.
 
-It ends with where the time went and the accuracy on digits that neither training nor validation has seen.
+At the end it prints where the time went, and the accuracy on digits that neither training nor validation has seen.
 """
 
 import argparse
+from pathlib import Path
+
+if __name__ == "__main__":  # before the other imports: --help is not to wait for torch
+    parser = argparse.ArgumentParser(
+        description="Train a small network on scikit-learn's digits, with validation, a log and a progress bar."
+    )
+    parser.add_argument("--out", type=Path, default=Path(), help="folder for the log (default: here)")
+    arguments = parser.parse_args()
+
 import json
 from copy import deepcopy
 
@@ -27,7 +36,7 @@ Batch = tuple[Tensor, Tensor]
 Weights = dict[str, Tensor]
 
 torch.manual_seed(0)
-torch.set_num_threads(1)  # for images of 8x8; the other cores are for what runs beside the step
+torch.set_num_threads(1)  # enough for images of 8x8; the other cores run the subscribers
 
 digits = load_digits()
 images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16
@@ -60,9 +69,9 @@ def train_step(engine: Engine[Batch, float], batch: Batch) -> float:
 
 trainer = Engine(train_step, name="trainer")
 
-# Evaluation is an engine too. It has a model of its own: the trainer's changes under its hands.
+# Evaluation is a second engine. It has its own model, because the trainer changes its model meanwhile.
 candidate = deepcopy(model).eval()
-accuracies: list[float] = []  # on the validation digits, epoch by epoch
+accuracies: list[float] = []  # on the validation digits, one for each epoch
 best: Weights = {}
 
 
@@ -99,18 +108,18 @@ async def validate(event: Event) -> None:
 
 
 @trainer.on(Events.EPOCH_COMPLETED(after=1))
-async def steer(engine: Engine[Batch, float]) -> None:
-    # For the validation of the epoch before: this one's begins after the inline handlers. It has had all of this epoch
-    # to finish, so there is little to wait for, and accuracies[-1] is the same in every run.
+async def adjust(engine: Engine[Batch, float]) -> None:
+    # Wait for the validation of the previous epoch; this epoch's begins after the inline handlers. It has had a whole
+    # epoch to finish, so the wait is short, and accuracies[-1] is the same in every run.
     await engine.flush()
     scheduler.step(accuracies[-1])
     if scheduler.get_last_lr()[0] < 1e-4:
         engine.terminate()
 
 
-async def main(out: anyio.Path) -> None:
+async def main(out: Path) -> None:
     data = DataLoader(TensorDataset(images[training], labels[training]), batch_size=32, shuffle=True)
-    path = out / "quickstart.jsonl"
+    path = anyio.Path(out) / "quickstart.jsonl"
     async with await path.open("w") as log:
         with tqdm(total=20 * len(data), desc="training", unit="step") as bar:
 
@@ -130,11 +139,9 @@ async def main(out: anyio.Path) -> None:
     print(f"{state.iteration} iterations, {state.stop_reason}; log in {path}")
     print(f"of {spent.total:.2f} s: step {spent.step:.2f}, data {spent.data:.2f}, inline handlers {inline:.2f}")
     for one in spent.listeners:
-        print(f"beside them: {one.name} handled {one.handled} events in {one.busy:.2f} s, dropped {one.dropped}")
+        print(f"concurrently: {one.name} handled {one.handled} events in {one.busy:.2f} s, dropped {one.dropped}")
     print(f"test accuracy {await accuracy(best, test):.3f}")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Train on scikit-learn's digits.")
-    parser.add_argument("--out", type=anyio.Path, default=anyio.Path(), help="where the log goes (default: here)")
-    anyio.run(main, parser.parse_args().out)
+    anyio.run(main, arguments.out)

@@ -1,16 +1,23 @@
-"""Fit a polynomial to real measurements: from ten of a patient, how far diabetes will have come in a year.
+"""Fit a polynomial to real measurements: the progression of diabetes in a year, from ten measurements of a patient.
 
     python examples/regression.py
 
-After the `regression` of https://github.com/pytorch/examples, which finds again the four coefficients of a polynomial
-that it made up. Here there are 65: of age, sex, body mass index, blood pressure and six serum values, and of the
-products of any two of them, for the 442 patients of scikit-learn (Efron et al.,
-https://doi.org/10.1214/009053604000000067).
+It follows the `regression` of https://github.com/pytorch/examples, which recovers the four coefficients of a polynomial
+of its own. Here there are 65: for age, sex, body mass index, blood pressure and six serum values, and for the products
+of any two of them, for the 442 patients of scikit-learn (Efron et al., https://doi.org/10.1214/009053604000000067).
 
-The usual loop is not written here: trainer and evaluator come from `aengine.training`, their metrics from torchmetrics.
-Progress is shown on a terminal. It stops when the validation patients are predicted no better, and ends with the
-coefficients that matter, and with how it does on patients that neither training nor validation has seen.
+Trainer and evaluator come from `aengine.training`, their metrics from torchmetrics. Progress is shown on a terminal.
+The training stops when predictions for the validation patients no longer improve. At the end it prints the largest
+coefficients, and the error for patients that neither training nor validation has seen.
 """
+
+import argparse
+
+if __name__ == "__main__":  # before the other imports: --help is not to wait for torch
+    parser = argparse.ArgumentParser(
+        description="Fit a polynomial to scikit-learn's diabetes data, with early stopping."
+    )
+    arguments = parser.parse_args()
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -39,7 +46,7 @@ class Patients(NamedTuple):
     training: Batch
     validation: Batch
     test: Batch
-    spread: float  # of the progression, in its own unit, by which it is divided
+    spread: float  # the standard deviation by which the progression was divided
 
 
 def read_patients() -> Patients:
@@ -73,7 +80,7 @@ def create_trainer(model: nn.Module, validation: Batch, *, thread: bool | None =
     EarlyStopping(patience=10, score="R2", mode="max").attach(trainer, evaluator)
 
     @trainer.on(Events.EPOCH_COMPLETED)
-    async def validate(engine: Engine[Batch, Tensor]) -> None:  # inline: it is short, and may stop the trainer
+    async def validate(engine: Engine[Batch, Tensor]) -> None:  # inline: it is short, and can stop the trainer
         await evaluator.run([validation])
         engine.state.metrics["validation R2"] = evaluator.state.metrics["R2"]
 
@@ -90,7 +97,7 @@ async def main() -> None:
     patients = read_patients()
     model = create_model(len(patients.terms))
     trainer = create_trainer(model, patients.validation)
-    show_progress(trainer, TqdmBars())  # quiet where there is no terminal
+    show_progress(trainer, TqdmBars())  # shows nothing where there is no terminal
     state = await trainer.run(
         DataLoader(TensorDataset(*patients.training), batch_size=32, shuffle=True), max_epochs=500
     )

@@ -1,14 +1,25 @@
-"""Learn from a stream of unknown length: a character model reads the sources of Python's own standard library.
+"""Learn from a stream of unknown length: a model of characters learns the sources of Python's standard library.
 
     python examples/streaming.py [--seconds 15] [--backend trio]
 
-The data is an async generator. It reads files while the step runs (`prefetch=`), knows of no epochs, and is longer
-than there is time for: the run ends when its time is up, or at Ctrl-C. Either way the step in flight is finished, the
-subscribers have their last event, files are closed, and the program goes on to what it does at its end. A second Ctrl-C
-cancels what is left of the run.
+The data is an async generator. It reads files while the step runs (`prefetch=`), has no epochs, and is longer than the
+run: that ends when its time is up, or at Ctrl-C. Either way the step in flight is finished, the subscribers handle
+their last event, files are closed, and the program continues after `run()`. A second Ctrl-C cancels the rest of the
+run.
 """
 
 import argparse
+
+if __name__ == "__main__":  # before the other imports: --help is not to wait for torch
+    parser = argparse.ArgumentParser(
+        description="Train a model of characters on the sources of the standard library, from a stream."
+    )
+    parser.add_argument("--seconds", type=float, default=15.0, help="how long to train (default: 15)")
+    parser.add_argument(
+        "--backend", choices=["asyncio", "trio"], default="asyncio", help="event loop (default: asyncio)"
+    )
+    arguments = parser.parse_args()
+
 import math
 import sysconfig
 from collections.abc import AsyncIterator
@@ -21,7 +32,7 @@ from torch import Tensor, nn
 
 from aengine import Engine, Event, Events, stop_on_signals
 
-ROWS, LENGTH = 32, 32  # of a batch: so many passages, of so many characters
+ROWS, LENGTH = 32, 32  # passages in a batch; characters in a passage
 CHARACTERS = 128  # ASCII
 
 torch.manual_seed(0)
@@ -29,7 +40,7 @@ torch.set_num_threads(1)  # steps this small are not worth sharing
 
 
 class Reader(nn.Module):
-    """Guesses each character from those before it."""
+    """Predicts each character from the characters before it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,13 +49,13 @@ class Reader(nn.Module):
         self.guess = nn.Linear(256, CHARACTERS)
 
     def forward(self, text: Tensor, remembered: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """From characters (rows, length) to logits (rows, length, characters), and what is remembered."""
+        """From characters (rows, length) to logits (rows, length, characters), and the new memory."""
         read, remembered = self.memory(self.embedding(text), remembered)
         return self.guess(read), remembered
 
 
 async def passages() -> AsyncIterator[Tensor]:
-    """Yield batches (rows, length + 1) of characters, as the files of the standard library come in."""
+    """Yield batches (rows, length + 1) of characters, while the files of the standard library are being read."""
     paths = sorted([path async for path in anyio.Path(sysconfig.get_path("stdlib")).glob("*.py")])
     Random(0).shuffle(paths)
     size = ROWS * (LENGTH + 1)
@@ -101,13 +112,9 @@ async def main(seconds: float) -> None:
         await trainer.run(passages, prefetch=8)
     state, spent = trainer.state, trainer.statistics()
     print(f"{state.stop_reason} after {state.iteration} iterations in {spent.total:.1f} s")
-    print(f"of which the step took {spent.step:.1f} s, and waiting for data {spent.data:.1f} s; what it writes by now:")
+    print(f"of which the step took {spent.step:.1f} s, and waiting for data {spent.data:.1f} s; it now writes:")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Learn the standard library's sources by heart.")
-    parser.add_argument("--seconds", type=float, default=15.0)
-    parser.add_argument("--backend", choices=["asyncio", "trio"], default="asyncio")
-    arguments = parser.parse_args()
     anyio.run(main, arguments.seconds, backend=arguments.backend)
     print(write("def ", 240))

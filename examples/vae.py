@@ -1,19 +1,25 @@
-"""A variational autoencoder: learns to squeeze digits into ten numbers, and to draw digits from any ten.
+"""A variational autoencoder: learns to encode digits as ten numbers, and to draw digits from any ten numbers.
 
     python examples/vae.py [--out FOLDER]
 
-After the `vae` of https://github.com/pytorch/examples, which is that of Kingma and Welling,
+It follows the `vae` of https://github.com/pytorch/examples, which is that of Kingma and Welling,
 https://arxiv.org/abs/1312.6114, on the handwritten digits of scikit-learn. Every twenty epochs the model is tested, and
-draws FOLDER/vae-reconstructions.png (above each drawn digit, the real one) and FOLDER/vae-samples.png.
+draws FOLDER/vae-reconstructions.png (each real digit above its reconstruction) and FOLDER/vae-samples.png.
 
-Tests and pictures are made beside the step, in a thread, from a snapshot of the whole model. They draw random numbers,
-and so does the step: torch's global generator is the step's, and they have one of their own. So the losses are, to the
-last bit, those of a plain loop, whatever goes on beside it.
+A subscriber tests and draws in a thread, concurrently with the step, from a snapshot of the whole model. Both need
+random numbers: the step draws them from torch's global generator, the subscriber from a generator of its own. So the
+losses equal those of a plain loop to the last bit, whatever the subscriber does.
 """
 
 import argparse
-from copy import deepcopy
 from pathlib import Path
+
+if __name__ == "__main__":  # before the other imports: --help is not to wait for torch
+    parser = argparse.ArgumentParser(description="Train a variational autoencoder on scikit-learn's digits.")
+    parser.add_argument("--out", type=Path, default=Path(), help="folder for the pictures (default: here)")
+    arguments = parser.parse_args()
+
+from copy import deepcopy
 from typing import Any
 
 import anyio
@@ -28,10 +34,10 @@ from torchmetrics import MeanMetric
 from aengine import Engine, Event, Events
 from aengine.training.metrics import attach_metric
 
-SIZE = 10  # of what a digit is squeezed into
+SIZE = 10  # numbers that encode a digit
 
 Coded = tuple[Tensor, Tensor]  # mean and logarithm of the variance
-Weighed = tuple[float, int]  # a mean loss, and of how many images
+Weighed = tuple[float, int]  # a mean loss, and the number of images
 
 
 class VAE(nn.Module):
@@ -82,7 +88,7 @@ async def train(trainer: Engine[Tensor, Weighed], model: VAE, out: Path, epochs:
 
     @trainer.subscribe(Events.EPOCH_COMPLETED(every=20, at_end=True), snapshot=lambda _: deepcopy(model))
     @torch.inference_mode()
-    def look(event: Event) -> None:  # a plain function: on a thread, so the event loop need not wait for it
+    def test_and_draw(event: Event) -> None:  # a plain function runs in a thread: the event loop stays free
         snapshot, chance = event.snapshot, Generator().manual_seed(event.epoch)
         drawn, coded = snapshot(test, chance)
         losses.append(loss_of(drawn, coded, test).item() / len(test))
@@ -111,6 +117,4 @@ async def main(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Learn to squeeze digits into ten numbers.")
-    parser.add_argument("--out", type=Path, default=Path(), help="where the pictures go (default: here)")
-    anyio.run(main, parser.parse_args().out)
+    anyio.run(main, arguments.out)

@@ -99,7 +99,7 @@ def test_import_is_quick() -> None:
 def test_public_names_are_the_promised_ones() -> None:
     promised = {
         "Engine", "EngineStatistics", "Event", "EventEnum", "Events", "EventsList", "Overflow", "RemovableEventHandle",
-        "State", "StopReason", "stop_on_signals",
+        "Service", "State", "StopReason", "stop_on_signals",
     }  # fmt: skip
     errors = {name for name, _ in inspect.getmembers(aengine.errors, inspect.isclass)}
     assert set(aengine.__all__) == promised | errors

@@ -1,6 +1,7 @@
-"""Emission: driving a dispatch, the three ways there are: awaiting, blocking, and neither.
+"""Driving a dispatch, in the three ways there are: awaiting, blocking, and neither.
 
-A dispatch is what `Topic.publish` leaves to be done: it yields handlers' awaitables, and Rooms to wait for.
+A dispatch is what `Topic.dispatch` leaves to be done. It yields what handlers gave to be awaited, and a
+BackpressureWait for each inbox that is full.
 """
 
 from collections.abc import Awaitable, Callable
@@ -10,19 +11,20 @@ from typing import Any
 from aengine.bus.inbox import BackpressureWait, Inbox
 from aengine.bus.topic import Dispatch
 from aengine.errors import InboxOverflow
+from aengine.threads.worker import close_unawaited
 
 reading: ContextVar[Inbox | None] = ContextVar("aengine_reading", default=None)
-"""The inbox of the subscriber whose handler this is, None elsewhere."""
+"""The inbox of the subscriber in whose handler the caller is, None elsewhere."""
 
 
 async def drive(dispatch: Dispatch | None, *, can_wait: bool) -> None:
-    """Drive a dispatch from async code.
+    """Drive a dispatch from async code. Cancellable: the cancellation is thrown into the dispatch, which ends.
 
-    A subscriber that emits waits for room like anyone else, unless that inbox's own reader waits, directly or
-    through others, for room in the emitter's: then the event is accepted over the bound, and nobody is stuck.
+    A subscriber that emits waits for room as any other task does, unless that inbox's own reader waits, directly or
+    through others, for room in the emitter's: then the event is accepted over the bound, and nothing is stuck.
 
     Raises:
-        InboxOverflow: there is no room, and, as `can_wait` says, nobody who makes some.
+        InboxOverflow: there is no room, and, as `can_wait` says, no run that would make some.
     """
     if dispatch is None:
         return
@@ -34,14 +36,14 @@ async def drive(dispatch: Dispatch | None, *, can_wait: bool) -> None:
         except StopIteration:
             return
         try:
-            value = await (_room_for_reader(wanted, can_wait=can_wait) if type(wanted) is BackpressureWait else wanted)
+            value = await (_wait_for_room(wanted, can_wait=can_wait) if type(wanted) is BackpressureWait else wanted)
             resume = dispatch.send
         except BaseException as error:  # noqa: BLE001 -- thrown into the dispatch, which lets it out again
             resume, value = dispatch.throw, error
 
 
 def drive_blocking(dispatch: Dispatch | None, wait_for: Callable[[Awaitable[Any]], Any]) -> None:
-    """Drive a dispatch from plain code: `settle` returns the result of what it yields, or raises."""
+    """Drive a dispatch from plain code: `wait_for` returns the result of what it yields, or raises."""
     if dispatch is None:
         return
     resume: Callable[[Any], Any] = dispatch.send
@@ -58,7 +60,7 @@ def drive_blocking(dispatch: Dispatch | None, wait_for: Callable[[Awaitable[Any]
 
 
 def drive_nowait(dispatch: Dispatch | None, name: str) -> list[BackpressureWait]:
-    """Drive a dispatch where nothing can be awaited. Returns the waits for room that it owes: the events are accepted.
+    """Drive a dispatch where nothing can be awaited. Returns the waits for room that are deferred: all is accepted.
 
     Raises:
         RuntimeError: a handler turned out to be async. It was not run.
@@ -90,25 +92,8 @@ def no_room(room: BackpressureWait) -> InboxOverflow:
     )
 
 
-def close_unawaited(wanted: object) -> None:
-    """Give up a coroutine that will not be awaited, without Python's warning that it was not."""
-    getattr(wanted, "close", lambda: None)()
-
-
-async def _room_for_reader(room: BackpressureWait, *, can_wait: bool) -> None:
+async def _wait_for_room(room: BackpressureWait, *, can_wait: bool) -> None:
     if not can_wait:
         raise no_room(room)
-    me = reading.get()
-    if me is None:
-        await room
-    elif not _waits_for(room.inbox, me):
-        me.blocked_on.append(room.inbox)
-        try:
-            await room
-        finally:
-            me.blocked_on.remove(room.inbox)
-
-
-def _waits_for(inbox: Inbox, other: Inbox) -> bool:
-    """Say whether room in `inbox` depends on room in `other`."""
-    return inbox is other or any(_waits_for(one, other) for one in inbox.blocked_on)
+    own_inbox = reading.get()
+    await (room if own_inbox is None else own_inbox.wait_as_reader(room))

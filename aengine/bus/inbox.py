@@ -1,7 +1,7 @@
 """Inbox: what one concurrent listener has been sent and has not taken yet.
 
-A deque and a bell, not a stream of anyio's: those lose an item when the receiver that was handed one is cancelled
-natively. Here an item leaves in a stretch of code without an await, so no cancellation comes between.
+A deque and a one-shot event, not a stream of anyio's: those lose an item when the receiver that was handed one is
+cancelled natively. Here an item is taken in a stretch of code without an await, so no cancellation comes between.
 """
 
 from collections import deque
@@ -18,7 +18,7 @@ class Overflow(Enum):
     """What happens to an event that meets a full inbox. No policy is silent: each drop is counted."""
 
     WAIT = "wait"
-    """It is accepted, and who emitted it waits until there is room: back-pressure."""
+    """It is accepted, and what emitted it waits until there is room: back-pressure."""
     LATEST = "latest"
     """Of each event only the newest waits; `buffer` is not looked at."""
     DROP_OLDEST = "drop_oldest"
@@ -26,95 +26,96 @@ class Overflow(Enum):
     DROP_NEW = "drop_new"
     """It is dropped."""
     ERROR = "error"
-    """It is dropped, and who emitted it gets an InboxOverflow, which fails the run."""
+    """It is dropped, and raises an InboxOverflow where it was emitted, which fails the run."""
 
 
 class Inbox:
     """Events on their way to one listener, in the order of their sequence numbers.
 
-    Many emit, from any thread, each holding the bus's lock; one reads, at home, and needs none: each step it takes is
-    one atomic operation on the deque, and whoever is about to wait looks once more after hanging up its bell. Always
-    `accepted == handled + dropped + discarded + len(inbox) (+ 1 while one is in hand)`.
+    Many threads write, each holding the bus's lock: they append to `waiting`, count `accepted` and, by the policy,
+    `dropped`, and wake the reader. One task reads, without the lock: it takes from the left of `waiting`, writes
+    `in_hand` and `handled`, and makes and removes `wakeup`. That is sound because
+    - each of its steps is one atomic operation on the deque, and a writer that takes from it too expects to be late;
+    - the reader, having made its `wakeup`, looks once more before it waits, and writers append before they look for a
+      `wakeup`: at least one of the two sees the other. The same holds for emitters that wait for room;
+    - `wakeup` may vanish between two looks, so that a writer reads it once.
+
+    Always `accepted == handled + dropped + discarded + len(inbox) (+ 1 while one is in hand)`.
+
+    Attributes:
+        waiting: what was accepted and not taken.
+        limit: so many may wait before another is a case for the policy.
+        wakeup: wakes the reader, None unless it waits.
+        in_hand: what was taken and is not handled yet.
+        closed: nothing is accepted any more.
+        is_reader_stopped: the reader is to end; what is accepted waits for the next run.
+        on_flush: called when something waits for all to be handled, if it is set.
     """
 
     __slots__ = (
         "_at_limit",
+        "_blocked_on",
         "_capacity",
         "_lock",
         "_overflow",
         "_processed_waiters",
-        "_rooms",
+        "_room_waiters",
         "accepted",
-        "blocked_on",
         "closed",
         "discarded",
         "dropped",
         "handled",
         "in_hand",
-        "is_dismissed",
+        "is_reader_stopped",
         "limit",
         "name",
+        "on_flush",
         "waiting",
         "wakeup",
-        "when_awaited",
     )  # fmt: skip
 
     def __init__(self, name: str, capacity: int, overflow: Overflow, lock: Any) -> None:
         self.name = name
         self.accepted = self.handled = self.dropped = self.discarded = 0
+        self.waiting: deque[Event] = deque()
         self.in_hand: Event | None = None
-        self.blocked_on: list[Inbox] = []  # where this inbox's reader waits for room, to see a circle
-        self.when_awaited: Callable[[], object] | None = None  # called when somebody is to wait for all to be handled
+        self.wakeup: ThreadSafeEvent | None = None
+        self.on_flush: Callable[[], object] | None = None
         self._capacity = capacity
         self._overflow = overflow
         self._lock = lock  # the bus's own, so that all its inboxes see events in one order
-        self.waiting: deque[Event] = deque()
-        self.wakeup: ThreadSafeEvent | None = None
-        self._rooms: list[ThreadSafeEvent] = []
-        self._at_limit: Callable[[Inbox, Event], bool]
+        self._blocked_on: list[Inbox] = []  # where this inbox's reader waits for room, to see a circle
+        self._room_waiters: list[ThreadSafeEvent] = []
         self._processed_waiters: list[tuple[int, ThreadSafeEvent]] = []
+        self._at_limit: Callable[[Inbox, Event], bool]
         self.reopen_nowait()
 
     def __len__(self) -> int:
         return len(self.waiting)
 
-    def account(self) -> tuple[int, int, int, int, int]:
+    def counts(self) -> tuple[int, int, int, int, int]:
         """Return what was accepted, handled, dropped and discarded, and what waits, all of one instant."""
-        with self._lock:  # keeps who emits away; the reader is noticed
+        with self._lock:  # which keeps writers away; that the reader has moved is noticed
             while True:
                 handled, depth = self.handled, len(self.waiting)
                 if handled == self.handled:
                     return self.accepted, handled, self.dropped, self.discarded, depth
 
-    def put_nowait(self, event: Event) -> bool:
-        """Accept an event; for who holds the bus's lock. Returns False if room is to be waited for before another.
-
-        `Topic` has these lines once more, where each event passes. What is changed here is to be changed there.
-
-        Raises:
-            InboxOverflow: the inbox is full and its policy is ERROR. The event is counted as dropped.
-        """
-        self.accepted += 1
-        waiting = self.waiting
-        if len(waiting) >= self.limit:
-            return self.put_at_limit(event)
-        waiting.append(event)
-        if self.wakeup is not None:
-            self.call_reader()
-        return True
+    # Writers, who hold the bus's lock. A topic puts events by itself, as far as the limit: a call for each is felt.
 
     def put_at_limit(self, event: Event) -> bool:
-        """Do what is to be done with an event that is over the limit, as `put_nowait`."""
+        """Do what the policy says with an event that is over the limit. Returns False if room is to be waited for.
+
+        Raises:
+            InboxOverflow: the policy is ERROR. The event is counted as dropped.
+        """
         return self._at_limit(self, event)
 
-    def call_reader(self) -> None:
-        """Wake the reader, if he waits."""
-        wakeup = self.wakeup  # which only the reader hangs up and takes down: he may be doing so right now
-        if wakeup is not None and not wakeup.is_called:
-            wakeup.is_called = True
+    def wake_reader(self) -> None:
+        """Wake the reader, if it waits."""
+        wakeup = self.wakeup  # read once: the reader may be removing it
+        if wakeup is not None and not wakeup.is_posted:
             wakeup.set()
-
-    # What happens at the limit: each says whether there is room for another event.
 
     @staticmethod
     def _policy(overflow: Overflow) -> "Callable[[Inbox, Event], bool]":
@@ -132,7 +133,7 @@ class Inbox:
 
     def _wait(self, event: Event) -> bool:
         self.waiting.append(event)
-        self.call_reader()
+        self.wake_reader()
         return False
 
     def _drop_new(self, _: Event) -> bool:
@@ -152,7 +153,7 @@ class Inbox:
             self.dropped += 1
         except IndexError:  # the reader was faster
             pass
-        return self._take_the_place(event)
+        return self._replace_dropped(event)
 
     def _keep_latest(self, event: Event) -> bool:
         waiting = self.waiting
@@ -165,44 +166,74 @@ class Inbox:
                 self.dropped += 1
         except (IndexError, ValueError):  # the reader was faster
             pass
-        return self._take_the_place(event)
+        return self._replace_dropped(event)
 
-    def _take_the_place(self, event: Event) -> bool:
-        if self._processed_waiters:
+    def _replace_dropped(self, event: Event) -> bool:
+        if self._processed_waiters:  # the dropped one may have been what they waited for
             self._wake_processed()
         self.waiting.append(event)
         if self.wakeup is not None:
-            self.call_reader()
+            self.wake_reader()
         return True
+
+    # The reader
 
     def take_nowait(self) -> Event | None:
         """Take the next event; None if none waits. The one before is thereby handled, this one is in hand."""
-        return next(self.taken(), None)
+        return next(self.drain(), None)
 
-    def taken(self) -> Iterator[Event]:
+    def drain(self) -> Iterator[Event]:
         """Take one event after another, until none waits. The one before is thereby handled, each time."""
         waiting, capacity = self.waiting, self._capacity
         if self.in_hand is not None:
-            self.done_nowait()
+            self.mark_handled()
         while True:
             try:
                 self.in_hand = event = waiting.popleft()
             except IndexError:
                 return
-            if self._rooms and len(waiting) <= capacity:
-                self._set_all(self._rooms)
+            if self._room_waiters and len(waiting) <= capacity:
+                self.wake_emitters()
             yield event
-            self.in_hand = None
+            self.in_hand = None  # the lines of mark_handled(): a call for each event is felt
             self.handled += 1
             if self._processed_waiters:
                 self._wake_processed()
 
-    def done_nowait(self) -> None:
-        """Say that the event in hand has been handled."""
+    def mark_handled(self) -> None:
+        """The event in hand has been handled."""
         self.in_hand = None
         self.handled += 1
         if self._processed_waiters:
             self._wake_processed()
+
+    async def wait_for_event(self, loop_handle: EventLoopHandle) -> None:
+        """Wait until an event waits, or the reader is to end. Cancellable; no event is lost by that."""
+        # Most often one is there after one turn of the event loop, which costs a tenth of making a `wakeup`.
+        await loop_handle.turn()
+        if self.waiting or self.is_at_end:
+            return
+        wakeup = self.wakeup = ThreadSafeEvent(loop_handle)
+        try:
+            if not self.waiting and not self.is_at_end:
+                await wakeup.wait()
+        finally:
+            self.wakeup = None
+
+    async def wait_as_reader(self, room: "BackpressureWait") -> None:
+        """Wait, as the reader of this inbox, for room in another, unless that waits for room in this one."""
+        if not room.inbox._is_blocked_on(self):  # noqa: SLF001 -- another of this class
+            self._blocked_on.append(room.inbox)
+            try:
+                await room
+            finally:
+                self._blocked_on.remove(room.inbox)
+
+    def _is_blocked_on(self, other: "Inbox") -> bool:
+        """Whether room in this inbox depends on room in the other."""
+        return self is other or any(one._is_blocked_on(other) for one in self._blocked_on)  # noqa: SLF001 -- likewise
+
+    # Begin and end
 
     def close_nowait(self, *, discard: bool = False) -> None:
         """Accept no more. What waits can still be taken, unless it is discarded."""
@@ -217,37 +248,38 @@ class Inbox:
                 self._wake_processed()
             if self.wakeup is not None:
                 self.wakeup.set()
-            self._set_all(self._rooms)
+            self.wake_emitters()
 
-    def dismiss_reader(self) -> None:
-        """Let the reader end, who has just handled everything. What comes from now on is accepted, and waits."""
-        self.is_dismissed = True
+    def stop_reader(self) -> None:
+        """Have the reader end, which has just handled everything. What comes from now on is accepted, and waits."""
+        self.is_reader_stopped = True
         if self.wakeup is not None:
             self.wakeup.set()
-        self._set_all(self._rooms)
+        self.wake_emitters()
 
     def reopen_nowait(self) -> None:
         """Accept again: another run begins."""
-        self.closed = self.is_dismissed = False
-        # At so many waiting events one more is no plain matter: it looks for its like, or is one too many, or too late.
+        self.closed = self.is_reader_stopped = False
+        # With LATEST every event is a case for the policy: it may take the place of an older one.
         self.limit = 0 if self._overflow is Overflow.LATEST else self._capacity
         self._at_limit = self._policy(self._overflow)
 
-    async def arrival(self, loop_handle: EventLoopHandle) -> None:
-        """Wait until an event waits, or the reader is to end. For the one reader."""
-        # Most often it is there after one turn of the event loop, which costs a tenth of hanging up a bell.
-        await loop_handle.turn()
-        if self.waiting or self.is_at_end:
-            return
-        wakeup = self.wakeup = ThreadSafeEvent(loop_handle)
-        try:
-            if not self.waiting and not self.is_at_end:
-                await wakeup.wait()
-        finally:
-            self.wakeup = None
+    @property
+    def is_at_end(self) -> bool:
+        """Whether what comes now is not going to be read: in this run at least."""
+        return self.closed or self.is_reader_stopped
 
-    async def room(self, loop_handle: EventLoopHandle, is_abandoned: Callable[[], bool] = lambda: False) -> None:
-        """Wait until an event put now would not have to wait, the inbox is closed, or the wait is given up."""
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing waits and nothing is in hand."""
+        return not self.waiting and self.in_hand is None
+
+    # Waiting for the reader
+
+    async def wait_for_room(
+        self, loop_handle: EventLoopHandle, is_abandoned: Callable[[], bool] = lambda: False
+    ) -> None:
+        """Wait until an event put now would not have to wait, nothing is read any more, or the wait is abandoned."""
 
         def must_wait() -> bool:
             return len(self.waiting) > self._capacity and not self.is_at_end and not is_abandoned()
@@ -256,30 +288,21 @@ class Inbox:
             await loop_handle.turn()
         while must_wait():
             wakeup = ThreadSafeEvent(loop_handle)
-            self._rooms.append(wakeup)
-            if must_wait():
+            self._room_waiters.append(wakeup)
+            if must_wait():  # the reader may have made room before it could see that something waits
                 await wakeup.wait()
 
     def wake_emitters(self) -> None:
         """Have those that wait for room look again."""
-        self._set_all(self._rooms)
+        while self._room_waiters:
+            self._room_waiters.pop().set()
 
     async def wait_processed(self, sequence: int, loop_handle: EventLoopHandle) -> None:
-        """Wait until every event up to this sequence number is handled, dropped or discarded. At the reader's home."""
+        """Wait, on the reader's thread, until all up to this sequence number is handled, dropped or discarded."""
         if self._oldest <= sequence:
             wakeup = ThreadSafeEvent(loop_handle)
             self._processed_waiters.append((sequence, wakeup))
             await wakeup.wait()
-
-    @property
-    def is_at_end(self) -> bool:
-        """Whether nobody is going to read what comes now: in this run at least."""
-        return self.closed or self.is_dismissed
-
-    @property
-    def is_idle(self) -> bool:
-        """Whether nothing waits and nothing is in hand."""
-        return not self.waiting and self.in_hand is None
 
     @property
     def _oldest(self) -> float:
@@ -294,27 +317,26 @@ class Inbox:
                 self._processed_waiters.remove(entry)
                 entry[1].set()
 
-    @staticmethod
-    def _set_all(wakeups: list[ThreadSafeEvent]) -> None:
-        while wakeups:
-            wakeups.pop().set()
-
 
 class BackpressureWait:
-    """What is awaited for back-pressure. A type of its own, so that who must not wait can tell it from a handler."""
+    """What is awaited for back-pressure. A type of its own, so that plain code can tell it from a handler's awaitable.
 
-    __slots__ = ("_is_abandoned", "inbox", "loop_handle")
+    Attributes:
+        inbox: the one that is full.
+    """
+
+    __slots__ = ("_is_abandoned", "_loop_handle", "inbox")
 
     def __init__(self, inbox: Inbox, loop_handle: EventLoopHandle | None) -> None:
         self.inbox = inbox
-        self.loop_handle = loop_handle
+        self._loop_handle = loop_handle
         self._is_abandoned = False
 
     def abandon(self) -> None:
-        """End the wait: the event was accepted, and something else matters more."""
+        """End the wait: the event was accepted, and something else matters more. From any thread."""
         self._is_abandoned = True
         self.inbox.wake_emitters()
 
     def __await__(self) -> Generator[Any, Any, None]:
-        loop_handle = EventLoopHandle() if self.loop_handle is None else self.loop_handle
-        return self.inbox.room(loop_handle, lambda: self._is_abandoned).__await__()
+        loop_handle = EventLoopHandle() if self._loop_handle is None else self._loop_handle
+        return self.inbox.wait_for_room(loop_handle, lambda: self._is_abandoned).__await__()

@@ -1,46 +1,52 @@
 """Listeners: what a topic dispatches to, and when each is due next."""
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Hashable, Mapping
+from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any, TypeAlias
 
 from aengine.bus.inbox import Inbox
-from aengine.callables import bind, is_async_callable, name_of
+from aengine.callables import bind_handler, is_async_callable, name_of
 from aengine.events import ALWAYS, Filter, Selector
 
 Snapshot: TypeAlias = Callable[[Any], Any]
 
 
 class Listener:
-    """What listens to one topic: when it is due next, and whether it is to be called then."""
+    """What listens to one topic.
 
-    __slots__ = ("_next_time", "_runs_at_end", "due", "filter", "last_run", "selector")
+    Attributes:
+        next_count: the count from which on `should_run` is to be asked. It always is where there is no filter.
+        last_run: the count at which its filter last let it run, in this run of the engine.
+    """
+
+    __slots__ = ("_next_time", "filter", "last_run", "next_count", "selector")
 
     def __init__(self, selector: Selector) -> None:
         self.selector = selector
         self.filter: Filter | None = selector.filter
-        self.due = ALWAYS
+        self.next_count = ALWAYS
         self.last_run: int | None = None
         self._next_time = 0.0
-        self._runs_at_end = False
 
     def reset(self, count: int) -> None:
         """A run begins, at this count of the event."""
         self.last_run = None
+        self.reschedule(count)
+        if self.filter is not None and self.filter.interval is not None:
+            self._next_time = perf_counter() + self.filter.interval
+
+    def reschedule(self, count: int) -> None:
+        """Find when the filter is due from this count on."""
         if self.filter is not None:
-            self.due = self.filter.next_due(count)
-            if self.filter.interval is not None:
-                self._next_time = perf_counter() + self.filter.interval
+            self.next_count = self.filter.next_count(count)
 
     def should_run(self, engine: Any, count: int) -> bool:
         """Say whether a filtered listener that is due is to be called, and find when it is due next."""
         condition = self.filter
-        assert condition is not None, "asked of filtered listeners only"  # noqa: S101
-        if self._runs_at_end:
-            self._runs_at_end = False
-            return True
-        exact = self.due == count or condition.next_due(count) == count
-        self.due = condition.next_due(count + 1)
+        assert condition is not None, "asked only where there is a filter"  # noqa: S101
+        exact = self.next_count == count or condition.next_count(count) == count
+        self.next_count = condition.next_count(count + 1)
         if exact and condition.test is not None:
             exact = bool(condition.test(engine, count))
         if exact and condition.interval is not None:
@@ -53,25 +59,60 @@ class Listener:
         return exact
 
     def runs_at_end(self, count: int) -> bool:
-        """Say whether this is to be called once more, for the count at the end of the run; then it is admitted."""
-        self._runs_at_end = self.filter is not None and self.filter.at_end and self.last_run != count
-        return self._runs_at_end
+        """Say whether this is to be called once more, for the count at the end of the run."""
+        return self.filter is not None and self.filter.at_end and self.last_run != count
+
+
+@dataclass(frozen=True, slots=True)
+class Observer:
+    """An inline handler that runs after all that are none, also those that are added later: `function` in its place.
+
+    So it sees what they have made: the metrics that they computed, the learning rate that they set. It is to be quick,
+    since the loop waits for it.
+
+    Attributes:
+        name: shown in notes and statistics.
+        function: the handler.
+        key: two with the same name and key do the same, so that one can be found by the other.
+    """
+
+    name: str
+    function: Callable[..., Any] = field(compare=False)
+    key: Hashable = None
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Call the handler. Not how the loop calls it, which is without this."""
+        return self.function(*arguments)
 
 
 class InlineHandler(Listener):
-    """A handler that runs between two steps, in order, with the live engine; or after all that are not `is_last`."""
+    """A handler that runs between two steps, in order, with the live engine. An observer runs after all that are none.
 
-    __slots__ = ("call", "handler", "is_async", "is_last", "name", "seconds")
+    Attributes:
+        seconds: that it took in this run of the engine. Written by the topic, where each call more would be felt.
+    """
+
+    __slots__ = ("call", "handler", "is_async", "is_observer", "name", "seconds")
 
     def __init__(
-        self, selector: Selector, handler: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+        self,
+        selector: Selector,
+        handler: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
     ) -> None:
         super().__init__(selector)
+        self.is_observer = isinstance(handler, Observer)
         self.handler = handler
-        self.name = name_of(handler)
-        self.call = bind(handler, selector.name, args, kwargs)
-        self.is_async = is_async_callable(handler)
-        self.is_last = False
+        function = handler.function if isinstance(handler, Observer) else handler
+        self.name = handler.name if isinstance(handler, Observer) else name_of(handler)
+        self.call = bind_handler(function, selector.name, args, kwargs)
+        self.is_async = is_async_callable(function)
+        self.seconds = 0.0
+
+    def reset(self, count: int) -> None:
+        """A run begins, at this count of the event."""
+        super().reset(count)
         self.seconds = 0.0
 
 

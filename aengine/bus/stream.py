@@ -1,4 +1,4 @@
-"""Streams: events for readers who keep their own `async for`."""
+"""Streams: events for an `async for` of one's own."""
 
 from typing import TYPE_CHECKING, Self
 
@@ -16,13 +16,14 @@ if TYPE_CHECKING:
 
 
 class Stream(Subscription):
-    """Events for whoever reads them.
+    """Events to be read, in order.
 
         async with engine.stream(event) as events:
             async for event in events: ...
 
     It owns no task, so it can be dropped anywhere. It begins with the `async with`, and ends when the run under way,
-    or else the next one, ends; what is left can still be read then. Its reader is one task.
+    or else the next one, ends; what waits can still be read then. One task reads it. Cancellable; no event is lost by
+    that.
 
     Raises:
         RuntimeError: it is read outside of its `async with`.
@@ -39,15 +40,12 @@ class Stream(Subscription):
     async def __aenter__(self) -> Self:
         self._loop_handle = EventLoopHandle()
         self.inbox.reopen_nowait()
-        self._bus.streams += (self,)
-        self.subscribe(self._bus.count_of)
+        self._bus.add_stream(self)
         return self
 
     async def __aexit__(self, *_: object) -> None:
         self._loop_handle = None
-        self.unsubscribe()
-        self._bus.streams = tuple(stream for stream in self._bus.streams if stream is not self)
-        self.inbox.close_nowait(discard=True)
+        self._bus.remove_stream(self)
 
     def __aiter__(self) -> "Stream":
         return self
@@ -59,6 +57,7 @@ class Stream(Subscription):
                 "a stream is read inside its block:"
                 " async with engine.stream(...) as events: async for event in events: ..."
             )
+        # A turn of the event loop costs more than an event: it is given away now and then, not for each.
         if self._taken % TURN_EVENTS == TURN_EVENTS - 1:
             await anyio.lowlevel.checkpoint()
         else:
@@ -66,7 +65,7 @@ class Stream(Subscription):
         while (event := self.inbox.take_nowait()) is None:
             if self.inbox.closed:
                 raise StopAsyncIteration
-            await self.inbox.arrival(loop_handle)
-        self.inbox.done_nowait()
+            await self.inbox.wait_for_event(loop_handle)
+        self.inbox.mark_handled()
         self._taken += 1
         return event

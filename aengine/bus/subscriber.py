@@ -12,25 +12,20 @@ import anyio.to_thread
 from aengine.bus.dispatch import reading
 from aengine.bus.inbox import Inbox, Overflow
 from aengine.bus.listeners import InboxListener, Snapshot
-from aengine.bus.topic import Topic
-from aengine.callables import check_call, is_async_callable, is_awaitable, name_of
+from aengine.callables import check_callable, is_async_callable, is_awaitable, name_of
 from aengine.errors import StrayCancellation
 from aengine.events import AnyEvent, Event, selectors
 from aengine.statistics import ListenerStatistics
 from aengine.threads.event_loop import EventLoopHandle
+from aengine.threads.guarded import guarded
 
 if TYPE_CHECKING:
     from aengine.bus.bus import Bus
 
-OnError: TypeAlias = str
-
-
 Fail: TypeAlias = Callable[[BaseException], None]
-
 
 _TURN = 0.002
 """Seconds that a subscriber whose handler never waits goes on before it lets other tasks have a turn."""
-
 
 TURN_EVENTS = 32
 """Events that a subscriber handles from one look at the clock to the next, and that a stream gives in one turn."""
@@ -45,7 +40,7 @@ class Subscription:
         if type(buffer) is not int or buffer < 1:
             raise ValueError(f"buffer= is the number of events that may wait, at least 1, got {buffer!r}")
         if snapshot is not None:
-            check_call(snapshot, "snapshot=", "snapshot", "engine")
+            check_callable(snapshot, "snapshot=", "snapshot", "engine")
         if not isinstance(snapshot, Hashable):
             snapshot = partial(cast(Snapshot, snapshot))  # shared by those that were given the very same one
         self.name = name
@@ -57,10 +52,10 @@ class Subscription:
         self._listeners = [InboxListener(selector, self.inbox, snapshot) for selector in self.selectors]
         self._topics = [bus.topic(selector.name) for selector in self.selectors]
 
-    def subscribe(self, count_of: Callable[[Topic], int]) -> None:
+    def subscribe(self) -> None:
         """Begin to listen."""
         for topic, listener in zip(self._topics, self._listeners, strict=True):
-            topic.listen(listener, count_of(topic))
+            topic.listen(listener)
 
     def unsubscribe(self) -> None:
         """Listen no more."""
@@ -69,7 +64,7 @@ class Subscription:
 
     def statistics(self) -> ListenerStatistics:
         """Return what became of the events so far."""
-        accepted, handled, dropped, discarded, depth = self.inbox.account()
+        accepted, handled, dropped, discarded, depth = self.inbox.counts()
         since = self._busy_since
         return ListenerStatistics(
             name=self.name,
@@ -95,11 +90,11 @@ class Subscriber(Subscription):
         *,
         buffer: int,
         overflow: Overflow | str,
-        on_error: OnError,
+        on_error: str,
         snapshot: Snapshot | None,
         name: str | None,
     ) -> None:
-        check_call(handler, "a subscriber's handler", "handler", "event")
+        check_callable(handler, "a subscriber's handler", "handler", "event")
         if on_error not in ("raise", "log"):
             raise ValueError(f'on_error= is "raise" (the run fails) or "log" (counted and logged), got {on_error!r}')
         super().__init__(bus, event, name or name_of(handler), buffer, overflow, snapshot)
@@ -114,41 +109,39 @@ class Subscriber(Subscription):
     async def consume(self, loop_handle: EventLoopHandle, fail: Fail) -> None:
         """Handle what arrives until the inbox is closed and empty. Errors go to `fail`, not to the task group.
 
-        Shielded: what was accepted before a cancellation is still handled. `give_up()` ends it all the same.
+        Shielded: what was accepted before a cancellation is still handled. `cancel()` ends it all the same.
         """
         reading.set(self.inbox)
         self._limiter = anyio.CapacityLimiter(1)  # not the application's: a slow handler takes none of its threads
         is_done = False
-        try:
+
+        async def consume() -> None:
+            nonlocal is_done
             with anyio.CancelScope(shield=True) as self._scope:
                 await self._consume(loop_handle)
                 is_done = True
-        except Exception as error:  # noqa: BLE001 -- handed over
-            fail(error)
-        except (KeyboardInterrupt, SystemExit) as error:  # asyncio would leave its loop with them at once
-            fail(error)
-        except BaseException as error:  # noqa: BLE001 -- handed over; our own cancellation the scope would have kept
-            self.lose(fail, error)
-        finally:
-            self._scope = None
-            if not is_done:
-                self.inbox.close_nowait(discard=True)  # who is dead must block nobody
 
-    def lose(self, fail: Fail, cancellation: BaseException | None = None) -> None:
-        """Its task was cancelled from outside, in its midst or before its first step."""
-        stray = StrayCancellation(
+        await guarded(consume, fail, self._stray)
+        self._scope = None
+        if not is_done:  # nothing takes from this inbox any more, so nothing may wait for room in it
+            self.inbox.close_nowait(discard=True)
+
+    def fail_as_stray(self, fail: Fail) -> None:
+        """Its task was cancelled natively before its first step."""
+        self.inbox.close_nowait(discard=True)
+        fail(self._stray())
+
+    def _stray(self) -> StrayCancellation:
+        return StrayCancellation(
             f"subscriber {self.name!r} was cancelled from outside the run, or let a cancellation out"
         )
-        stray.__cause__ = cancellation
-        self.inbox.close_nowait(discard=True)
-        fail(stray)
 
     async def _consume(self, loop_handle: EventLoopHandle) -> None:
         inbox, handler, is_async = self.inbox, self.handler, self._is_async
         self._begin_work()
         try:
             while True:
-                for event in islice(inbox.taken(), TURN_EVENTS):
+                for event in islice(inbox.drain(), TURN_EVENTS):
                     try:
                         if is_async:
                             await handler(event)
@@ -157,15 +150,15 @@ class Subscriber(Subscription):
                     except Exception as error:
                         if not self._isolates(error, event):
                             raise
-                if inbox.in_hand is not None:  # and handled: there may be more
-                    inbox.done_nowait()
+                if inbox.in_hand is not None:  # the last of so many, and handled: there may be more
+                    inbox.mark_handled()
                     if perf_counter() - self._turn_began < _TURN:
                         continue
                 elif inbox.closed:
                     return
                 self._rest()
-                await inbox.arrival(loop_handle)
-                if inbox.is_dismissed:
+                await inbox.wait_for_event(loop_handle)
+                if inbox.is_reader_stopped:
                     return
                 self._begin_work()
         finally:
@@ -197,8 +190,8 @@ class Subscriber(Subscription):
         if result is not None and is_awaitable(result):
             await result
 
-    def give_up(self) -> None:
-        """Cancel the handler: its time is over."""
+    def cancel(self) -> None:
+        """Cancel the handler now, and discard what waits."""
         if self._scope is None:  # its task has not taken its first step, and will find nothing to do
             self.inbox.close_nowait(discard=True)
         else:

@@ -15,7 +15,7 @@ from aengine.checkpoint.capture.parts import Choice, Parts, gather, scatter
 from aengine.checkpoint.formats.contents import Contents
 from aengine.checkpoint.occasions import CheckpointEvents
 from aengine.checkpoint.save import Saving
-from aengine.checkpoint.store.find import Found, Reader, Which, check_which
+from aengine.checkpoint.store.find import Finder, Found, Which, check_which
 from aengine.checkpoint.store.manifest import CheckpointInfo
 from aengine.checkpoint.store.store import Store
 from aengine.checkpoint.writer import Writer
@@ -95,13 +95,10 @@ class Restoring(ABC):
         check_engine(engine, "restore(engine, which)")
         self._serve(engine)
         live = partial(gather, self._parts, engine)
-        found = await self._find(which, Reader(self._store, partial(self._contents.read, live=live)), "restore")
+        found = await self._find(which, Finder(self._store, partial(self._contents.read, live=live)), "restore")
         if found is None:
             return None
         info, is_newest = found.info, which is None or which == "must"
-        if info.is_mid_step and is_newest:
-            said = f"there is no checkpoint but of the middle of a step: the one after step {info.step} was begun"
-            warnings.warn(f"{said}, and is begun again ({info.path})", CheckpointWarning, stacklevel=2)
         scatter(found.tree, self._parts, engine, strict=strict)
         self._writer.go_on_from(info, is_newest=is_newest)
         _logger.info("restored step %d, epoch %d, from %s", info.step, info.epoch, info.path)
@@ -135,22 +132,22 @@ class Restoring(ABC):
         choice = Choice(self._parts, only)
         read = partial(self._contents.read, live=choice.gather, places=choice.places)
         found = await self._find(
-            "must" if which is None else which, Reader(self._store, read, sets_aside=False), "load"
+            "must" if which is None else which, Finder(self._store, read, sets_aside=False), "load"
         )
         assert found is not None, "it must be there"  # noqa: S101
         choice.scatter(found.tree)
         _logger.info("loaded %s of step %d from %s", only or "the state", found.info.step, found.info.path)
         return found.info
 
-    async def _find(self, which: Which, reader: Reader, caller: str) -> Found | None:
+    async def _find(self, which: Which, finder: Finder, caller: str) -> Found | None:
         self._refuse_running(caller)
         while (saving := self._under_way()) is not None:  # which may be the one
             await saving.wait()
         engine = self._engine
         try:
-            found = await in_thread(reader.find, which)
+            found = await in_thread(finder.find, which)
         finally:
-            for problem in reader.problems:
+            for problem in finder.problems:
                 self.damaged += (problem.path,)
                 said = f"a checkpoint is damaged, and was not used ({problem.path}): {problem.why}"
                 _logger.warning(said)
@@ -158,6 +155,11 @@ class Restoring(ABC):
                 if engine is not None:
                     await engine.emit(CheckpointEvents.CHECKPOINT_DAMAGED)
         self._refuse_running(caller)
+        if found is not None and found.info.is_mid_step and (which is None or which == "must"):
+            said = f"there is no checkpoint but of the middle of a step: the one after step {found.info.step} had begun"
+            warnings.warn(
+                f"{said}, and what it had changed is in it ({found.info.path})", CheckpointWarning, stacklevel=3
+            )
         return found
 
     def _under_way(self) -> Saving | None:

@@ -1,59 +1,80 @@
-"""Data: what users hand in to be stepped through, looked at at the door."""
+"""What users hand in as data, checked once, at the door: its kind, its length, its name."""
 
 import inspect
+from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
 
+from aengine.callables import name_of
 
-def check(data: Any) -> None:
-    """Raise TypeError, saying what to pass instead, for what cannot be the data of a run."""
-    if data is None or needs_event_loop(data) or is_iterable(data):
-        return
+
+@dataclass(frozen=True, slots=True)
+class Adapted:
+    """The data of a run, and what is known of it before it is opened.
+
+    Attributes:
+        data: as the user gave it.
+        name: its type or function, for messages.
+        length: `len(data)`; None where there is none, which for a factory or a stream is no error.
+        is_manager: whether it is an async context manager, to be entered before it is iterated.
+        is_async: whether it needs an event loop. A factory may still return async data.
+        is_one_shot: whether it is its own iterator, so that nothing can restart it.
+    """
+
+    data: Any
+    name: str
+    length: int | None
+    is_manager: bool
+    is_async: bool
+    is_one_shot: bool
+
+
+def adapt(data: Any) -> Adapted:
+    """Look at data once for a run, and ask for its length.
+
+    Raises:
+        TypeError: this cannot be the data of a run; the message says what to pass instead.
+    """
+    is_manager = has(data, "__aenter__")
+    is_async = is_manager or has(data, "__aiter__")
+    if not (data is None or is_async or is_iterable(data)):
+        _check_factory(data)
+    try:
+        length = len(data)
+    except TypeError:  # also torch's DataLoader over an iterable dataset, which has a __len__ that raises this
+        length = None
+    return Adapted(data, name_of(data), length, is_manager, is_async, is_one_shot(data))
+
+
+def _check_factory(data: Any) -> None:
     if not callable(data):
         raise TypeError(
             f"data must be an iterable, an async iterable, or a callable without arguments that makes one, got {data!r}"
         )
     if inspect.iscoroutinefunction(data):
         raise TypeError(
-            f"data is the coroutine function {shown(data)}: make it an async generator, which yields batches"
+            f"data is the coroutine function {name_of(data)}: make it an async generator, which yields batches"
         )
     try:
-        inspect.signature(data).bind()
+        signature = inspect.signature(data)
+    except ValueError:  # a built-in without a signature: calling it will show
+        return
+    try:
+        signature.bind()
     except TypeError:
         raise TypeError(
-            f"data is the callable {shown(data)}{inspect.signature(data)}, but it is called without arguments: wrap"
-            " it, as in lambda: f(...)"
+            f"data is the callable {name_of(data)}{signature}, but it is called without arguments: wrap it, as in"
+            " lambda: f(...)"
         ) from None
-    except ValueError:  # a built-in without a signature: it will show
-        return
-
-
-def check_prefetch(prefetch: Any) -> None:
-    """Raise ValueError for what is no number of batches to pull ahead."""
-    if type(prefetch) is not int or prefetch < 0:
-        raise ValueError(f"prefetch= must be a whole number from 0 on, got {prefetch!r}")
-
-
-def length_of(data: Any) -> int | None:
-    """Return `len(data)`, None where there is none (torch's DataLoader over an iterable dataset raises TypeError)."""
-    try:
-        return len(data)
-    except TypeError:
-        return None
-
-
-def needs_event_loop(data: Any) -> bool:
-    """Say whether this is async data."""
-    return has(data, "__aiter__") or has(data, "__aenter__")
 
 
 def has(data: Any, method: str) -> bool:
     """Say whether this has such a method for Python to use."""
-    return hasattr(type(data), method)  # as Python itself looks it up: a class is not what its instances are
+    return hasattr(type(data), method)  # on the type, as Python itself looks it up: a class is not an instance of it
 
 
 def is_iterable(data: Any) -> bool:
-    """Say whether this is plain data."""
+    """Say whether this is plain data, iterated without an event loop."""
     return has(data, "__iter__") or has(data, "__getitem__")
 
 
@@ -63,13 +84,8 @@ def is_factory(data: Any) -> bool:
 
 
 def is_one_shot(data: Any) -> bool:
-    """Say whether this is its own iterator, and no `__iter__` in Python could make it begin again."""
+    """Say whether this is its own iterator, without an `__iter__` written in Python, which could restart it."""
     for again, following in (("__iter__", "__next__"), ("__aiter__", "__anext__")):
         if has(data, following) and has(data, again):
             return not isinstance(getattr(type(data), again), FunctionType)
     return False
-
-
-def shown(data: Any) -> str:
-    """Return a name for data, to show."""
-    return str(getattr(data, "__qualname__", None) or type(data).__qualname__)

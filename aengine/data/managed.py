@@ -1,144 +1,114 @@
-"""Host: what a source needs of the run that uses it: where to pull ahead, and a task to live in."""
+"""What a source needs of the run that reads it, and data that is an async context manager."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, cast
 
 import anyio
 
 from aengine.errors import StrayCancellation
 from aengine.threads.event_loop import EventLoopHandle, ThreadSafeEvent
+from aengine.threads.guarded import guarded
 from aengine.threads.thread_state import ThreadState
 
 
+@dataclass(frozen=True, slots=True)
 class RunContext:
-    """The run, as its source sees it.
+    """The run on an event loop, as its source sees it.
 
     Attributes:
-        home: the run's event loop.
-        spawn: starts a task of the run's, from any thread; given also what to call if the task never begins.
+        loop_handle: its event loop.
+        spawn: starts a task of the run, from any thread; the second argument is called if the task never starts.
+        fail: fails the run with an error that no wait of the loop would raise.
         settings: torch's settings of the thread that called `run()`.
         prefetch: how many batches to pull ahead; 0 for none.
+        can_use: given for how many iterations batches were fetched, says whether the run can use one more.
         grace: seconds that clean-up may take.
-        can_use: given of how many iterations the batches were fetched, says whether the run can use one more.
     """
 
-    def __init__(
-        self,
-        loop_handle: EventLoopHandle,
-        spawn: Callable[[Callable[[], Any], Callable[[], Any]], None],
-        fail: Callable[[BaseException], None],
-        settings: ThreadState,
-        prefetch: int,
-        can_use: Callable[[int], bool],
-        grace: float,
-    ) -> None:
-        self.loop_handle = loop_handle
-        self.spawn = spawn
-        self.settings = settings
-        self.prefetch = prefetch
-        self.can_use = can_use
-        self.grace = grace
-        self._fail = fail
-        self._task: ContextTask | None = None
+    loop_handle: EventLoopHandle
+    spawn: Callable[[Callable[[], Any], Callable[[], Any]], None]
+    fail: Callable[[BaseException], None]
+    settings: ThreadState
+    prefetch: int
+    can_use: Callable[[int], bool]
+    grace: float
 
-    async def enter(self, manager: Any) -> Any:
-        """Enter an async context manager in a task of its own, and stay there until `leave()`.
 
-        A task of its own, because tasks that it starts may fail: then its own task is cancelled and raises, and the run
-        is told, wherever the loop stands. Returns what is to be iterated: what it gave, or, if nothing, itself.
+class ManagedData:
+    """Data that is an async context manager: entered, held open and exited in one task of a run.
+
+    It has a task of its own because a task group inside it may fail, which cancels the task that entered it. If that
+    were the loop's task, a step would be cancelled. This one hands the error to the run, wherever the loop stands.
+    """
+
+    def __init__(self, manager: Any, run: RunContext) -> None:
+        self._manager = manager
+        self._run = run
+        self._value: Any = None
+        self._error: BaseException | None = None
+        self._entered, self._released, self._exited = (ThreadSafeEvent(run.loop_handle) for _ in range(3))
+        self._scope = anyio.CancelScope(shield=True)
+
+    async def enter(self) -> Any:
+        """Enter it, and stay inside until `exit()`. Returns what to iterate: what entering gave, else the manager.
+
+        Cancellable: then it is not entered.
 
         Raises:
             BaseException: what entering it raised.
         """
-        task = self._task = ContextTask(manager, self.loop_handle, self._fail)
-        self.spawn(task.run, task.never_started)
-        try:
-            await task.entered.wait()
-        except BaseException:
-            task.scope.cancel()  # it has not entered, so there is nothing to exit
-            with anyio.CancelScope(shield=True):
-                await task.exited.wait()
-            self._task = None
-            raise
-        if task.error is not None:
-            self._task = None  # it has not entered, so there is nothing to exit
-        task.raise_error()
-        return manager if task.value is None else task.value
+        self._run.spawn(self._hold_open, self._never_started)
+        await self._wait(self._entered)
+        return self._manager if self._value is None else self._value
 
-    async def leave(self) -> None:
-        """Have it exit, and wait for that; a cancellation makes it exit now.
+    async def exit(self) -> None:
+        """Exit it, and wait for that. A cancellation makes it exit at once.
 
         Raises:
             BaseException: what exiting it raised.
         """
-        task, self._task = self._task, None
-        if task is None:
-            return
-        task.release.set()
+        self._released.set()
+        await self._wait(self._exited)
+
+    async def _wait(self, event: ThreadSafeEvent) -> None:
         try:
-            await task.exited.wait()
+            await event.wait()
         except BaseException:
-            task.scope.cancel()
-            with anyio.CancelScope(shield=True):
-                await task.exited.wait()
+            self._scope.cancel()
+            with anyio.CancelScope(shield=True):  # the task must not outlive the run
+                await self._exited.wait()
             raise
-        task.raise_error()
-
-
-class ContextTask:
-    """The task in which an async context manager is entered, iterated beside, and exited."""
-
-    def __init__(self, manager: Any, loop_handle: EventLoopHandle, fail: Callable[[BaseException], None]) -> None:
-        self.value: Any = None
-        self.error: BaseException | None = None
-        self.entered, self.release, self.exited = (
-            ThreadSafeEvent(loop_handle),
-            ThreadSafeEvent(loop_handle),
-            ThreadSafeEvent(loop_handle),
-        )
-        self.scope = anyio.CancelScope(shield=True)
-        self._manager = manager
-        self._fail = fail
-
-    async def run(self) -> None:
-        """The task: enter it, say so, and stay inside until released."""
-        try:
-            with self.scope:
-                async with self._manager as self.value:
-                    self.entered.set()
-                    await self.release.wait()
-        except (Exception, KeyboardInterrupt, SystemExit) as error:  # noqa: BLE001 -- handed over
-            self._hand_over(_only(error))
-        except BaseException as error:  # noqa: BLE001 -- likewise; its own cancellation its scope would have kept
-            stray = _stray()
-            stray.__cause__ = error
-            self._hand_over(stray)
-            del stray
-        finally:
-            self.entered.set()
-            self.exited.set()
-
-    def never_started(self) -> None:
-        """The task was cancelled natively before its first step."""
-        self._hand_over(_stray())
-        self.entered.set()
-        self.exited.set()
-
-    def raise_error(self) -> None:
-        """Raise what entering or exiting raised, once."""
         # Taken out: an error that stays here would hold its traceback, and so the engine.
-        error, self.error = self.error, None
+        error, self._error = self._error, None
         try:
             if error is not None:
                 raise error
         finally:
             del error
 
+    async def _hold_open(self) -> None:
+        async def hold_open() -> None:
+            with self._scope:
+                async with self._manager as self._value:
+                    self._entered.set()
+                    await self._released.wait()
+
+        await guarded(hold_open, self._hand_over, _stray)
+        self._entered.set()
+        self._exited.set()
+
+    def _never_started(self) -> None:
+        self._hand_over(_stray())
+        self._entered.set()
+        self._exited.set()
+
     def _hand_over(self, error: BaseException) -> None:
-        if self.entered.is_set and not self.release.is_set:
-            self._fail(error)
-        else:  # somebody waits for it
-            self.error = error
+        error = _only(error)
+        if self._entered.is_set and not self._released.is_set:
+            self._run.fail(error)
+        else:  # `enter()` or `exit()` waits, and raises it
+            self._error = error
 
 
 def _stray() -> StrayCancellation:

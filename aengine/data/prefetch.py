@@ -7,32 +7,39 @@ data has ended, so the next pass begins when the loop asks for it, after the han
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import Future
 from typing import Any, NamedTuple, TypeAlias
 
 import anyio
 
 from aengine.errors import StrayCancellation
+from aengine.threads.dedicated import DedicatedThread, wait_until_done
 from aengine.threads.event_loop import EventLoopHandle, ThreadSafeEvent
-from aengine.threads.thread_state import ThreadState, context_for_thread
+from aengine.threads.guarded import guarded
+from aengine.threads.thread_state import ThreadState
 
-Position: TypeAlias = Any
+DataState: TypeAlias = Any
 """What the data's own `state_dict()` returned, or None."""
 
 
 class Fetched(NamedTuple):
-    """A batch, and where the data stood after it."""
+    """A batch, and the state of the data after it."""
 
     batch: Any
-    position: Position
+    state: DataState
 
 
 class Buffer:
-    """At most `size` batches between who pulls and who steps. Its end is the error that ended the data."""
+    """At most `size` batches between the prefetcher and the loop. Its end is the error that ended the data.
+
+    The condition guards it all. A thread waits on it; a task sets `_arrival` or `_room` to a one-shot event while it
+    holds it, so that whatever the other side does next sets that event.
+    """
 
     def __init__(self, size: int, loop_handle: EventLoopHandle, wanted: Callable[[int], bool]) -> None:
         self._size = size
         self._loop_handle = loop_handle
-        self._wanted = wanted  # given how many were put in so far, says whether the run can still use one more
+        self._wanted = wanted  # given how many were put so far, says whether the run can use one more
         self._put = 0
         self._batches: deque[Fetched] = deque()
         self._error: BaseException | None = None
@@ -49,14 +56,14 @@ class Buffer:
         """
         with self._condition:
             if not self._batches:
-                if self._error is not None:
-                    # Each taken anew: an error that stays here would hold its traceback, and so the engine.
-                    error, self._error = self._error, StopIteration()
-                    try:
-                        raise error
-                    finally:
-                        del error
-                return None
+                if self._error is None:
+                    return None
+                # Each raised once: an error that stays here would hold its traceback, and so the engine.
+                error, self._error = self._error, StopIteration()
+                try:
+                    raise error
+                finally:
+                    del error
             fetched = self._batches.popleft()
             self._make_room()
             return fetched
@@ -68,17 +75,17 @@ class Buffer:
             self._room = None
 
     def put_nowait(self, fetched: Fetched) -> None:
-        """Add a batch. Who pulls has made sure that there is room."""
+        """Add a batch, after `room()` or `room_in_thread()` has returned True."""
         with self._condition:
             self._batches.append(fetched)
             self._put += 1
             self._arrived()
 
     def end_nowait(self, error: BaseException) -> None:
-        """No more comes: the data failed, or, with a StopIteration, ended."""
+        """No more comes: the data failed, or, with a StopIteration or StopAsyncIteration, ended."""
         with self._condition:
-            # The traceback of an end says nothing, and would hold who pulled, and so the engine.
-            self._error = StopIteration() if isinstance(error, StopIteration) else error
+            # A new one: the traceback of an end says nothing, and would hold the prefetcher, and so the engine.
+            self._error = StopIteration() if isinstance(error, StopIteration | StopAsyncIteration) else error
             self._arrived()
 
     def _arrived(self) -> None:
@@ -87,7 +94,7 @@ class Buffer:
             self._arrival = None
 
     def close_nowait(self) -> None:
-        """Have who pulls stop after the batch it is at."""
+        """Have the prefetcher stop after the batch that it is fetching."""
         with self._condition:
             self.closed = True
             self._make_room()
@@ -98,20 +105,18 @@ class Buffer:
         return self._error is not None
 
     def unread(self) -> list[Fetched]:
-        """Take what was pulled and not stepped on."""
+        """Take what was fetched and not stepped on."""
         with self._condition:
-            unread = list(self._batches)
-            self._batches.clear()
-            return unread
+            unread, self._batches = self._batches, deque()
+            return list(unread)
 
     def unreported(self) -> BaseException | None:
-        """Take the error of the data that nobody has met, if there is one."""
+        """Take the error of the data that was not raised yet, if there is one."""
         with self._condition:
             error = self._error
-            if error is None or isinstance(error, StopIteration):
-                return None
-            self._error = StopIteration()
-            return error
+            if error is not None:
+                self._error = StopIteration()
+            return None if isinstance(error, StopIteration) else error
 
     async def arrival(self) -> None:
         """Wait until a batch or the end has come. Cancellable; nothing is lost."""
@@ -119,7 +124,7 @@ class Buffer:
             if self._batches or self._error is not None:
                 return
             wakeup = self._arrival = ThreadSafeEvent(self._loop_handle)
-            self._make_room()  # now one more is wanted, whatever the run's limits say
+            self._make_room()  # the loop waits for one more, whatever the run's limits say
         await wakeup.wait()
 
     @property
@@ -145,73 +150,48 @@ class Buffer:
 class Prefetcher:
     """Pulls from one iterator into a buffer, until the data ends or it is stopped."""
 
-    def __init__(self, buffer: Buffer, position: Callable[[], Position], loop_handle: EventLoopHandle) -> None:
+    def __init__(self, buffer: Buffer, state: Callable[[], DataState]) -> None:
         self.buffer = buffer
-        self._position = position
-        self._loop_handle = loop_handle
-        self._has_ended = False
-        self._end: ThreadSafeEvent | None = None
-        self._lock = threading.Lock()
-
-    def _ended(self) -> None:
-        with self._lock:
-            self._has_ended = True
-            if self._end is not None:
-                self._end.set()
+        self._state = state
+        self._ended: Future[None] = Future()
 
     async def stop(self) -> None:
         """Let the fetch under way end, and wait for that. Cancellable."""
         self.buffer.close_nowait()
-        with self._lock:
-            if self._has_ended:
-                return
-            wakeup = self._end = ThreadSafeEvent(self._loop_handle)
-        await wakeup.wait()
+        if not self._ended.done():
+            await wait_until_done(self._ended)
 
 
 class TaskPrefetcher(Prefetcher):
     """Pulls from an async iterator, in a task of the run's group."""
 
-    def __init__(
-        self,
-        buffer: Buffer,
-        position: Callable[[], Position],
-        loop_handle: EventLoopHandle,
-        iterator: AsyncIterator[Any],
-    ) -> None:
-        super().__init__(buffer, position, loop_handle)
+    def __init__(self, buffer: Buffer, state: Callable[[], DataState], iterator: AsyncIterator[Any]) -> None:
+        super().__init__(buffer, state)
         self._iterator = iterator
         self._scope: anyio.CancelScope | None = None
         self._is_cancelled = False
 
     async def pull(self) -> None:
-        """The task. What the data raises is kept for who takes from the buffer."""
+        """The task. What the data raises is raised where its batches are taken."""
         buffer = self.buffer
-        try:
-            # Shielded: whoever stops the run stops this too, and waits for it.
+
+        async def pull() -> None:
+            # Shielded: a run that is cancelled stops this at the right moment, and waits for it.
             with anyio.CancelScope(shield=True) as self._scope:
                 if self._is_cancelled:
                     self._scope.cancel()
                 while await buffer.room():
                     batch = await anext(self._iterator)
-                    buffer.put_nowait(Fetched(batch, self._position()))
-                    del batch
-        except StopAsyncIteration:
-            buffer.end_nowait(StopIteration())
-        except (Exception, KeyboardInterrupt, SystemExit) as error:  # noqa: BLE001 -- raised where it is taken
-            buffer.end_nowait(error)
-        except BaseException as error:  # noqa: BLE001 -- likewise; its own cancellation its scope would have kept
-            stray = _stray()
-            stray.__cause__ = error
-            buffer.end_nowait(stray)
-            del stray
-        finally:
-            self._ended()
+                    buffer.put_nowait(Fetched(batch, self._state()))
+                    del batch  # while waiting for room, keep no reference to it
 
-    def never_pull(self) -> None:
+        await guarded(pull, buffer.end_nowait, _stray)
+        self._ended.set_result(None)
+
+    def never_started(self) -> None:
         """The task was cancelled natively before its first step."""
         self.buffer.end_nowait(_stray())
-        self._ended()
+        self._ended.set_result(None)
 
     async def cancel(self) -> None:
         """Stop now, also within a fetch. An async generator does not survive that."""
@@ -229,35 +209,25 @@ class ThreadPrefetcher(Prefetcher):
     """Pulls from a plain iterator, in a thread of its own, which has the settings of the run's caller."""
 
     def __init__(
-        self,
-        buffer: Buffer,
-        position: Callable[[], Position],
-        loop_handle: EventLoopHandle,
-        iterator: Iterator[Any],
-        settings: ThreadState,
+        self, buffer: Buffer, state: Callable[[], DataState], iterator: Iterator[Any], settings: ThreadState
     ) -> None:
-        super().__init__(buffer, position, loop_handle)
+        super().__init__(buffer, state)
         self._iterator = iterator
-        self._settings = settings
-        self._thread = threading.Thread(
-            target=context_for_thread().run, args=(self._pull,), name="aengine-prefetch", daemon=True
-        )
-        self._thread.start()
+        self._thread = DedicatedThread("aengine-prefetch", settings)
+        self._ended = self._thread.submit(self._pull)
+        self._thread.abandon()  # it makes this one call, and ends by itself where nothing waits for it
 
     def _pull(self) -> None:
         buffer = self.buffer
         try:
-            with self._settings.entered():
-                while buffer.room_in_thread():
-                    batch = next(self._iterator)
-                    buffer.put_nowait(Fetched(batch, self._position()))
-                    del batch
+            while buffer.room_in_thread():
+                batch = next(self._iterator)
+                buffer.put_nowait(Fetched(batch, self._state()))
+                del batch  # while waiting for room, keep no reference to it
         except BaseException as error:  # noqa: BLE001 -- StopIteration or the data's own: raised where it is taken
             buffer.end_nowait(error)
-        finally:
-            self._ended()
 
     async def stop(self) -> None:
         """Wait for the fetch under way: nothing can stop it. Cancellable, which leaves the thread to end by itself."""
         await super().stop()
-        self._thread.join()  # it has said that it ended: microseconds
+        self._thread.stop()  # its one call has returned: microseconds

@@ -1,4 +1,4 @@
-"""Consumers: the tasks of one run in which its subscribers handle what they are sent, from their start to their end."""
+"""SubscriberTasks: the tasks of one run in which its subscribers handle what they are sent."""
 
 from functools import partial
 from typing import TYPE_CHECKING
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 
 class SubscriberTasks:
-    """A task for each subscriber, in the run's group. Everything here is called at home."""
+    """A task for each subscriber, in the task group of the run. All of it is called on the event loop's thread."""
 
     def __init__(self, bus: Bus, loop_handle: EventLoopHandle, grace: float) -> None:
         self._bus = bus
         self._loop_handle = loop_handle
         self._grace = grace
         self._ends: dict[Subscriber, ThreadSafeEvent] = {}
-        self._have_ended = False
+        self._are_over = False
 
     def start(self, subscriber: Subscriber, group: "TaskGroup", fail: Fail) -> None:
         """Have a subscriber handle what it is sent, from now to the end of the run. Errors go to `fail`."""
@@ -30,30 +30,30 @@ class SubscriberTasks:
             subscriber.inbox.reopen_nowait()
             self._ends[subscriber] = ThreadSafeEvent(self._loop_handle)
             self._loop_handle.start(
-                group, partial(self._consume, subscriber, fail), partial(self._lose, subscriber, fail)
+                group, partial(self._consume, subscriber, fail), partial(self._never_started, subscriber, fail)
             )
 
     async def _consume(self, subscriber: Subscriber, fail: Fail) -> None:
         try:
             await subscriber.consume(self._loop_handle, fail)
         finally:
-            self._has_ended(subscriber)
+            self._mark_ended(subscriber)
 
-    def _lose(self, subscriber: Subscriber, fail: Fail) -> None:
-        subscriber.lose(fail)
-        self._has_ended(subscriber)
+    def _never_started(self, subscriber: Subscriber, fail: Fail) -> None:
+        subscriber.fail_as_stray(fail)
+        self._mark_ended(subscriber)
 
-    def _has_ended(self, subscriber: Subscriber) -> None:
+    def _mark_ended(self, subscriber: Subscriber) -> None:
         self._ends[subscriber].set()
         if subscriber not in self._bus.subscribers:  # a run may last for days, and see many come and go
             del self._ends[subscriber]
 
     @property
     def _awaited(self) -> set[Subscriber]:
-        return {*self._ends, *self._bus.subscribers}  # those that were removed have work left, too
+        return {*self._ends, *self._bus.subscribers}  # those that were removed may still have events to handle
 
     def refuse_own_flush(self) -> None:
-        """Raise RuntimeError where waiting for all would be waiting for oneself."""
+        """Raise RuntimeError in a subscriber's handler: waiting for all would be waiting for itself."""
         me = reading.get()
         if any(one.inbox is me for one in self._awaited):
             raise RuntimeError(
@@ -62,19 +62,19 @@ class SubscriberTasks:
             )
 
     async def flush(self) -> None:
-        """Wait until every event published so far is handled. Cancellable."""
-        if self._have_ended:  # what is emitted now waits for the next run
+        """Wait until every event dispatched so far is handled. Cancellable."""
+        if self._are_over:  # what is emitted now waits for the next run
             return
         awaited = self._awaited
-        for subscriber in awaited:  # all of them now: when one has been waited for, another may have gone on to more
-            if subscriber.inbox.when_awaited is not None:
-                subscriber.inbox.when_awaited()
+        for subscriber in awaited:  # before the first wait, during which another may take on more
+            if subscriber.inbox.on_flush is not None:
+                subscriber.inbox.on_flush()
         sequence, loop_handle = self._bus.sequence, EventLoopHandle()
         for subscriber in awaited:
             await subscriber.inbox.wait_processed(sequence, loop_handle)
 
     async def finish(self, deadline: float) -> None:
-        """Wait until all is handled that was accepted, and what they send each other meanwhile.
+        """Wait until all that was accepted has been handled, and what the handlers themselves fire meanwhile.
 
         Raises:
             HandlerTimeout: some were not done at the deadline. They have been cancelled; it says what was lost.
@@ -83,18 +83,18 @@ class SubscriberTasks:
             await self.flush()
             while self._late:
                 await self.flush()
-        if scope.cancelled_caught and (late := self._late):  # else something came after the last look
-            raise self._bus.give_up(late, self._grace)
+        if scope.cancelled_caught and (late := self._late):  # else an event came after the last look
+            raise self._bus.cancel_late(late, self._grace)
 
     @property
     def _late(self) -> list[Subscriber]:
         return [one for one in self._ends if not one.inbox.is_idle]
 
     async def end(self) -> None:
-        """Let them take no more, and wait for the ends of their tasks. What comes now waits for the next run."""
+        """Have the tasks end, and wait for that. What is emitted from now on waits for the next run."""
         ends = dict(self._ends)
         for subscriber in ends:
-            subscriber.inbox.dismiss_reader()
+            subscriber.inbox.stop_reader()
         for end in ends.values():
             await end.wait()
-        self._have_ended = True
+        self._are_over = True

@@ -1,4 +1,4 @@
-"""Driving the loop without an event loop, as long as nothing must be awaited."""
+"""Running the loop without an event loop, as long as nothing must be awaited."""
 
 import threading
 from collections.abc import Callable
@@ -6,6 +6,8 @@ from typing import Any
 
 from anyio.lowlevel import current_token
 
+from aengine.bus.inbox import BackpressureWait
+from aengine.bus.subscriber import Subscriber
 from aengine.loop.effects import Effect, LoopGenerator
 from aengine.loop.requests import Request, Requests
 
@@ -13,37 +15,54 @@ DONE = object()
 SUSPENDED = object()
 
 
-def drive(generator: LoopGenerator, requests: Requests, failures: list[BaseException]) -> Any:
-    """Advance the story until it is OVER, SUSPENDED, or wants something awaited, which is then returned.
+class BlockingRunner:
+    """Advances one loop in the thread of its caller. To `EventEmitter` it is the `Runner` of the run."""
 
-    What failed the run, or Ctrl-C, is added to `failures`.
-    """
-    changed = threading.Event()
-    requests.on_change = changed.set
-    try:
-        while True:
-            wanted = next(generator)
-            if wanted is Effect.SUSPEND:
-                return SUSPENDED
-            if wanted is Effect.RAISE_FAILURE:  # a subscriber has come, who needs an event loop
-                return wanted
-            if wanted is Effect.PAUSE:
-                _wait_while_paused(requests, changed)
-            elif type(wanted) is not Effect:
-                return wanted
-    except StopIteration:
+    can_wait = False  # no subscriber has a task that could make room
+    wait_blocking = None  # there is no event loop on which something could be awaited
+
+    def __init__(self, generator: LoopGenerator, requests: Requests) -> None:
+        self._generator = generator
+        self._requests = requests
+        self._changed = threading.Event()
+
+    def run(self, failures: list[BaseException]) -> Any:
+        """Advance the loop until it is DONE, SUSPENDED, or wants something awaited, which is then returned.
+
+        What failed the run, or Ctrl-C, is added to `failures`.
+        """
+        self._requests.wake_by(self._changed.set)
+        try:
+            for wanted in self._generator:  # nothing is sent: nothing has been awaited
+                if wanted is Effect.SUSPEND:
+                    return SUSPENDED
+                if wanted is Effect.RAISE_FAILURE:  # a subscriber or a service was added, which needs an event loop
+                    return wanted
+                if wanted is Effect.PAUSE:
+                    self._wait_while_paused()
+                elif type(wanted) is not Effect:
+                    return wanted
+        except BaseException as error:  # noqa: BLE001 -- raised by the caller of this
+            failures.append(error)
+        finally:
+            self._requests.wake_by(None)
         return DONE
-    except BaseException as error:  # noqa: BLE001 -- raised by who called this
-        failures.append(error)
-        return DONE
-    finally:
-        requests.on_change = None
 
+    def _wait_while_paused(self) -> None:
+        while self._requests.pending == {Request.PAUSE}:
+            self._changed.wait()
+            self._changed.clear()
 
-def _wait_while_paused(requests: Requests, changed: threading.Event) -> None:
-    while requests.pending == {Request.PAUSE}:
-        changed.wait()
-        changed.clear()
+    def start(self, _: Subscriber) -> None:
+        """A subscriber was added, which needs an event loop: leave this, to be continued on one."""
+        self._requests.return_to_driver()
+
+    def defer_backpressure(self, waits: list[BackpressureWait]) -> None:
+        """Have the loop wait for room before its next step."""
+        self._requests.defer_backpressure(waits)
+
+    async def flush(self) -> None:
+        """There is no subscriber, so nothing to wait for."""
 
 
 def runs_in_event_loop(current: Callable[[], object] = current_token) -> bool:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 
+from aengine.errors import missing_package
 from aengine.handlers.timeline import Timeline
 
 if TYPE_CHECKING:
@@ -33,10 +34,7 @@ try:
     from matplotlib.patches import Patch
     from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 except ImportError as error:
-    raise ImportError(
-        'aengine.handlers.picture needs matplotlib: pip install "matplotlib>=3.9", which is what the extra "picture"'
-        ' brings: pip install -e ".[picture]"'
-    ) from error
+    raise missing_package(__name__, "matplotlib>=3.9", "picture") from error
 
 Array: TypeAlias = "np.ndarray[Any, np.dtype[np.float64]]"
 

@@ -15,7 +15,7 @@ from datetime import timedelta
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from aengine.bus.emitter import RemovableEventHandle
-from aengine.callables import check_call
+from aengine.callables import check_callable
 from aengine.engine import Engine
 from aengine.events import Event, Events
 
@@ -102,7 +102,7 @@ def show_progress(
         TypeError, ValueError: an argument is wrong.
     """
     _check_display(display)
-    check_call(values, "values=", "values", "engine")
+    check_callable(values, "values=", "values", "engine")
     if not isinstance(every, timedelta):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"every= is a timedelta, such as timedelta(seconds=0.1); got {every!r}")
     if not every > timedelta(0):

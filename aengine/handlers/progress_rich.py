@@ -2,6 +2,8 @@
 
 import threading
 
+from aengine.errors import missing_package
+
 try:
     from rich.console import Console
     from rich.progress import (
@@ -14,10 +16,7 @@ try:
         TimeRemainingColumn,
     )
 except ImportError as error:
-    raise ImportError(
-        'aengine.handlers.progress_rich needs rich: pip install "rich>=13", which is what the extra "progress" brings:'
-        ' pip install -e ".[progress]"'
-    ) from error
+    raise missing_package(__name__, "rich>=13", "progress") from error
 
 
 class RichBars:

@@ -4,13 +4,12 @@ import sys
 import threading
 from typing import Any, TextIO
 
+from aengine.errors import missing_package
+
 try:
     from tqdm.auto import tqdm  # type: ignore[import-untyped]  # comes without types
 except ImportError as error:
-    raise ImportError(
-        'aengine.handlers.progress_tqdm needs tqdm: pip install "tqdm>=4.66", which is what the extra "progress"'
-        ' brings: pip install -e ".[progress]"'
-    ) from error
+    raise missing_package(__name__, "tqdm>=4.66", "progress") from error
 
 _IS_NOTEBOOK = any(one.__module__ == "tqdm.notebook" for one in tqdm.__mro__)
 

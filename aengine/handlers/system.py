@@ -1,11 +1,11 @@
-"""System: what the process, the machine and its GPUs are busy with, sampled beside the step.
+"""System statistics: what the process, the machine and its GPUs are busy with, sampled beside the step.
 
     system = SystemStatistics(every=timedelta(seconds=10))
     system.attach(trainer)
     track(trainer, JSONLines("system.jsonl"), SystemEvents.SAMPLED, values=system.values)
 
 The process and the machine are read by psutil, the GPUs by nvidia-ml-py (extra `system`), and what torch has allocated
-on them by torch, if it is in use. What is not there gives no numbers.
+on them by torch, if it is in use. What is not installed or not there gives no numbers.
 """
 
 import sys
@@ -18,9 +18,10 @@ from typing import Any
 import anyio
 import anyio.to_thread
 
-from aengine.bus.emitter import RemovableEventHandle
+from aengine.arguments import check_interval
+from aengine.drivers.services import Service
 from aengine.engine import Engine
-from aengine.events import Event, EventEnum, Events
+from aengine.events import EventEnum, Events
 
 try:
     import psutil  # type: ignore[import-untyped]  # its stubs are a distribution of their own
@@ -39,16 +40,13 @@ _nvml: Any = pynvml
 
 _ENDS = Events.TERMINATE | Events.INTERRUPT | Events.COMPLETED | Events.CANCELLED | Events.EXCEPTION_RAISED
 
-_LOOK = 0.5
-"""Seconds from one look to the next at whether the run has ended, for one of no batch at all ends without an event."""
-
 
 class SystemEvents(EventEnum):
     """What an engine with SystemStatistics fires.
 
     Attributes:
-        SAMPLED: there are new numbers. Fired on the event loop, beside the step; so its handlers must not take the
-            engine to be between two steps.
+        SAMPLED: there are new numbers. Fired on the event loop, beside the step: for its handlers the engine may be in
+            the middle of a step.
     """
 
     SAMPLED = "system_sampled"
@@ -57,7 +55,7 @@ class SystemEvents(EventEnum):
 class SystemStatistics:
     """Samples a process and its machine when a run begins, and then every so many seconds, whatever the steps take.
 
-    In a task of the run, and a thread: it touches the loop as little as any subscriber does. The samples end with the
+    A background service of the engine, which reads in a thread: the steps do not wait for it. The samples end with the
     run, however it ends.
 
     - `process/cpu_percent` (of one core, so more than 100 with several), `memory_bytes` (resident), `threads`,
@@ -68,10 +66,10 @@ class SystemStatistics:
     - `disk/read_bytes_per_second`, `written_bytes_per_second`, `network/received_bytes_per_second`,
       `sent_bytes_per_second`: of the machine;
     - `gpu/0/utilization_percent`, `memory_bytes`, `memory_percent`, `temperature_celsius`, `power_watts`: of each GPU,
-      as `nvidia-smi` numbers them, of all who use it;
+      as `nvidia-smi` numbers them, of all processes that use it;
     - `cuda/0/allocated_bytes`, `reserved_bytes`: of this process, as torch numbers its devices.
 
-    What is counted over time is that of the time since the sample before, so the first sample is without.
+    What is counted over time is counted since the sample before, so the first sample does not have it.
 
     Args:
         every: the time from one sample to the next.
@@ -81,19 +79,11 @@ class SystemStatistics:
     """
 
     def __init__(self, every: timedelta = timedelta(seconds=10)) -> None:
-        if not isinstance(every, timedelta):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"every= is a timedelta, such as timedelta(seconds=10); got {every!r}")
-        if not every > timedelta(0):
-            raise ValueError(f"every= is the time from one sample to the next, more than 0; got {every!r}")
-        self._every = every.total_seconds()
-        self._values: dict[str, float] = {}
+        self._sampler = _Sampler(check_interval(every, "every=", 10.0))
         self._is_attached = False
-        self._is_over = False
-        self._scope: anyio.CancelScope | None = None  # of the task that samples
-        self._continuation: RemovableEventHandle | None = None  # of a run that was interrupted
 
     def attach(self, engine: Engine[Any, Any]) -> None:
-        """Sample in each run of an engine, from its next one on.
+        """Sample in each run of an engine, also in the one under way.
 
         Raises:
             RuntimeError: this has been attached before.
@@ -102,70 +92,52 @@ class SystemStatistics:
             raise RuntimeError("these SystemStatistics are attached already: make others for another engine")
         self._is_attached = True
         engine.register_events(*SystemEvents)
-        engine.add_event_handler(Events.STARTED, self._begin)
-        engine.add_event_handler(Events.INTERRUPT, self._wait_for_continuation)
-        engine.subscribe(_ENDS, self._finish, name="end of system statistics")
+        engine.add_event_handler(_ENDS, self._sampler.end)
+        engine.add_service(self._sampler, name="system statistics")
 
     def values(self, _: Engine[Any, Any] | None = None) -> dict[str, float]:
         """Return the last sample, by name, for `track(values=)`. Nothing before the first."""
-        return dict(self._values)
+        return dict(self._sampler.values)
 
-    def _begin(self, engine: Engine[Any, Any]) -> None:
-        """Have the run start a task. A subscriber's would not do: who flushes the engine would wait for its end."""
-        self._is_over = False
-        if self._continuation is not None:
-            self._continuation.remove()
-        anything: Any = engine
-        driver = anything._driver  # noqa: SLF001 -- there is one, for there is a subscriber
 
-        async def sample() -> None:
-            try:
-                await self._sample(engine)
-            except Exception as error:  # noqa: BLE001 -- raised by run()
-                error.add_note(f"in the system statistics of engine {engine.name!r}")
-                driver.fail(error)
+class _Sampler(Service):
+    """Samples in a task of the run, which is cancelled at its end."""
 
-        driver.spawn(sample, lambda: None)
+    def __init__(self, seconds: float) -> None:
+        self.values: dict[str, float] = {}
+        self._seconds = seconds
+        self._is_ending = False
 
-    def _wait_for_continuation(self, engine: Engine[Any, Any]) -> None:
-        """An interrupted run goes on without an event of its own: its next iteration has to tell."""
-        self._continuation = engine.add_event_handler(Events.ITERATION_COMPLETED, self._begin)
+    def end(self) -> None:
+        """Take no more samples: events that came while subscribers and loggers finish would have them go on."""
+        self._is_ending = True
 
-    async def _finish(self, _: Event) -> None:
-        self._is_over = True
-        if self._scope is not None:
-            self._scope.cancel()
+    def run_started(self, engine: Any) -> None:  # noqa: ARG002 -- as Service has it
+        self._is_ending = False
 
-    async def _sample(self, engine: Engine[Any, Any]) -> None:
+    async def serve(self, engine: Any) -> None:
         machine = _Machine()
         try:
-            # Cancelled, not waited for: a driver of a GPU that hangs is not to hold up the end of the run.
-            with anyio.CancelScope() as self._scope:
-                while not self._has_ended(engine):
-                    self._values = await _in_thread(machine.read)
+            while not self._is_ending:
+                self.values = await _in_thread(machine.read)
+                if not self._is_ending:
                     await engine.emit(SystemEvents.SAMPLED)
-                    await self._pass_time(engine)
+                await anyio.sleep(self._seconds)
+        except Exception as error:
+            error.add_note(f"in the system statistics of engine {engine.name!r}")
+            raise
         finally:
-            self._scope = None
             machine.close()
-
-    def _has_ended(self, engine: Engine[Any, Any]) -> bool:
-        return self._is_over or engine.state.stop_reason is not None
-
-    async def _pass_time(self, engine: Engine[Any, Any]) -> None:
-        deadline = anyio.current_time() + self._every
-        # A run of no batch at all ends without an event that could be waited for.
-        while not self._has_ended(engine) and (left := deadline - anyio.current_time()) > 0:  # noqa: ASYNC110
-            await anyio.sleep(min(left, _LOOK))
 
 
 async def _in_thread(function: Callable[[], dict[str, float]]) -> dict[str, float]:
-    # A limiter of its own: a driver that hangs takes none of the application's threads.
+    # A limiter of its own: a GPU's driver that hangs takes none of the application's threads. Abandoned at the end of
+    # the run, which must not wait for such a driver.
     return await anyio.to_thread.run_sync(function, abandon_on_cancel=True, limiter=anyio.CapacityLimiter(1))
 
 
 class _Machine:
-    """What is sampled, and what was counted when that was done last. In one thread at a time."""
+    """Reads the numbers, and keeps the counters of the time before. For one thread at a time."""
 
     def __init__(self) -> None:
         self._process = psutil.Process()
@@ -179,14 +151,14 @@ class _Machine:
         values: dict[str, float] = {}
         for part in (self._of_process, self._of_children, self._of_system, self._of_gpus, _of_torch):
             values |= part()
-        if self._is_first:  # of what time these would be nobody knows
+        if self._is_first:  # psutil counts these since its last call, and there was none
             self._is_first = False
             values = {name: value for name, value in values.items() if not name.endswith("cpu_percent")}
         return values
 
     def close(self) -> None:
-        """Let go of the GPUs."""
-        self._has_opened = True  # a thread that was given up is not to open them now
+        """Close the library of the GPUs."""
+        self._has_opened = True  # an abandoned thread must not open it from now on
         gpus, self._gpus = self._gpus, None
         if gpus is not None and _nvml is not None:
             _nvml.nvmlShutdown()
@@ -199,7 +171,7 @@ class _Machine:
                 "process/memory_bytes": process.memory_info().rss,
                 "process/threads": process.num_threads(),
             }
-        with suppress(psutil.Error):  # some sandboxes do not let one see that
+        with suppress(psutil.Error):  # some sandboxes forbid that
             values["process/open_files"] = process.num_handles() if sys.platform == "win32" else process.num_fds()
         return values
 
@@ -236,7 +208,7 @@ class _Machine:
             return {}
         if not self._has_opened:
             self._has_opened = True
-            with suppress(_nvml.NVMLError):  # there is no GPU of theirs, or no driver
+            with suppress(_nvml.NVMLError):  # there is no GPU of NVIDIA's, or no driver
                 _nvml.nvmlInit()
                 self._gpus = []
                 for index in range(_nvml.nvmlDeviceGetCount()):
@@ -244,13 +216,13 @@ class _Machine:
         values: dict[str, float] = {}
         for index, gpu in enumerate(self._gpus or ()):
             for reading in _READINGS:
-                with suppress(_nvml.NVMLError):  # not every GPU knows everything of itself
+                with suppress(_nvml.NVMLError):  # not every GPU has every sensor
                     values |= {f"gpu/{index}/{name}": value for name, value in reading(gpu).items()}
         return values
 
 
 def _counters() -> Iterator[tuple[str, int]]:
-    disk: Any = psutil.disk_io_counters()  # None where there is none to be seen, as in some containers
+    disk: Any = psutil.disk_io_counters()  # None where no disk can be seen, as in some containers
     if disk is not None:
         yield "disk/read_bytes_per_second", disk.read_bytes
         yield "disk/written_bytes_per_second", disk.write_bytes
@@ -262,7 +234,7 @@ def _counters() -> Iterator[tuple[str, int]]:
 
 def _of_torch() -> dict[str, float]:
     torch: Any = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_initialized():  # to ask would initialize it
+    if torch is None or not torch.cuda.is_initialized():  # asking for the memory would initialize it
         return {}
     return {
         f"cuda/{device}/{name}_bytes": function(device)

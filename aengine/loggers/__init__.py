@@ -1,11 +1,11 @@
-"""Loggers beside the step: bounded, never slowing it, and telling what they could not write.
+"""Loggers beside the step: bounded, never slowing it, and counting what they could not write.
 
 from aengine.loggers import track
 from aengine.loggers.jsonl import JSONLines
 
 track(trainer, JSONLines("log.jsonl"), Events.ITERATION_COMPLETED(every=10) | Events.EPOCH_COMPLETED)
 
-One file for each place to write to; `records` says what one's own needs.
+One module for each place to write to; `sink` says what a sink of your own needs.
 """
 
 from aengine.loggers.sink import Closable, Record, Sink, Witness, Write

@@ -1,4 +1,4 @@
-"""Spool: what waits to be written, bounded. When it is full the oldest goes first, iterations before all others."""
+"""RecordBuffer: the records that wait to be written, bounded. When it is full, the oldest are dropped first."""
 
 import math
 from collections import deque
@@ -7,65 +7,66 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 
-class Spool(Generic[T]):
+class RecordBuffer(Generic[T]):
     """Records on their way to one sink. Always `taken == written + dropped + waiting`.
 
-    For who holds a lock.
+    Over the bound the oldest record of an iteration is dropped, for there will be others of its kind; where none waits,
+    the oldest of all. Not thread-safe: the caller holds a lock.
     """
 
     def __init__(self, size: int) -> None:
         self.taken = self.written = self.dropped = 0
         self._size = size
-        self._passing: deque[tuple[int, T]] = deque()  # of iterations, of which there will be others
-        self._lasting: deque[tuple[int, T]] = deque()
-        self._in_hand: list[tuple[int, T, bool]] = []
+        self._of_iterations: deque[tuple[int, T]] = deque()
+        self._of_others: deque[tuple[int, T]] = deque()
+        self._in_hand: list[tuple[int, T, bool]] = []  # being written: not dropped, and put back if that fails
 
     @property
     def waiting(self) -> int:
-        """How many records wait, those in hand included."""
+        """How many records wait, those being written included."""
         return len(self) + len(self._in_hand)
 
     @property
-    def is_passing(self) -> bool:
-        """Whether all that waits is of iterations."""
-        return not self._lasting and all(is_passing for *_, is_passing in self._in_hand)
+    def has_only_iterations(self) -> bool:
+        """Whether all records that wait are of iterations."""
+        return not self._of_others and all(is_iteration for *_, is_iteration in self._in_hand)
 
     @property
     def oldest(self) -> float:
-        """The number, from 1 in the order of coming, of the oldest record that waits; infinite if none does."""
-        firsts = [some[0][0] for some in (self._in_hand, self._passing, self._lasting) if some]
+        """The number, counted from 1 as the records came, of the oldest record that waits; infinite if none does."""
+        firsts = [some[0][0] for some in (self._in_hand, self._of_iterations, self._of_others) if some]
         return min(firsts, default=math.inf)
 
     def __len__(self) -> int:
-        return len(self._passing) + len(self._lasting)
+        return len(self._of_iterations) + len(self._of_others)
 
-    def put(self, record: T, *, is_passing: bool) -> None:
+    def put(self, record: T, *, is_iteration: bool) -> None:
         """Accept a record. Over the bound one is dropped, and counted."""
         self.taken = number = self.taken + 1
-        (self._passing if is_passing else self._lasting).append((number, record))
+        (self._of_iterations if is_iteration else self._of_others).append((number, record))
         self._keep_to_size()
 
     def take(self, most: int) -> list[T]:
-        """Take the oldest records in hand, until `done` or `put_back`."""
-        passing, lasting, in_hand = self._passing, self._lasting, self._in_hand
-        while len(in_hand) < most and (passing or lasting):
-            is_passing = bool(passing) and (not lasting or passing[0] < lasting[0])
-            in_hand.append((*(passing if is_passing else lasting).popleft(), is_passing))
+        """Return the oldest records, at most so many, which are being written until `mark_written` or `put_back`."""
+        iterations, others, in_hand = self._of_iterations, self._of_others, self._in_hand
+        while len(in_hand) < most and (iterations or others):
+            is_iteration = bool(iterations) and (not others or iterations[0] < others[0])
+            in_hand.append((*(iterations if is_iteration else others).popleft(), is_iteration))
         return [record for _, record, _ in in_hand]
 
-    def done(self) -> None:
-        """Those in hand are written."""
+    def mark_written(self) -> None:
+        """What was being written is written."""
         self.written += len(self._in_hand)
         self._in_hand.clear()
 
     def put_back(self) -> None:
-        """Those in hand are to be taken again."""
-        for number, record, is_passing in reversed(self._in_hand):
-            (self._passing if is_passing else self._lasting).appendleft((number, record))
+        """What was being written is not written, and waits again, at its place in the order."""
+        for number, record, is_iteration in reversed(self._in_hand):
+            (self._of_iterations if is_iteration else self._of_others).appendleft((number, record))
         self._in_hand.clear()
         self._keep_to_size()
 
     def _keep_to_size(self) -> None:
         while len(self) > self._size:
-            (self._passing or self._lasting).popleft()
+            (self._of_iterations or self._of_others).popleft()
             self.dropped += 1

@@ -1,4 +1,4 @@
-"""JSONLines: a file with a line of JSON for each record, which a kill cannot leave unreadable."""
+"""JSONLines: a file with a line of JSON for each record, which stays readable if the process is killed."""
 
 import json
 import logging
@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from aengine.checkpoint.store.files import sync_directory
 from aengine.loggers.sink import Record
 
 _logger = logging.getLogger("aengine.loggers")
@@ -23,10 +22,10 @@ class JSONLines:
         {"step": 10, "epoch": 1, "time": 1764000000.5, "event": "ITERATION_COMPLETED", "engine": "trainer",
          "values": {"loss": 0.25}}
 
-    Strict JSON, which has no number for what is none: they are the strings "NaN", "Infinity" and "-Infinity", which
-    `float()` takes. A write that fails, as on a full disk, leaves nothing of itself. The file is opened at the first
-    record; if it ends in the middle of a line then, for its writer was killed, that half is removed, and a line that
-    only lacks its end gets it. Several engines may share one; several processes may not.
+    Strict JSON, which has no numbers for these: they are the strings "NaN", "Infinity" and "-Infinity", which `float()`
+    takes. A write that fails, as on a full disk, leaves nothing of its records. The file is opened at the first record;
+    if it then ends in the middle of a line, because its writer was killed, that half is removed, and a line that only
+    lacks its newline gets one. Several engines may share one; several processes may not.
 
     Args:
         path: the file; it and its folders are made if they are not there.
@@ -35,7 +34,7 @@ class JSONLines:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self._file: int | None = None
-        self._lock = threading.Lock()  # several engines, each with a thread
+        self._lock = threading.Lock()  # each engine that shares this calls it from a thread of its own
 
     def write(self, records: Sequence[Record], /) -> None:
         """Append the records: all of them, or, if that fails, none.
@@ -50,13 +49,13 @@ class JSONLines:
             _append(self._file, lines)
 
     def close(self) -> None:
-        """Have all of it on the disk, and close the file until the next write."""
+        """Flush all of it to the disk by fsync, and close the file until the next write."""
         with self._lock:
             file, self._file = self._file, None
             if file is not None:
                 try:
                     os.fsync(file)
-                    sync_directory(self.path.parent)  # or the name of a new file might be lost
+                    _sync_directory(self.path.parent)  # a new file's name is in there, and might be lost without
                 finally:
                     os.close(file)
 
@@ -75,12 +74,12 @@ def _line(record: Record) -> str:
     }
     try:
         return json.dumps(fields, allow_nan=False) + "\n"
-    except ValueError:  # which is rare, so that nobody looks for it before
-        fields["values"] = _strict(record.values)
+    except ValueError:  # rare, and looking for NaN first would cost as much as the dump
+        fields["values"] = _with_names_for_nan(record.values)
         return json.dumps(fields, allow_nan=False) + "\n"
 
 
-def _strict(values: Mapping[str, int | float]) -> dict[str, int | float | str]:
+def _with_names_for_nan(values: Mapping[str, int | float]) -> dict[str, int | float | str]:
     return {
         name: value
         if math.isfinite(value)
@@ -104,19 +103,27 @@ def _open(path: Path) -> int:
     return file
 
 
+def _sync_directory(path: Path) -> None:
+    directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
 def _append(file: int, lines: bytes) -> None:
     size = os.fstat(file).st_size
-    left = memoryview(lines)
+    rest = memoryview(lines)
     try:
-        while left:
-            left = left[os.write(file, left) :]
+        while rest:
+            rest = rest[os.write(file, rest) :]
     except BaseException:
-        os.ftruncate(file, size)  # these lines come again, whole
+        os.ftruncate(file, size)  # these records come again, all of them
         raise
 
 
 def _repair(file: int, path: Path) -> None:
-    """Finish or remove a last line that its writer did not finish."""
+    """Finish or remove a last line that was not written to its end."""
     size = os.fstat(file).st_size
     tail, begin = b"", size
     while begin > 0 and b"\n" not in tail:

@@ -7,8 +7,8 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from aengine.loggers.reach import look_for
-from aengine.loggers.runs import RecentRecords, SharedRun
+from aengine.errors import missing_package
+from aengine.loggers.runs import RecentRecords, SharedRun, check_reachable
 from aengine.loggers.sink import Record, engine_and_name
 from aengine.state import StopReason
 
@@ -17,18 +17,15 @@ try:
     from mlflow.entities import Metric, Param, RunStatus, RunTag
     from mlflow.tracking import get_tracking_uri
 except ImportError as error:
-    raise ImportError(
-        'aengine.loggers.mlflow needs mlflow: pip install "mlflow-skinny>=3", which is what the extra "mlflow" brings:'
-        ' pip install -e ".[mlflow]"'
-    ) from error
+    raise missing_package(__name__, "mlflow-skinny>=3", "mlflow") from error
 
 _logger = logging.getLogger("aengine.loggers")
 
 _METRICS = 1000
-"""Metrics in one request, at most: MLflow's own limit."""
+"""The most metrics in one request: MLflow's own limit."""
 
 _KEY_LENGTH = 250
-"""Of a metric's name or a parameter's, at most: likewise."""
+"""The most characters in the name of a metric or a parameter: likewise."""
 
 _STATUS = {StopReason.FAILED: RunStatus.FAILED, StopReason.CANCELLED: RunStatus.KILLED}
 
@@ -43,12 +40,12 @@ class MLflow:
     Several engines may share one: the run then lasts until all of them have ended, and ends as the first of them did.
     What is written after the end is written to the same run, which is RUNNING again.
 
-    MLflow's fluent API (`mlflow.log_metric`) and its active run are not touched. A server that is down is found out
-    before a request, and tried again as `track` says. One that goes down in the midst of a request is tried again by
-    mlflow itself, for some four minutes, with pauses that grow to a minute: in a thread that holds up nothing, but
-    without a word of ours. MLFLOW_HTTP_REQUEST_MAX_RETRIES=0 in the environment leaves that to `track` as well.
+    MLflow's fluent API (`mlflow.log_metric`) and its active run are not touched. A server that is down is noticed
+    before a request, and tried again as `track` says. One that goes down during a request is tried again by mlflow
+    itself, for some four minutes, with pauses that grow to a minute: in a thread that holds up nothing, but without a
+    warning of ours. MLFLOW_HTTP_REQUEST_MAX_RETRIES=0 in the environment leaves that to `track` as well.
 
-    As a part of a `Checkpoint`, it has a training that is resumed go on in the same MLflow run.
+    As a part of a `Checkpoint` it makes a resumed training go on in the same MLflow run.
 
     Args:
         experiment: the name of the experiment; it is made if it is not there.
@@ -57,8 +54,8 @@ class MLflow:
         tracking_uri: as for mlflow; by default what `mlflow.set_tracking_uri` or MLFLOW_TRACKING_URI said.
         params: parameters of the run, by name. Those that the run has already stay as they are.
         tags: tags of the run, by name.
-        tag: `tag(record, name)` returns the name of a metric. What MLflow allows in none (all but letters, digits,
-            `_`, `-`, `.`, `:`, `/` and spaces) becomes `_`, with a warning.
+        tag: `tag(record, name)` returns the name of a metric. Characters that MLflow does not allow (all but letters,
+            digits, `_`, `-`, `.`, `:`, `/` and spaces) become `_`, with a warning.
 
     Raises:
         TypeError, ValueError: an argument is wrong.
@@ -94,14 +91,12 @@ class MLflow:
         self._tag = tag
         self._client: Any = None
         self._is_open = False
-        self._must_end = False  # a run that has ended, of which the server knows nothing yet
         self._latest: float | None = None  # the time of the last record
         self._has_params = False
-        self._names: dict[str, str] = {}  # as they are, and as MLflow allows them
+        self._names: dict[str, str] = {}  # of metrics, to the names that MLflow allows
         self._runs = SharedRun()
         self._written = RecentRecords()
-        self._notes = threading.Lock()  # of who begins and ends: what tells of it must not wait for a server
-        self._lock = threading.Lock()  # several engines, each with a thread
+        self._lock = threading.Lock()  # each engine that shares this calls it from a thread of its own
 
     @property
     def run_id(self) -> str | None:
@@ -110,20 +105,19 @@ class MLflow:
 
     def begin(self, engine: str, time: float, /) -> None:
         """Take note that a run of an engine began."""
-        with self._notes:
-            self._runs.begin(engine, time)
+        self._runs.begin(engine, time)
 
     def write(self, records: Sequence[Record], /) -> None:
-        """Write the records, a thousand numbers in a request. What was written of them before is not written again.
+        """Write the records, a thousand numbers in a request. Those that were written before are not written again.
 
         Raises:
-            OSError: nobody listens there.
+            OSError: no server accepts a connection.
             mlflow.MlflowException: the server refused, or failed.
         """
         with self._lock:
-            records = self._written.new_of(records)
+            records = self._written.unwritten(records)
             if records:
-                look_for(self._uri)
+                check_reachable(self._uri)
                 self._open(records[0].time)
             for some in _chunks(records):
                 self._client.log_batch(self._run_id, metrics=self._metrics(some), synchronous=True)
@@ -133,32 +127,29 @@ class MLflow:
 
     def end(self, engine: str, time: float, reason: StopReason, /) -> None:
         """Take note that a run of an engine ended."""
-        with self._notes:
-            self._runs.end(engine, time, reason)
-            self._must_end = True
+        self._runs.end(engine, time, reason)
 
     def close(self) -> None:
-        """Give the run its last status, if no engine goes on.
+        """Give the run its last status, if no engine's run is under way.
 
         Raises:
             OSError, mlflow.MlflowException: as `write`.
         """
+        runs = self._runs
         with self._lock:
-            with self._notes:
-                runs, began, ended = self._runs, self._runs.began, self._runs.ended or self._latest
-                is_due = runs.is_over and (self._is_open or self._must_end)
-            if is_due:
-                look_for(self._uri)
-                self._open(began)
-                self._set_status(_STATUS.get(runs.reason, RunStatus.FINISHED), ended)
-                self._is_open = self._must_end = False
+            if runs.is_over and (self._is_open or runs.has_news):
+                check_reachable(self._uri)
+                self._open(runs.began)
+                self._set_status(_STATUS.get(runs.reason, RunStatus.FINISHED), runs.ended or self._latest)
+                self._is_open = False
+                runs.take_news()
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed training needs to go on in the same MLflow run."""
         return {"run_id": self._run_id}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on in the run of which this was the state; if there was none yet, in the one that there is."""
+        """Go on in the run that this is the state of; if it had none yet, in the present one."""
         if state_dict["run_id"] is not None:
             with self._lock:
                 self._run_id, self._is_open, self._has_params = state_dict["run_id"], False, False
@@ -168,7 +159,7 @@ class MLflow:
         return f"MLflow({run}, tracking_uri={self._uri!r})"
 
     def _open(self, began: float | None) -> None:
-        """Have a run that goes on."""
+        """Make the run, or set it RUNNING again."""
         if self._is_open:
             return
         if self._client is None:
@@ -194,15 +185,15 @@ class MLflow:
             return str(self._client.create_experiment(self._experiment))
         return str(experiment.experiment_id)
 
-    def _describe(self, there: Mapping[str, str]) -> None:
-        """Write the parameters, which cannot be changed once they are there, and the tags."""
-        changed = {key for key, value in self._params.items() if there.get(key, value) != value}
+    def _describe(self, written: Mapping[str, str]) -> None:
+        """Write the parameters, which MLflow does not change once they are written, and the tags."""
+        changed = {key for key, value in self._params.items() if written.get(key, value) != value}
         if changed:
             _logger.warning(
                 "parameters of the MLflow run %s stay as they were, though others were given: %s",
-                self._run_id, ", ".join(f"{key} is {there[key]}, not {self._params[key]}" for key in sorted(changed)),
+                self._run_id, ", ".join(f"{key} is {written[key]}, not {self._params[key]}" for key in sorted(changed)),
             )  # fmt: skip
-        params = [Param(key, value) for key, value in self._params.items() if key not in there]
+        params = [Param(key, value) for key, value in self._params.items() if key not in written]
         tags = [RunTag(key, value) for key, value in self._tags.items()]
         self._client.log_batch(self._run_id, params=params, tags=tags, synchronous=True)
         self._has_params = True
@@ -233,22 +224,22 @@ def _milliseconds(seconds: float) -> int:
 
 
 def _chunks(records: Sequence[Record]) -> list[list[Record]]:
-    """Return the records in the order they have, as many together as one request may have numbers.
+    """Return the records in their order, as many in a chunk as one request may have numbers.
 
-    One that has more by itself comes alone: mlflow makes several requests of it.
+    A record that has more numbers than that is a chunk by itself: mlflow makes several requests of it.
     """
     chunks: list[list[Record]] = []
-    left = 0
+    room = 0
     for record in records:
-        left -= len(record.values)
-        if not chunks or left < 0:
+        room -= len(record.values)
+        if not chunks or room < 0:
             chunks.append([])
-            left = _METRICS - len(record.values)
+            room = _METRICS - len(record.values)
         chunks[-1].append(record)
     return chunks
 
 
 def _allowed(name: str) -> str:
-    """Return the nearest name that MLflow allows: these characters, and what could be the path of a file."""
+    """Return the nearest name that MLflow allows: these characters only, and a path like that of a file."""
     path = posixpath.normpath("/" + re.sub(r"[^\w.\- :/]", "_", name)).lstrip("/")
     return path[:_KEY_LENGTH].rstrip("/") or "_"

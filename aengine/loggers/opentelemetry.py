@@ -1,4 +1,4 @@
-"""OpenTelemetry: a run as spans and metrics, in the trace of whoever started it.
+"""OpenTelemetry: a run as spans and metrics, in the trace of its caller.
 
 instrument(trainer)                                        # spans, and metrics of the loop
 track(trainer, OpenTelemetry(), Events.EPOCH_COMPLETED)    # its numbers, as gauges
@@ -7,14 +7,13 @@ Needs the API of OpenTelemetry, which does nothing by itself: the SDK and an exp
 """
 
 import re
-import sys
 import threading
-from collections.abc import Awaitable, Mapping, Sequence
-from functools import partial
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from time import perf_counter, time_ns
 from typing import Any, NamedTuple, TypeAlias
 
 from aengine.bus.emitter import RemovableEventHandle
+from aengine.drivers.services import Service
 from aengine.engine import Engine
 from aengine.events import Event, EventEnum, Events, EventsList
 from aengine.loggers.sink import Record
@@ -36,15 +35,15 @@ Attributes: TypeAlias = dict[str, str | int | bool]
 
 _NAME = "aengine"  # of the instrumentation, to OpenTelemetry
 _STOPS = Events.TERMINATE | Events.INTERRUPT | Events.CANCELLED
-_FIRST = EventsList(event for event in Events if event is not Events.STARTED)
-"""What a run may begin with that goes on with its very next event."""
+_FIRST_OF_RESUMED = EventsList(event for event in Events if event is not Events.STARTED)
+"""The events that may come first in a run that was interrupted and goes on."""
 
 _BUCKETS = (1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
-"""Seconds; OpenTelemetry's own are for milliseconds."""
+"""Bounds of the histogram in seconds; OpenTelemetry's default ones are for milliseconds."""
 
 
 class InstrumentationEvents(EventEnum):
-    """What an Instrumentation fires on its engine, for itself."""
+    """What an Instrumentation fires on its engine: RUN_BEGAN, before the next step after the span of a run began."""
 
     RUN_BEGAN = "run_began"
 
@@ -52,17 +51,18 @@ class InstrumentationEvents(EventEnum):
 class OpenTelemetry:
     """A sink for `track`: each number becomes a gauge, "aengine.values.loss", with the engine's name as attribute.
 
-    Characters that a metric's name may not have become "_". Several engines may share one. A gauge has the time of the
-    writing, for OpenTelemetry gives it no other, and keeps the last value: log as often as the reader collects.
+    Characters that OpenTelemetry does not allow in the name of a metric become "_". Several engines may share one. A
+    gauge has the time of the writing, because OpenTelemetry takes no other, and keeps the last value only: log as often
+    as the reader collects.
 
     Args:
-        meter_provider: whose meter; by default the global one.
+        meter_provider: gives the meter; by default the global one.
     """
 
     def __init__(self, meter_provider: metrics.MeterProvider | None = None) -> None:
         self._meter = metrics.get_meter(_NAME, meter_provider=meter_provider)
         self._gauges: dict[str, Any] = {}
-        self._lock = threading.Lock()  # several engines, each with a thread
+        self._lock = threading.Lock()  # each engine that shares this calls it from a thread of its own
 
     def write(self, records: Sequence[Record], /) -> None:
         """Set the gauges."""
@@ -97,34 +97,33 @@ def instrument(
         instrument(evaluator)
 
     A run is a span, a child of the caller's current one; its epochs are children of that, and one iteration in
-    `iterations_every` a child of its epoch. The step, and whatever handlers call, see the innermost of these as the
-    current span, on the worker thread too. So their own spans, and the runs of other engines, become its children. Two
-    cannot: async inline handlers, where a plain step runs on the worker, see the epoch in place of the iteration, and
-    subscribers see the caller's span (see `Instrumentation.context`).
+    `iterations_every` a child of its epoch. The step, and what handlers call, see the innermost of these as the current
+    span, on the worker thread too. So their own spans, and the runs of other engines, become its children. There are
+    two exceptions: async inline handlers, where a plain step runs on the worker, see the epoch in place of the
+    iteration, and subscribers see the caller's span (see `Instrumentation.context`).
 
-    A span lasts until its event is sent, so what is inline is within it; a run until `run()` returns or raises. A run
-    that fails has the status ERROR, and the exception recorded, and so have the epoch and the iteration it failed in
-    the status. "aengine.stop_reason" says how it ended otherwise, and one that goes on after `interrupt()` is a new
-    span, linked to that of the one before. It begins with its first event: a step that was interrupted at
-    ITERATION_STARTED comes before that.
+    The span of an iteration or an epoch ends after the inline handlers of its last event, that of a run when its
+    subscribers are done. A run that fails has the status ERROR, and the exception recorded; the epoch and the iteration
+    in which it failed have the status, too. "aengine.stop_reason" says how it ended otherwise. A run that goes on after
+    `interrupt()` is a new span, linked to the one before. It begins with its first event: if the run was interrupted at
+    ITERATION_STARTED, the step comes before that.
 
     Metrics, with the engine's name as attribute: "aengine.iterations" counts iterations begun; "aengine.time" the
     seconds of `engine.statistics()`, with "aengine.activity" for what they were spent on; "aengine.iteration.duration"
-    is a histogram of the iterations that are spans. All are brought up to date with these, at the end of each epoch,
-    and at that of the run.
+    is a histogram of the iterations that are spans. All are updated when a span ends.
 
-    Iterations and epochs are ended beside the step, in a thread; the run in the task that called `run()`. A span
+    The spans of iterations and epochs are ended beside the step, in a thread; those of runs on the event loop. A span
     processor that exports at once, as SimpleSpanProcessor does, would hold that up: give the provider a
     BatchSpanProcessor. What it raises is logged.
 
     Args:
-        engine: whose runs.
-        tracer_provider: whose tracer; by default the global one, which an application may set later.
-        meter_provider: likewise.
+        engine: the engine to instrument.
+        tracer_provider: gives the tracer; by default the global one, which an application may set later.
+        meter_provider: gives the meter; likewise.
         iterations_every: one iteration in so many is a span.
 
     Raises:
-        ValueError: this is no number of iterations.
+        ValueError: `iterations_every` is less than 1.
     """
     if iterations_every < 1:
         raise ValueError(f"iterations_every= is a number of iterations, at least 1, got {iterations_every!r}")
@@ -155,11 +154,10 @@ class Instrumentation:
         self._run: _Open | None = None
         self._epoch: _Open | None = None
         self._iteration: _Open | None = None
-        self._error: BaseException | None = None
         self._stopped_at: float | None = None
-        self._interrupted: Span | None = None  # the run that the next one goes on with
-        self._is_in_epoch = False  # that one
-        self._until_resumed: RemovableEventHandle | None = None
+        self._interrupted: Span | None = None  # of the run that was interrupted, and may go on
+        self._was_in_epoch = False  # when it was interrupted
+        self._until_resumed: RemovableEventHandle | None = None  # the handler of its next event
 
     def attach(self, engine: AnyEngine, iterations_every: int) -> None:
         """Listen to an engine, for `instrument`."""
@@ -174,11 +172,12 @@ class Instrumentation:
             engine.add_event_handler(event, self._stop, event.value)
         engine.add_event_handler(Events.EXCEPTION_RAISED, self._fail)
 
-        # A snapshot is taken after the inline handlers, whoever was added first: so all of them are within the span.
+        # A snapshot is taken after all inline handlers, in whatever order they were added: all are within the span.
         name = f"spans of {engine.name}"
         leave, leave_epoch = self._leave_iteration, self._leave_epoch
         engine.subscribe(completed, self._end_iteration, snapshot=leave, on_error="log", name=name)
         engine.subscribe(Events.EPOCH_COMPLETED, self._end, snapshot=leave_epoch, on_error="log", name=name)
+        engine.add_service(_EndOfRun(self._end_run), on_error="log", name=name)
 
     # Beside the step, in a thread
 
@@ -197,12 +196,12 @@ class Instrumentation:
     # Inline, where the step runs
 
     def _begin_run(self, engine: AnyEngine) -> Awaitable[None]:
-        self._interrupted = None  # it was given up
+        self._interrupted = None  # this run begins anew
         return _enter(self._ensure_run(engine))
 
     def _begin_epoch(self, engine: AnyEngine) -> Awaitable[None]:
         run = self._ensure_run(engine)
-        for opened in self._take_epoch():  # its end was skipped
+        for opened in self._take_epoch():  # of an epoch whose EPOCH_COMPLETED was skipped
             opened.end(perf_counter())
         return _enter(self._open_epoch(engine, run))
 
@@ -220,16 +219,10 @@ class Instrumentation:
 
     def _leave_epoch(self, engine: AnyEngine) -> Awaitable["_Left"]:
         run, left = self._ensure_run(engine), self._take_epoch()
-        context.attach(run)
-
-        async def leave_at_home() -> "_Left":
-            context.attach(run)
-            return _Left(engine, left)
-
-        return leave_at_home()
+        return _enter(run, _Left(engine, left))
 
     def _take_epoch(self) -> tuple["_Open", ...]:
-        """Return what is open of the epoch, the innermost first."""
+        """Return the open spans of the epoch, the innermost first, and hold them no longer."""
         opened = tuple(one for one in (self._iteration, self._epoch) if one is not None)
         self._iteration = self._epoch = None
         return opened
@@ -243,15 +236,15 @@ class Instrumentation:
         if self._run is None:
             return None
         self._run.span.add_event(f"aengine.{how}")
-        return _enter(self._run.context)  # what COMPLETED brings is no longer of the epoch
+        return _enter(self._run.context)  # what the handlers of COMPLETED do is not in the epoch
 
-    def _fail(self, error: BaseException) -> None:
-        self._stopped_at, self._error = perf_counter(), error
+    def _fail(self) -> None:
+        self._stopped_at = perf_counter()
 
     # Runs
 
     def _ensure_run(self, engine: AnyEngine) -> Context:
-        """Return the context of the run, which begins here if it is one that goes on, or that is under way already."""
+        """Return the context of the run. Begins its span if this is the first event of it that is seen."""
         if self._run is not None:
             return self._run.context
         handle, self._until_resumed = self._until_resumed, None
@@ -269,15 +262,14 @@ class Instrumentation:
         self._run = self._open("run", context.get_current(), attributes, links)
         self.context = self._run.context
         self._costs.begin(engine.statistics())
-        self._stopped_at = self._error = None
-        # It is the end that is wanted: of `run()`, however it comes to that.
-        engine.fire_between_steps(InstrumentationEvents.RUN_BEGAN, at_end=partial(self._end_run, engine))
-        if interrupted is not None and self._is_in_epoch:
+        self._stopped_at = None
+        engine.fire_between_steps(InstrumentationEvents.RUN_BEGAN)
+        if interrupted is not None and self._was_in_epoch:
             self._open_epoch(engine, self.context)
-        self._interrupted, self._is_in_epoch = None, False
+        self._interrupted, self._was_in_epoch = None, False
         return self.context
 
-    def _go_on(self, engine: AnyEngine) -> Awaitable[None]:
+    def _resume(self, engine: AnyEngine) -> Awaitable[None]:
         run = self._ensure_run(engine)
         return _enter(run if self._epoch is None else self._epoch.context)
 
@@ -291,18 +283,17 @@ class Instrumentation:
         self._epoch = self._open("epoch", run, attributes)
         return self._epoch.context
 
-    def _end_run(self, engine: AnyEngine) -> None:
+    def _end_run(self, engine: AnyEngine, reason: StopReason, error: BaseException | None) -> None:
         run, self._run, self.context = self._run, None, None
-        error, self._error = self._error, None
-        assert run is not None, "it began when it asked to be told of this"  # noqa: S101
-        state = engine.state
-        reason = state.stop_reason
-        if error is None and reason is StopReason.FAILED:  # data that gave nothing is told to no handler
-            error = sys.exception()
+        if run is None:  # it fired no event since it was instrumented
+            return
+        if reason is not StopReason.FAILED:  # a Ctrl-C cancels a run
+            error = None
         if reason is StopReason.INTERRUPTED:
-            self._interrupted, self._is_in_epoch = run.span, self._epoch is not None
-            self._until_resumed = engine.add_event_handler(_FIRST, lambda *_: self._go_on(engine))
-        now = perf_counter()
+            self._interrupted, self._was_in_epoch = run.span, self._epoch is not None
+            # No STARTED comes when it goes on: its span begins with its next event, whichever that is.
+            self._until_resumed = engine.add_event_handler(_FIRST_OF_RESUMED, lambda *_: self._resume(engine))
+        state, now = engine.state, perf_counter()
         ends = [
             *((one, now if self._stopped_at is None else self._stopped_at) for one in self._take_epoch()),
             (run, now),
@@ -311,7 +302,7 @@ class Instrumentation:
             run.span.record_exception(error)
         run.span.set_attributes(_known({"aengine.epoch": state.epoch, "aengine.iteration": state.iteration}))
         for opened, at in ends:
-            opened.span.set_attributes(_known({"aengine.stop_reason": None if reason is None else str(reason)}))
+            opened.span.set_attribute("aengine.stop_reason", str(reason))
             if error is not None:
                 opened.span.set_status(Status(StatusCode.ERROR, f"{type(error).__name__}: {error}"))
             opened.end(at)
@@ -323,8 +314,21 @@ class Instrumentation:
         return _Open(span, trace.set_span_in_context(span, outside), began, now)
 
 
+class _EndOfRun(Service):
+    """Calls a function at the end of each run, however it ends."""
+
+    def __init__(self, end_run: Callable[[AnyEngine, StopReason, BaseException | None], None]) -> None:
+        self._end_run = end_run
+
+    async def run_ended(self, engine: AnyEngine, reason: StopReason, error: BaseException | None) -> None:
+        self._end_run(engine, reason, error)
+
+    def run_abandoned(self, engine: AnyEngine, reason: StopReason, error: BaseException | None) -> None:
+        self._end_run(engine, reason, error)
+
+
 class _Open:
-    """A span that has begun. It is ended by the clock that does not jump, as long after as it was."""
+    """A span that has begun. Its duration is measured by the monotonic clock: the wall clock may jump meanwhile."""
 
     __slots__ = ("_began", "began", "context", "span")
 
@@ -339,14 +343,14 @@ class _Open:
 
 
 class _Left(NamedTuple):
-    """What an event brings to its end. With the engine, that nobody else has to hold it: it would be a cycle."""
+    """The spans that an event ends. With the engine, because the Instrumentation must not hold it: a cycle."""
 
     engine: AnyEngine
     opened: tuple[_Open, ...]
 
 
 class _Costs:
-    """What a run costs, as metrics: what `engine.statistics()` says, less what it said before."""
+    """Where the time of a run goes, as metrics: the differences between two calls of `engine.statistics()`."""
 
     def __init__(self, meter: metrics.Meter, name: str) -> None:
         self._engine: Attributes = {"aengine.engine": name}
@@ -360,7 +364,7 @@ class _Costs:
         )
         self._counted = 0
         self._spent: dict[str, float] = {}
-        self._lock = threading.Lock()  # those who end spans are several
+        self._lock = threading.Lock()  # two subscribers, each with a thread, and the end of the run add to them
 
     def begin(self, now: EngineStatistics) -> None:
         self._counted, self._spent = now.iteration, _spent(now)
@@ -370,11 +374,11 @@ class _Costs:
 
     def add(self, engine: AnyEngine) -> None:
         with self._lock:
-            now = engine.statistics()  # within the lock: an older one, added later, would be counted again
+            now = engine.statistics()  # within the lock, so that the statistics are added in their order
             spent = _spent(now)
             self._iterations.add(max(0, now.iteration - self._counted), self._engine)
             for activity, seconds in spent.items():
-                more = max(0.0, seconds - self._spent[activity])  # less, if a handler has left with its time
+                more = max(0.0, seconds - self._spent[activity])  # negative where a handler was removed, with its time
                 self._time.add(more, {**self._engine, "aengine.activity": activity})
             self._counted, self._spent = now.iteration, spent
 
@@ -389,17 +393,18 @@ def _spent(statistics: EngineStatistics) -> dict[str, float]:
     }
 
 
-def _enter(inside: Context) -> Awaitable[None]:
-    """Make a context the current one: here, where the step runs, and, when awaited, where async handlers do.
+def _enter(inside: Context, result: Any = None) -> Awaitable[Any]:
+    """Make a context the current one: here, where the step runs, and, when awaited, on the event loop.
 
-    No token is kept: both are copies that Python made for the run, and that end with it.
+    No token is kept for a reset: both places have copies of the caller's context variables, which end with the run.
     """
     context.attach(inside)
-    return _enter_at_home(inside)
+    return _enter_on_event_loop(inside, result)
 
 
-async def _enter_at_home(inside: Context) -> None:
+async def _enter_on_event_loop(inside: Context, result: Any) -> Any:
     context.attach(inside)
+    return result
 
 
 def _known(attributes: Mapping[str, Any]) -> Attributes:

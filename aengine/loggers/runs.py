@@ -1,68 +1,90 @@
-"""Runs: what a sink with runs of its own remembers of the engines' runs that it is written of."""
+"""What the sinks of tracking servers share: runs that several engines write into, records that came twice, servers."""
 
+import socket
+import threading
+import urllib.request
 from collections.abc import Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
 from aengine.loggers.sink import Record
 from aengine.state import StopReason
 
 BAD = frozenset({StopReason.FAILED, StopReason.CANCELLED})
-"""Reasons to call a run one that did not end well."""
+"""The stop reasons of a run that did not end well."""
 
 _REMEMBERED = 4000
+"""Records to remember: a call of a sink brings a thousand at most, and those come again if it fails."""
+
+_CONNECT_TIMEOUT = 5.0
+"""Seconds that a server may take to accept a connection."""
 
 
 class SharedRun:
-    """Which engines' runs go on, while several share one run of a tracking server.
+    """The engines' runs that write into one run of a tracking server.
 
-    That one lasts from the first beginning to the last end, and ends as the run did that began first: the trainer's,
-    and not that of an evaluator beside it. Once that has failed, no run of another engine makes it good, though it
-    begins when all have ended: the trainer's last evaluation, perhaps. For who holds a lock.
+    The server's run lasts from the first begin to the last end. Its outcome is that of the engine's run that began
+    first: the trainer's, and not that of an evaluator beside it. Once that one has failed, a run of another engine does
+    not change the outcome, even if it begins after all others have ended: it may be the trainer's last evaluation.
+
+    Thread-safe, with a lock of its own that is held for an instant only: begins and ends are reported on event loops,
+    which must not wait for a sink's thread that holds the lock of the sink while a server takes its time.
 
     Attributes:
         began: when the first of them began, in seconds since 1970; None if none has.
         ended: when the last of them ended.
         reason: why the first of them ended.
+        has_news: whether one has ended since `take_news` was called.
     """
 
     def __init__(self) -> None:
         self.began: float | None = None
         self.ended: float | None = None
         self.reason = StopReason.COMPLETED
+        self.has_news = False
         self._first = ""
-        self._going_on = 0
+        self._open_runs = 0
+        self._lock = threading.Lock()
 
     @property
     def is_over(self) -> bool:
-        """Whether no run goes on."""
-        return self._going_on == 0
+        """Whether none of them is under way."""
+        return self._open_runs == 0
 
     def begin(self, engine: str, time: float) -> None:
-        """A run begins."""
-        if self._going_on == 0:
-            if engine == self._first or self.reason not in BAD:
-                self._first, self.reason = engine, StopReason.COMPLETED
-            self.began, self.ended = time, None
-        elif self.began is None or time < self.began:  # they are told of in another order, by two threads
-            self._first, self.began = engine, time
-        self._going_on += 1
+        """Take note that a run of an engine began."""
+        with self._lock:
+            if self._open_runs == 0:
+                if engine == self._first or self.reason not in BAD:
+                    self._first, self.reason = engine, StopReason.COMPLETED
+                self.began, self.ended = time, None
+            elif self.began is None or time < self.began:  # two threads report begins, and not always in order
+                self._first, self.began = engine, time
+            self._open_runs += 1
 
     def end(self, engine: str, time: float, reason: StopReason) -> None:
-        """A run has ended."""
-        self._going_on -= 1
-        self.ended = time
-        if engine == self._first:
-            self.reason = reason
+        """Take note that a run of an engine ended."""
+        with self._lock:
+            if engine == self._first:
+                self.reason = reason
+            self.ended, self.has_news = time, True
+            self._open_runs -= 1  # last: another thread looks at `is_over` first, and then at the rest
+
+    def take_news(self) -> bool:
+        """Say whether one has ended since this was called before."""
+        with self._lock:
+            has_news, self.has_news = self.has_news, False
+            return has_news
 
 
 class RecentRecords:
-    """The last records that were written, to know them when they come again: after a failure in the middle of them."""
+    """The last records that were written. A call that fails in the middle brings all of its records again."""
 
     def __init__(self) -> None:
         self._keys: dict[tuple[Any, ...], None] = {}
 
-    def new_of(self, records: Sequence[Record]) -> list[Record]:
-        """Return those that have not been written."""
+    def unwritten(self, records: Sequence[Record]) -> list[Record]:
+        """Return the records that have not been written."""
         return [record for record in records if _key(record) not in self._keys]
 
     def add(self, record: Record) -> None:
@@ -70,6 +92,26 @@ class RecentRecords:
         self._keys[_key(record)] = None
         if len(self._keys) > _REMEMBERED:
             del self._keys[next(iter(self._keys))]
+
+
+def check_reachable(uri: str) -> None:
+    """Connect to a server, if the URI names one: the libraries of tracking servers try for minutes before they fail.
+
+    Raises:
+        OSError: no server accepts a connection there.
+    """
+    parts = urlsplit(uri)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        return
+    proxies = urllib.request.getproxies()
+    if (parts.scheme in proxies or "all" in proxies) and not urllib.request.proxy_bypass(parts.hostname):
+        return  # the connection is the proxy's to make
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    try:
+        socket.create_connection((parts.hostname, port), _CONNECT_TIMEOUT).close()
+    except OSError as error:
+        error.add_note(f"no server answers at {uri}")
+        raise
 
 
 def _key(record: Record) -> tuple[Any, ...]:

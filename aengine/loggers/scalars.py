@@ -1,4 +1,4 @@
-"""Numbers: what is kept of a value between two steps, without waiting for a device, and read beside the step."""
+"""Scalars: copied between two steps without waiting for a device, and read beside the step."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,13 +9,14 @@ from aengine.engine import Engine
 
 
 class _OnDevice:
-    """A number that a device has yet to come to: a copy of it, and what says when the copy is there."""
+    """A copy of a number on a device that may still be computing it, and the event that says when the copy is done."""
 
     __slots__ = ("_copied", "_copy")
 
     def __init__(self, value: torch.Tensor) -> None:
         self._copy = value.detach().clone()
-        # Read from another thread, whose stream is another: it would not wait for the one that computes.
+        # The copy is read from another thread, which has another current stream: without this event it would not wait
+        # for the stream that computes the number.
         self._copied = torch.cuda.current_stream(value.device).record_event() if value.is_cuda else None
 
     def resolve(self) -> Any:
@@ -25,7 +26,7 @@ class _OnDevice:
 
 
 def numbers_of(engine: Engine[Any, Any]) -> dict[str, Any]:
-    """Return what is a number of the last output and of the metrics: what is logged unless told otherwise.
+    """Return the numbers in the last output and in the metrics: the default of `track(values=)`.
 
     An output that is a mapping gives its entries, one that is a number is called "output". The rest is left out.
     """
@@ -44,28 +45,28 @@ def is_number(value: Any) -> bool:
 
 
 def snapshot(values: Any) -> dict[str, Any]:
-    """Keep numbers as they are now: what is in memory is read, what is on a device is copied there.
+    """Keep numbers as they are now: what is in memory is read, what is on a device is copied on that device.
 
     Raises:
-        TypeError: these are no numbers by name.
+        TypeError: this is no mapping of names to single numbers.
     """
     if not isinstance(values, Mapping):
         raise TypeError(f"track(values=) must return a mapping of names to numbers, got {values!r}")
-    held: dict[str, Any] = {}
+    kept: dict[str, Any] = {}
     for name, value in values.items():
         if type(value) is float or type(value) is int:
-            held[str(name)] = value
+            kept[str(name)] = value
         elif not is_number(value):
             raise TypeError(
                 f"track(values=) must give single numbers, but {name!r} is {value!r}: leave it out, or give its mean"
             )
         elif isinstance(value, torch.Tensor):
-            held[str(name)] = value.item() if value.device.type == "cpu" else _OnDevice(value)
+            kept[str(name)] = value.item() if value.device.type == "cpu" else _OnDevice(value)
         else:
-            held[str(name)] = value.item() if hasattr(value, "item") else value
-    return held
+            kept[str(name)] = value.item() if hasattr(value, "item") else value
+    return kept
 
 
-def resolve(held: Mapping[str, Any]) -> dict[str, int | float]:
-    """Return the numbers that `hold` kept. Waits for devices: not for the event loop's thread."""
-    return {name: value.resolve() if type(value) is _OnDevice else value for name, value in held.items()}
+def resolve(kept: Mapping[str, Any]) -> dict[str, int | float]:
+    """Return the numbers that `snapshot` kept. Waits for devices, so not to be called on the event loop's thread."""
+    return {name: value.resolve() if type(value) is _OnDevice else value for name, value in kept.items()}

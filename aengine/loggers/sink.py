@@ -1,4 +1,4 @@
-"""Records: what is written of a run, and what must be able to write it."""
+"""Record: what is written of a run; Sink, Closable, Witness: what writes it."""
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,12 +9,12 @@ from aengine.state import StopReason
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """The numbers of one instant of a run.
+    """The numbers of a run at one event.
 
     Attributes:
         step: the iteration, or what `track(step=)` gave in its place.
         epoch: the epoch.
-        time: seconds since 1970, of the instant and not of the writing.
+        time: seconds since 1970, of the event and not of the writing.
         event: the name of the event, such as "ITERATION_COMPLETED".
         engine: the name of the engine.
         values: numbers by name.
@@ -36,10 +36,10 @@ class Sink(Protocol):
             async def write(self, records):
                 await http.post(url, json=[dict(record.values, step=record.step) for record in records])
 
-    `write` gets what has been waiting since its last call, a thousand records at most, oldest first; so one that takes
-    long is called less often, and catches up. A plain `def` is called in a thread, an `async def` is awaited on the
-    event loop; one call at a time for each engine. When it raises, the same records come again later, perhaps with
-    others: what was already written of them is written twice.
+    `write` gets what has been waiting since its last call, a thousand records at most, oldest first; so a slow sink is
+    called less often, with more records, and catches up. A plain `def` is called in a thread, an `async def` is awaited
+    on the event loop; one call at a time for each engine. When it raises, the same records come again later, perhaps
+    with others: those that it had written before it raised are written twice.
     """
 
     def write(self, records: Sequence[Record], /) -> Awaitable[None] | None:
@@ -49,24 +49,24 @@ class Sink(Protocol):
 
 @runtime_checkable
 class Closable(Protocol):
-    """A sink that also wants to know when a run is over, to make safe what was written and to let go of files.
+    """A sink that is also told when a run is over, to make safe what was written and to close its files.
 
     It may be written to again afterwards: by the next run, or by another engine that shares it.
     """
 
     def close(self) -> Awaitable[None] | None:
-        """Make safe what was written, and let go."""
+        """Make safe what was written, and close files until the next write."""
         ...
 
 
 @runtime_checkable
 class Witness(Protocol):
-    """A sink that also wants to know which runs it is written of, and why each of them ended.
+    """A sink that is also told when a run begins, and when and why it ends.
 
-    Both methods only take note: they are plain, and must not wait, for they are called where the loop runs, `begin`
-    between two steps and `end` on the event loop. Of each run that begins, the end is told once, after its last records
-    were written or given up, and before `close`; what is fired and written after that begins and ends it once more. A
-    run that was interrupted has not ended. Several engines may share the sink, so that their runs overlap.
+    Both methods only take note: they are plain, and must not wait, for they are called on the event loop. Of each run
+    that begins, the end is told once, after its last records were written or abandoned, and before `close`; a record
+    that is taken after that begins and ends the run once more. A run that was interrupted has not ended. Several
+    engines may share the sink, so that their runs overlap.
     """
 
     def begin(self, engine: str, time: float, /) -> None:
@@ -83,5 +83,5 @@ Write: TypeAlias = Callable[[Sequence[Record]], Awaitable[None] | None]
 
 
 def engine_and_name(record: Record, name: str) -> str:
-    """Return the tag "trainer/loss": the engines that share a sink become the groups on its page."""
+    """Return the tag "trainer/loss", so that each engine that shares a sink becomes a group on its page."""
     return f"{record.engine}/{name}"

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from aengine.errors import missing_package
 from aengine.loggers.runs import SharedRun
 from aengine.loggers.sink import Record, engine_and_name
 from aengine.state import StopReason
@@ -13,21 +14,18 @@ from aengine.state import StopReason
 try:
     from torch.utils.tensorboard import SummaryWriter
 except ImportError as error:
-    raise ImportError(
-        'aengine.loggers.tensorboard needs tensorboard: pip install "tensorboard>=2.17", which is what the extra'
-        ' "tensorboard" brings: pip install -e ".[tensorboard]"'
-    ) from error
+    raise missing_package(__name__, "tensorboard>=2.17", "tensorboard") from error
 
 
 class TensorBoard:
     """Writes each number of each record as a scalar, and has the file up to date after each call.
 
-    Several engines may share one. When the run of one begins, and no other goes on, so does a new event file: an
-    evaluator that runs beside a trainer, or in its handlers, writes into the trainer's.
+    Several engines may share one. A new event file begins when a run begins and no other is under way: an evaluator
+    that runs beside a trainer, or in its handlers, writes into the trainer's file.
 
     Args:
         directory: where the event files go; made at the first record.
-        tag: `tag(record, name)` returns what the page calls a value.
+        tag: `tag(record, name)` returns the name of a value on the page.
     """
 
     def __init__(
@@ -37,15 +35,13 @@ class TensorBoard:
         self._tag = tag
         self._writer: Any = None
         self._runs = SharedRun()
-        self._ends = 0  # of runs, since the last close
-        self._notes = threading.Lock()  # of who begins and ends, on an event loop, which must not wait for the disk
-        self._lock = threading.Lock()  # several engines, each with a thread
+        self._lock = threading.Lock()  # each engine that shares this calls it from a thread of its own
 
     def write(self, records: Sequence[Record], /) -> None:
         """Append the records.
 
         Raises:
-            OSError: the files cannot be written. What was written of these records is written twice then.
+            OSError: the files cannot be written. The records before the failure are written twice then.
         """
         with self._lock:
             writer = self._writer
@@ -58,22 +54,17 @@ class TensorBoard:
 
     def begin(self, engine: str, time: float, /) -> None:
         """Take note that a run of an engine began."""
-        with self._notes:
-            self._runs.begin(engine, time)
+        self._runs.begin(engine, time)
 
     def end(self, engine: str, time: float, reason: StopReason, /) -> None:
         """Take note that a run of an engine ended."""
-        with self._notes:
-            self._runs.end(engine, time, reason)
-            self._ends += 1
+        self._runs.end(engine, time, reason)
 
     def close(self) -> None:
-        """Close the file until the next write, unless the run of another engine goes on, which writes to it."""
+        """Close the file until the next write, unless the run of another engine is under way, which writes to it."""
         with self._lock:
-            with self._notes:
-                has_ended, self._ends = self._ends > 0, 0  # else it is interrupted
-                if has_ended and not self._runs.is_over:
-                    return
+            if self._runs.take_news() and not self._runs.is_over:  # without news, the run was interrupted
+                return
             writer, self._writer = self._writer, None
             if writer is not None:
                 writer.close()

@@ -8,23 +8,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from aengine.loggers.reach import look_for
-from aengine.loggers.runs import BAD, RecentRecords, SharedRun
+from aengine.arguments import check_choice
+from aengine.errors import missing_package
+from aengine.loggers.runs import BAD, RecentRecords, SharedRun, check_reachable
 from aengine.loggers.sink import Record
 from aengine.state import StopReason
 
 try:
     import wandb
 except ImportError as error:
-    raise ImportError(
-        'aengine.loggers.wandb needs wandb: pip install "wandb>=0.19.10", which is what the extra "wandb" brings:'
-        ' pip install -e ".[wandb]"'
-    ) from error
-
-_MODES = ("online", "offline", "disabled")
+    raise missing_package(__name__, "wandb>=0.19.10", "wandb") from error
 
 _FAILED = 1
-"""What tells W&B that a run failed; 0 that it did not."""
+"""The exit code of a run that failed; 0 is that of one that did not."""
 
 _STEP = "step"
 
@@ -34,18 +30,18 @@ class WandB:
 
         track(trainer, WandB("digits", config={"lr": 0.01}))
 
-    A number of the engine "trainer" is called "trainer/loss" and drawn over "trainer/step", for each engine counts its
-    own steps and W&B's only ever grows. A value that is itself called "step" becomes "trainer/step_"; a `*` in the name
-    of an engine, which W&B keeps for patterns, becomes `_`.
+    A number of the engine "trainer" is called "trainer/loss" and drawn over "trainer/step": each engine counts its own
+    steps, and W&B's step can only grow. A value that is itself called "step" becomes "trainer/step_"; a `*` in the name
+    of an engine, which W&B reserves for patterns, becomes `_`.
 
-    The run begins with the first record, or the first end; it is left to W&B to say so, and nothing is printed. It is
-    finished when the engine's run ends, with exit code 1 if that raised or was cancelled, unless it was interrupted.
+    The run begins with the first record, or the first end; nothing is printed. It is finished when the engine's run
+    ends, with exit code 1 if that raised or was cancelled, unless it was interrupted.
     Several engines may share one: the run then lasts until all of them have ended, and ends as the first of them did.
     What is written after the end goes to a run with the same id, which W&B resumes; offline, in a folder of its own.
 
     `wandb.init` and `finish` may take seconds; so give `track` a larger `linger` where much is uploaded. They are
-    called in the thread of the sink, and `wandb.run` is not touched. As a part of a `Checkpoint`, it has a training
-    that is resumed go on in the same W&B run.
+    called in the thread of the sink, and `wandb.run` is not touched. As a part of a `Checkpoint` it makes a resumed
+    training go on in the same W&B run.
 
     Args:
         project: the name of the project; by default WANDB_PROJECT, or what W&B chooses.
@@ -78,9 +74,8 @@ class WandB:
         anything: Any = config
         if config is not None and not isinstance(anything, Mapping):
             raise TypeError(f"WandB(config=) is a mapping of names to values, got {config!r}")
-        if mode is not None and mode not in _MODES:
-            choices = ", ".join(f'"{one}"' for one in _MODES)
-            raise ValueError(f"WandB(mode=) is one of {choices}, got {mode!r}")
+        if mode is not None:
+            check_choice(mode, "WandB(mode=)", ("online", "offline", "disabled"))
         if run_id is not None and (bad := set(run_id) & set("/\\#?%:")):
             raise ValueError(f"WandB(run_id=) may have none of the characters {' '.join(sorted(bad))}, got {run_id!r}")
         anything = run
@@ -93,12 +88,10 @@ class WandB:
         self._run_id = _new_id() if run_id is None else run_id
         self._arguments: dict[str, Any] = {"project": project, "name": name, "config": dict(config or {}), "mode": mode}
         self._directory = None if directory is None else Path(directory)
-        self._groups: set[str] = set()  # whose step W&B knows
-        self._must_end = False  # a run that has ended, of which W&B knows nothing yet
+        self._groups: set[str] = set()  # of values, one for each engine, whose step W&B has been told of
         self._runs = SharedRun()
         self._written = RecentRecords()
-        self._notes = threading.Lock()  # of who begins and ends: what tells of it must not wait for a server
-        self._lock = threading.Lock()  # several engines, each with a thread
+        self._lock = threading.Lock()  # each engine that shares this calls it from a thread of its own
 
     @property
     def run_id(self) -> str:
@@ -107,18 +100,17 @@ class WandB:
 
     def begin(self, engine: str, time: float, /) -> None:
         """Take note that a run of an engine began."""
-        with self._notes:
-            self._runs.begin(engine, time)
+        self._runs.begin(engine, time)
 
     def write(self, records: Sequence[Record], /) -> None:
-        """Hand the records to W&B's own process, which brings them to the server in its own time.
+        """Hand the records to W&B's own process, which sends them to the server when it likes.
 
         Raises:
-            OSError: nobody listens there.
-            wandb.Error: there is no run to be had, or it was finished by somebody else.
+            OSError: no server accepts a connection.
+            wandb.Error: no run can be begun, or it was finished elsewhere.
         """
         with self._lock:
-            records = self._written.new_of(records)
+            records = self._written.unwritten(records)
             if records:
                 self._open()
             for record in records:
@@ -127,32 +119,28 @@ class WandB:
 
     def end(self, engine: str, time: float, reason: StopReason, /) -> None:
         """Take note that a run of an engine ended."""
-        with self._notes:
-            self._runs.end(engine, time, reason)
-            self._must_end = True
+        self._runs.end(engine, time, reason)
 
     def close(self) -> None:
-        """Finish the run, if no engine goes on and it was not given to us.
+        """Finish the run, if no engine's run is under way, and the run is not the application's own.
 
         Raises:
             OSError, wandb.Error: as `write`.
         """
         with self._lock:
-            with self._notes:
-                is_over, reason = self._runs.is_over, self._runs.reason
-            if not self._own or not is_over or (self._run is None and not self._must_end):
+            if not self._own or not self._runs.is_over or (self._run is None and not self._runs.has_news):
                 return
             self._open()
-            run: Any = self._run
-            self._run, self._must_end = None, False
-            run.finish(exit_code=_FAILED if reason in BAD else 0)
+            run, self._run = self._run, None
+            self._runs.take_news()
+            run.finish(exit_code=_FAILED if self._runs.reason in BAD else 0)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed training needs to go on in the same W&B run."""
         return {"run_id": self.run_id}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on in the run of which this was the state, if the run is not one that was given to us.
+        """Go on in the run that this is the state of, unless the run is the application's own.
 
         Raises:
             RuntimeError: another run is under way.
@@ -171,20 +159,20 @@ class WandB:
         )
 
     def _open(self) -> None:
-        """Have a run that goes on."""
+        """Begin or resume the run."""
         if self._run is not None:
             return
         settings: Any = wandb.setup().settings
         if (self._arguments["mode"] or settings.mode) == "online":
-            look_for(settings.base_url)  # or wandb.init() takes 90 seconds, and the interpreter waits for that
+            check_reachable(settings.base_url)  # without, wandb.init() takes 90 s, and the interpreter waits for it
         if self._directory is not None:
-            self._directory.mkdir(parents=True, exist_ok=True)  # or W&B would take another
+            self._directory.mkdir(parents=True, exist_ok=True)  # W&B takes another one if it is missing
         self._run = wandb.init(
             **self._arguments,
             id=self._run_id,
             dir=self._directory,
             resume="allow",
-            reinit="create_new",  # beside whatever run the application has
+            reinit="create_new",  # leaves the application's run, if it has one, alone
             settings=wandb.Settings(silent=True, console="off"),
         )
         self._groups.clear()

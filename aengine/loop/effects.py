@@ -1,4 +1,4 @@
-"""Story: what the loop yields to whoever drives it, and may be thrown in return. The terms between the two."""
+"""Effects: what the loop yields to its driver, and what the driver may throw into it in return."""
 
 from collections.abc import Awaitable, Generator
 from enum import Enum, auto
@@ -9,21 +9,21 @@ BUDGET = 0.002
 
 
 class Effect(Enum):
-    """What the loop yields, besides awaitables, to whoever drives it."""
+    """What the loop asks its driver for, besides awaiting something."""
 
-    YIELD = auto()  # the time budget is spent: let others have a turn
-    PAUSE = auto()  # come back when the pause has ended
-    SUSPEND = auto()  # interrupted: keep this generator, the next run goes on with it
-    RAISE_FAILURE = auto()  # as was asked: throw what there is to throw
-    FLUSH = auto()  # let the subscribers finish; throw what goes wrong there
-    SHIELD = auto()  # what follows is clean-up: let no cancellation in, and bound it
+    YIELD = auto()  # the time budget is spent: let other tasks have a turn
+    RAISE_FAILURE = auto()  # as requested: throw what failed beside the loop into it
+    PAUSE = auto()  # resume the loop when the pause is over
+    SUSPEND = auto()  # interrupted: keep this generator for the next run
+    FLUSH = auto()  # wait for the subscribers; throw what fails there
+    SHIELD = auto()  # what follows is clean-up: shield it from cancellation, and bound it
 
 
 LoopGenerator: TypeAlias = Generator[Awaitable[Any] | Effect, Any, None]
 
 
 class NextBatch:
-    """The next batch, awaited. A type of its own: it is the one wait that `terminate()` cuts short."""
+    """An awaitable of the next batch. Of its own type, because `terminate()` cancels this wait and no other."""
 
     __slots__ = ("awaitable",)
 
@@ -34,9 +34,9 @@ class NextBatch:
         return self.awaitable.__await__()
 
     def close(self) -> None:
-        """Give it up unawaited."""
+        """Close it where it will not be awaited."""
         getattr(self.awaitable, "close", lambda: None)()
 
 
 class WaitCancelled(Exception):
-    """Stop waiting for data: something was asked."""
+    """Thrown into the loop while it waits for the next batch: a request has to be served first."""

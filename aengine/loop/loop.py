@@ -1,7 +1,7 @@
-"""The loop: epochs, batches, steps, events, stop requests. It does no I/O, knows no event loop, and never waits.
+"""The loop: epochs, batches, steps, events, requests. It does no I/O, knows no event loop, and never waits.
 
 It is a plain generator. What must be awaited (by a step, a handler, the data) it yields, and is sent the result or
-thrown the exception. Whoever drives it decides where it runs: on the event loop, on a thread, or on neither.
+thrown the exception. Its driver decides where it runs: on the event loop, on a thread, or with neither.
 """
 
 import warnings
@@ -11,36 +11,38 @@ from types import CoroutineType, GeneratorType
 from typing import Any
 
 from aengine.bus.bus import Bus
-from aengine.bus.topic import NEVER_FIRED, Topic
+from aengine.bus.topic import Topic
 from aengine.callables import is_awaitable, refuse_stop_iteration
+from aengine.data.managed import RunContext
 from aengine.data.source import PENDING, Source
-from aengine.errors import DataExhausted, DataExhaustedWarning
+from aengine.errors import DataExhaustedWarning
 from aengine.events import ALWAYS, NEVER
-from aengine.loop.attending import Attending, EpochTerminated, Terminated
 from aengine.loop.effects import BUDGET, Effect, LoopGenerator, NextBatch, WaitCancelled
-from aengine.loop.progress import Progress, last_iteration, tell_exhaustion
+from aengine.loop.feed import END, Exhausted, Feed
+from aengine.loop.progress import Progress, last_iteration
 from aengine.loop.requests import Phase, Request, Requests
 from aengine.state import State, StopReason
 
 
-class _Exhausted(Exception):
-    pass
+class Terminated(Exception):
+    """The run is to end here."""
+
+    def __init__(self, reason: StopReason) -> None:
+        self.reason = reason
 
 
-_END = object()
+class EpochTerminated(Exception):
+    """The epoch is to end here."""
 
 
-class Loop(Attending):
+class Loop:
     """One run, from STARTED to COMPLETED, across interruptions.
 
     Attributes:
         completed: iterations whose step has returned. `state.iteration` is one more while a step runs.
-        waits_for_data: whether what was yielded last is the next batch.
-        also_raised: errors of handlers and of the data that came while a first one was being told of.
-        to_recall: restores the randomness of the run that is gone on with, once all is fired that it did not fire.
-        others_had_a_turn: asked when the time budget is spent: if not, BREATHE is yielded. Set by the driver where the
-            loop runs on the event loop's own thread, else None.
-        cancellations: the exceptions that are told of as CANCELLED; the driver adds its event loop's own.
+        feed: the data.
+        also_raised: errors of handlers and of the data that came while a first one was being reported.
+        cancellations: the exceptions that are reported as CANCELLED.
     """
 
     def __init__(
@@ -53,63 +55,89 @@ class Loop(Attending):
         state: State,
         bus: Bus,
         requests: Requests,
+        restore_rng: Callable[[], object] | None = None,
     ) -> None:
-        super().__init__(engine, state, bus, requests)
-        self.source = source
         self.completed = progress.iteration
-        self.waits_for_data = False
+        self.feed = Feed(source, state, progress.iteration)
         self.also_raised: list[BaseException] = []
-        self.restore_rng: Callable[[], object] | None = None
-        self.others_had_a_turn: Callable[[], bool] | None = None
         self.cancellations: tuple[type[BaseException], ...] = (KeyboardInterrupt, SystemExit)
+        self._engine = engine
         self._step = step
-        self._next_source: Source | None = None
-        self._has_other_data = False  # than when the epoch began: there may be batches to be told of now, or none
+        self._state = state
+        self._bus = bus
+        self._requests = requests
+        # After STARTED and EPOCH_STARTED of a run that is resumed: the run before fired them, too, and their handlers
+        # may draw random numbers.
+        self._restore_rng = restore_rng
+        self._has_other_data = False  # than when the epoch began: its events may be fired now, or no longer
         self._epoch_is_complete = progress.epoch_is_complete
         self._first = progress.iteration
-        self._batch: Any = _END  # fetched and not yet stepped on, else _END
-        self._unreported: DataExhausted | None = None
-        self._is_closed = False
-        self._next_breath = perf_counter() + BUDGET
+        self._others_had_a_turn: Callable[[], bool] | None = None
+        self._next_yield = perf_counter() + BUDGET
         # Of what steps return, the types that are not awaitable: asking `inspect` costs as much as a whole iteration.
         self._plain_types: set[type] = set()
 
-    def run(self) -> LoopGenerator:  # noqa: PLR0915 -- the story
-        """Tell the whole story. Yields what must be awaited; raises what fails the run."""
-        state, began = self._state, perf_counter()
+    def attach(
+        self, run: RunContext, cancelled: type[BaseException], others_had_a_turn: Callable[[], bool] | None
+    ) -> None:
+        """A driver on an event loop begins to advance this. Raises as `Source.attach` does.
+
+        Args:
+            run: what the data needs of it.
+            cancelled: what a cancellation raises there.
+            others_had_a_turn: returns whether other tasks had a turn since it was called before; None where the loop
+                does not run on the event loop's own thread.
+        """
+        self.source.attach(run)
+        if cancelled not in self.cancellations:
+            self.cancellations += (cancelled,)
+        self._others_had_a_turn = others_had_a_turn
+
+    def detach(self) -> None:
+        """That driver's run is over, or suspended."""
+        self.source.attach(None)
+
+    @property
+    def source(self) -> Source:
+        """The data that batches come from."""
+        return self.feed.source
+
+    # The run
+
+    def run(self) -> LoopGenerator:  # noqa: PLR0915 -- the whole run, from its first event to its last
+        """Run from STARTED to COMPLETED. Yields what must be awaited; raises what fails the run."""
+        state, requests, began = self._state, self._requests, perf_counter()
         state.stop_reason = None
         state.times.update(EPOCH_COMPLETED=0.0, COMPLETED=0.0)
         try:
             try:
                 yield from self._fire("STARTED")
                 if self._epoch_is_complete or self._is_done:
-                    self._restore_rng()
+                    self._restore_rng_once()
                 while not self._is_done:
                     yield from self._epoch()
                 reason = StopReason.COMPLETED
             except Terminated as end:
                 reason = end.reason
-                self._requests.phase = Phase.ENDING_EPOCH
+                requests.enter(Phase.ENDING_EPOCH)
                 yield from self._dispatch("TERMINATE")
-            except _Exhausted:
+            except Exhausted:
                 reason = StopReason.DATA_EXHAUSTED
-                warnings.warn(self._exhaustion(), DataExhaustedWarning, stacklevel=2)
-            self._requests.phase = Phase.ENDING_EPOCH
+                warnings.warn(self.feed.exhaustion(self.completed), DataExhaustedWarning, stacklevel=2)
+            requests.enter(Phase.ENDING_EPOCH)
             yield from self._finish_listeners()
             state.stop_reason = reason
+            state.set_progress(self.progress())
             state.times["COMPLETED"] = perf_counter() - began
-            if not self._requests.skips_completed:
+            if not requests.skips_completed:
                 yield from self._dispatch("COMPLETED")
-                yield from self._bus.topic("COMPLETED").finish(self._engine, state.epoch)
+                yield from self._bus.topic("COMPLETED").dispatch_at_end(self._engine)
                 state.times["COMPLETED"] = perf_counter() - began
-            yield from self._take_no_more_requests()
+            yield from self._accept_no_more()
             yield Effect.FLUSH
             yield from self._close(gently=True)
-        except GeneratorExit:  # an interrupted engine is given up: nobody is there to await anything
-            if self._batch is not _END:
-                self.source.unread_batch(self._batch)
-                self._batch = _END
-            self.source.close()
+        except GeneratorExit:  # an interrupted engine is given up: nothing can be awaited any more
+            self.feed.abandon()
             raise
         except BaseException as error:
             yield from self._report(error)
@@ -121,24 +149,26 @@ class Loop(Attending):
 
     def _epoch(self) -> LoopGenerator:
         state, requests, began = self._state, self._requests, perf_counter()
-        yield from self._look_ahead()
+        yield from self._fetching(self.feed.look_ahead(self.completed))
         if self._epoch_is_complete:
             state.epoch += 1
             state.epoch_start = state.iteration
             self._epoch_is_complete = False
         try:
-            if state.iteration < self._end_of_epoch:  # else it was resumed, and lacks but its last page
+            # Otherwise the epoch was resumed after its last iteration, and only EPOCH_COMPLETED is left to fire.
+            if state.iteration < self._end_of_epoch:
                 yield from self._fire("EPOCH_STARTED")
-            self._restore_rng()
-            requests.phase = Phase.ITERATING
+            self._restore_rng_once()
+            requests.enter(Phase.ITERATING)
             yield from self._iterations()
         except EpochTerminated:
-            requests.phase = Phase.ENDING_EPOCH
-            self.completed = state.iteration  # at ITERATION_STARTED: begun, never stepped, and gone
+            requests.enter(Phase.ENDING_EPOCH)
+            # At ITERATION_STARTED an iteration was begun whose batch is dropped with the rest of the epoch.
+            self.completed = state.iteration
             yield from self._dispatch("TERMINATE_SINGLE_EPOCH", state.iteration - state.epoch_start)
-            yield from self._restart_data()
-            yield from self._complete_epoch(began, tell=not requests.skip_epoch_completed)
-        except _Exhausted:
+            yield from self.feed.restart(self.completed)
+            yield from self._complete_epoch(began, fire=not requests.skip_epoch_completed)
+        except Exhausted:
             if state.iteration > state.epoch_start:
                 yield from self._complete_epoch(began)
             else:
@@ -148,43 +178,56 @@ class Loop(Attending):
         else:
             yield from self._complete_epoch(began)
 
-    def _restore_rng(self) -> None:
-        restore, self.restore_rng = self.restore_rng, None
-        if restore is not None:
-            restore()
-
-    def _complete_epoch(self, began: float, *, tell: bool = True) -> LoopGenerator:
+    def _complete_epoch(self, began: float, *, fire: bool = True) -> LoopGenerator:
         requests, times = self._requests, self._state.times
-        requests.phase = Phase.ENDING_EPOCH
+        requests.enter(Phase.ENDING_EPOCH)
         self._epoch_is_complete = True
         times["EPOCH_COMPLETED"] = perf_counter() - began
-        if tell:
+        if fire:
             yield from self._dispatch("EPOCH_COMPLETED")
             times["EPOCH_COMPLETED"] = perf_counter() - began
         yield from self._serve_requests()
-        requests.phase = Phase.BETWEEN_EPOCHS
+        requests.enter(Phase.BETWEEN_EPOCHS)
 
-    # One story in one go: told in parts, the calls between them would cost more than the parts.
+    def _restore_rng_once(self) -> None:
+        restore, self._restore_rng = self._restore_rng, None
+        if restore is not None:
+            restore()
+
+    @property
+    def _end_of_epoch(self) -> int:
+        length = self._state.epoch_length
+        return NEVER if length is None else self._state.epoch_start + length
+
+    @property
+    def _is_done(self) -> bool:
+        state = self._state
+        return self.progress().reaches(state.max_epochs, state.max_iters, state.epoch_length)
+
+    # One function: as several, the calls between them would cost more than they do. It writes into `state`, `bus` and
+    # its stopwatch, and `feed` directly, for the same reason.
     def _iterations(self) -> LoopGenerator:  # noqa: C901, PLR0912, PLR0915
-        """The hot path: fetch, step, next. One number says whether an iteration is busy: whether anybody listens."""
+        """The hot path: fetch, step, next. One number says whether an iteration is busy: whether anything listens."""
         engine, state, step, requests, bus = self._engine, self._state, self._step, self._requests, self._bus
-        watch, plain_types, coroutine = bus.stopwatch, self._plain_types, CoroutineType
+        feed, watch, plain_types, coroutine = self.feed, bus.stopwatch, self._plain_types, CoroutineType
         getting, got, started, completed = self._topics_of_an_iteration()
         end = min(self._end_of_epoch, NEVER if state.max_iters is None else state.max_iters)
-        watch.weight, bus.next_due = 0, ALWAYS  # the epoch before may have ended at this very iteration
-        is_timed, mark, batch = False, 0.0, _END
+        watch.weight, bus.next_count = 0, ALWAYS  # the epoch before may have ended at this very iteration
+        is_timed, mark, batch = False, 0.0, END
         usual: type | None = None  # what the step has returned last, if that is not to be awaited
         try:
             while (iteration := state.iteration) < end:
                 state.batch = None  # so that its memory is free before the next one comes
-                if is_busy := iteration >= bus.next_due:
+                if is_busy := iteration >= bus.next_count:
                     if self._has_other_data:
                         self._has_other_data = False
                         getting, got, started, completed = self._topics_of_an_iteration()
                     if is_timed := iteration >= watch.next_reading:
                         watch.read(iteration)
-                        bus.next_due = min(watch.next_reading, getting.due, got.due, started.due - 1)
-                    if iteration >= getting.due:
+                        bus.next_count = min(
+                            watch.next_reading, getting.next_count, got.next_count, started.next_count - 1
+                        )
+                    if iteration >= getting.next_count:
                         if (rest := getting.dispatch(engine, iteration)) is not None:
                             yield from rest
                         if requests.pending:
@@ -192,44 +235,44 @@ class Loop(Attending):
                     if is_timed:
                         mark = perf_counter()
                 try:
-                    take = self.source.take  # calls of a local are specialised, those of such an attribute are not
+                    take = feed.source.take  # calls of a local are specialised, those of such an attribute are not
                     batch = take()
                     if batch is PENDING:
-                        batch = _END
-                        self.waits_for_data = True
-                        batch = yield NextBatch(self.source.arrival())
-                        self.waits_for_data = False
+                        batch = END
+                        feed.is_awaited = True
+                        batch = yield NextBatch(feed.source.arrival())
+                        feed.is_awaited = False
                 except (StopIteration, StopAsyncIteration):
-                    batch = _END
+                    batch = END
                 except BaseException as error:
                     yield from self._meet_error_of_data(error)
                     raise
-                if batch is _END:
-                    if (yield from self._meet_end_of_data()):
+                if batch is END:
+                    batch = yield from self._meet_end_of_data()
+                    if batch is END:
                         break
-                    batch = yield from self._fetch_after_restart()
                 state.output = None
                 state.batch = batch
                 if is_busy:
                     if is_timed:
                         watch.data += (perf_counter() - mark) * watch.weight
-                    if iteration >= got.due:
+                    if iteration >= got.next_count:
                         if (rest := got.dispatch(engine, iteration)) is not None:
                             yield from rest
                         if requests.pending:
-                            self._batch = batch
+                            feed.in_hand = batch
                             yield from self._serve_requests(between_steps=False)
-                            self._batch = _END
+                            feed.in_hand = END
 
                 state.iteration = iteration = iteration + 1
                 if is_busy:
-                    if iteration >= started.due:
+                    if iteration >= started.next_count:
                         if (rest := started.dispatch(engine, iteration)) is not None:
                             yield from rest
                         if requests.pending:
-                            self._batch = batch
+                            feed.in_hand = batch
                             yield from self._serve_requests(between_steps=False)
-                            self._batch = _END
+                            feed.in_hand = END
                     if is_timed:
                         mark = perf_counter()
                 try:
@@ -247,9 +290,9 @@ class Loop(Attending):
                 if is_timed:
                     watch.step += (perf_counter() - mark) * watch.weight
                 state.output = output
-                batch = _END
+                batch = END
                 self.completed = iteration
-                if iteration >= completed.due:
+                if iteration >= completed.next_count:
                     dispatch = completed.dispatch
                     if (rest := dispatch(engine, iteration)) is not None:
                         yield from rest
@@ -258,39 +301,130 @@ class Loop(Attending):
 
                 if is_timed:
                     is_timed, watch.weight = False, 0
-                    # Asked of anew: the epoch may have begun with another driver.
-                    if (had_turn := self.others_had_a_turn) is not None and perf_counter() >= self._next_breath:
-                        if not had_turn():  # else the step has waited for something
+                    # Read each time: an epoch may go on with another driver than it began with.
+                    if (had_turn := self._others_had_a_turn) is not None and perf_counter() >= self._next_yield:
+                        if not had_turn():  # otherwise the step has waited for something
                             yield Effect.YIELD
                             had_turn()
-                        self._next_breath = perf_counter() + BUDGET
+                        self._next_yield = perf_counter() + BUDGET
         finally:
-            self._batch = batch  # what was fetched and not stepped on is not lost
+            feed.in_hand = batch  # what was fetched and not stepped on is not lost
         if self._end_of_epoch > state.iteration:  # max_iters, inside an epoch
             raise Terminated(StopReason.COMPLETED)
 
-    # Events
+    # The data
+
+    def _fetching(
+        self, part: Generator[Awaitable[Any] | Effect, Any, Any]
+    ) -> Generator[Awaitable[Any] | Effect, Any, Any]:
+        try:
+            return (yield from part)
+        except BaseException as error:
+            yield from self._meet_error_of_data(error)
+            raise
+
+    def _meet_error_of_data(self, error: BaseException) -> LoopGenerator:
+        self.feed.is_awaited = False
+        if isinstance(error, WaitCancelled):
+            yield from self._serve_requests()  # which ends the run: only `terminate()` cancels this wait
+        elif isinstance(error, Exception) and not isinstance(error, Exhausted):
+            self.note(error, f"the data ({self.source.name}), fetching batch {self.completed + 1}")
+
+    def _meet_end_of_data(self) -> Generator[Awaitable[Any] | Effect, Any, Any]:
+        """Restart the data and return its first batch; END if it ends an epoch whose length was not known."""
+        if self.feed.end(self.completed):
+            return END
+        yield from self._dispatch("DATALOADER_STOP_ITERATION")
+        yield from self._serve_requests(between_steps=False)
+        yield from self.feed.restart(self.completed)
+        batch = yield from self._fetching(self.feed.fetch())
+        if batch is END:
+            raise Exhausted
+        return batch
+
+    def set_data(self, source: Source) -> None:
+        """Have the next batch come from another source. From any thread."""
+        self.feed.replace(source)
+        self._requests.request(Request.CHANGE_DATA)
+
+    def can_use(self, fetched: int) -> bool:
+        """Say whether this run can use another batch, when batches were fetched for so many of its iterations."""
+        return fetched < last_iteration(self._state)
+
+    # Events and requests
+
+    def _fire(self, name: str) -> LoopGenerator:
+        yield from self._dispatch(name)
+        yield from self._serve_requests()
+
+    def _dispatch(self, name: str, *payload: Any) -> LoopGenerator:
+        self._bus.stopwatch.weight = 1
+        topic = self._bus.topic(name)
+        topic.mark_fired_by_loop()
+        count = topic.count_firing()
+        if count >= topic.next_count:
+            yield from topic.dispatch(self._engine, count, payload) or ()
+
+    def _serve_requests(self, *, between_steps: bool = True) -> LoopGenerator:  # noqa: C901, PLR0912 -- a branch a request
+        """Serve what was requested, until nothing is pending that keeps the loop from going on."""
+        requests, is_put_off = self._requests, False
+        if requests.to_fire:
+            requests.request(Request.FIRE)
+        while requests.pending:
+            if requests.take(Request.RAISE_FAILURE):
+                yield Effect.RAISE_FAILURE
+            elif requests.take(Request.CHANGE_DATA):
+                yield from self.feed.change(self.completed)
+                self._has_other_data, self._bus.next_count = True, ALWAYS
+            elif Request.TERMINATE in requests.pending:
+                raise Terminated(StopReason.TERMINATED)
+            elif requests.take(Request.TERMINATE_EPOCH):
+                if requests.phase is Phase.ITERATING:
+                    raise EpochTerminated
+            elif requests.take(Request.INTERRUPT):
+                yield from self._suspend()
+            elif requests.take(Request.FIRE):
+                if between_steps:
+                    yield from self._fire_requested()
+                else:
+                    is_put_off = True
+            elif Request.PAUSE in requests.pending:
+                yield Effect.PAUSE
+            elif requests.take(Request.MAKE_ROOM):
+                while requests.deferred_backpressure:
+                    yield requests.deferred_backpressure.pop()
+        if is_put_off:
+            requests.request(Request.FIRE)
+
+    def _fire_requested(self) -> LoopGenerator:
+        while self._requests.to_fire:
+            yield from self._dispatch(self._requests.to_fire.popleft())
+
+    def _accept_no_more(self) -> LoopGenerator:
+        """Accept no more requests, then fire what was requested in time: in this order, or one in between is lost."""
+        self._requests.enter(Phase.IDLE)
+        yield from self._fire_requested()
 
     def _suspend(self) -> LoopGenerator:
+        """Leave the run in its middle, and go on from here in the next."""
         requests, state = self._requests, self._state
         yield from self._dispatch("INTERRUPT")
-        if self.source.must_be_awaited:
-            yield self.source.suspend(self.completed + (self._batch is not _END))
+        yield from self.feed.suspend(self.completed)
         phase = requests.phase
-        yield from self._take_no_more_requests()
-        requests.pending.discard(Request.INTERRUPT)  # it was asked for again meanwhile, and has been done
+        yield from self._accept_no_more()
+        requests.take(Request.INTERRUPT)  # requested again meanwhile, it is served, too
         yield Effect.FLUSH
         state.stop_reason = StopReason.INTERRUPTED
         yield Effect.SUSPEND
-        requests.phase = phase
+        requests.enter(phase)
         state.stop_reason = None
 
     def _topics_of_an_iteration(self) -> tuple[Topic, Topic, Topic, Topic]:
         bus = self._bus
-        nobody = Topic("", bus)
+        never_fired = Topic("", bus)
         has_data = self.source.data is not None
-        getting = bus.topic("GET_BATCH_STARTED") if has_data else nobody
-        got = bus.topic("GET_BATCH_COMPLETED") if has_data else nobody
+        getting = bus.topic("GET_BATCH_STARTED") if has_data else never_fired
+        got = bus.topic("GET_BATCH_COMPLETED") if has_data else never_fired
         topics = getting, got, bus.topic("ITERATION_STARTED"), bus.topic("ITERATION_COMPLETED")
         for topic in topics:
             topic.reschedule(self._state.iteration)
@@ -298,171 +432,46 @@ class Loop(Attending):
 
     def _finish_listeners(self) -> LoopGenerator:
         """Give those that asked for it their last event, if it did not come by itself."""
-        hot = {  # whose counts the hot path does not keep
-            "GET_BATCH_STARTED": self.completed - 1,
-            "GET_BATCH_COMPLETED": self.completed - 1,
-            "ITERATION_STARTED": self.completed,
-            "ITERATION_COMPLETED": self.completed,
-        }
+        if self.completed > self._first:  # the hot path does not record these
+            for name in ("GET_BATCH_STARTED", "GET_BATCH_COMPLETED"):
+                self._bus.topic(name).record_firing(self.completed - 1)
+            for name in ("ITERATION_STARTED", "ITERATION_COMPLETED"):
+                self._bus.topic(name).record_firing(self.completed)
         for topic in self._bus.topics:
-            count = hot.get(topic.name, topic.count) if self.completed > self._first else topic.count
-            if count != NEVER_FIRED:
-                yield from topic.finish(self._engine, count)
+            yield from topic.dispatch_at_end(self._engine)
 
-    # The data
-
-    @property
-    def _end_of_epoch(self) -> int:
-        length = self._state.epoch_length
-        return NEVER if length is None else self._state.epoch_start + length
-
-    @property
-    def _is_done(self) -> bool:
-        if self._epoch_is_complete:
-            return self._state.is_done
-        max_iters = self._state.max_iters  # reached inside an epoch, which then has no end to be told
-        return max_iters is not None and max_iters <= self._state.iteration < self._end_of_epoch
-
-    def _look_ahead(self) -> LoopGenerator:
-        """Data that cannot be restarted must have more before an epoch is begun for it: no epoch is to be empty."""
-        source = self.source
-        if not source.is_one_shot or self.completed == self._first:
-            return
-        if not source.has_ended:
-            batch = yield from self._fetch()
-            if batch is _END:
-                source.end(self.completed)
-            else:
-                source.unread_batch(batch)
-        if source.has_ended:
-            raise _Exhausted
-
-    def _fetch(self) -> Generator[Awaitable[Any] | Effect, Any, Any]:
-        try:
-            batch = self.source.take()
-            if batch is PENDING:
-                self.waits_for_data = True
-                batch = yield NextBatch(self.source.arrival())
-                self.waits_for_data = False
-        except (StopIteration, StopAsyncIteration):
-            return _END
-        except BaseException as error:
-            yield from self._meet_error_of_data(error)
-            raise
-        return batch
-
-    def _meet_error_of_data(self, error: BaseException) -> LoopGenerator:
-        self.waits_for_data = False
-        if isinstance(error, WaitCancelled):
-            yield from self._serve_requests()  # which ends the run: nothing else wakes
-        elif isinstance(error, Exception):
-            self.note(error, f"the data ({self.source.name}), fetching batch {self.completed + 1}")
-
-    def _meet_end_of_data(self) -> Generator[Awaitable[Any] | Effect, Any, bool]:
-        """Restart the data, or return True if its end is the end of an epoch of unknown length."""
-        state, source = self._state, self.source
-        is_empty = source.passed(self.completed) == 0
-        self.waits_for_data = False
-        source.end(self.completed)
-        if self.completed == self._first and (is_empty or source.is_one_shot):
-            self._unreported = DataExhausted(self._exhaustion())
-            raise self._unreported
-        if state.epoch_length is None and self.completed > state.epoch_start:
-            state.epoch_length = self.completed - state.epoch_start
-            return True
-        if source.is_one_shot:
-            raise _Exhausted
-        yield from self._dispatch("DATALOADER_STOP_ITERATION")
-        yield from self._serve_requests(between_steps=False)
-        yield from self._restart_data()
-        return False
-
-    def _fetch_after_restart(self) -> Generator[Awaitable[Any] | Effect, Any, Any]:
-        batch = yield from self._fetch()
-        if batch is _END:
-            raise _Exhausted
-        return batch
-
-    def _restart_data(self) -> LoopGenerator:
-        source = self.source
-        batch, self._batch = self._batch, _END
-        if source.is_one_shot:
-            if batch is not _END:
-                source.unread_batch(batch)
-            return
-        if source.must_be_awaited:
-            yield source.aclose()
-        else:
-            source.close()
-        source.forget()
-        source.restart(self.completed)
-
-    def set_data(self, source: Source) -> None:
-        """Have the next batch come from another source. From any thread."""
-        self._next_source = source
-        self._requests.request(Request.CHANGE_DATA)
-
-    def _change_data(self) -> LoopGenerator:
-        new = self._next_source
-        assert new is not None, "set before it is asked for"  # noqa: S101
-        if self.source.must_be_awaited:
-            yield self.source.aclose()
-        else:
-            self.source.close()
-        new.host, self.source.host = self.source.host, None
-        new.restart(self.completed)
-        self._state.dataloader = new.data
-        self.source = new
-        self._has_other_data, self._bus.next_due = True, ALWAYS
-
-    # Ends
+    # The end
 
     def _report(self, error: BaseException) -> LoopGenerator:
+        """Fire CANCELLED or EXCEPTION_RAISED, as clean-up."""
         is_cancellation = isinstance(error, self.cancellations)
         self._state.stop_reason = StopReason.CANCELLED if is_cancellation else StopReason.FAILED
-        self._requests.phase = Phase.ENDING_EPOCH
-        if error is self._unreported:
-            yield from self._take_no_more_requests()
+        self._requests.enter(Phase.ENDING_EPOCH)
+        if error is self.feed.empty:
+            yield from self._accept_no_more()
             return
         yield Effect.SHIELD
         self._bus.stopwatch.weight = 1
         topic = self._bus.topic("CANCELLED" if is_cancellation else "EXCEPTION_RAISED")
-        count = self._bus.count_firing(topic)
-        for part in topic.parts():
+        payload = () if is_cancellation else (error,)
+        for dispatch in topic.dispatch_to_each(self._engine, topic.count_firing(), payload):
             try:
-                yield from part.dispatch(self._engine, count, () if is_cancellation else (error,)) or ()
-            except Exception as another:  # noqa: BLE001 -- the others are to be told too; it is raised with the first
+                yield from dispatch
+            except Exception as another:  # noqa: BLE001 -- the others are called, too; it is raised with the first
                 if another is not error:
                     self.also_raised.append(another)
-            finally:
-                part.clear()
         try:
-            yield from self._take_no_more_requests()
+            yield from self._accept_no_more()
         except Exception as another:  # noqa: BLE001 -- likewise
             self.also_raised.append(another)
 
     def _close(self, *, gently: bool) -> LoopGenerator:
-        self._requests.phase = Phase.IDLE
-        if self._is_closed:  # and that is what failed
-            return
-        self._is_closed = True
-        batch, self._batch = self._batch, _END
-        if batch is not _END:
-            self.source.unread_batch(batch)
+        self._requests.enter(Phase.IDLE)
         try:
-            if self.source.must_be_awaited:
-                yield Effect.SHIELD
-                yield self.source.aclose(gently=gently)
-                yield self.source.leave()
-            else:
-                self.source.close()
+            yield from self.feed.close(gently=gently)
         except Exception as error:
             self.note(error, f"closing the data ({self.source.name})")
             raise
-
-    def can_use(self, fetched: int) -> bool:
-        """Say whether this run can use another batch, when it has fetched so many of its iterations'."""
-        return fetched < last_iteration(self._state)
 
     def progress(self) -> Progress:
         """Return what is completed: where to go on from here."""
@@ -471,7 +480,7 @@ class Loop(Attending):
             epoch=self._state.epoch,
             epoch_start=self._state.epoch_start,
             epoch_is_complete=self._epoch_is_complete,
-            position=self.source.position(self.completed),
+            position=self.source.position.after(self.completed),
         )
 
     def _is_awaitable(self, output: Any) -> bool:
@@ -480,9 +489,6 @@ class Loop(Attending):
         if type(output) is not GeneratorType:  # of those, some are and some are not
             self._plain_types.add(type(output))
         return False
-
-    def _exhaustion(self) -> str:
-        return tell_exhaustion(self._state, self.source, self.completed, self._first)
 
     def note(self, error: BaseException, where: str) -> None:
         """Note on an error where it was raised, unless it came from beside the loop, where that was noted."""

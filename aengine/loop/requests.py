@@ -1,7 +1,7 @@
-"""Control: what is asked of a loop from outside: from handlers, other tasks, other threads, signal handlers.
+"""Requests: what the loop is asked for from outside, by handlers, tasks, threads, signal handlers.
 
-Plain calls that take effect before the next step. They only leave a note; the loop reads it, after every event and
-between steps, and so they need no lock: adding to a set is one atomic operation.
+They are plain calls, and take effect before the next step. Each only adds to a set, which the loop reads after every
+event and between steps. That takes no lock: adding to a set is one atomic operation.
 """
 
 from collections import deque
@@ -12,16 +12,16 @@ from aengine.bus.inbox import BackpressureWait
 
 
 class Request(Enum):
-    """What can be asked."""
+    """What can be requested."""
 
     TERMINATE = auto()
     TERMINATE_EPOCH = auto()
     INTERRUPT = auto()
     PAUSE = auto()
-    RAISE_FAILURE = auto()  # by whoever drives: come back, there is something to throw
+    RAISE_FAILURE = auto()  # of something beside the loop: yield the effect of this name, and the driver raises it here
     CHANGE_DATA = auto()
     FIRE = auto()  # an event of the user's, between two steps
-    MAKE_ROOM = auto()  # somebody who could not wait has filled an inbox: the loop waits in his place
+    MAKE_ROOM = auto()  # an event that could not wait was put into a full inbox: wait for room in its place
 
 
 class Phase(Enum):
@@ -34,7 +34,12 @@ class Phase(Enum):
 
 
 class Requests:
-    """The notes, and who is to be woken when one is left."""
+    """The requests of one engine that are pending.
+
+    Attributes:
+        pending: read by the loop between steps; changed by the methods.
+        phase: where the loop is. In IDLE nothing is accepted but a pause.
+    """
 
     def __init__(self) -> None:
         self.pending: set[Request] = set()
@@ -44,30 +49,44 @@ class Requests:
         self.deferred_backpressure: list[BackpressureWait] = []
         self.to_fire: deque[str] = deque()
         self.at_end: set[Callable[[], object]] = set()
-        self.on_change: Callable[[], None] | None = None  # wakes a driver that waits on the loop's behalf
+        self._wake: Callable[[], object] | None = None
+
+    def wake_by(self, wake: Callable[[], object] | None) -> None:
+        """Set what to call when a request is made or cancelled, from any thread: for a driver that may be waiting."""
+        self._wake = wake
 
     def request(self, request: Request) -> None:
-        """Leave a note. Never waits; from any thread."""
+        """Make a request, and wake the driver. Never waits; from any thread."""
         self.pending.add(request)
         self._changed()
 
     def cancel(self, request: Request) -> None:
-        """Take a note back."""
+        """Cancel a request that was not served yet. From any thread."""
         self.pending.discard(request)
         self._changed()
 
+    def return_to_driver(self) -> None:
+        """Have the loop return to its driver: it has something to throw, or is to be continued by another one."""
+        self.request(Request.RAISE_FAILURE)
+
+    def take(self, request: Request) -> bool:
+        """For the loop: return whether this is requested, and take it out of the pending ones, to be served."""
+        is_pending = request in self.pending
+        self.pending.discard(request)
+        return is_pending
+
     def _changed(self) -> None:
-        if (wake := self.on_change) is not None:
+        if (wake := self._wake) is not None:  # read once: the driver's thread may set it to None
             wake()
 
     def terminate(self, *, skip_completed: bool) -> None:
-        """Ask for a clean end. Nothing happens where no run is under way."""
+        """Request a clean end. Does nothing where no run is under way."""
         if self.phase is not Phase.IDLE:
             self.skip_completed = skip_completed
             self.request(Request.TERMINATE)
 
     def terminate_epoch(self, *, skip_epoch_completed: bool) -> None:
-        """Ask for the end of the epoch under way. Nothing happens where none is.
+        """Request the end of the epoch under way. Does nothing where none is.
 
         Raises:
             RuntimeError: the epoch has not begun its iterations: called at STARTED or EPOCH_STARTED.
@@ -87,38 +106,43 @@ class Requests:
         return Request.TERMINATE in self.pending and self.skip_completed
 
     def interrupt(self) -> None:
-        """Ask for the run to be left in its middle. Nothing happens where none is under way."""
+        """Request that the run is suspended in its middle. Does nothing where none is under way."""
         if self.phase is not Phase.IDLE:
             self.request(Request.INTERRUPT)
 
     def fire(self, event: str, at_end: Callable[[], object] | None = None) -> bool:
-        """Ask for an event to be fired between two steps. Returns False where no run is under way that would."""
+        """Request that an event is fired between two steps. Returns False where no run is under way that would."""
         if at_end is not None:
             self.at_end.add(at_end)
-        self.to_fire.append(event)  # before the look at the phase: the loop looks the other way round
+        # Append, then read the phase. The loop does it in the opposite order, so at least one side sees the event.
+        self.to_fire.append(event)
         if self.phase is Phase.IDLE:
             try:
                 self.to_fire.remove(event)
-            except ValueError:  # it has just been fired after all, or the run is over, and who asked is told so
+            except ValueError:  # the loop has just fired it after all; or the run is over, and `at_end` is called
                 return True
             return False
         self.request(Request.FIRE)
         return True
 
     def defer_backpressure(self, rooms: list[BackpressureWait]) -> None:
-        """Have the loop wait for room before its next step."""
+        """Have the loop wait for room in these inboxes before its next step."""
         if rooms and self.phase is not Phase.IDLE:
             self.deferred_backpressure += rooms
             self.request(Request.MAKE_ROOM)
 
+    def enter(self, phase: Phase) -> None:
+        """For the loop: it is in another phase."""
+        self.phase = phase
+
     def begin(self) -> None:
-        """A run begins: requests that were made of the one before are over. A pause is not."""
+        """A run begins: requests that were made of an earlier one are void. A pause is not."""
         self.pending &= {Request.PAUSE, Request.RAISE_FAILURE}
         self.phase = Phase.BETWEEN_EPOCHS
         self.deferred_backpressure.clear()
 
     def end(self) -> None:
-        """A run is over, or left in its middle, however that came: also where not a line of its story was told."""
+        """A run is over or suspended, however that came: also where the loop has not run at all."""
         self.phase = Phase.IDLE
         self.to_fire.clear()
         while self.at_end:

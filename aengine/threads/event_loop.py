@@ -165,15 +165,16 @@ _turns: RunVar[TickCounter] = RunVar("aengine_turns")
 class ThreadSafeEvent:
     """A one-shot event: rung from any thread, waited for at home."""
 
-    __slots__ = ("_event", "_loop_handle", "is_called")
+    __slots__ = ("_event", "_loop_handle", "is_posted")
 
     def __init__(self, loop_handle: EventLoopHandle) -> None:
-        self.is_called = False  # for who rings often: once is enough
+        self.is_posted = False  # for who rings often: once is enough
         self._loop_handle = loop_handle
         self._event = anyio.Event()
 
     def set(self) -> None:
         """Wake who waits, now or later. Callable from any thread, any number of times."""
+        self.is_posted = True
         self._loop_handle.call(self._event.set)
 
     @property

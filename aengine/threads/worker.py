@@ -1,10 +1,9 @@
-"""One thread for what blocks, and the way back from it. The only file that knows that there are two backends.
+"""WorkItem: one call on a run's worker thread, and how it has something awaited on the event loop meanwhile.
 
-A running engine owns one worker. The loop is advanced on it a slice at a time: from one thing that must be awaited to
-the next. Whoever waits for a slice is not let go before the slice has ended, for nothing can stop a torch step.
+With a plain step the loop is advanced on the worker, a work item at a time: from one thing that must be awaited to the
+next. The task that waits for a work item is not let go before the item has ended, since nothing can stop a torch step.
 """
 
-import threading
 from collections.abc import Awaitable, Callable
 from contextvars import Context
 from queue import SimpleQueue
@@ -13,13 +12,18 @@ from typing import Any
 import anyio
 
 from aengine.threads.event_loop import EventLoopHandle, ThreadSafeEvent
-from aengine.threads.thread_state import ThreadState
 
 
 class WorkItem:
-    """One call on the worker. While it lasts it can have things awaited at home; at its end it has a result."""
+    """One call on the worker. While it lasts it can have things awaited on the event loop; then it has an outcome.
+
+    Two threads share it, and take turns instead of a lock. The worker writes `result`, `error` and `done`, or `_wanted`
+    and `_answers`, before it sets `_wakeup`; the event loop's thread reads them after that. Having asked for something,
+    the worker touches nothing until it is answered, so the event loop's thread may replace `_wakeup` meanwhile.
+    """
 
     __slots__ = (
+        "_abandoned_by",
         "_answers",
         "_context",
         "_loop_handle",
@@ -45,9 +49,10 @@ class WorkItem:
         self._wakeup = ThreadSafeEvent(loop_handle)
         self._wanted: Awaitable[Any] | None = None
         self._answers: SimpleQueue[tuple[Any, BaseException | None]] | None = None
+        self._abandoned_by: BaseException | None = None
 
     def run(self) -> None:
-        """On the worker: make the call, keep its outcome, and wake who waits for it."""
+        """Make the call, keep its outcome, and wake the task that waits for it. On the worker."""
         try:
             self.result = self._context.run(self.function, *self.arguments)
         except BaseException as error:  # noqa: BLE001 -- every outcome is handed over, none is swallowed
@@ -56,20 +61,30 @@ class WorkItem:
         self._wakeup.set()
 
     def call_in_loop(self, wanted: Awaitable[Any]) -> Any:
-        """On the worker, inside the call: have `wanted` awaited at home, and block until it is."""
-        self._answers = SimpleQueue()
+        """Have the task that waits for this call await `wanted`, and block until it has. On the worker, in the call.
+
+        Raises:
+            BaseException: what `wanted` raised; or the cancellation of that task, and then `wanted` was not awaited.
+        """
+        answers: SimpleQueue[tuple[Any, BaseException | None]] = SimpleQueue()
+        self._answers = answers
         self._wanted = wanted
+        # Written first, then this read; _abandon() does the opposite, so that at least one of the two sees the other.
+        if self._abandoned_by is not None:
+            close_unawaited(wanted)
+            raise self._abandoned_by
         self._wakeup.set()
-        result, error = self._answers.get()
+        result, error = answers.get()
         if error is not None:
             raise error
         return result
 
     async def wait(self, on_cancel: Callable[[], None]) -> None:
-        """At home: wait for the end of the call, and await meanwhile what it calls home for.
+        """Wait for the end of the call, and await meanwhile what it asks for. On the event loop's thread.
 
-        A cancellation calls `on_cancel`, which is to make the call end soon; is handed to what the call waits for;
-        and goes on when the call has ended, not before.
+        A cancellation (or Ctrl-C, also one that comes out of what is awaited here) calls `on_cancel`, which is to make
+        the call end soon, then is raised in the call if that waits for something, and goes on from here when the call
+        has ended, not before. A second one goes on at once, and leaves the call to itself.
         """
         cancellation: BaseException | None = None
         try:
@@ -79,23 +94,26 @@ class WorkItem:
                         await self._wakeup.wait()
                 except BaseException as error:
                     if cancellation is not None:  # a second Ctrl-C: the user no longer wants to wait
+                        self._abandon(error)
                         raise
                     cancellation = error
                     on_cancel()
                     continue
                 if self.done:
                     break
-                cancellation = await self._answer(cancellation)
+                cancellation = await self._answer(cancellation, on_cancel)
             if cancellation is not None:
                 raise cancellation
         finally:
             del cancellation  # whose traceback holds this frame
 
-    async def _answer(self, cancellation: BaseException | None) -> BaseException | None:
-        wanted, answers, self._wakeup = self._wanted, self._answers, ThreadSafeEvent(self._loop_handle)
-        assert wanted is not None and answers is not None, "rung without being done"  # noqa: PT018, S101
+    async def _answer(self, cancellation: BaseException | None, on_cancel: Callable[[], None]) -> BaseException | None:
+        """Await what the call asks for, and let it go on. Returns the cancellation, if there has been one by now."""
+        wanted, answers = self._wanted, self._answers
+        assert wanted is not None and answers is not None, "set without being done"  # noqa: PT018, S101
+        self._wanted, self._wakeup = None, ThreadSafeEvent(self._loop_handle)
         if cancellation is not None:
-            getattr(wanted, "close", lambda: None)()
+            close_unawaited(wanted)
             answers.put((None, cancellation))
             return cancellation
         try:
@@ -103,41 +121,19 @@ class WorkItem:
         except Exception as error:  # noqa: BLE001 -- raised again where it was awaited, inside the call
             answers.put((None, error))
         except BaseException as error:  # noqa: BLE001 -- likewise; and it goes on here when the call has ended
+            on_cancel()  # before the answer: a step that catches what it is answered must not be followed by another
             answers.put((None, error))
             return error
         return None
 
+    def _abandon(self, error: BaseException) -> None:
+        """Have the call wait for nothing any more: no task is left that would answer."""
+        self._abandoned_by = error
+        if (wanted := self._wanted) is not None and (answers := self._answers) is not None:
+            close_unawaited(wanted)
+            answers.put((None, error))
 
-class Worker:
-    """A thread that performs slices, one after another."""
 
-    def __init__(self, name: str, settings: "ThreadState") -> None:
-        self._settings = settings
-        self._slices: SimpleQueue[WorkItem | None] = SimpleQueue()
-        # Daemon: a step that never returns must not keep a process from ending; every other one is joined.
-        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
-        self._thread.start()
-
-    def _work(self) -> None:
-        with self._settings.entered():
-            while (one := self._slices.get()) is not None:
-                one.run()
-                del one  # while waiting for the next, keep no reference to a batch or an output
-
-    def submit(self, one: WorkItem) -> None:
-        """Have a slice performed after those before it."""
-        self._slices.put(one)
-
-    @property
-    def is_here(self) -> bool:
-        """Whether the caller runs on this worker's thread."""
-        return threading.get_ident() == self._thread.ident
-
-    def stop(self) -> None:
-        """Let the thread end, and wait for that. It is idle, so this takes some 50 µs."""
-        self._slices.put(None)
-        self._thread.join()
-
-    def abandon(self) -> None:
-        """Let the thread end when its slice does, if ever."""
-        self._slices.put(None)
+def close_unawaited(wanted: object) -> None:
+    """Give up a coroutine that will not be awaited, without Python's warning that it was not."""
+    getattr(wanted, "close", lambda: None)()

@@ -16,16 +16,14 @@ import torch
 
 from aengine.checkpoint.capture.metrics import MetricStates
 from aengine.engine import Engine
+from aengine.errors import missing_package
 from aengine.events import Events
 
 try:
     from torchmetrics import Metric, MetricCollection
     from torchmetrics.wrappers import MetricTracker
 except ImportError as error:
-    raise ImportError(
-        'metrics need torchmetrics: pip install "torchmetrics>=1.4", which is what aengine\'s extra "training" brings:'
-        ' pip install -e ".[training]"'
-    ) from error
+    raise missing_package(__name__, "torchmetrics>=1.4", "training") from error
 
 AnyMetric: TypeAlias = Metric | MetricCollection | MetricTracker
 

@@ -25,7 +25,7 @@ import anyio
 import anyio.to_thread
 import torch
 
-from aengine.data.adapt import check, has, is_factory, is_one_shot
+from aengine.data.adapt import adapt, has, is_factory, is_one_shot
 from aengine.engine import Engine
 from aengine.events import Events
 from aengine.state import Stateful
@@ -52,7 +52,7 @@ def move_ahead(engine: Engine[Any, Any], data: Any, device: Device) -> Any:
     """
     if data is None:
         raise TypeError("move_ahead() takes the data that run() would be given, and a run without data has no batches")
-    check(data)
+    adapt(data)
     if not engine.has_event_handler(_hand_over, Events.GET_BATCH_COMPLETED):
         engine.add_event_handler(Events.GET_BATCH_COMPLETED, _hand_over)
     return _moved(data, _Mover(device))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
 
 import torch
 
-from aengine.callables import check_call
+from aengine.callables import check_callable
 from aengine.engine import Engine
 from aengine.training.update import Clip, Update
 
@@ -115,7 +115,7 @@ def supervised_training_step(  # noqa: PLR0913 -- pytorch-ignite's arguments
     if isinstance(loss_fn, type):
         name = loss_fn.__qualname__
         raise TypeError(f"loss_fn= is called as loss_fn(y_pred, y), and {name} is a class: loss_fn={name}()")
-    check_call(loss_fn, "loss_fn=", "loss_fn", "y_pred", "y")
+    check_callable(loss_fn, "loss_fn=", "loss_fn", "y_pred", "y")
 
     def train_step(engine: AnyEngine, batch: Any) -> Any:
         model.train()

@@ -72,6 +72,10 @@ async def test_it_is_gone_on_from_if_there_is_no_other_and_that_is_said(tmp_path
             info = await again.checkpoint.restore(again.engine)
         assert info is not None
         assert again.steps == 3
+    async with saving(tmp_path) as again:
+        with pytest.warns(CheckpointWarning, match="no checkpoint but of the middle of a step"):
+            await again.checkpoint.load()
+        assert again.steps == 3
 
 
 async def test_where_a_step_has_completed_what_is_saved_of_an_accident_is_whole(tmp_path: Path) -> None:

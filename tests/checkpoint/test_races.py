@@ -61,7 +61,7 @@ async def test_who_asks_of_a_run_that_nobody_wants_to_wait_for_is_told(tmp_path:
     """As after a second Ctrl-C, in the middle of a step that does not end."""
     async with saving(tmp_path) as run:
         run.checkpoint.attach(run.engine, Events.COMPLETED)
-        with run.engine._busy():
+        with run.engine._session._busy():
             run.engine._requests.begin()  # and from here on not a line of the run is told
             async with anyio.create_task_group() as group:
 
@@ -98,7 +98,7 @@ async def test_who_asks_as_the_directory_turns_out_to_be_taken_is_told(tmp_path:
             topic = run.engine._bus.topic("STARTED")
             run.engine.add_event_handler(Events.STARTED, ask_first)
             topic.inline = topic.inline[::-1]
-            topic._arrange()
+            topic._choose_dispatch()
             with pytest.raises(Exception, match="in use by another Checkpoint"), anyio.fail_after(60):
                 await run.engine.run([1])
         await run.checkpoint.close()
@@ -343,7 +343,7 @@ async def test_save_that_was_given_up_with_one_run_does_not_keep_the_next_from_s
         run.valve.is_open.clear()
         with pytest.raises(HandlerTimeout):
             await run.engine.run([1])
-        run.engine._grace = 30.0
+        run.engine._session._grace = 30.0
         run.engine.add_event_handler(Events.STARTED, run.valve.is_open.set)  # it ends when the next run has begun
         await run.engine.run([1, 2])
         assert run.saved == [2]

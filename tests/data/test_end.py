@@ -5,7 +5,9 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import anyio
 import pytest
+from anyio.lowlevel import checkpoint
 from support.record import AnyEngine, Boom, Unsized, at, double, engine_that, record, record_steps
 
 from aengine import DataExhausted, DataExhaustedWarning, Engine, Events, StopReason
@@ -16,19 +18,19 @@ def numbers(count: int) -> Iterator[int]:
 
 
 class Ticket:
-    """An iterator written in Python: nobody can say whether its `__iter__` makes it begin again. This one does not."""
+    """An iterator written in Python: its `__iter__` may make it begin again. This one does not."""
 
     def __init__(self, count: int) -> None:
-        self.left = count
+        self.remaining = count
         self.taken = 0
 
     def __iter__(self) -> "Ticket":
         return self
 
     def __next__(self) -> int:
-        if not self.left:
+        if not self.remaining:
             raise StopIteration
-        self.left -= 1
+        self.remaining -= 1
         self.taken += 1
         return self.taken
 
@@ -126,7 +128,7 @@ def test_one_shot_iterator_of_unknown_length_begins_no_second_epoch() -> None:
 
 
 def test_restart_that_yields_nothing_is_no_epoch() -> None:
-    """Only its fetch can tell, so the epoch is begun; it is not counted, and not completed."""
+    """Only a fetch shows it, so the epoch is begun; it is not counted, and not completed."""
     engine = Engine(double)
     seen = record(engine, "IC EC C")
     with pytest.warns(DataExhaustedWarning, match="2 of 6"):
@@ -225,7 +227,7 @@ def test_function_that_makes_an_iterator_is_called_for_each_pass() -> None:
 def test_iterator_that_begins_again_is_restarted() -> None:
     class Again(Ticket):
         def __iter__(self) -> "Again":
-            self.left, self.taken = 2, 0
+            self.remaining, self.taken = 2, 0
             return self
 
     engine = Engine(double)
@@ -245,7 +247,7 @@ def test_sequence_without_iter_is_data_too() -> None:
     assert [batch for *_, batch in steps] == [1, 2, 1, 2]
 
 
-def test_length_that_cannot_be_told_is_no_length() -> None:
+def test_len_that_raises_is_no_length() -> None:
     class Loader(Unsized):
         def __len__(self) -> int:
             raise TypeError("an iterable dataset has no length")
@@ -307,6 +309,29 @@ def test_run_terminated_at_the_end_of_a_terminated_epoch_begins_the_data_again(l
     first = len(steps)
     engine.run_sync(data)
     assert [batch for *_, batch in steps[first:]] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+async def test_terminate_after_the_end_of_the_data_cancels_no_handler(prefetch: int) -> None:
+    """Only a wait for data is cancelled by it, and that wait is over."""
+    send, receive = anyio.create_memory_object_stream[int](3)
+    for batch in (1, 2, 3):
+        send.send_nowait(batch)
+    send.close()
+    engine = Engine(double)
+    handled: list[int] = []
+
+    @engine.on(Events.COMPLETED)
+    async def terminate_and_go_on() -> None:
+        engine.terminate()
+        for _ in range(10):
+            await checkpoint()
+        handled.append(engine.state.iteration)
+
+    with receive, pytest.warns(DataExhaustedWarning):
+        await engine.run(receive, max_epochs=2, epoch_length=3, prefetch=prefetch)
+    assert handled == [3]
+    assert engine.state.stop_reason is StopReason.DATA_EXHAUSTED
 
 
 # What opens is closed

@@ -402,7 +402,7 @@ async def test_plain_data_that_hangs_in_its_thread_does_not_keep_a_termination(
     assert engine.state.iteration == 1
 
 
-async def test_plain_data_that_hangs_for_ever_is_left_behind_and_said_so() -> None:
+async def test_plain_data_that_hangs_for_ever_is_abandoned_and_said_so() -> None:
     gate, hangs = threading.Event(), threading.Event()
     engine = Engine(step, name="trainer", grace=0.05)
 
@@ -526,7 +526,7 @@ async def test_a_source_with_plain_batches_that_has_none_is_refused_as_any_other
 
 @both_threads
 @prefetches
-async def test_a_source_is_entered_once_and_left_at_the_end_of_the_run(thread: Thread, prefetch: int) -> None:
+async def test_a_source_is_entered_once_and_exited_at_the_end_of_the_run(thread: Thread, prefetch: int) -> None:
     engine, broker = Engine(step, thread=thread), Broker()
     engine.add_event_handler(Events.COMPLETED, broker.log.append, "completed")
     await engine.run(broker, max_epochs=3, prefetch=prefetch)
@@ -537,7 +537,7 @@ async def test_a_source_is_entered_once_and_left_at_the_end_of_the_run(thread: T
 @both_threads
 @prefetches
 @pytest.mark.parametrize("way", [terminate, fail, cancel])
-async def test_a_source_is_left_on_every_way_out(thread: Thread, prefetch: int, way: Callable[..., Any]) -> None:
+async def test_a_source_is_exited_on_every_way_out(thread: Thread, prefetch: int, way: Callable[..., Any]) -> None:
     engine, broker = Engine(step, thread=thread), Broker()
     await way(engine, broker, prefetch)
     assert broker.log == ["enter", "exit"]
@@ -545,7 +545,7 @@ async def test_a_source_is_left_on_every_way_out(thread: Thread, prefetch: int, 
 
 @both_threads
 @prefetches
-async def test_an_interrupted_run_leaves_its_source_and_the_next_enters_it_again(thread: Thread, prefetch: int) -> None:
+async def test_an_interrupted_run_exits_its_source_and_the_next_enters_it_again(thread: Thread, prefetch: int) -> None:
     engine, broker = Engine(step, thread=thread), Broker()
     engine.add_event_handler(Events.ITERATION_COMPLETED(once=2), engine.interrupt)
     await engine.run(broker, epoch_length=5, prefetch=prefetch)
@@ -567,16 +567,16 @@ async def test_a_task_of_the_source_that_fails_while_the_loop_waits_for_data_fai
             await anyio.sleep_forever()
 
     engine, broker = Engine(step, thread=thread), Silent()
-    told: list[BaseException] = []
+    reported: list[BaseException] = []
 
     @engine.on(Events.EXCEPTION_RAISED)
-    def tell(engine: Engine[Any, Any], error: BaseException) -> None:
-        told.append(error)
+    def report(engine: Engine[Any, Any], error: BaseException) -> None:
+        reported.append(error)
 
     with anyio.fail_after(60), pytest.raises(OSError, match="connection") as caught:
         await engine.run(broker, prefetch=prefetch)
     assert caught.value is broker.error
-    assert told == [broker.error]
+    assert reported == [broker.error]
     assert any("Silent" in note for note in broker.error.__notes__)
     assert broker.log == ["enter", "exit"]
 
@@ -595,6 +595,22 @@ async def test_a_task_of_the_source_that_fails_while_the_loop_steps_fails_the_ru
         await engine.run(broker)
     assert caught.value is broker.error
     assert broker.log == ["enter", "exit"]
+
+
+@both_threads
+@prefetches
+@pytest.mark.parametrize("then", [Broker, list], ids=["source", "plain"])
+async def test_a_source_in_whose_place_other_data_is_put_is_exited(
+    thread: Thread, prefetch: int, then: Callable[[], Any]
+) -> None:
+    engine, first, second = Engine(step, thread=thread), Broker(), then() or [7, 8]
+    engine.add_event_handler(Events.ITERATION_COMPLETED(once=2), engine.set_data, second)
+    with anyio.fail_after(60):
+        await engine.run(first, epoch_length=4, prefetch=prefetch)
+    assert first.log == ["enter", "exit"]
+    if isinstance(second, Broker):
+        assert second.log == ["enter", "exit"]
+    assert engine.state.iteration == 4
 
 
 async def test_a_source_that_cannot_be_entered_fails_the_run_with_its_very_error() -> None:
@@ -624,7 +640,7 @@ async def test_a_source_whose_exit_fails_fails_the_run_with_its_very_error() -> 
     assert engine.state.iteration == 5
 
 
-async def test_a_source_is_entered_and_left_in_one_task() -> None:
+async def test_a_source_is_entered_and_exited_in_one_task() -> None:
     """As cancel scopes and task groups must be."""
 
     class Scoped(Broker):
@@ -677,7 +693,7 @@ async def test_entering_a_source_can_be_cancelled() -> None:
 
 @both_threads
 @prefetches
-async def test_an_iterator_is_let_go_of_with_the_run_and_not_with_the_collector(prefetch: int, thread: Thread) -> None:
+async def test_an_iterator_is_released_with_the_run_and_not_with_the_collector(prefetch: int, thread: Thread) -> None:
     """That of a DataLoader ends its worker processes when it is freed."""
     iterators: list[weakref.ref[Any]] = []
 

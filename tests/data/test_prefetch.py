@@ -22,27 +22,27 @@ def step(engine: Engine[Any, Any], batch: Any) -> Any:
     return batch
 
 
-class Told:
-    """Data that tells when it is begun, asked for a batch, and ended."""
+class Reporting:
+    """Data that reports when it is begun, asked for a batch, and ended."""
 
-    def __init__(self, length: int, tell: Callable[[str], object]) -> None:
+    def __init__(self, length: int, report: Callable[[str], object]) -> None:
         self.length = length
-        self.tell = tell
+        self.report = report
 
     def generate(self) -> Iterator[int]:
-        self.tell("begin")
+        self.report("begin")
         try:
             for batch in range(self.length):
-                self.tell(f"pull {batch}")
+                self.report(f"pull {batch}")
                 yield batch
         finally:
-            self.tell("end")
+            self.report("end")
 
     def __iter__(self) -> Iterator[int]:
         return self.generate()
 
 
-class ToldAsync(Told):
+class ReportingAsync(Reporting):
     __iter__ = None  # type: ignore[assignment]  # async only
 
     async def __aiter__(self) -> AsyncIterator[int]:
@@ -51,7 +51,7 @@ class ToldAsync(Told):
             yield batch
 
 
-kinds = pytest.mark.parametrize("kind", [Told, ToldAsync], ids=["sync", "async"])
+kinds = pytest.mark.parametrize("kind", [Reporting, ReportingAsync], ids=["sync", "async"])
 
 
 # When and how far
@@ -61,7 +61,7 @@ kinds = pytest.mark.parametrize("kind", [Told, ToldAsync], ids=["sync", "async"]
 @kinds
 @prefetches
 async def test_an_epoch_begins_its_data_after_the_handlers_of_its_start(
-    thread: Thread, kind: type[Told], prefetch: int
+    thread: Thread, kind: type[Reporting], prefetch: int
 ) -> None:
     """A handler of EPOCH_STARTED re-seeds the sampler: nothing may be drawn from it before."""
     log: list[str] = []
@@ -97,17 +97,17 @@ async def test_an_epoch_begins_its_data_after_the_handlers_of_its_start(
 @both_threads
 @kinds
 @prefetches
-async def test_it_never_pulls_further_ahead_than_it_may(thread: Thread, kind: type[Told], prefetch: int) -> None:
+async def test_it_never_pulls_further_ahead_than_it_may(thread: Thread, kind: type[Reporting], prefetch: int) -> None:
     engine = Engine(step, thread=thread)
     pulled = furthest = 0
 
-    def tell(what: str) -> None:
+    def report(what: str) -> None:
         nonlocal pulled, furthest
         if what.startswith("pull"):
             pulled += 1
             furthest = max(furthest, pulled - engine.state.iteration)
 
-    await engine.run(kind(300, tell), prefetch=prefetch)
+    await engine.run(kind(300, report), prefetch=prefetch)
     assert pulled == 300
     assert furthest <= prefetch + 1  # and the one in hand, whose iteration has not begun
 
@@ -115,7 +115,7 @@ async def test_it_never_pulls_further_ahead_than_it_may(thread: Thread, kind: ty
 @both_threads
 @kinds
 @pytest.mark.parametrize("prefetch", [1, 4])
-async def test_it_pulls_ahead_while_the_step_works(thread: Thread, kind: type[Told], prefetch: int) -> None:
+async def test_it_pulls_ahead_while_the_step_works(thread: Thread, kind: type[Reporting], prefetch: int) -> None:
     """Each step waits until as many batches are ahead of it as may be."""
     pulled = threading.Semaphore(0)
 
@@ -126,13 +126,13 @@ async def test_it_pulls_ahead_while_the_step_works(thread: Thread, kind: type[To
     def waiting_in_thread(engine: Engine[Any, None], batch: int) -> None:
         assert batch >= 20 - prefetch or pulled.acquire(timeout=60)
 
-    def tell(what: str) -> None:
+    def report(what: str) -> None:
         if what.startswith("pull") and int(what.split()[1]) >= prefetch:
             pulled.release()
 
     engine = Engine(waiting if thread is False else waiting_in_thread)
     with anyio.fail_after(60):
-        await engine.run(kind(20, tell), prefetch=prefetch)
+        await engine.run(kind(20, report), prefetch=prefetch)
     assert engine.state.iteration == 20
 
 
@@ -142,7 +142,7 @@ async def test_it_pulls_no_more_than_the_run_can_use(thread: Thread, prefetch: i
     for _ in range(50):
         engine = Engine(step, thread=thread)
         log: list[str] = []
-        data = Told(100, log.append).generate()
+        data = Reporting(100, log.append).generate()
         await engine.run(data, max_epochs=2, epoch_length=3, prefetch=prefetch)
         assert log[-1] == "pull 5"
         assert next(data) == 6
@@ -155,7 +155,7 @@ async def test_resumed_it_pulls_no_more_than_the_run_can_use(thread: Thread, pre
     """What was pulled before, and not stepped on, counts."""
     engine = Engine(step, thread=thread)
     log: list[str] = []
-    data = Told(100, log.append).generate()
+    data = Reporting(100, log.append).generate()
     failing = engine.add_event_handler(Events.ITERATION_STARTED(once=2), lambda: 1 / 0)
     with failing, pytest.raises(ZeroDivisionError):
         await engine.run(data, max_epochs=2, epoch_length=3, prefetch=prefetch)
@@ -171,7 +171,7 @@ async def test_it_pulls_no_more_async_data_than_the_run_can_use(prefetch: int) -
             await checkpoint()
 
     log: list[str] = []
-    data = ToldAsync(100, log.append).__aiter__()
+    data = ReportingAsync(100, log.append).__aiter__()
     await Engine(async_step).run(data, max_epochs=2, epoch_length=3, prefetch=prefetch)
     assert log[-1] == "pull 5"
     assert await anext(data) == 6
@@ -187,7 +187,7 @@ async def test_a_limit_that_is_raised_in_the_run_is_seen(prefetch: int) -> None:
     def go_on(engine: Engine[Any, Any]) -> None:
         engine.state.max_epochs = 4
 
-    await engine.run(Told(12, log.append), max_epochs=2, epoch_length=3, prefetch=prefetch)
+    await engine.run(Reporting(12, log.append), max_epochs=2, epoch_length=3, prefetch=prefetch)
     assert engine.state.iteration == 12
 
 
@@ -198,7 +198,7 @@ async def test_a_limit_that_is_raised_in_the_run_is_seen(prefetch: int) -> None:
 async def test_plain_data_is_pulled_in_one_thread_of_its_own(thread: Thread) -> None:
     threads: set[str] = set()
     engine = Engine(step, thread=thread)
-    await engine.run(Told(20, lambda what: threads.add(threading.current_thread().name)), prefetch=2)
+    await engine.run(Reporting(20, lambda what: threads.add(threading.current_thread().name)), prefetch=2)
     assert threads == {"aengine-prefetch"}
 
 
@@ -209,7 +209,7 @@ async def test_without_prefetch_plain_data_is_pulled_where_the_step_runs(thread:
     def note(engine: Engine[Any, None], batch: int) -> None:
         threads.add(threading.get_ident())
 
-    await Engine(note, thread=thread).run(Told(20, lambda what: threads.add(threading.get_ident())))
+    await Engine(note, thread=thread).run(Reporting(20, lambda what: threads.add(threading.get_ident())))
     assert len(threads) == 1
     assert (threading.get_ident() in threads) is (thread is False)
 
@@ -219,14 +219,14 @@ async def test_without_prefetch_plain_data_is_pulled_where_the_step_runs(thread:
 async def test_async_data_is_pulled_on_the_loop(thread: Thread, prefetch: int) -> None:
     threads: set[int] = set()
     await Engine(step, thread=thread).run(
-        ToldAsync(20, lambda what: threads.add(threading.get_ident())), prefetch=prefetch
+        ReportingAsync(20, lambda what: threads.add(threading.get_ident())), prefetch=prefetch
     )
     assert threads == {threading.get_ident()}
 
 
 @both_threads
 @kinds
-async def test_a_slow_producer_and_a_slow_step_overlap(thread: Thread, kind: type[Told]) -> None:
+async def test_a_slow_producer_and_a_slow_step_overlap(thread: Thread, kind: type[Reporting]) -> None:
     """Each batch is begun only once the step before it has, and each step ends only then."""
     step_begun = [threading.Event() for _ in range(10)]
     pull_begun = [threading.Event() for _ in range(11)]
@@ -240,14 +240,14 @@ async def test_a_slow_producer_and_a_slow_step_overlap(thread: Thread, kind: typ
         while not pull_begun[batch + 1].is_set():
             await checkpoint()
 
-    class Slow(Told):
+    class Slow(Reporting):
         def generate(self) -> Iterator[int]:
             for batch in range(self.length):
                 pull_begun[batch].set()
                 assert not batch or step_begun[batch - 1].wait(20)
                 yield batch
 
-    class SlowAsync(Told):
+    class SlowAsync(Reporting):
         __iter__ = None  # type: ignore[assignment]  # async only
 
         async def __aiter__(self) -> AsyncIterator[int]:
@@ -259,7 +259,7 @@ async def test_a_slow_producer_and_a_slow_step_overlap(thread: Thread, kind: typ
 
     engine = Engine(on_loop if thread is False else plain)
     pull_begun[10].set()
-    data = (Slow if kind is Told else SlowAsync)(10, str)
+    data = (Slow if kind is Reporting else SlowAsync)(10, str)
     with anyio.fail_after(60):
         await engine.run(data, prefetch=1)
     assert engine.state.iteration == 10
@@ -371,7 +371,7 @@ async def test_a_step_that_failed_gets_its_batch_again(kind: type[Stateful], pre
 
 
 @prefetches
-async def test_data_of_known_length_is_wound_forward(prefetch: int) -> None:
+async def test_data_of_known_length_is_fast_forwarded(prefetch: int) -> None:
     seen: list[int] = []
 
     def noting(engine: Engine[Any, None], batch: int) -> None:

@@ -262,7 +262,7 @@ async def test_an_interrupted_run_goes_on_with_the_next_batch(kind: str) -> None
         await engine.run(data, prefetch=prefetch)
         assert seen == [0, 1], (make, prefetch)
         assert why(engine) is StopReason.INTERRUPTED
-        if kind.startswith("__aenter__"):  # left, and entered again: what it gives then is its own
+        if kind.startswith("__aenter__"):  # exited, and entered again: what it gives then is its own
             continue
         await engine.run(data, prefetch=prefetch)
         await engine.run(prefetch=prefetch)

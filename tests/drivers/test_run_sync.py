@@ -141,6 +141,22 @@ def test_prefetch_opens_one() -> None:
     assert Engine(step).run_sync(range(3), prefetch=2).output == 2
 
 
+def test_prefetch_pulls_batches_beside_the_step() -> None:
+    fetching: set[int] = set()
+    stepping: set[int] = set()
+
+    def generate() -> Iterator[int]:
+        for batch in range(3):
+            fetching.add(threading.get_ident())
+            yield batch
+
+    engine: Engine[int, None] = Engine(lambda engine, batch: stepping.add(threading.get_ident()))
+    engine.run_sync(generate, prefetch=2)
+    assert fetching
+    assert stepping
+    assert fetching.isdisjoint(stepping)
+
+
 async def test_where_an_event_loop_runs_it_says_what_to_write() -> None:
     with pytest.raises(RuntimeError, match=r"would block the event loop.*await engine\.run"):
         Engine(step).run_sync([1])

@@ -230,9 +230,9 @@ async def test_step_on_the_event_loop_emits_and_awaits() -> None:
 
 def begin(engine: AnyEngine, data: Any, **limits: int) -> Generator[Any, Any, None]:
     """Return the story of a run, for the test to advance."""
-    given: dict[str, Any] = {"max_epochs": None, "max_iters": None, "epoch_length": None, **limits}
-    story: Generator[Any, Any, None] = engine._begin(data, **given)[1]
-    return story
+    given = limits.get("max_epochs"), limits.get("max_iters"), limits.get("epoch_length")
+    generator: Generator[Any, Any, None] = engine._session._begin(engine, data, given)[1]
+    return generator
 
 
 def awaited(story: Generator[Any, Any, None]) -> list[Any]:

@@ -144,7 +144,7 @@ async def test_environments_are_closed(environments: list[Watched], way_out: str
     assert all(one.is_closed for one in environments)
 
 
-async def test_who_is_ahead_of_the_learner_waits(environments: list[Watched]) -> None:
+async def test_player_that_is_ahead_of_the_learner_waits(environments: list[Watched]) -> None:
     example: Any = load()
     trainer: Engine[Any, float] = example.make_trainer()
 

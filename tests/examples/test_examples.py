@@ -23,14 +23,14 @@ def command(name: str, *arguments: str) -> list[str]:
 
 
 def run(name: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run the example without arguments. The minute that it may take is one of two idle cores: here others may run."""
+    """Run the example without arguments. It takes a minute at most on two idle cores; other tests may run here."""
     done = subprocess.run(command(name), cwd=folder, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr
     return done
 
 
 def interrupt(folder: Path, *example: str) -> str:
-    """Press Ctrl-C when an example has begun to tell. Returns all that it tells, to a clean end."""
+    """Press Ctrl-C after the first line of output. Returns all output, of an example that must end cleanly."""
     with subprocess.Popen(
         command(*example), cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
@@ -89,21 +89,21 @@ def test_vae_draws_and_is_tested_beside_the_step(tmp_path: Path) -> None:
 
 def test_language_model_learns_anneals_and_writes(tmp_path: Path) -> None:
     done = run("language_model.py", tmp_path)
-    told = re.findall(
+    lines = re.findall(
         r"epoch +\d+: perplexity (\S+), training (\S+), learning rate (\S+)\n +(\S.*) \.\.\.\n", done.stdout
     )
-    assert len(told) == 12
-    perplexities = [float(perplexity) for perplexity, *_ in told]
-    rates = [float(rate) for *_, rate, _ in told]
+    assert len(lines) == 12
+    perplexities = [float(perplexity) for perplexity, *_ in lines]
+    rates = [float(rate) for *_, rate, _ in lines]
     assert perplexities[-1] < perplexities[0] / 2
     best = [math.inf, *accumulate(perplexities, min)]
     for epoch in range(11):
-        if perplexities[epoch] != best[epoch]:  # else the digits that are not printed decide
+        if perplexities[epoch] != best[epoch]:  # otherwise digits that are not printed decide
             expected = rates[epoch] if perplexities[epoch] < best[epoch] else rates[epoch] / 4
             assert rates[epoch + 1] == pytest.approx(expected, rel=0.01)
     test = re.search(r"completed after .*; test perplexity (\d+\.\d)\n(.+)\n$", done.stdout)
     assert test is not None
-    assert float(test[1]) < 120  # of 1,400 words, and nobody knows which manual comes with the next Python
+    assert float(test[1]) < 120  # of 1,400 words; the manual differs between versions of Python
     assert len(test[2].split()) > 40
     assert not done.stderr
 
@@ -131,10 +131,10 @@ def test_language_model_is_tested_though_ctrl_c_ends_its_training(tmp_path: Path
 
 def test_resume_is_killed_and_loses_nothing(tmp_path: Path) -> None:
     done = run("resume.py", tmp_path)
-    head, *lives, end = done.stdout.splitlines()
-    assert head == "life  first step  last step"
-    assert all("killed" in life for life in lives[:-1])
-    assert lives[-1].endswith("finished")
+    head, *runs, end = done.stdout.splitlines()
+    assert head == " run  first step  last step"
+    assert all("killed" in run for run in runs[:-1])
+    assert runs[-1].endswith("finished")
     assert re.fullmatch(r"580 steps, \d+ taken again: all losses equal those of a run without a kill", end)
     assert not done.stderr
 
@@ -164,7 +164,7 @@ def test_resume_ends_at_sigterm_with_a_checkpoint_and_goes_on(tmp_path: Path) ->
 
 
 def digits_end(output: str) -> tuple[str, ...]:
-    """Return what it says at its end: the best step, its validation accuracy, the test accuracy."""
+    """Return the numbers that it prints at its end: the best step, its validation accuracy, the test accuracy."""
     found = re.search(r"best is step (\d+), of validation accuracy (\S+)\ntest accuracy (\S+):", output)
     assert found is not None, output
     return found.groups()
@@ -207,7 +207,7 @@ def test_digits_ends_at_ctrl_c_and_goes_on_to_the_same_numbers(tmp_path: Path) -
             process.kill()
     assert process.returncode == 0
     assert not errors
-    stopped = re.search(r"^stopped at step (\d+): the same command goes on$", output, re.MULTILINE)
+    stopped = re.search(r"^stopped at step (\d+): the same command resumes$", output, re.MULTILINE)
     assert stopped is not None, output
 
     resumed = run("digits.py", tmp_path)

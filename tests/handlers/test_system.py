@@ -293,7 +293,7 @@ async def test_run_does_not_wait_for_the_next_sample(end: Any, *, thread: bool |
     samples = sampled(engine, NEVER)
     await end(engine)
     assert len(samples) <= 1
-    assert [one.name for one in engine.statistics().listeners] == ["end of system statistics"]
+    assert [one.name for one in engine.statistics().services] == ["system statistics"]
 
 
 async def test_flushing_does_not_wait_for_the_end_of_the_run() -> None:

@@ -1,4 +1,4 @@
-"""JSON lines: every line whole and strict, whatever happens to the one who writes them."""
+"""JSON lines: every line whole and strict, whatever happens to the process that writes them."""
 
 import json
 import os

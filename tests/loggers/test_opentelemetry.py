@@ -198,7 +198,7 @@ async def test_the_step_sees_the_span_of_its_iteration_or_else_of_its_epoch(
 
 
 @WAYS
-async def test_inline_handlers_are_within_the_span_of_their_event_whoever_was_added_first(
+async def test_inline_handlers_are_within_the_span_of_their_event_in_whatever_order_they_were_added(
     traces: Traces, *, thread: bool | None
 ) -> None:
     engine: AnyEngine = Engine(plain, name="trainer", thread=thread)
@@ -299,7 +299,7 @@ def test_run_sync_is_traced_and_leaves_no_span_behind(traces: Traces) -> None:
     assert traces.lines("in the step") == ["main > run trainer > epoch trainer > iteration trainer > in the step"]
 
 
-async def test_an_instrumented_engine_is_freed_when_nobody_holds_it(traces: Traces) -> None:
+async def test_an_instrumented_engine_is_freed_when_nothing_holds_it(traces: Traces) -> None:
     engine: AnyEngine = Engine(plain, name="trainer")
     instrument(engine, tracer_provider=traces.provider, iterations_every=1)
     await engine.run([1, 2], max_epochs=2)
@@ -717,7 +717,7 @@ class Collector(ThreadingHTTPServer):
 
 
 class _Collecting(BaseHTTPRequestHandler):
-    server: Collector  # type: ignore[mutable-override]  # who makes these is no other
+    server: Collector  # type: ignore[mutable-override]  # it is only made by a Collector
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))

@@ -1,4 +1,4 @@
-"""Loggers beside the step: what is written, in which order, and what becomes of it when a sink is slow or down."""
+"""Loggers beside the step: what is written, in which order, and what happens when a sink is slow or down."""
 
 import asyncio
 import itertools
@@ -23,10 +23,10 @@ import pytest
 import torch
 from support.record import Boom
 
-from aengine import DataExhausted, Engine, Events, HandlerTimeout, StopReason
+from aengine import DataExhausted, Engine, Events, HandlerTimeout, Service, StopReason, StrayCancellation
 from aengine.drivers.subscriber_tasks import SubscriberTasks
-from aengine.loggers import Record, Tracker, track, tracker as tracker_module
-from aengine.threads.event_loop import EventLoopHandle
+from aengine.loggers import Record, Tracker, track, writer as writer_module
+from aengine.threads.event_loop import EventLoopHandle, ThreadSafeEvent
 
 AnyEngine: TypeAlias = Engine[Any, Any]
 
@@ -131,7 +131,7 @@ async def test_a_plain_sink_is_called_in_another_thread() -> None:
     assert threads[0] is not threading.current_thread()
 
 
-async def test_values_are_taken_after_the_inline_handlers_whoever_was_added_first() -> None:
+async def test_values_are_taken_after_the_inline_handlers_in_whatever_order_they_were_added() -> None:
     sink, engine = Memory(), Engine(tenfold)
     track(engine, sink, Events.EPOCH_COMPLETED)
     engine.add_event_handler(Events.EPOCH_COMPLETED, lambda engine: engine.state.metrics.update(accuracy=0.5))
@@ -173,7 +173,7 @@ async def test_what_is_no_number_is_refused_where_it_is_asked_for() -> None:
 def test_what_cannot_work_is_refused_at_once() -> None:
     engine: AnyEngine = Engine(tenfold)
     with pytest.raises(TypeError, match="write\\(records\\)"):
-        track(engine, "log.jsonl")  # type: ignore[arg-type]  # as somebody might
+        track(engine, "log.jsonl")  # type: ignore[arg-type]  # as a user might
     with pytest.raises(TypeError, match=r"Memory is a class: track\(engine, Memory\(\.\.\.\)\)"):
         track(engine, Memory)  # type: ignore[arg-type]  # likewise
     with pytest.raises(TypeError, match=r"is a file: track\(engine, JSONLines\(path\)\)"):
@@ -198,7 +198,7 @@ def test_a_sink_gets_the_same_values_of_an_event_once() -> None:
             RuntimeError, match=r"these values of engine 'trainer' at (ITERATION|EPOCH)_COMPLETED.* already"
         ):
             track(engine, memory, event)
-    assert len(engine.statistics().listeners) == 1
+    assert len(engine.statistics().services) == 1
     track(engine, memory, Events.ITERATION_COMPLETED(every=3))
     track(engine, memory, Events.EPOCH_COMPLETED, values=lambda engine: {"lr": 0.1})
     track(engine, memory, Events.EPOCH_COMPLETED, step=lambda engine: 3)
@@ -223,7 +223,7 @@ def test_an_argument_that_cannot_be_used_is_refused_at_once(error: type[Exceptio
     engine: AnyEngine = Engine(tenfold)
     with pytest.raises(error, match=f"^{argument}= "):
         track(engine, Memory(), **{argument: value})
-    assert engine.statistics().listeners == ()
+    assert engine.statistics().services == ()
 
 
 # Slow sinks
@@ -268,7 +268,7 @@ async def test_a_full_spool_drops_the_oldest_iterations_and_keeps_the_epochs(cap
 @pytest.fixture
 def never_at_its_own_pace(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have records wait for others, once the sink was called, until something calls for them."""
-    monkeypatch.setattr(tracker_module, "_PACE", 3600.0)
+    monkeypatch.setattr(writer_module, "_PACE", 3600.0)
 
 
 @pytest.mark.usefixtures("never_at_its_own_pace")
@@ -307,7 +307,7 @@ async def test_flush_ends_though_there_are_always_more_records_than_written() ->
 
 @pytest.mark.usefixtures("never_at_its_own_pace")
 async def test_flush_waits_for_what_was_taken_though_others_are_waited_for_first() -> None:
-    for _ in range(10):  # who is waited for first is left to chance
+    for _ in range(10):  # which one is waited for first is left to chance
         has_begun, go_on, engine = anyio.Event(), anyio.Event(), Engine(tenfold)
         steps: list[int] = []
 
@@ -346,7 +346,7 @@ async def test_flush_waits_for_what_was_taken_though_others_are_waited_for_first
         await engine.run(range(6))
 
 
-async def test_what_became_of_the_records_adds_up_whoever_asks() -> None:
+async def test_what_became_of_the_records_adds_up_at_any_time_in_any_thread() -> None:
     engine = Engine(tenfold)
     tracker = track(engine, Memory(), Events.ITERATION_COMPLETED)
     accounts: list[tuple[int, int, int, int]] = []
@@ -372,28 +372,96 @@ async def test_the_step_may_find_that_a_record_is_due_while_the_event_loop_stops
 ) -> None:
     engine = Engine(tenfold)
     tracker = track(engine, Memory(), Events.ITERATION_COMPLETED)
-    hurry = anyio.Event()
-    tracker._hurry, tracker._loop_handle = hurry, EventLoopHandle()
+    writer, wakeup = tracker._writer, ThreadSafeEvent(EventLoopHandle())
+    writer._wakeup = wakeup
+    is_locked: list[bool] = []
 
-    def stop_waiting() -> bool:
-        tracker._hurry = None  # as the event loop does, on its thread
-        return False
+    def stop_waiting() -> None:  # as the event loop does, on its thread
+        if writer.lock.acquire(blocking=False):
+            writer._wakeup = None
+        is_locked.append(writer._wakeup is not None)
 
-    monkeypatch.setattr(tracker, "_may_gather", stop_waiting)
-    tracker._hurry_if_due()
-    assert hurry.is_set()
+    def find_due() -> bool:
+        thread = threading.Thread(target=stop_waiting)
+        thread.start()
+        thread.join()
+        return True
+
+    monkeypatch.setattr(writer, "_is_due", find_due)
+    writer.put(Record(1, 1, 0.0, "ITERATION_COMPLETED", "trainer", {}), is_iteration=True)
+    assert is_locked == [True]
+    assert wakeup.is_set
 
 
 def test_a_signal_handler_may_fire_an_event_while_a_record_is_taken() -> None:
     sink, engine = Memory(), Engine(tenfold, thread=False)
     engine.register_events("signal")
     tracker = track(engine, sink, Events.ITERATION_COMPLETED | "signal")
-    with tracker._lock:  # held by the thread in which the handler runs
-        assert tracker._lock.acquire(blocking=False)
-        tracker._lock.release()
+    lock = tracker._writer.lock
+    with lock:  # held by the thread in which the handler runs
+        assert lock.acquire(blocking=False)
+        lock.release()
         engine.fire_event("signal")
     engine.run_sync([1])
     assert sorted(record.event for record in sink.records) == ["ITERATION_COMPLETED", "signal"]
+
+
+@pytest.mark.usefixtures("never_at_its_own_pace")
+async def test_a_flush_that_is_cancelled_does_not_cut_off_the_call_of_the_sink() -> None:
+    has_begun, go_on, engine = anyio.Event(), anyio.Event(), Engine(tenfold)
+    steps: list[int] = []
+
+    async def write(records: Sequence[Record]) -> None:
+        has_begun.set()
+        await go_on.wait()
+        steps.extend(record.step for record in records)
+
+    @engine.on(Events.ITERATION_STARTED(once=2))
+    async def cancel_a_flush() -> None:
+        async with anyio.create_task_group() as group:
+            group.start_soon(engine.flush)
+            await has_begun.wait()
+            group.cancel_scope.cancel()
+        go_on.set()
+
+    tracker = track(engine, write, Events.ITERATION_COMPLETED)
+    await engine.run(range(3))
+    assert (steps, tracker.statistics().failures) == ([1, 2, 3], 0)
+
+
+async def test_a_flush_ends_when_the_task_that_writes_is_cancelled_from_outside(anyio_backend_name: str) -> None:
+    if anyio_backend_name != "asyncio":
+        pytest.skip("trio has no such cancellation")
+    engine = Engine(tenfold)
+    has_flushed = anyio.Event()
+
+    async def write(records: Sequence[Record]) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        task.cancel()
+        await anyio.sleep_forever()
+
+    tracker = track(engine, write, Events.ITERATION_COMPLETED)
+
+    async def flush() -> None:
+        while not account(tracker)[0]:
+            await anyio.lowlevel.checkpoint()
+        await engine.flush()
+        has_flushed.set()
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(flush)
+        with pytest.raises(StrayCancellation):
+            await engine.run(iter(int, 1), epoch_length=10**9)
+        with anyio.fail_after(10):
+            await has_flushed.wait()
+    assert account(tracker)[1] == 0
+
+
+def test_a_tracker_shows_in_the_statistics_as_a_service() -> None:
+    engine = Engine(tenfold)
+    tracker = track(engine, Memory())
+    assert [one.name for one in engine.statistics().services] == [tracker.name]
 
 
 @pytest.mark.usefixtures("never_at_its_own_pace")
@@ -429,9 +497,8 @@ async def test_only_the_tracker_that_has_something_to_write_is_called() -> None:
         await engine.flush()
 
     await engine.run(range(20))
-    of_often, of_seldom = (one.handled for one in engine.statistics().listeners)
-    assert of_often > 10
-    assert of_seldom <= 2  # the record, and the end
+    assert len(often.calls) > 10
+    assert len(seldom.calls) == 1
 
 
 # Sinks that fail
@@ -478,7 +545,7 @@ async def test_what_a_dead_sink_did_not_get_is_told_and_waits_for_the_next_run(
     assert account(tracker) == (3, 0, 0, 3)
     assert "3 not written" in warnings_of(caplog)[-1]
     sink.fails = 0
-    tracker._sink._linger = 30.0  # on a busy machine the time of the first run might be too short for the second
+    tracker._writer.sink._linger = 30.0  # on a busy machine the time of the first run might be too short for the second
     await engine.run([1, 2])
     assert sink.steps == [1, 2, 3, 1, 2]
     assert account(tracker) == (5, 5, 0, 0)
@@ -751,9 +818,9 @@ async def test_a_record_of_the_last_event_is_written_though_the_time_of_an_event
 
     @engine.on(Events.COMPLETED)
     async def take_longer() -> None:
-        while not tracker._sink.is_late:  # noqa: ASYNC110 -- it is time itself that is waited for
+        while not tracker._writer.sink.is_late:  # noqa: ASYNC110 -- it is time itself that is waited for
             await anyio.sleep(0.01)
-        tracker._sink._linger = 30.0
+        tracker._writer.sink._linger = 30.0
 
     await engine.run([1, 2])
     assert sink.steps == [1]
@@ -791,17 +858,17 @@ async def test_an_event_while_an_interrupted_run_ends_does_not_keep_later_record
     sink, engine = Memory(), Engine(tenfold)
     engine.register_events("mine")
     tracker = track(engine, sink, Events.EPOCH_COMPLETED | "mine")
-    engine.subscribe(Events.STARTED, Memory().write)  # type: ignore[arg-type]  # another task to be ended
     engine.add_event_handler(Events.ITERATION_COMPLETED(once=1), engine.interrupt)
 
-    async def emit_late() -> None:
-        while not tracker._inbox.is_at_end:
-            await anyio.lowlevel.checkpoint()
-        await engine.emit("mine")
+    class EmitsLate(Service):
+        async def run_ended(self, engine: AnyEngine, reason: StopReason, error: BaseException | None) -> None:
+            while engine.statistics().services[0].is_running:  # which is the tracker
+                await anyio.lowlevel.checkpoint()
+            if reason is StopReason.INTERRUPTED:
+                await engine.emit("mine")
 
-    async with anyio.create_task_group() as group:
-        group.start_soon(emit_late)
-        await engine.run([1, 2])
+    engine.add_service(EmitsLate())
+    await engine.run([1, 2])
     await engine.run()
     assert [record.event for record in sink.records] == ["mine", "EPOCH_COMPLETED"]
     assert account(tracker) == (2, 2, 0, 0)
@@ -827,7 +894,7 @@ def test_run_sync_writes_as_well() -> None:
 
 
 class Witnessed(Memory):
-    """A sink that notes down what it is told of runs, and where among its records."""
+    """A sink that notes what it is told of runs, and in which order with its records."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -936,16 +1003,15 @@ async def test_a_record_that_comes_at_the_very_end_is_written_before_the_end_is_
 
 
 async def test_a_record_after_the_end_was_told_is_of_a_run_that_is_told_of_again() -> None:
-    sink, engine = Witnessed(), Engine(tenfold, name="trainer")
+    class EmitsLate(Witnessed):
+        async def close(self) -> None:  # type: ignore[override]
+            super().close()
+            if self.closed == 1:
+                await engine.emit("mine")
+
+    sink, engine = EmitsLate(), Engine(tenfold, name="trainer")
     engine.register_events("mine")
     track(engine, sink, "mine")
-
-    @engine.subscribe(Events.COMPLETED)
-    async def emit_late(_: object) -> None:
-        while "close" not in sink.told:
-            await anyio.lowlevel.checkpoint()
-        await engine.emit("mine")
-
     await engine.run([1])
     once = ["trainer begins", "trainer completed", "close"]
     assert sink.told == [*once, "trainer begins", "mine", *once[1:]]
@@ -970,7 +1036,7 @@ async def test_the_end_of_a_run_whose_sink_was_given_up_is_not_told_of_the_next(
 
 @pytest.mark.parametrize("thread", [None, False])
 async def test_what_was_taken_of_a_run_without_data_is_written_and_the_sink_closed(*, thread: bool | None) -> None:
-    """Such a run ends without an event, so that flushing has to tell."""
+    """Such a run ends without an event."""
     sink, engine = Witnessed(), Engine(tenfold, name="trainer", thread=thread)
     tracker = track(engine, sink, Events.STARTED, values=lambda _: {"rate": 0.1})
     for _ in range(2):
@@ -1003,7 +1069,7 @@ async def test_an_event_that_comes_after_the_last_look_is_not_late(monkeypatch: 
     await consumers.finish(anyio.current_time() + 30)
 
 
-async def test_flush_waits_for_nobody_where_the_tasks_of_the_run_have_ended() -> None:
+async def test_flush_returns_at_once_where_the_tasks_of_the_run_have_ended() -> None:
     engine = Engine(tenfold)
     engine.subscribe(Events.STARTED, print)
     consumers = SubscriberTasks(engine._bus, EventLoopHandle(), grace=30.0)

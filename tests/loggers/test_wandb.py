@@ -374,7 +374,7 @@ print(tracker.statistics().taken, time.perf_counter() - began)
 def test_with_a_server_that_is_down_the_run_and_the_process_end_in_time(
     backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # "discard", where nobody listens
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # "discard", a port where no server listens
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     began = perf_counter()
     done = subprocess.run([sys.executable, "-c", DOWN, backend], capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""Random runs told by pytorch-ignite and by us, event by event.
+"""Random runs recorded by pytorch-ignite and by us, event by event.
 
 Where SEMANTICS differs on purpose the runs are not made; each such place says which row it is.
 """
@@ -63,7 +63,7 @@ class Script:
         return batches if self.is_sized else Unsized(*batches)
 
 
-# Both tell it
+# Both record it
 
 
 class Play:
@@ -125,7 +125,7 @@ class Play:
 
 
 def play(library: type[Theirs | Ours], script: Script) -> tuple[list[Row | str], dict[str, int | None]]:
-    """Return what the library tells of this script, and the counters it ends with."""
+    """Return what the library fires in this script, and the counters it ends with."""
     played = Play(library, script).run()
     return played.rows, played.counters
 
@@ -235,14 +235,14 @@ def test_every_stop_everywhere_fires_what_ignite_fires(where: str, what: str) ->
 
 def test_theirs_swallows_an_error_that_a_handler_observes_and_ours_does_not() -> None:
     """EXC observes. In ignite the mere presence of such a handler swallows the error."""
-    told: list[object] = []
+    reported: list[object] = []
     theirs, ours = (library(lambda engine, batch: raise_(Boom())) for library in (Theirs, Ours))
     for runner in (theirs, ours):
-        runner.engine.add_event_handler(runner.events.EXCEPTION_RAISED, lambda engine, error: told.append(error))
+        runner.engine.add_event_handler(runner.events.EXCEPTION_RAISED, lambda engine, error: reported.append(error))
     theirs.run([1])
     with pytest.raises(Boom):
         ours.run([1])
-    assert [type(error) for error in told] == [Boom, Boom]
+    assert [type(error) for error in reported] == [Boom, Boom]
 
 
 def test_theirs_begins_a_new_epoch_after_terminate_and_ours_finishes_the_one_under_way() -> None:

@@ -1,4 +1,4 @@
-"""Events that the loop fires between two steps because somebody asked for them, and snapshots that wait."""
+"""Events that the loop fires between two steps on request, and snapshots that wait."""
 
 import threading
 from typing import Any
@@ -11,11 +11,11 @@ from aengine import Engine, Event, Events, StopReason
 from aengine.bus.listeners import NotYet
 
 
-def engine_that_asks(where: str, told: list[bool]) -> tuple[AnyEngine, list[str]]:
+def engine_that_requests(where: str, accepted: list[bool]) -> tuple[AnyEngine, list[str]]:
     """Return an engine in which, at a place, an own event is asked for; and what it fires, that as OWN."""
     engine: AnyEngine = Engine(double)
     engine.register_events("own")
-    at(engine, where, lambda: told.append(engine.fire_between_steps("own")))
+    at(engine, where, lambda: accepted.append(engine.fire_between_steps("own")))
     seen = record(engine)
     engine.add_event_handler("own", lambda engine: seen.append(f"OWN@{engine.state.epoch}/{engine.state.iteration}"))
     return engine, seen
@@ -37,26 +37,26 @@ def engine_that_asks(where: str, told: list[bool]) -> tuple[AnyEngine, list[str]
     ],
 )
 async def test_it_is_fired_at_the_next_place_between_steps(where: str, before: str) -> None:
-    told: list[bool] = []
-    engine, seen = engine_that_asks(where, told)
+    accepted: list[bool] = []
+    engine, seen = engine_that_requests(where, accepted)
     await engine.run([1, 2], max_epochs=2)
-    assert told == [True]
+    assert accepted == [True]
     assert sum(one.startswith("OWN") for one in seen) == 1
     own = next(index for index, one in enumerate(seen) if one.startswith("OWN"))
     assert seen[own - 1] == before
 
 
 async def test_it_is_fired_in_a_run_that_is_terminated() -> None:
-    told: list[bool] = []
-    engine, seen = engine_that_asks("T", told)
+    accepted: list[bool] = []
+    engine, seen = engine_that_requests("T", accepted)
     at(engine, "IC@1/1", engine.terminate)
     await engine.run([1, 2])
-    assert (seen[-3:], told) == (["T@1/1", "C@1/1", "OWN@1/1"], [True])
+    assert (seen[-3:], accepted) == (["T@1/1", "C@1/1", "OWN@1/1"], [True])
 
 
 async def test_it_is_fired_in_a_run_that_fails() -> None:
-    told: list[bool] = []
-    engine, seen = engine_that_asks("EXC", told)
+    accepted: list[bool] = []
+    engine, seen = engine_that_requests("EXC", accepted)
 
     def fail() -> None:
         raise Boom
@@ -64,7 +64,7 @@ async def test_it_is_fired_in_a_run_that_fails() -> None:
     at(engine, "IC@1/1", fail)
     with pytest.raises(Boom):
         await engine.run([1, 2])
-    assert (seen[-2:], told) == (["EXC@1/1", "OWN@1/1"], [True])
+    assert (seen[-2:], accepted) == (["EXC@1/1", "OWN@1/1"], [True])
 
 
 async def test_what_its_handler_raises_in_a_run_that_fails_is_raised_with_it() -> None:
@@ -86,11 +86,11 @@ async def test_what_its_handler_raises_in_a_run_that_fails_is_raised_with_it() -
 
 
 async def test_it_is_fired_before_an_interrupted_run_returns() -> None:
-    told: list[bool] = []
-    engine, seen = engine_that_asks("INT", told)
+    accepted: list[bool] = []
+    engine, seen = engine_that_requests("INT", accepted)
     at(engine, "IC@1/1", engine.interrupt)
     await engine.run([1, 2])
-    assert (seen[-2:], told) == (["INT@1/1", "OWN@1/1"], [True])
+    assert (seen[-2:], accepted) == (["INT@1/1", "OWN@1/1"], [True])
     assert not engine.fire_between_steps("own")
     await engine.run()
     assert engine.state.stop_reason is StopReason.COMPLETED
@@ -123,22 +123,22 @@ async def test_it_is_fired_where_the_loop_is_paused() -> None:
 
 
 async def test_nothing_is_fired_where_no_run_is_under_way() -> None:
-    told: list[bool] = []
-    engine, seen = engine_that_asks("C", told)
+    accepted: list[bool] = []
+    engine, seen = engine_that_requests("C", accepted)
     assert not engine.fire_between_steps("own")
     await engine.run([1])
     assert not engine.fire_between_steps("own")
     assert [one for one in seen if one.startswith("OWN")] == ["OWN@1/1"]
 
 
-def test_an_event_that_is_not_registered_is_refused_where_it_is_asked_for() -> None:
+def test_an_event_that_is_not_registered_is_refused_where_it_is_requested() -> None:
     engine: AnyEngine = Engine(double)
     with pytest.raises(ValueError, match="no event 'own'"):
         engine.fire_between_steps("own")
 
 
 @pytest.mark.parametrize("threaded", [None, False])
-async def test_a_snapshot_that_cannot_be_taken_yet_is_asked_for_again_where_the_step_runs(
+async def test_a_snapshot_that_cannot_be_taken_yet_is_taken_again_where_the_step_runs(
     threaded: bool | None,  # noqa: FBT001 -- pytest passes it by name
 ) -> None:
     threads: set[int] = set()
@@ -191,7 +191,7 @@ class Holder:
         self.count = state_dict["count"]
 
 
-def test_those_who_listen_and_have_state_are_found_each_once() -> None:
+def test_listeners_that_have_state_are_found_each_once() -> None:
     engine: AnyEngine = Engine(double)
     first, second, third = Holder(), Holder(), Holder()
     engine.add_event_handler(Events.STARTED, first)

@@ -77,7 +77,7 @@ async def test_a_call_takes_effect_before_the_next_step(thread: Thread, call: st
 
 @both_threads
 async def test_a_call_from_a_thread_reaches_a_run_between_any_two_steps(thread: Thread) -> None:
-    """Nothing is left to chance in this: whenever the call comes, the run ends after it."""
+    """No chance decides this: whenever the call comes, the run ends after it."""
     for _ in range(50):
         begun = threading.Event()
 

@@ -28,7 +28,7 @@ from aengine import Engine, Events
 @HOW
 @STOPPED
 @pytest.mark.parametrize("where", PLACES)
-def test_resumed_run_makes_the_steps_that_were_left(where: str, stop: str, how: Way) -> None:
+def test_resumed_run_makes_the_remaining_steps(where: str, stop: str, how: Way) -> None:
     data = [1, 2]
     steps: Steps = []
     engine = engine_that(where, STOPS[stop], steps)
@@ -114,7 +114,7 @@ def test_epoch_under_way_is_finished_with_its_remaining_iterations(how: Way) -> 
 
 
 @HOW
-def test_run_stopped_after_the_last_step_of_an_epoch_lacks_but_its_end(how: Way) -> None:
+def test_run_stopped_after_the_last_step_of_an_epoch_lacks_only_its_end(how: Way) -> None:
     engine = engine_that("IC@2/4", terminate)
     run_and_stop(engine, [1, 2], max_epochs=2)
     resumed = how(engine)

@@ -129,7 +129,7 @@ def test_random_stops_make_the_steps_of_one_run(plan: Plan) -> None:
 @settings(max_examples=100)
 @given(plans)
 def test_random_stops_lose_and_repeat_nothing_of_a_one_shot_iterator(plan: Plan) -> None:
-    """There is one, and it cannot be wound back, so all is in memory: what was fetched and not stepped on is kept."""
+    """There is one, and it cannot be put back, so all is in memory: what was fetched and not stepped on is kept."""
     data = count()
     stopper = Stopper(plan)
     engine = stopper.engine()

@@ -29,7 +29,7 @@ from aengine import Engine, Events, StopReason
 
 
 @HERE_OR_THERE
-def test_list_is_wound_forward_by_fetching_and_dropping(how: Way, caplog: pytest.LogCaptureFixture) -> None:
+def test_list_is_fast_forwarded_by_fetching_and_dropping(how: Way, caplog: pytest.LogCaptureFixture) -> None:
     data = Sized(5)
     engine = engine_that("IC@1/3", terminate)
     run_and_stop(engine, data)
@@ -39,12 +39,12 @@ def test_list_is_wound_forward_by_fetching_and_dropping(how: Way, caplog: pytest
         finish(resumed, data)
     assert [batch for *_, batch in steps] == [4, 5]
     assert data.fetched == [1, 2, 3, 1, 2, 3, 4, 5]
-    assert len([one for one in caplog.messages if "wound forward" in one and "3 batches" in one]) == 1
+    assert len([one for one in caplog.messages if "fast-forwarded" in one and "3 batches" in one]) == 1
 
 
 @HERE_OR_THERE
 @pytest.mark.parametrize("where", ["IC@1/3", "EC@1/3", "ES@2/3"])
-def test_data_of_a_completed_epoch_is_not_wound_forward_but_begun(where: str, how: Way) -> None:
+def test_data_of_a_completed_epoch_is_not_fast_forwarded_but_begun(where: str, how: Way) -> None:
     data = Sized(3)
     engine = engine_that(where, terminate)
     run_and_stop(engine, data, max_epochs=2)
@@ -174,7 +174,7 @@ def test_one_shot_iterator_in_another_process_goes_on_where_it_is() -> None:
 
 
 @HERE_OR_THERE
-def test_generator_function_is_wound_forward_once_its_length_is_known(how: Way) -> None:
+def test_generator_function_is_fast_forwarded_once_its_length_is_known(how: Way) -> None:
     engine = engine_that("IC@2/4", terminate)
     run_and_stop(engine, lambda: numbers(3), max_epochs=2)
     resumed = how(engine)
@@ -187,7 +187,7 @@ def test_generator_function_is_wound_forward_once_its_length_is_known(how: Way) 
 def test_generator_function_of_unknown_length_is_called_again_with_a_warning(
     how: Way, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It may be a stream: nobody but the user knows whether it begins where it ended."""
+    """It may be a stream: only the user knows whether it begins where it ended."""
     engine = engine_that("IC@1/2", terminate)
     run_and_stop(engine, lambda: numbers(3), epoch_length=3)
     resumed = how(engine)
@@ -195,12 +195,14 @@ def test_generator_function_of_unknown_length_is_called_again_with_a_warning(
     finish(resumed, lambda: iter([3, 4]))
     assert [batch for *_, batch in steps] == [3]
     (warning,) = [one for one in caplog.records if one.levelno == logging.WARNING]
-    assert "not wound forward by 2 batches" in warning.getMessage()
+    assert "not fast-forwarded by 2 batches" in warning.getMessage()
     assert "__len__" in warning.getMessage()
 
 
 @HERE_OR_THERE
-def test_generator_function_that_is_given_a_length_is_wound_forward(how: Way, caplog: pytest.LogCaptureFixture) -> None:
+def test_generator_function_that_is_given_a_length_is_fast_forwarded(
+    how: Way, caplog: pytest.LogCaptureFixture
+) -> None:
     class Numbers:
         def __iter__(self) -> Iterator[int]:
             return numbers(3)

@@ -283,7 +283,7 @@ def test_engine_that_is_done_begins_anew_from_zero() -> None:
     assert seen == [*PLAIN, *PLAIN]
 
 
-def test_evaluator_runs_one_epoch_unless_told_otherwise() -> None:
+def test_evaluator_runs_one_epoch_by_default() -> None:
     engine = Engine(double)
     engine.run_sync([1, 2], max_epochs=2)
     state = engine.run_sync([1, 2])
@@ -395,7 +395,7 @@ def test_data_may_be_changed_while_running() -> None:
         (None, [1, 2], "IC@1/1 GS@1/1 GC@1/1 IC@1/2 GS@1/2 GC@1/2 IC@1/3"),
     ],
 )
-def test_batches_are_told_of_as_soon_as_there_are_any(first: Any, then: Any, fired: str) -> None:
+def test_batches_are_reported_as_soon_as_there_are_any(first: Any, then: Any, fired: str) -> None:
     engine: AnyEngine = Engine(lambda engine, batch: batch)
     seen = record(engine, "GS GC IC")
     at(engine, "IC@1/1", lambda: engine.set_data(then))
@@ -403,7 +403,7 @@ def test_batches_are_told_of_as_soon_as_there_are_any(first: Any, then: Any, fir
     assert seen == fired.split()
 
 
-# Nothing is left
+# Nothing stays behind
 
 
 @pytest.mark.parametrize("ends", ["completes", "is terminated", "fails"])

@@ -87,7 +87,7 @@ def test_terminate_without_a_run_does_nothing() -> None:
     assert seen == PLAIN
 
 
-def test_flags_tell_what_was_asked_and_has_not_taken_effect() -> None:
+def test_flags_show_what_was_requested_and_has_not_taken_effect() -> None:
     engine = engine_that("IC@1/1", lambda engine: engine.terminate())
     asked: list[bool] = []
     at(engine, "IC@1/1", lambda: asked.append(engine.should_terminate))
@@ -263,7 +263,7 @@ def test_interrupt_of_a_run_that_ends_does_not_reach_the_next(where: str) -> Non
     assert seen == ["C@1/2", "C@1/3"]
 
 
-def test_interrupt_that_is_asked_for_again_while_it_is_being_done_is_done_once() -> None:
+def test_interrupt_that_is_requested_again_while_it_is_being_done_is_done_once() -> None:
     engine = engine_that("IC@1/1", lambda engine: engine.interrupt())
     engine.add_event_handler(Events.INTERRUPT, engine.interrupt)
     assert engine.run_sync([1, 2]).stop_reason is StopReason.INTERRUPTED
@@ -287,7 +287,7 @@ def test_interrupt_with_terminate_epoch_comes_after_the_end_of_the_epoch() -> No
     assert seen[4:] == ["ES@2/1", "EC@2/3", "C@2/3"]
 
 
-def test_interrupted_engine_may_be_asked_to_do_something_else_before_it_goes_on() -> None:
+def test_interrupted_engine_takes_other_requests_before_it_goes_on() -> None:
     engine = engine_that("IC@1/1", lambda engine: engine.interrupt())
     steps = record_steps(engine)
     engine.run_sync([1, 2], max_epochs=2)
@@ -342,7 +342,7 @@ def test_pause_holds_the_run_until_resume() -> None:
     assert seen == [*PLAIN[:where], "resumed", *PLAIN[where:]]
 
 
-def test_pause_asked_for_before_the_run_holds_it_after_started() -> None:
+def test_pause_requested_before_the_run_holds_it_after_started() -> None:
     engine = Engine(double)
     seen = record(engine, "S ES C")
 

@@ -1,11 +1,13 @@
 """The worker: one thread for what blocks, its own or borrowed, and an event loop that stays free."""
 
+import asyncio
 import subprocess
 import sys
 import threading
 import weakref
 from collections.abc import Iterator
-from contextvars import ContextVar
+from contextlib import nullcontext, suppress
+from contextvars import ContextVar, copy_context
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,11 @@ import pytest
 import torch
 from anyio.lowlevel import checkpoint
 
-from aengine import Engine, Event, Events
+from aengine import Engine, Event, Events, StopReason
+from aengine.threads.dedicated import DedicatedThread
+from aengine.threads.event_loop import EventLoopHandle
 from aengine.threads.openmp import release_idle_threads
+from aengine.threads.worker import WorkItem
 
 pytestmark = pytest.mark.every_event_loop
 
@@ -393,6 +398,84 @@ async def test_a_cancellation_waits_for_the_step_in_flight() -> None:
     assert group.cancel_scope.cancelled_caught
     assert ended == [0]
     assert cancelled == [1]
+
+
+@pytest.mark.parametrize("ending", ["cancellation", KeyboardInterrupt, SystemExit])
+async def test_a_step_that_catches_what_ends_the_run_is_the_last(ending: Any) -> None:
+    """It waits for an async handler of an event that it fires, and catches what comes out of that."""
+    waiting = anyio.Event()
+    steps: list[int] = []
+
+    def step(engine: Engine[int, None], batch: int) -> None:
+        steps.append(batch)
+        if batch == 1:
+            with suppress(BaseException):
+                engine.fire_event("asked")
+
+    engine = Engine(step)
+    engine.register_events("asked")
+
+    @engine.on("asked")
+    async def answer() -> None:
+        if ending != "cancellation":
+            raise ending
+        waiting.set()
+        await anyio.sleep_forever()
+
+    async def cancel() -> None:
+        await waiting.wait()
+        group.cancel_scope.cancel()
+
+    with nullcontext() if ending == "cancellation" else pytest.raises(ending):
+        try:
+            async with anyio.create_task_group() as group:
+                if ending == "cancellation":
+                    group.start_soon(cancel)
+                await engine.run(range(100))
+        except BaseExceptionGroup as error:  # trio's way
+            raise error.exceptions[0] from None
+    assert steps == [0, 1]
+    assert engine.state.stop_reason is StopReason.CANCELLED
+
+
+@pytest.mark.parametrize("calls", ["before", "after"])
+async def test_a_call_that_is_no_longer_waited_for_waits_for_nothing(calls: str, anyio_backend_name: str) -> None:
+    """A second Ctrl-C, which asyncio makes a second cancellation, while a step is about to fire an event, or does."""
+    if anyio_backend_name == "trio":
+        pytest.skip("trio has no cancellation that a shield does not hold")
+    thread = DedicatedThread("worker")
+    begun, gate, ended = threading.Event(), threading.Event(), threading.Event()
+    cancelled: list[bool] = []
+    raised: list[BaseException] = []
+
+    def call() -> None:
+        begun.set()
+        assert gate.wait(20)
+        try:
+            item.call_in_loop(checkpoint())
+        except BaseException as error:  # noqa: BLE001 -- looked at below
+            raised.append(error)
+        ended.set()
+
+    item = WorkItem(EventLoopHandle(), copy_context(), call)
+    thread.post(item.run)
+    task = asyncio.create_task(item.wait(lambda: cancelled.append(True)))
+    await anyio.to_thread.run_sync(begun.wait)
+    task.cancel()
+    while not cancelled:
+        await checkpoint()
+    await anyio.wait_all_tasks_blocked()
+    if calls == "before":
+        gate.set()
+        while item._wanted is None:  # without a turn of the event loop, so that it is not answered before
+            pass
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    gate.set()
+    assert ended.wait(20)
+    assert isinstance(raised[0], asyncio.CancelledError)
+    thread.stop()
 
 
 async def test_a_batch_is_freed_before_the_next_is_fetched() -> None:

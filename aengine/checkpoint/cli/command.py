@@ -111,7 +111,9 @@ def _parser() -> _Parser:
     verify.add_argument("step", metavar="STEP", type=_step, nargs="?", help="only this one (default: all)")
     export = add("export", "write the tensors of one part, such as a model's weights, to a file")
     export.add_argument("--safetensors", metavar="FILE", type=Path, required=True, help="the file to write")
-    export.add_argument("--step", metavar="N", type=_step, help="of this step (default: the newest that is whole)")
+    export.add_argument(
+        "--step", metavar="N", type=_step, help="of this step (default: the one a run would resume from)"
+    )
     export.add_argument("--part", metavar="NAME", help="which part (default: model, or the only module)")
     add("pin", "keep a checkpoint for good").add_argument("step", metavar="STEP", type=_step)
     add("unpin", "leave a pinned checkpoint to the rules again").add_argument("step", metavar="STEP", type=_step)
@@ -131,7 +133,7 @@ def _list(directory: Path, asked: argparse.Namespace) -> int:
     else:
         page = _page(directory)
         lines = list(page.table(found, time.time()))  # noqa: TID251 -- it is compared with another day's
-        _say([*lines, *([""] if lines else []), *page.wrapped(outlook(found).sentence)])
+        _say([*lines, *([""] if lines else []), *page.wrapped(outlook(directory, found).sentence)])
     return _status(found)
 
 
@@ -147,7 +149,7 @@ def _verify(directory: Path, asked: argparse.Namespace) -> int:
     if asked.json:
         _say_json(_records(directory, found, is_all=asked.step is None))
     elif asked.step is None:
-        _say(page.wrapped(outlook(found).sentence))
+        _say(page.wrapped(outlook(directory, found).sentence))
     return _status(entry for entry in found if entry.condition is not Condition.SET_ASIDE)
 
 
@@ -156,7 +158,12 @@ def _export(directory: Path, asked: argparse.Namespace) -> int:
 
     done = export(Store(directory), asked.safetensors, step=asked.step, part=asked.part)
     for why in done.passed_over:
-        sys.stderr.write(f"python -m aengine: passed over: {plain(why)}\n")
+        _warn(f"passed over: {why}")
+    if done.info.is_mid_step:
+        _warn(
+            f"warning: the checkpoint of step {done.info.step} is of the middle of a step: the next one had begun, and"
+            " what that had changed is in the weights"
+        )
     if asked.json:
         about = {"step": done.info.step, "part": done.part, "tensors": done.tensors, "size": done.size}
         _say_json({"file": os.fspath(asked.safetensors.absolute()), **about})
@@ -195,7 +202,7 @@ def _page(directory: Path) -> Page:
 def _records(directory: Path, found: list[Entry], *, is_all: bool = True) -> dict[str, Any]:
     records: dict[str, Any] = {"directory": os.fspath(directory), "checkpoints": [record(entry) for entry in found]}
     if is_all:
-        info = outlook(found).info
+        info = outlook(directory, found).info
         records["resumes_from"] = info and os.fspath(info.path)
     return records
 
@@ -213,6 +220,10 @@ def _say_json(value: dict[str, Any]) -> None:
     _say([json.dumps(value, indent=1, allow_nan=False)])
 
 
-def _fail(why: str, status: int) -> int:
+def _warn(why: str) -> None:
     sys.stderr.write(f"python -m aengine: {plain(why)}\n")
+
+
+def _fail(why: str, status: int) -> int:
+    _warn(why)
     return status

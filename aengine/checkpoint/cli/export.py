@@ -11,10 +11,10 @@ import torch
 
 from aengine.checkpoint.formats.contents import Contents
 from aengine.checkpoint.formats.serializers import TorchFile, export_safetensors
-from aengine.checkpoint.store.find import Found, Reader
+from aengine.checkpoint.store.find import Finder
 from aengine.checkpoint.store.manifest import CheckpointInfo
 from aengine.checkpoint.store.store import Store
-from aengine.errors import CheckpointDamaged, CheckpointMismatch, CheckpointNotFound
+from aengine.errors import CheckpointMismatch, CheckpointNotFound
 
 _WHOLE_STATE = "state"  # what it is called where Checkpoint(...) was given one thing, and no names
 
@@ -28,7 +28,7 @@ class Exported:
         part: the name of the part, with dots between the names that lead to it.
         tensors: how many there are in the file.
         size: of the file, in bytes.
-        passed_over: why newer checkpoints were not taken.
+        passed_over: why checkpoints that come before it were not taken.
     """
 
     info: CheckpointInfo
@@ -41,7 +41,8 @@ class Exported:
 def export(store: Store, file: Path, *, step: int | None, part: str | None) -> Exported:
     """Write the tensors of a part to a safetensors file, which appears when it is whole.
 
-    The checkpoint is verified, and read with `weights_only=True`. Nothing is set aside, and no lock is taken.
+    Without a step it is the checkpoint that a run would go on from. It is verified, and read with `weights_only=True`.
+    Nothing is set aside, and no lock is taken.
 
     Raises:
         CheckpointNotFound, CheckpointDamaged: there is no such checkpoint, or it is not whole.
@@ -52,26 +53,14 @@ def export(store: Store, file: Path, *, step: int | None, part: str | None) -> E
     """
     if not file.absolute().parent.is_dir():
         raise CheckpointNotFound(f"{file} cannot be written: there is no directory {file.absolute().parent}")
-    found, passed_over = _find(store, step)
+    contents = Contents(TorchFile(), in_process=False)
+    finder = Finder(store, partial(contents.read, live=_nothing_live), sets_aside=False)
+    found = finder.find("must" if step is None else step)
+    assert found is not None, "it must be there"  # noqa: S101
     name, tensors = _choose(_parts_in(found.tree["state"]), part)
     left_out = export_safetensors(tensors, file, {"step": str(found.info.step)})
+    passed_over = tuple(problem.why for problem in finder.problems)
     return Exported(found.info, name, len(tensors) - len(left_out), file.stat().st_size, passed_over)
-
-
-def _find(store: Store, step: int | None) -> tuple[Found, tuple[str, ...]]:
-    contents = Contents(TorchFile(), in_process=False)
-    reader = Reader(store, partial(contents.read, live=_nothing_live))
-    if step is not None:
-        return reader.read(step), ()
-    passed_over: list[str] = []
-    for info in reversed(store.list()):
-        try:
-            return reader.read(info.path), tuple(passed_over)
-        except CheckpointDamaged as error:
-            passed_over.append(str(error))
-    if passed_over:
-        raise CheckpointDamaged(f"none of the checkpoints in {store.directory} is whole: {'; '.join(passed_over)}")
-    raise CheckpointNotFound(f"there is no checkpoint in {store.directory}")
 
 
 def _nothing_live() -> NoReturn:

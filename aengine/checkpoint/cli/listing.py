@@ -14,7 +14,9 @@ from typing import Any
 
 from aengine.checkpoint.store import verify as reading
 from aengine.checkpoint.store.draft import size_words, words
+from aengine.checkpoint.store.find import Finder
 from aengine.checkpoint.store.manifest import CheckpointInfo, step_and_revision
+from aengine.checkpoint.store.store import Store
 from aengine.errors import CheckpointDamaged, CheckpointNotFound
 
 _GAP = _INDENT = "  "
@@ -62,12 +64,14 @@ class Entry:
         condition: what is known of it.
         why: the reason, if it cannot be used.
         info: what its manifest says, None if that cannot be read or it was set aside.
+        error: what was raised when it was read and verified, if something was.
     """
 
     path: Path
     condition: Condition
-    why: str | None
-    info: CheckpointInfo | None
+    why: str | None = None
+    info: CheckpointInfo | None = None
+    error: Exception | None = None
 
     @property
     def is_trouble(self) -> bool:
@@ -99,7 +103,7 @@ def entries(directory: Path, *, verify: bool, step: int | None = None) -> Iterat
     for _, path in names if step is None else ():
         for prefix, condition in _SET_ASIDE.items():
             if path.name.startswith(prefix):
-                yield Entry(path, condition, reading.why_set_aside(path), None)
+                yield Entry(path, condition, reading.why_set_aside(path))
 
 
 def look(path: Path, *, verify: bool) -> Entry | None:
@@ -110,36 +114,35 @@ def look(path: Path, *, verify: bool) -> Entry | None:
         if verify:
             reading.verify(info)
     except (CheckpointDamaged, CheckpointNotFound) as error:
-        return Entry(path, Condition.DAMAGED, str(error), info) if os.path.lexists(path) else None
+        return Entry(path, Condition.DAMAGED, str(error), info, error) if os.path.lexists(path) else None
     except OSError as error:
-        return Entry(path, Condition.UNREADABLE, words(error), info)
-    return Entry(path, Condition.WHOLE if verify else Condition.UNVERIFIED, None, info)
+        return Entry(path, Condition.UNREADABLE, words(error), info, error)
+    return Entry(path, Condition.WHOLE if verify else Condition.UNVERIFIED, info=info)
 
 
-def outlook(found: list[Entry]) -> Outlook:
-    """Say from which of these a run would go on, as `restore()` chooses it."""
-    for entry in found:
-        if entry.info is None and entry.condition is Condition.UNREADABLE:
-            return _failing(entry)
-    with_info = [(reading.preference(entry.info), entry) for entry in found if entry.info is not None]
-    for _, entry in sorted(with_info, key=lambda one: one[0], reverse=True):
-        if entry.condition is Condition.UNREADABLE:
-            return _failing(entry)
-        if entry.info is not None and entry.condition is not Condition.DAMAGED:
-            proviso = " if that is whole" if entry.condition is Condition.UNVERIFIED else ""
-            which = f" ({entry.path.name})" if entry.info.revision > 1 else ""  # of several of the same step
-            return Outlook(
-                entry.info, f"A run would resume from step {_clipped(str(entry.info.step))}{which}{proviso}."
-            )
-    if any(entry.condition is not Condition.ABANDONED for entry in found):
+def outlook(directory: Path, found: list[Entry]) -> Outlook:
+    """Say from which checkpoint a run would go on, as `restore()` finds it. What was verified is not read again."""
+    errors = {entry.path: entry.error for entry in found}
+
+    def verify(info: CheckpointInfo) -> None:
+        if (error := errors.get(info.path)) is not None:
+            raise error
+
+    finder = Finder(Store(directory), lambda _: {}, sets_aside=False, verify=verify)
+    try:
+        chosen = finder.find(None)
+    except CheckpointDamaged:
         return Outlook(None, "A run would not resume: none of them is whole, and it does not begin anew for that.")
-    return Outlook(None, "A run would begin anew: there is no checkpoint.")
-
-
-def _failing(entry: Entry) -> Outlook:
-    return Outlook(
-        None, f"A run would not resume: it passes over no checkpoint that it may not read ({plain(entry.path.name)})."
-    )
+    except OSError as error:
+        why = words(error).replace(f"{directory}{os.sep}", "")
+        return Outlook(None, f"A run would not resume: it passes over no checkpoint that it may not read: {why}.")
+    if chosen is None:
+        return Outlook(None, "A run would begin anew: there is no checkpoint.")
+    info = chosen.info
+    is_unverified = any(entry.condition is Condition.UNVERIFIED for entry in found)
+    which = f" ({info.path.name})" if info.revision > 1 else ""  # of several of the same step
+    proviso = " if that is whole" if is_unverified else ""
+    return Outlook(info, f"A run would resume from step {_clipped(str(info.step))}{which}{proviso}.")
 
 
 def record(entry: Entry) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from aengine.checkpoint.store.draft import (
     to_trash,
     words,
 )
+from aengine.checkpoint.store.find import newest_first
 from aengine.checkpoint.store.lock import DirectoryLock
 from aengine.checkpoint.store.manifest import PINNED, CheckpointInfo, check_step
 from aengine.checkpoint.store.retention import Keep
@@ -95,15 +96,14 @@ class Store:
         return reading.committed(self.directory)
 
     def find(self, step: int) -> CheckpointInfo:
-        """Return the checkpoint of a step, the last revision of it.
+        """Return the checkpoint of a step, the last revision of it; one of a completed step, if there is any.
 
         Raises:
             CheckpointNotFound: there is none; says which there are.
         """
         there_are = self.list()
-        for info in reversed(there_are):
-            if info.step == step:
-                return info
+        for info in newest_first([one for one in there_are if one.step == step]):
+            return info
         raise CheckpointNotFound(f"{self.directory} has no checkpoint of step {step}; it has {steps(there_are)}")
 
     def open(self, path: str | os.PathLike[str]) -> CheckpointInfo:

@@ -48,11 +48,6 @@ class Problem:
     why: str
 
 
-def preference(info: CheckpointInfo) -> tuple[bool, int, int]:
-    """Return by what the one to go on from is chosen: the largest of these."""
-    return not info.is_mid_step, info.step, info.revision
-
-
 def committed(directory: Path) -> list[CheckpointInfo]:
     """Return what is committed and has a manifest that can be read, oldest first. Its files are not looked at.
 

@@ -446,6 +446,50 @@ def test_export_writes_the_weights_of_the_newest_that_is_whole(store: Store, say
     assert all(torch.equal(loaded[name], tensor) for name, tensor in model.state_dict().items())
 
 
+MID_STEP = {"serializer": "torch", "mid_step": True}
+
+
+def test_export_takes_no_weights_from_the_middle_of_a_step_if_there_are_others(
+    store: Store, say: Say, tmp_path: Path
+) -> None:
+    """As restore() does. What is damaged is passed over, also where that leaves an older one only."""
+    model, file = torch.nn.Linear(2, 3), tmp_path / "weights.safetensors"
+    write(store, 500, state_of(model))
+    flip(write(store, 1000, state_of(torch.nn.Linear(2, 3))))
+    write(store, 1500, state_of(torch.nn.Linear(2, 3)), extra=MID_STEP)
+    status, said, errors = say("export", "--safetensors", file)
+    assert status == 0
+    assert said.startswith("step 500: ")
+    assert "step-0000001000" in errors
+    assert "middle of a step" not in errors
+    assert torch.equal(load_file(file)["weight"], model.weight)
+    assert say()[1].endswith("A run would resume from step 500.\n")
+
+
+def test_export_from_the_middle_of_a_step_says_so(store: Store, say: Say, tmp_path: Path) -> None:
+    """Where it was asked for by its step, and where there is no other."""
+    model, file = torch.nn.Linear(2, 3), tmp_path / "weights.safetensors"
+    flip(write(store, 500, state_of(torch.nn.Linear(2, 3))))
+    write(store, 1000, state_of(model), extra=MID_STEP)
+    for step in ["--step", 1000], []:
+        file.unlink(missing_ok=True)
+        status, said, errors = say("export", "--safetensors", file, *step)
+        assert status == 0
+        assert said.startswith("step 1000: ")
+        assert "warning: the checkpoint of step 1000 is of the middle of a step" in errors
+        assert torch.equal(load_file(file)["weight"], model.weight)
+
+
+def test_a_step_that_was_asked_for_is_the_completed_one_if_there_are_two(
+    store: Store, say: Say, tmp_path: Path
+) -> None:
+    whole, file = write(store, 500, state_of(torch.nn.Linear(2, 3))), tmp_path / "weights.safetensors"
+    write(store, 500, state_of(torch.nn.Linear(2, 3)), extra=MID_STEP)
+    status, _, errors = say("export", "--safetensors", file, "--step", 500)
+    assert (status, errors) == (0, "")
+    assert store.find(500) == whole
+
+
 def test_export_tells_scripts_what_it_wrote(store: Store, say: Say, tmp_path: Path) -> None:
     file = tmp_path / "weights.safetensors"
     write(store, 500, state_of(torch.nn.Linear(2, 3)))
