@@ -13,7 +13,11 @@ from typing import Any
 import hypothesis
 import pytest
 from support.backends import BACKENDS, Backend
-from support.pairwise import covering
+from support.covering_array import covering
+
+# OpenMP's threads wait for their next part of an operation by spinning, on cores that the other workers of pytest need.
+# Set here, before torch is imported, and inherited by the workers: tests of small models take half the time.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # The machines are shared, so a slow example is no finding; and what fails here failed before, since the examples are
 # always the same. To look for new ones: --hypothesis-profile=explore.
@@ -24,43 +28,50 @@ hypothesis.settings.load_profile("aengine")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--one-in", type=int, default=1, metavar="N", help="run one in N of the selected tests")
+    parser.addoption("--one-in", type=int, default=1, metavar="N", help="of the selected variants run one in N")
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Iterator[None]:
-    """Mark what varies other tests before pytest selects by marker; then take one in N of the selected."""
+    """Mark what varies other tests before pytest selects by marker; then take one in N of the selected variants."""
     mark_variants([item for item in items if isinstance(item, pytest.Function) and hasattr(item, "callspec")])
     yield
     one_in: int = config.getoption("--one-in")
     # By name, not by chance or position: all workers must select the same, and a new test must not change the others.
-    selected = [item for item in items if zlib.crc32(item.nodeid.encode()) % one_in == 0]
-    if len(selected) < len(items):
-        config.hook.pytest_deselected(items=list(set(items) - set(selected)))
-        items[:] = selected
+    left_out = {
+        item
+        for item in items
+        if item.get_closest_marker("variant") is not None and zlib.crc32(item.nodeid.encode()) % one_in
+    }
+    if left_out:
+        config.hook.pytest_deselected(items=list(left_out))
+        items[:] = [item for item in items if item not in left_out]
 
 
 def mark_variants(items: list[pytest.Function]) -> None:
-    """Mark as `slow` and `variant` the runs that repeat others in circumstances that should make no difference.
+    """Mark as `slow` and `variant` what repeats other cases in circumstances that should make no difference.
 
-    On uvloop, for the package has no line that only uvloop runs: what may differ is the timing, so that tests that
-    cross threads or cancel keep that run, by `every_event_loop`. And of a test marked `pairwise`, the cases without
-    which every two values of its parameters still meet.
+    Those are runs on uvloop: the package has no line that only uvloop runs, and what may differ is the timing, so
+    that tests that cross threads or cancel keep theirs, by `every_event_loop`. And the cases of a test marked
+    `covering(strength)` that its parameters' values do not need in order to meet.
     """
-    pairwise: defaultdict[Any, list[pytest.Function]] = defaultdict(list)
+    products: defaultdict[Any, list[pytest.Function]] = defaultdict(list)
     variants: list[pytest.Function] = []
     for item in items:
+        backend: Any = item.callspec.params.get("anyio_backend")
         if item.get_closest_marker("slow") is not None:
             continue
-        backend: Any = item.callspec.params.get("anyio_backend")
         if backend and backend[1].get("use_uvloop") and item.get_closest_marker("every_event_loop") is None:
             variants.append(item)
-        elif item.get_closest_marker("pairwise") is not None:
-            pairwise[item.function].append(item)
-    for cases in pairwise.values():
+        elif item.get_closest_marker("covering") is not None:
+            products[item.function].append(item)
+    for cases in products.values():
+        mark = cases[0].get_closest_marker("covering")
+        assert mark is not None
         # By identity, since a value need not be hashable: it is one object in all the cases that it is combined into.
-        chosen = covering([{name: id(value) for name, value in item.callspec.params.items()} for item in cases])
-        variants += (item for position, item in enumerate(cases) if position not in chosen)
+        values = [{name: id(value) for name, value in case.callspec.params.items()} for case in cases]
+        chosen = covering(values, *mark.args)
+        variants += (case for position, case in enumerate(cases) if position not in chosen)
     for item in variants:
         item.add_marker("slow")
         item.add_marker("variant")

@@ -1,10 +1,14 @@
 """The house rules that no linter holds."""
 
+import ast
 import inspect
+import io
 import json
 import re
 import subprocess
 import sys
+import tokenize
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +22,7 @@ MODULES = sorted((ROOT / "aengine").rglob("*.py"))
 FOLDERS = ("aengine", "benchmarks", "examples", "tests", ".ci", ".github")
 
 # Run by a new interpreter: what the first `import aengine` costs and brings along. CPU time, since the clock on the
-# wall also counts whoever shares the machine.
+# wall also counts what else the machine does.
 IMPORT = """
 import json, sys, threading, time
 before = set(sys.modules)
@@ -37,9 +41,44 @@ def import_aengine() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_module_is_a_chapter(path: Path) -> None:
+def test_module_is_short_enough_to_be_read_at_once(path: Path) -> None:
     lines = path.read_text(encoding="utf-8").count("\n")
-    assert lines <= 520  # some 400, with room for a story that is better told in one go
+    # The loop is one generator, which reads better in one piece than in two halves.
+    assert lines <= (600 if path == ROOT / "aengine/loop/loop.py" else 500)
+
+
+def test_tests_have_a_room_for_each_package() -> None:
+    packages = [path.parent.relative_to(ROOT / "aengine") for path in MODULES if path.name == "__init__.py"]
+    assert not [str(package) for package in packages if not list((ROOT / "tests" / package).glob("test_*.py"))]
+
+
+# Words for people. What they stand for in a comment or docstring should be named: it is an object, a task, a thread.
+PERSON = re.compile(r"\b(?:he|him|his|she|hers?|who|whom|whoever|somebody|someone|nobody)\b", re.IGNORECASE)
+# Not for things: "users who", "those who write", "a caller who".
+MEANT = re.compile(r"\b(?:authors?|callers?|developers?|people|persons?|readers? of the code|those|users?),? who\b")
+
+
+def comments_and_docstrings(source: str) -> Iterator[tuple[int, str]]:
+    """Give each with the number of its first line."""
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            yield token.start[0], token.string
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.Expr(value=ast.Constant(value=str(text))):
+                yield node.lineno, text
+
+
+@pytest.mark.xfail(reason="rooms under way", strict=False)
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_things_are_not_spoken_of_as_people(path: Path) -> None:
+    found = [
+        f"{path.relative_to(ROOT)}:{first + number}: {line.strip()}"
+        for first, text in comments_and_docstrings(path.read_text(encoding="utf-8"))
+        for number, line in enumerate(text.splitlines())
+        if PERSON.search(MEANT.sub("", line))
+    ]
+    assert not found
 
 
 def test_import_brings_anyio_and_the_standard_library_only() -> None:
@@ -67,8 +106,8 @@ def test_public_names_are_the_promised_ones() -> None:
     assert all(hasattr(aengine, name) for name in aengine.__all__)
 
 
-def test_no_path_of_somebodys_machine_is_committed() -> None:
-    """Nor a home directory, nor a work tree: whoever reads this has others."""
+def test_no_path_of_one_machine_is_committed() -> None:
+    """Neither a home directory nor a work tree: they are elsewhere on the next machine."""
     path_of_a_machine = re.compile(r"/(?:home|root|Users|work)/")
     files = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.is_file()]
     files += [path for pattern in ("*.md", "*.toml", "*.txt", "*.yaml") for path in ROOT.glob(pattern)]

@@ -187,6 +187,7 @@ class Training:
         }
 
 
+@pytest.mark.covering(2)
 @pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning")  # torchdata calls it
 @pytest.mark.parametrize("prefetch", [0, 3])
 @pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])

@@ -119,6 +119,7 @@ WAYS_OUT = [
 ]
 
 
+@pytest.mark.covering(3)
 @both_threads
 @kinds
 @prefetches
@@ -145,6 +146,7 @@ async def test_an_interrupted_engine_that_is_dropped_closes_its_data(thread: Thr
     assert (data.opened, data.closed) == (1, 1)
 
 
+@pytest.mark.covering(2)
 @both_threads
 @kinds
 @prefetches
@@ -495,6 +497,7 @@ class Positioned(Entered):
         self.at, self.was_put_back = state["at"], True
 
 
+@pytest.mark.covering(3)
 @both_threads
 @prefetches
 @pytest.mark.parametrize("kind", [Sized, Positioned])

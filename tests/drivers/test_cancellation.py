@@ -27,6 +27,7 @@ from support.backends import Backend
 from aengine import Engine, Event, Events, StopReason
 
 pytestmark = pytest.mark.every_event_loop
+ONE_OF_MANY = [pytest.mark.slow, pytest.mark.variant]
 
 Act = Callable[[], object]
 
@@ -297,7 +298,7 @@ FEW = [
 def cases(quick: Sequence[Case], slow: Sequence[Case] = ()) -> list[Any]:
     """Return parameters: those of `quick`; and those of `slow` that are not among them, marked so."""
     return [pytest.param(case, id=str(case)) for case in quick] + [
-        pytest.param(case, id=str(case), marks=pytest.mark.slow) for case in slow if case not in quick
+        pytest.param(case, id=str(case), marks=ONE_OF_MANY) for case in slow if case not in quick
     ]
 
 
@@ -508,7 +509,7 @@ async def test_scope_cancelled_before_each_step_of_each_task(case: Case) -> None
     await at_each(lambda n: cancel_scope_before_step(case, n))
 
 
-@pytest.mark.parametrize("step", ["worker", pytest.param("async", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", ["worker", pytest.param("async", marks=ONE_OF_MANY)])
 async def test_scope_cancelled_before_each_step_around_iterate(step: str) -> None:
     case = Case(step, "async", 2, "wait")
     await at_each(lambda n: cancel_scope_before_step(case, n, Rig.iterate))
@@ -594,7 +595,7 @@ async def test_task_cancelled_twice_before_each_step_of_each_task(
     await at_each(lambda n: cancel_task_before_step(case, n, again_after=again_after))
 
 
-@pytest.mark.parametrize("step", ["worker", pytest.param("async", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", ["worker", pytest.param("async", marks=ONE_OF_MANY)])
 async def test_task_cancelled_before_each_step_around_iterate(step: str, anyio_backend: Backend) -> None:
     needs_asyncio(anyio_backend)
     case = Case(step, "async", 2, "wait")
@@ -805,7 +806,7 @@ async def cancel_nested_before_step(step: str, n: int) -> bool:
     return countdown.acted > 0
 
 
-@pytest.mark.parametrize("step", ["worker", pytest.param("async", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", ["worker", pytest.param("async", marks=ONE_OF_MANY)])
 async def test_scope_cancelled_before_each_step_of_nested_runs(step: str) -> None:
     await at_each(lambda n: cancel_nested_before_step(step, n))
 

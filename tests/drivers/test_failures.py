@@ -190,6 +190,7 @@ OF_A_RUN = [event for event in Events if event not in (Events.EXCEPTION_RAISED, 
 is_or_is_not_async = pytest.mark.parametrize("is_async", [False, True], ids=["plain", "async"])
 
 
+@pytest.mark.covering(2)
 @each_step
 @is_or_is_not_async
 @pytest.mark.parametrize("event", OF_A_RUN, ids=lambda event: event.name)
@@ -264,6 +265,7 @@ async def cancel_and_wait(engine: Any, scope: anyio.CancelScope) -> None:
     await checkpoint()
 
 
+@pytest.mark.covering(2)
 @each_step
 @is_or_is_not_async
 @pytest.mark.parametrize("kind", [StopIteration, StopAsyncIteration])
@@ -489,6 +491,7 @@ async def test_a_full_inbox_with_overflow_error_fails_the_run(step: str) -> None
 # Subscribers that hang
 
 
+@pytest.mark.covering(2)
 @each_step
 @is_or_is_not_async
 @pytest.mark.parametrize("overflow", ["wait", "latest", "drop_oldest", "drop_new", "error"])
@@ -670,6 +673,7 @@ DATA_FAULTS = [
 ]
 
 
+@pytest.mark.covering(2)
 @each_step
 @pytest.mark.parametrize("prefetch", [0, 2])
 @pytest.mark.parametrize(("kind", "where", "said"), DATA_FAULTS, ids=lambda one: getattr(one, "__name__", one))
@@ -1513,6 +1517,7 @@ async def run_and_forget(ending: str, prefetch: int, step: str) -> "weakref.ref[
     return weakref.ref(engine)
 
 
+@pytest.mark.covering(2)
 @each_step
 @pytest.mark.parametrize("prefetch", [0, 2])
 @pytest.mark.parametrize(

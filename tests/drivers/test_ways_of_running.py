@@ -130,6 +130,7 @@ ENGINES: dict[str, Callable[[], AnyEngine]] = {
 }
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("handlers", ["plain handlers", "async handlers"])
 @pytest.mark.parametrize("prefetch", [0, 2])
 @pytest.mark.parametrize("kind", ["sync data", "async data"])
@@ -395,6 +396,7 @@ async def generated_async(opened: list[int], closed: list[int]) -> AsyncIterator
         closed.append(1)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("prefetch", [0, 2])
 @pytest.mark.parametrize("ends", ["completes", "terminate", "fail", "interrupt"])
 @pytest.mark.parametrize("make", [generated, generated_async])

@@ -1,6 +1,6 @@
 """MLflow: what its own client finds, in files and on a real server, and what becomes of a run while that is down.
 
-A real server is there under `.ci/mlflow-server python -m pytest tests/test_loggers_mlflow.py`; see there.
+With a real server: `.ci/mlflow-server python -m pytest -m mlflow_server tests/loggers/test_mlflow.py`.
 """
 
 import logging
@@ -45,7 +45,7 @@ def settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
 
 
-@pytest.fixture(params=["files", "server"])
+@pytest.fixture(params=["files", pytest.param("server", marks=pytest.mark.mlflow_server)])
 def uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "files":
         return str(tmp_path / "mlruns")
@@ -457,6 +457,7 @@ def has_failed(tracker: Tracker) -> bool:
     return tracker.statistics().failures > 0
 
 
+@pytest.mark.mlflow_server
 async def test_a_server_that_is_killed_and_started_again_gets_all_of_it(
     server: tuple[str, Callable[[], None], Callable[[], None]],
     caplog: pytest.LogCaptureFixture,

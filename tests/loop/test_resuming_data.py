@@ -265,6 +265,7 @@ class Counting:
         return self.fetched
 
 
+@pytest.mark.covering(3)
 @HERE_OR_THERE
 @pytest.mark.parametrize("prefetch", [0, 1, 4])
 @pytest.mark.parametrize("kind", KINDS)

@@ -83,6 +83,7 @@ ALL_KINDS: dict[str, Callable[[int], Any]] = {
 # What comes
 
 
+@pytest.mark.covering(2)
 @both_threads
 @prefetches
 @pytest.mark.parametrize("kind", ALL_KINDS)
@@ -214,6 +215,7 @@ def test_data_keeps_its_attributes() -> None:
 # Where it is resumed
 
 
+@pytest.mark.covering(3)
 @both_threads
 @pytest.mark.parametrize("prefetch", [0, 2])
 @pytest.mark.parametrize("stop_at", [1, 4, 7])
@@ -244,6 +246,7 @@ async def test_run_that_was_stopped_continues_exactly(
 
 @pytest.mark.parametrize("prefetch", [0, 2])
 # Not functions of generators, which begin anew after what was fetched ahead, and that is a matter of time.
+@pytest.mark.covering(3)
 @pytest.mark.parametrize("kind", [kind for kind in ALL_KINDS if "generator function" not in kind])
 @pytest.mark.parametrize("event", [Events.GET_BATCH_COMPLETED, Events.ITERATION_COMPLETED], ids=["fetched", "stepped"])
 @pytest.mark.parametrize("how", ["terminate", "interrupt"])
@@ -357,6 +360,7 @@ CLOSING: dict[str, Callable[[list[str]], Any]] = {
 }
 
 
+@pytest.mark.covering(2)
 @both_threads
 @prefetches
 @pytest.mark.parametrize("kind", CLOSING)
