@@ -195,7 +195,7 @@ class Event(NamedTuple):
     Attributes:
         name: the event's name, such as "ITERATION_COMPLETED"; equal to the event itself.
         engine: the name of the engine that fired it.
-        sequence: its place among all events that the engine has published, from 1.
+        sequence: its place among all events that the engine has sent, from 1.
         iteration: the engine's state at that instant, as the next five.
         epoch: see `State`.
         epoch_length: see `State`.
