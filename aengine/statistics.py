@@ -90,17 +90,8 @@ class Stopwatch:
     """
 
     __slots__ = (
-        "_read_at",
-        "_read_iteration",
-        "back_pressure",
-        "began",
-        "data",
-        "ended",
-        "event_loop",
-        "lag",
-        "next_reading",
-        "step",
-        "weight",
+        "_read_at", "_read_iteration", "back_pressure", "began", "data", "ended", "event_loop", "lag",
+        "next_reading", "step", "weight",
     )  # fmt: skip
 
     def __init__(self) -> None:

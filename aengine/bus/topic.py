@@ -45,17 +45,8 @@ class Topic:
     """
 
     __slots__ = (
-        "_bus",
-        "_has_filter",
-        "_hot",
-        "dispatch",
-        "inbox_listeners",
-        "inline",
-        "is_fired_by_loop",
-        "last_count",
-        "name",
-        "next_count",
-        "own_count",
+        "_bus", "_has_filter", "_hot", "dispatch", "inbox_listeners", "inline", "is_fired_by_loop", "last_count",
+        "name", "next_count", "own_count",
     )  # fmt: skip
 
     def __init__(self, name: str, bus: "Bus") -> None:

@@ -32,8 +32,8 @@ _RECORDS = (ProfilerAction.RECORD, ProfilerAction.RECORD_AND_SAVE)
 _ENDS = Events.TERMINATE | Events.INTERRUPT | Events.COMPLETED | Events.CANCELLED | Events.EXCEPTION_RAISED
 
 _in_use = threading.Lock()
-"""Kineto, below torch.profiler, exists once in a process: a second recording ruins the first, or ends in a crash. So this
-lock does as well. It is held while a window is open, which torch itself does not show while it warms up."""
+"""Kineto, below torch.profiler, exists once in a process: a second recording ruins the first, or ends in a crash. So
+does this lock. It is held while a window is open, which torch itself does not show while it warms up."""
 
 
 class ProfilingEvents(EventEnum):
