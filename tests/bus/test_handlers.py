@@ -1,4 +1,4 @@
-"""Handlers and events: who is called, how, in which order; and how events are told apart. No event loop."""
+"""Handlers and events: which are called, how, in which order; and how events are told apart. No event loop."""
 
 from collections import deque
 from collections.abc import Callable
@@ -29,7 +29,7 @@ def test_handlers_run_in_the_order_in_which_they_were_added() -> None:
 
 
 def test_handler_without_a_signature_is_called_with_the_engine() -> None:
-    """As some of what is written in C: nobody can say what it takes."""
+    """As some of what is written in C: nothing says what it takes."""
     engine = Engine(double)
     called: deque[object] = deque()
     engine.add_event_handler(Events.STARTED, called.append)
