@@ -197,15 +197,13 @@ class Topic:
         payload: tuple[Any, ...],
         listeners: _Listeners,
         *,
-        awaited: Awaitable[Any] | None = None,
+        awaited: Any = None,
         all_due: bool = False,
     ) -> Dispatch:
         """Call those handlers that are due, and time them; then send to those inboxes whose listeners are.
 
-        Each filter is asked when its turn comes, since the handlers before may change what it looks at.
-
-        `awaited` is what the first handler, which has been called already, gave to be awaited. With `all_due` none is
-        asked.
+        Each filter is asked when its turn comes, since the handlers before may change what it looks at; none with
+        `all_due`. `awaited` is what the first handler, which has been called already, gave to be awaited.
         """
         bus = self._bus
         bus.last_event_name = self.name
