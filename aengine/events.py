@@ -29,7 +29,7 @@ ALWAYS = -NEVER
 class Filter:
     """Which firings of an event count. Answers "when next?", so that the loop compares two numbers, no more.
 
-    The first count at which it fires is `next_count(count)`; with a `test` or an `interval` that only says when to
+    The first count at which it fires is `next_due(count)`; with a `test` or an `interval` that only says when to
     look, and `test` (the listener's clock, for an interval) has the last word.
     """
 
@@ -41,7 +41,7 @@ class Filter:
     test: Test | None = None
     at_end: bool = False
 
-    def next_count(self, count: int) -> int:
+    def next_due(self, count: int) -> int:
         """Return the first count from `count` on at which this fires, NEVER if there is none."""
         if self.once is not None:
             return min((one for one in self.once if one >= count), default=NEVER)
@@ -195,7 +195,7 @@ class Event(NamedTuple):
     Attributes:
         name: the event's name, such as "ITERATION_COMPLETED"; equal to the event itself.
         engine: the name of the engine that fired it.
-        sequence: its place among all events that the engine has published, from 1.
+        sequence: its place among all events that the engine has sent, from 1.
         iteration: the engine's state at that instant, as the next five.
         epoch: see `State`.
         epoch_length: see `State`.

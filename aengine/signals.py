@@ -64,6 +64,7 @@ class stop_on_signals:  # noqa: N801 -- used as a function is, like contextlib.s
                 loop_handle, scope = EventLoopHandle(), anyio.CancelScope()
                 entered.enter_context(scope)
                 entered.enter_context(loop_handle.woken_by_signals())
+                # Posted: a signal handler may run anywhere, also in the middle of the event loop's own code.
                 self._cancel = lambda: loop_handle.post(scope.cancel)
             for one in self._signals:
                 entered.callback(signal.signal, one, signal.signal(one, self._handle))
@@ -77,6 +78,7 @@ class stop_on_signals:  # noqa: N801 -- used as a function is, like contextlib.s
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         self.received.append(signal.Signals(number))
+        # terminate() is safe here: it adds to a set, and wakes the loop by a post.
         if len(self.received) == 1 and any(engine.is_running for engine in self._engines):
             for engine in self._engines:
                 engine.terminate()

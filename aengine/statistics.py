@@ -20,14 +20,14 @@ class ListenerStatistics:
     `accepted == handled + dropped + discarded + depth (+ 1 while one is being handled)`
 
     Attributes:
-        name: the handler's qualified name, or the one given as `name=`.
+        name: the one given as `name=`, or else the handler's qualified name.
         events: what it listens to, as its user would write it.
         depth: events that wait in its inbox now.
         accepted: events it was sent, since it was made.
         handled: events its handler has finished with, or its reader has taken.
         dropped: events that its overflow policy gave up.
         discarded: events that were left when it ended: after a failure, a time-out, or because its reader left.
-        errors: exceptions its handler raised.
+        errors: exceptions that its handler raised.
         busy: seconds its handler was at work.
     """
 
@@ -73,8 +73,8 @@ class EngineStatistics:
         data: seconds the loop waited for batches.
         step: seconds in the step.
         handlers: seconds in each inline handler of the loop's events, by the handler's qualified name.
-        handlers_of_fired: seconds in each inline handler of events of one's own. They are part of the time of who
-            fires: the step, another handler, or a task beside the loop.
+        handlers_of_fired: seconds in each inline handler of events of one's own. They are part of the time of what
+            fires the event: the step, another handler, or a task beside the loop.
         back_pressure: seconds the loop waited for room in the inboxes of slow subscribers.
         event_loop: seconds the loop had given way to other tasks, or was paused.
         lag: the longest time, in seconds, that the loop waited for its turn on the event loop when it needed no more
@@ -107,17 +107,8 @@ class Stopwatch:
     """
 
     __slots__ = (
-        "_read_at",
-        "_read_iteration",
-        "back_pressure",
-        "began",
-        "data",
-        "ended",
-        "event_loop",
-        "lag",
-        "next_reading",
-        "step",
-        "weight",
+        "_read_at", "_read_iteration", "back_pressure", "began", "data", "ended", "event_loop", "lag",
+        "next_reading", "step", "weight",
     )  # fmt: skip
 
     def __init__(self) -> None:

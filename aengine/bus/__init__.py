@@ -1,1 +1,1 @@
-"""Who listens: topics, inboxes, subscribers, streams."""
+"""Events and what listens to them: topics, inboxes, subscribers, streams."""

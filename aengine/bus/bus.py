@@ -32,19 +32,8 @@ class Bus:
     """
 
     __slots__ = (
-        "_topics",
-        "last_event_name",
-        "lock",
-        "logger",
-        "loop_handle",
-        "name",
-        "next_count",
-        "reported",
-        "sequence",
-        "state",
-        "stopwatch",
-        "streams",
-        "subscribers",
+        "_topics", "last_event_name", "lock", "logger", "loop_handle", "name", "next_count", "reported", "sequence",
+        "state", "stopwatch", "streams", "subscribers",
     )  # fmt: skip
 
     def __init__(self, name: str, logger: logging.Logger, state: State) -> None:
@@ -111,9 +100,8 @@ class Bus:
 
     def remove_inline(self, handler: Callable[..., Any], selector: Selector) -> bool:
         """Remove this handler where it listens with this very filter, or with none. Says whether it did."""
-        topic = self.topic(selector.name)
-        found = [one for one in topic.inline if one.handler == handler and one.selector == selector]
-        topic.unsubscribe(found)
+        found = [one for one in self.find_inline(handler, selector) if one.selector == selector]
+        self.remove_these(found)
         return bool(found)
 
     # Subscribers and streams

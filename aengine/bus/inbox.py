@@ -53,25 +53,9 @@ class Inbox:
     """
 
     __slots__ = (
-        "_at_limit",
-        "_blocked_on",
-        "_capacity",
-        "_lock",
-        "_overflow",
-        "_processed_waiters",
-        "_room_waiters",
-        "accepted",
-        "closed",
-        "discarded",
-        "dropped",
-        "handled",
-        "in_hand",
-        "is_reader_stopped",
-        "limit",
-        "name",
-        "on_flush",
-        "waiting",
-        "wakeup",
+        "_at_limit", "_blocked_on", "_capacity", "_lock", "_overflow", "_processed_waiters", "_room_waiters",
+        "accepted", "closed", "discarded", "dropped", "handled", "in_hand", "is_reader_stopped", "limit", "name",
+        "on_flush", "waiting", "wakeup",
     )  # fmt: skip
 
     def __init__(self, name: str, capacity: int, overflow: Overflow, lock: Any) -> None:

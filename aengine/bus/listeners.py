@@ -39,14 +39,14 @@ class Listener:
     def reschedule(self, count: int) -> None:
         """Find when the filter is due from this count on."""
         if self.filter is not None:
-            self.next_count = self.filter.next_count(count)
+            self.next_count = self.filter.next_due(count)
 
     def should_run(self, engine: Any, count: int) -> bool:
         """Say whether a filtered listener that is due is to be called, and find when it is due next."""
         condition = self.filter
         assert condition is not None, "asked only where there is a filter"  # noqa: S101
-        exact = self.next_count == count or condition.next_count(count) == count
-        self.next_count = condition.next_count(count + 1)
+        exact = self.next_count == count or condition.next_due(count) == count
+        self.next_count = condition.next_due(count + 1)
         if exact and condition.test is not None:
             exact = bool(condition.test(engine, count))
         if exact and condition.interval is not None:

@@ -26,9 +26,7 @@ Dispatch: TypeAlias = Generator[Awaitable[Any], Any, None]
 
 DispatchFunction: TypeAlias = Callable[..., Dispatch | None]
 
-_Hot: TypeAlias = tuple[
-    tuple[Callable[..., Any], ...], tuple[InlineHandler, ...], tuple[InboxListener, ...], tuple[Inbox, ...]
-]
+_Listeners: TypeAlias = tuple[tuple[InlineHandler, ...], tuple[InboxListener, ...]]
 
 
 class Topic:
@@ -47,17 +45,8 @@ class Topic:
     """
 
     __slots__ = (
-        "_bus",
-        "_has_filter",
-        "_hot",
-        "dispatch",
-        "inbox_listeners",
-        "inline",
-        "is_fired_by_loop",
-        "last_count",
-        "name",
-        "next_count",
-        "own_count",
+        "_bus", "_has_filter", "_hot", "dispatch", "inbox_listeners", "inline", "is_fired_by_loop", "last_count",
+        "name", "next_count", "own_count",
     )  # fmt: skip
 
     def __init__(self, name: str, bus: "Bus") -> None:
@@ -71,9 +60,9 @@ class Topic:
         self.dispatch: DispatchFunction = self._send
         self._bus = bus
         self._has_filter = False
-        # The calls of the inline handlers, the handlers, the inbox listeners, and their inboxes. In one tuple, so that
-        # a dispatch finds all of one instant, though another thread adds or removes one meanwhile.
-        self._hot: _Hot = (), (), (), ()
+        # The calls of the inline handlers, the inboxes, and the listeners that these belong to. In one tuple, so that a
+        # dispatch finds all of one instant, though another thread adds or removes one meanwhile.
+        self._hot: tuple[tuple[Callable[..., Any], ...], tuple[Inbox, ...], _Listeners] = (), (), ((), ())
 
     # Listeners: one that is added or removed during a dispatch counts from the next one on
 
@@ -112,8 +101,8 @@ class Topic:
 
     def _choose_dispatch(self) -> None:
         listeners = (*self.inline, *self.inbox_listeners)
-        inboxes = tuple(one.inbox for one in self.inbox_listeners)
-        self._hot = tuple(one.call for one in self.inline), self.inline, self.inbox_listeners, inboxes
+        calls, inboxes = tuple(one.call for one in self.inline), tuple(one.inbox for one in self.inbox_listeners)
+        self._hot = calls, inboxes, (self.inline, self.inbox_listeners)
         self._has_filter = any(one.filter is not None for one in listeners)
         has_snapshot = any(one.snapshot is not None for one in self.inbox_listeners)
         if self._has_filter or has_snapshot or (self.inline and not self.is_fired_by_loop):
@@ -165,35 +154,33 @@ class Topic:
     # `_dispatch_to_all` and `_send`: they ask no listener whether it is due, time none, and make no generator.
 
     def _dispatch_to_due(self, engine: Any, count: int, payload: tuple[Any, ...] = ()) -> Dispatch:
-        _, inline, inbox_listeners, _ = self._hot
-        return self._deliver(engine, count, payload, inline, inbox_listeners)
+        return self._deliver(engine, count, payload, self._hot[2])
 
     def _dispatch_to_all(self, engine: Any, count: int, payload: tuple[Any, ...] = ()) -> Dispatch | None:
         """Dispatch where no listener has a filter or a snapshot: if the iteration is not timed, just call."""
         bus = self._bus
         bus.last_event_name = self.name
-        calls, inline, inbox_listeners, inboxes = self._hot
+        calls, inboxes, listeners = self._hot
         if payload or bus.stopwatch.weight:
-            return self._deliver(engine, count, payload, inline, inbox_listeners)
+            return self._deliver(engine, count, payload, listeners)
         left = iter(calls)
         try:
             for call in left:
                 result = call(engine)
                 if result is not None and is_awaitable(result):
-                    at = len(calls) - length_hint(left)
-                    awaited = inline[at - 1], result
-                    return self._deliver(engine, count, (), inline[at:], inbox_listeners, awaited=awaited)
+                    inline, inbox_listeners = listeners
+                    begun = inline[len(calls) - length_hint(left) - 1 :]
+                    return self._deliver(engine, count, (), (begun, inbox_listeners), awaited=result)
         except Exception as error:
-            self._note(error, f"handler {inline[-1 - length_hint(left)].name!r}", engine)
+            self._note(error, f"handler {listeners[0][-1 - length_hint(left)].name!r}", engine)
             raise
         return self._send(engine, inboxes=inboxes) if inboxes else None
 
     def dispatch_to_each(self, engine: Any, count: int, payload: tuple[Any, ...]) -> list[Dispatch]:
         """Return a dispatch for each listener: what fails in one does not keep the event from the others."""
-        _, inline, inbox_listeners, _ = self._hot
-        return [self._deliver(engine, count, payload, (one,), ()) for one in inline] + [
-            self._deliver(engine, count, payload, (), (one,)) for one in inbox_listeners
-        ]
+        inline, inbox_listeners = self._hot[2]
+        each: list[_Listeners] = [*(((one,), ()) for one in inline), *(((), (one,)) for one in inbox_listeners)]
+        return [self._deliver(engine, count, payload, one) for one in each]
 
     def dispatch_at_end(self, engine: Any) -> Dispatch:
         """Dispatch once more, at the end of a run, to those that asked for it and have not seen the last count."""
@@ -201,66 +188,66 @@ class Topic:
             inline = tuple(one for one in self.inline if one.runs_at_end(count))
             inbox_listeners = tuple(one for one in self.inbox_listeners if one.runs_at_end(count))
             if inline or inbox_listeners:
-                yield from self._deliver(engine, count, (), inline, inbox_listeners, all_due=True)
+                yield from self._deliver(engine, count, (), (inline, inbox_listeners), all_due=True)
 
-    def _deliver(
+    def _deliver(  # noqa: C901 -- one pass over the handlers: a call more for each is felt
         self,
         engine: Any,
         count: int,
         payload: tuple[Any, ...],
-        inline: tuple[InlineHandler, ...],
-        inbox_listeners: tuple[InboxListener, ...],
+        listeners: _Listeners,
         *,
-        awaited: tuple[InlineHandler, Awaitable[Any]] | None = None,
+        awaited: Any = None,
         all_due: bool = False,
     ) -> Dispatch:
         """Call those handlers that are due, and time them; then send to those inboxes whose listeners are.
 
-        Each filter is asked when its turn comes, since the handlers before may change what it looks at.
+        Each filter is asked when its turn comes, since the handlers before may change what it looks at; none with
+        `all_due`. `awaited` is what the first handler, which has been called already, gave to be awaited.
         """
         bus = self._bus
         bus.last_event_name = self.name
+        inline, inbox_listeners = listeners
         weight = bus.stopwatch.weight if self.is_fired_by_loop else 1
-        if awaited is not None:
-            yield from self._await(*awaited, engine)
         now = perf_counter()
         for handler in inline:
-            if not (all_due or handler.filter is None or self._should_run(handler, handler.name, engine, count)):
+            if awaited is not None:
+                result, awaited, must_wait = awaited, None, True
+            elif all_due or handler.filter is None or self._should_run(handler, handler.name, engine, count):
+                began = now
+                try:
+                    result = handler.call(engine, *payload)
+                    must_wait = result is not None and is_awaitable(result)
+                except Exception as error:
+                    self._note(error, f"handler {handler.name!r}", engine)
+                    raise
+                finally:  # those that are filtered are rare enough to time each call
+                    now = perf_counter()
+                    handler.seconds += (now - began) * (weight if handler.filter is None else 1)
+            else:
                 continue
-            began = now
-            try:
-                result = handler.call(engine, *payload)
-                must_wait = result is not None and is_awaitable(result)
-            except Exception as error:
-                self._note(error, f"handler {handler.name!r}", engine)
-                raise
-            finally:  # those that are filtered are rare enough to time each call
+            if must_wait:  # which takes long enough to be timed each time
+                began = now
+                try:
+                    yield result
+                except Exception as error:
+                    self._note(error, f"handler {handler.name!r}", engine)
+                    raise
                 now = perf_counter()
-                handler.seconds += (now - began) * (weight if handler.filter is None else 1)
-            if must_wait:
-                yield from self._await(handler, result, engine)
-                now = perf_counter()
-        due = [
-            one
-            for one in inbox_listeners
-            if all_due or one.filter is None or self._should_run(one, one.inbox.name, engine, count)
-        ]
-        if due:
+                handler.seconds += now - began
+        if inbox_listeners:
+            due = [
+                one
+                for one in inbox_listeners
+                if all_due or one.filter is None or self._should_run(one, one.inbox.name, engine, count)
+            ]
             snapshots: Mapping[Inbox, Any] | None = None
             if any(one.snapshot is not None for one in due):
                 snapshots = yield from self._take_snapshots(engine, due)
-            yield from self._send(engine, inboxes=[one.inbox for one in due], snapshots=snapshots) or ()
+            if due:
+                yield from self._send(engine, inboxes=[one.inbox for one in due], snapshots=snapshots) or ()
         if self._has_filter:
             self._find_next_count()
-
-    def _await(self, handler: InlineHandler, result: Awaitable[Any], engine: Any) -> Dispatch:
-        began = perf_counter()
-        try:
-            yield result
-        except Exception as error:
-            self._note(error, f"handler {handler.name!r}", engine)
-            raise
-        handler.seconds += perf_counter() - began
 
     def _should_run(self, listener: Listener, name: str, engine: Any, count: int) -> bool:
         try:
@@ -324,7 +311,7 @@ class Topic:
                     None,
                 ),
             )
-            for inbox in self._hot[3] if inboxes is None else inboxes:
+            for inbox in self._hot[1] if inboxes is None else inboxes:
                 if snapshots is not None:
                     event = new_event(Event, (*event[:-1], snapshots[inbox]))
                 inbox.accepted += 1

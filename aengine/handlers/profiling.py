@@ -32,12 +32,12 @@ _RECORDS = (ProfilerAction.RECORD, ProfilerAction.RECORD_AND_SAVE)
 _ENDS = Events.TERMINATE | Events.INTERRUPT | Events.COMPLETED | Events.CANCELLED | Events.EXCEPTION_RAISED
 
 _in_use = threading.Lock()
-"""Kineto, below torch.profiler, is one for the process: a second recording ruins the first, or ends in a crash. So this
-is one as well. It is held while a window is open, which torch itself does not show while it warms up."""
+"""Kineto, below torch.profiler, exists once in a process: a second recording ruins the first, or ends in a crash. So
+does this lock. It is held while a window is open, which torch itself does not show while it warms up."""
 
 
 class ProfilingEvents(EventEnum):
-    """What a Profiling fires on its engine, for itself."""
+    """What a Profiling fires on its engine, to be sent what it has recorded."""
 
     TRACE_RECORDED = "trace_recorded"
 
@@ -167,7 +167,7 @@ class Profiling:
 
     def _close(self, engine: AnyEngine) -> None:
         window, self._window = self._window, None
-        assert window is not None, "who calls this is removed with it"  # noqa: S101
+        assert window is not None, "the handlers that call this are removed with the window"  # noqa: S101
         while self._handles:
             self._handles.pop().remove()
         self._recorded = window.close(engine)
@@ -247,7 +247,7 @@ class _Window:
         """An iteration has been completed: say whether the next one is of this window, and if so, begin it.
 
         Raises:
-            RuntimeError: somebody else has used the profiler meanwhile.
+            RuntimeError: another profiler was started or stopped meanwhile.
         """
         next_action = self._schedule(self._iteration + 1 - self._opened_at)
         if self._action is ProfilerAction.RECORD_AND_SAVE or next_action is ProfilerAction.NONE:
@@ -264,7 +264,7 @@ class _Window:
         """Stop the profiler, and return what it has recorded, if that is an iteration.
 
         Raises:
-            RuntimeError: somebody else has used the profiler meanwhile.
+            RuntimeError: another profiler was started or stopped meanwhile.
         """
         try:
             self._end_range()
@@ -279,7 +279,7 @@ class _Window:
 
     def _refuse_if_disturbed(self) -> None:
         if _something_records() != (self._action in _RECORDS):
-            self._is_lost = True  # stopping what somebody else has stopped ends the process, by a crash
+            self._is_lost = True  # stopping a profiler that is stopped already crashes the process
             raise RuntimeError(
                 f"another profiler was started or stopped while iterations {self._opened_at} to {self._iteration} were"
                 " profiled, and torch has one at a time: the trace is lost. Use one of them, or choose other iterations"
@@ -288,20 +288,20 @@ class _Window:
 
 def _something_records() -> bool:
     """Say whether a profiler records, in any thread."""
-    anything: Any = torch_profiler  # what is public knows the present thread only
+    anything: Any = torch_profiler  # what is public knows the calling thread only
     return bool(anything._is_profiler_enabled)  # noqa: SLF001
 
 
 def _take_profiler(engine: AnyEngine) -> None:
     if not _in_use.acquire(blocking=False):
-        by_whom = "another engine, or another profile() of this one,"
+        other = "another engine, or another profile() of this one,"
     elif _something_records():
         _in_use.release()
-        by_whom = "another profiler, as by a  with torch.profiler.profile():  around it,"
+        other = "another profiler, as by a  with torch.profiler.profile():  around it,"
     else:
         return
     raise RuntimeError(
-        f"iteration {engine.state.iteration} of engine {engine.name!r} cannot be profiled while {by_whom} is being"
+        f"iteration {engine.state.iteration} of engine {engine.name!r} cannot be profiled while {other} is being"
         " recorded: torch has one profiler for a process. Choose iterations that do not coincide, or use one of them"
     )
 

@@ -11,9 +11,9 @@ from aengine.statistics import EngineStatistics, ListenerStatistics
 def table(statistics: EngineStatistics) -> str:
     """Return the statistics of a run, of one that is over or goes on, as lines of text.
 
-    Above is what the loop did, which adds up to the whole: "the rest" is the loop itself, and its wait for those who
-    listen to be done, at the end of a run. Below are these, whose time is their own; and the handlers of events that a
-    step or a handler fired, whose time stands above already, or that were fired beside the loop.
+    First stands what the loop did, which adds up to the whole: "the rest" is the loop itself, and its wait for the
+    subscribers at the end of the run. Then the handlers of events that were fired: by a step or a handler, whose time
+    includes theirs, or beside the loop. Last the subscribers and streams, whose time is their own.
     """
     s = statistics
     title = f"{s.name}: {s.iteration} iterations, {s.epoch} epochs, {_seconds(s.total)}"

@@ -69,7 +69,7 @@ def as_ignite(engine: Engine[Any, Any] | ignite.engine.Engine) -> ignite.engine.
     """
     if isinstance(engine, ignite.engine.Engine):
         return engine
-    if not isinstance(engine, Engine):  # pyright: ignore[reportUnnecessaryIsInstance]  # not everybody checks types
+    if not isinstance(engine, Engine):  # pyright: ignore[reportUnnecessaryIsInstance]  # not every caller checks types
         raise TypeError(f"as_ignite() shows an aengine.Engine as one of pytorch-ignite's, got {engine!r}")
     return cast(ignite.engine.Engine, _View(engine))
 

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import nullcontext
 from functools import partial
 from queue import SimpleQueue
 from typing import Any, TypeAlias, TypeVar
@@ -103,16 +104,10 @@ async def wait_until_done(future: "Future[Any]") -> None:
 
 
 def _work(calls: _Calls, settings: ThreadState | None) -> None:
-    if settings is None:
-        return _make(calls)
-    with settings.entered():
-        return _make(calls)
-
-
-def _make(calls: _Calls) -> None:
-    while (call := calls.get()) is not None:
-        call()
-        del call  # while waiting for the next, keep no reference to a batch, an output or what else it holds
+    with nullcontext() if settings is None else settings.entered():
+        while (call := calls.get()) is not None:
+            call()
+            del call  # while waiting for the next, keep no reference to a batch, an output or what else it holds
 
 
 def _run(future: "Future[T]", call: Callable[[], T]) -> None:

@@ -16,7 +16,12 @@ from anyio.lowlevel import RunVar, current_token
 
 
 class EventLoopHandle:
-    """An event loop and its thread, as seen from any thread."""
+    """An event loop and its thread, to have things called there. Made on that thread, used from any.
+
+    Attributes:
+        thread: the identifier of the event loop's thread.
+        turn: `await turn()` gives other tasks one turn. Cancellable.
+    """
 
     __slots__ = ("_context", "_is_asyncio", "_native", "_post", "thread", "turn")
 
@@ -25,15 +30,17 @@ class EventLoopHandle:
         self._native = native
         self._is_asyncio = hasattr(native, "call_soon_threadsafe")
         self._post: Callable[..., object] = native.call_soon_threadsafe if self._is_asyncio else native.run_sync_soon
-        # What anyio's checkpoint() comes to, but for finding out each time which event loop this is: a fifth of a turn.
+        # What anyio's checkpoint() does, without finding out each time which event loop this is: a fifth of a turn.
         self.turn: Callable[[], Awaitable[None]] = (
             partial(sys.modules["asyncio"].sleep, 0) if self._is_asyncio else sys.modules["trio"].lowlevel.checkpoint
         )
-        self._context = copy_context()  # of here: a callback has the context of its poster, where no event loop runs
+        # Callbacks run in a context of this thread. By default it would be that of the thread that posts them, where
+        # sniffio says that no event loop runs, so that anyio's calls would fail in them.
+        self._context = copy_context()
         self.thread = threading.get_ident()
 
     def is_same(self, other: "EventLoopHandle") -> bool:
-        """Say whether the other one is the same event loop."""
+        """Whether the other one is of the same event loop."""
         return self._post == other._post  # noqa: SLF001 -- another of this class
 
     @property
@@ -49,14 +56,19 @@ class EventLoopHandle:
             self.post(function)
 
     def post(self, function: Callable[[], object]) -> None:
-        """Call `function` on the event loop's thread, soon. From any thread, and from signal handlers."""
+        """Call `function` on the event loop's thread, soon. From any thread, and from signal handlers. Never raises.
+
+        Also on the event loop's own thread this wakes the event loop, which `call_soon` does not: a signal handler
+        interrupts `select()`, and Python resumes that afterwards unless something has woken it.
+        """
         try:
+            # A copy for each call, since a context that is entered cannot be entered again.
             self._post(partial(self._context.copy().run, function))
-        except RuntimeError:  # that event loop has ended (trio's RunFinishedError is one too): nobody listens there
+        except RuntimeError:  # the event loop has ended (trio's RunFinishedError is one too), and its tasks with it
             return
 
     def call_soon(self, function: Callable[[], object]) -> None:
-        """Call `function` in the next turn of the event loop. At home, where asyncio's need not be woken for that."""
+        """Call `function` in the next turn of the event loop. On its thread: asyncio is not woken by this."""
         if self._is_asyncio:
             self._native.call_soon(function, context=self._context)
         else:
@@ -70,118 +82,135 @@ class EventLoopHandle:
         *,
         name: str | None = None,
     ) -> None:
-        """Start a task, at home. If it is cancelled natively before its first step, `lost` is called in its place.
+        """Start a task. On the event loop's thread.
 
-        Such a task runs not a line, so that nobody who waits for it would ever hear of its end.
+        If the task is cancelled natively before its first step, `on_never_started` is called in its place: such a task
+        does not run a line, not even a `finally`, so that whatever waits for its end would wait for ever.
         """
-        has_begun = False
+        has_started = False
 
         @wraps(function)
         async def task() -> None:
-            nonlocal has_begun
-            has_begun = True
+            nonlocal has_started
+            has_started = True
             await function()
 
         def look() -> None:
-            if not has_begun:
+            if not has_started:
                 on_never_started()
 
         group.start_soon(task, name=name)
-        if self._is_asyncio:  # which takes a task's first step before what is posted after it; trio begins every task
+        if self._is_asyncio:
+            # A new task's first step is scheduled by start_soon(), and what is posted after it is called after it. By
+            # then the task has started, or it never will. On trio every task starts, cancelled or not.
             self.post(look)
 
     @contextmanager
     def woken_by_signals(self) -> Generator[None]:
-        """See that a signal wakes this event loop, so that its handler is called. At home, in the main thread.
+        """Have signals wake this event loop, so that their handlers are called at once. In the main thread.
 
-        One that comes just before `select()` does not interrupt it. trio and uvloop have a wake-up fd for that; asyncio
-        has one on Windows, and elsewhere from its first `add_signal_handler()` on.
+        Python calls a signal's handler between two bytecodes of the main thread. A signal that comes just before
+        `select()` does not interrupt it, and its handler would wait until something else does. So the interpreter is
+        given a file descriptor to write to at each signal, and the event loop reads its other end. trio and uvloop
+        have one already; asyncio has one on Windows, and elsewhere from its first `add_signal_handler()` on.
         """
-        before = signal.set_wakeup_fd(-1) if self._is_asyncio else None
+        before = signal.set_wakeup_fd(-1) if self._is_asyncio else None  # there is no way to read it but to set it
         if before != -1:
             if before is not None:
                 signal.set_wakeup_fd(before)
             yield
             return
-        heard, rung = os.pipe()
-        os.set_blocking(heard, False)
-        os.set_blocking(rung, False)
-        self._native.add_reader(heard, os.read, heard, 4096)
-        signal.set_wakeup_fd(rung, warn_on_full_buffer=False)
+        reader, writer = os.pipe()
+        os.set_blocking(reader, False)
+        os.set_blocking(writer, False)
+        self._native.add_reader(reader, os.read, reader, 4096)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)  # a full pipe wakes the event loop just as well
         try:
             yield
         finally:
             last = signal.set_wakeup_fd(-1)
-            if last != rung:  # somebody has put his own in its place
+            if last != writer:  # another library has set its own meanwhile
                 signal.set_wakeup_fd(last)
-            self._native.remove_reader(heard)
-            os.close(heard)
-            os.close(rung)
+            self._native.remove_reader(reader)
+            os.close(reader)
+            os.close(writer)
 
 
 class TickCounter:
-    """Counts the turns of the event loop, from one look to the next. One for each event loop, for all its engines."""
+    """Says whether the event loop has had a turn since it was asked before: then a loop on it need not give way.
+
+    One for each event loop, shared by its engines, each of which has a `watch()` of its own. It counts only while it is
+    asked: a callback in the next turn counts that turn, and schedules no other. So it does not keep an idle event loop
+    awake. All of it is called on the event loop's thread.
+    """
 
     @classmethod
     def here(cls) -> Self:
-        """Return the one of the event loop that runs here."""
+        """Return that of the event loop that runs here."""
         try:
-            return cast(Self, _turns.get())
+            return cast(Self, _tick_counter.get())
         except LookupError:
-            turns = cls()
-            _turns.set(turns)
-            return turns
+            counter = cls()
+            _tick_counter.set(counter)
+            return counter
 
     def __init__(self) -> None:
         self._loop_handle = EventLoopHandle()
-        self._passed = 0
-        self._is_counting = False
+        self._ticks = 0
+        self._is_counting = False  # the callback that counts the next turn is scheduled
 
     def watch(self) -> Callable[[], bool]:
-        """Return a function that says whether a turn has passed since it was called before. At home."""
-        seen = self._look()
+        """Return a function that says whether a turn has passed since it was called before."""
+        seen = self._read()
 
-        def has_one_passed() -> bool:
+        def has_ticked() -> bool:
             nonlocal seen
-            before, seen = seen, self._look()
+            before, seen = seen, self._read()
             return seen != before
 
-        return has_one_passed
+        return has_ticked
 
-    def _look(self) -> int:
+    def _read(self) -> int:
         if not self._is_counting:
             self._is_counting = True
-            self._loop_handle.call_soon(self._pass)
-        return self._passed
+            self._loop_handle.call_soon(self._tick)
+        return self._ticks
 
-    def _pass(self) -> None:
+    def _tick(self) -> None:
         self._is_counting = False
-        self._passed += 1
+        self._ticks += 1
 
 
-_turns: RunVar[TickCounter] = RunVar("aengine_turns")
+_tick_counter: RunVar[TickCounter] = RunVar("aengine_tick_counter")
 
 
 class ThreadSafeEvent:
-    """A one-shot event: rung from any thread, waited for at home."""
+    """A one-shot event: set from any thread, waited for on the event loop on which it was made.
+
+    `anyio.Event.set()` is for the event loop's thread only, and is called there. So from another thread `is_posted`
+    comes before `is_set`, by some turns of the event loop. There is no way back: what waits again makes another.
+
+    Attributes:
+        is_posted: whether `set()` has been called. For writers that set often, since each call wakes the event loop.
+    """
 
     __slots__ = ("_event", "_loop_handle", "is_posted")
 
     def __init__(self, loop_handle: EventLoopHandle) -> None:
-        self.is_posted = False  # for who rings often: once is enough
+        self.is_posted = False
         self._loop_handle = loop_handle
         self._event = anyio.Event()
 
     def set(self) -> None:
-        """Wake who waits, now or later. Callable from any thread, any number of times."""
+        """Wake all that wait for it, now or later. From any thread, any number of times."""
         self.is_posted = True
         self._loop_handle.call(self._event.set)
 
     @property
     def is_set(self) -> bool:
-        """Whether it has been rung, and that has reached home."""
+        """Whether it has been set, and the event loop knows."""
         return self._event.is_set()
 
     async def wait(self) -> None:
-        """Wait until it has been rung. Cancellable; nothing is lost by that."""
+        """Wait until it is set; at once if it is already. Cancellable; nothing is lost by that."""
         await self._event.wait()

@@ -1,4 +1,4 @@
-"""OpenMP: the threads that torch's kernels keep, released where they would be in the way."""
+"""OpenMP: the threads that torch's kernels keep, released where they would slow the worker down."""
 
 import sys
 from collections.abc import Generator
@@ -8,10 +8,15 @@ from typing import Any
 
 
 def release_idle_threads() -> None:
-    """Let go of the OpenMP threads that the calling thread keeps, if it keeps any.
+    """Release the OpenMP threads that the calling thread keeps, if it keeps any. Called as a run gets its worker.
 
-    GNU's OpenMP stops spinning as soon as it manages more threads than there are processors; torch steps on another
-    thread then run 3 to 5 times slower. `omp_pause_resource` is OpenMP 5.0, section 3.2.43; soft: settings stay.
+    Each thread that has run a parallel region keeps a team of threads for the next one: loading data or building a
+    model is enough. Between two regions they spin, which makes the next one start at once, but GNU's OpenMP stops that
+    as soon as it manages more threads than there are processors. With the idle team of the calling thread beside that
+    of the worker it does, and steps on the worker run 3 to 5 times slower: 541 against 3,000 µs in one measurement, and
+    300 against 296 with the idle team released. The calling thread gets a new one when it needs it.
+
+    `omp_pause_resource` is OpenMP 5.0, section 3.2.43; "soft" keeps the settings.
     """
     if "torch" in sys.modules and (openmp := _openmp()) is not None:
         openmp.omp_pause_resource(_SOFT, openmp.omp_get_initial_device())
@@ -19,7 +24,7 @@ def release_idle_threads() -> None:
 
 @contextmanager
 def on_one_thread() -> Generator[None]:
-    """Have the calling thread, and no other, do torch's work without help: where waiting for that takes longer."""
+    """Have the calling thread do torch's work alone for a while, where starting a team takes longer than that."""
     openmp = _openmp() if "torch" in sys.modules else None
     before = 0 if openmp is None else openmp.omp_get_max_threads()
     if openmp is not None:

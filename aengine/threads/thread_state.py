@@ -8,21 +8,21 @@ from typing import Any
 
 
 def context_for_thread() -> Context:
-    """Return the caller's context for code on another thread, where no event loop runs."""
+    """Return a copy of the caller's context for code on another thread, where no event loop runs."""
     context = copy_context()
-    if sniffio := sys.modules.get("sniffio"):  # it keeps in the context which library runs: not there
+    if sniffio := sys.modules.get("sniffio"):  # it keeps in the context which event loop runs, and none runs there
         context.run(sniffio.current_async_library_cvar.set, None)
     return context
 
 
 class ThreadState:
-    """torch's settings that belong to a thread: taken over from the caller of `run()`, for its step to see.
+    """torch's settings of one thread, to be had on another: those of the caller of `run()`, for its step on the worker.
 
     Grad mode, inference mode, autocast, default device and CUDA device. Nothing if torch is not loaded.
     """
 
     def __init__(self) -> None:
-        """Take down the settings of the present thread."""
+        """Record the settings of the calling thread."""
         self._torch: Any = sys.modules.get("torch")
         if torch := self._torch:
             self._grad = torch.is_grad_enabled()
@@ -37,7 +37,7 @@ class ThreadState:
 
     @contextmanager
     def entered(self) -> Generator[None]:
-        """Make the present thread's settings these for a while; then what they were before."""
+        """Give the calling thread these settings for a while; then what it had before."""
         with ExitStack() as entered:
             if self._torch is not None:
                 self._enter(self._torch, entered)
@@ -54,8 +54,8 @@ class ThreadState:
         # Each of these restores, on leaving, also what a step has left behind.
         entered.enter_context(torch.inference_mode(self._inference))
         entered.enter_context(torch.set_grad_enabled(self._grad))
-        # Set, and not entered: torch forgets the weights that it has cast when the outermost autocast is left, and that
-        # has to be the step's own, or the next step computes with the weights of this one.
+        # Set, instead of entering an autocast(): torch drops its cache of cast weights when the outermost autocast is
+        # left. That must be the one in the step, or the next step would compute with the weights of this one.
         for kind, dtype, enabled in self._autocast:
             entered.callback(torch.set_autocast_enabled, kind, torch.is_autocast_enabled(kind))
             entered.callback(torch.set_autocast_dtype, kind, torch.get_autocast_dtype(kind))

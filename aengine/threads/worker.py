@@ -23,18 +23,9 @@ class WorkItem:
     """
 
     __slots__ = (
-        "_abandoned_by",
-        "_answers",
-        "_context",
-        "_loop_handle",
-        "_wakeup",
-        "_wanted",
-        "arguments",
-        "done",
-        "error",
-        "function",
-        "result",
-    )
+        "_abandoned_by", "_answers", "_context", "_loop_handle", "_wakeup", "_wanted", "arguments", "done", "error",
+        "function", "result",
+    )  # fmt: skip
 
     def __init__(
         self, loop_handle: EventLoopHandle, context: Context, function: Callable[..., Any], *arguments: Any

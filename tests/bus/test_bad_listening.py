@@ -1,4 +1,4 @@
-"""What is refused of those who listen: filters, handlers, events, subscribers, streams."""
+"""What is refused where something is to listen: filters, handlers, events, subscribers, streams."""
 
 from collections.abc import AsyncIterator, Callable, Iterator
 from datetime import timedelta

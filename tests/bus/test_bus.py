@@ -333,9 +333,9 @@ async def test_overflow_error_fails_the_run_and_says_what_to_do(thread: Thread) 
 
     @engine.on(Events.EXCEPTION_RAISED)
     def open_gate() -> None:
-        home.call(gate.set)
+        loop_handle.call(gate.set)
 
-    home = EventLoopHandle()
+    loop_handle = EventLoopHandle()
     with pytest.raises(InboxOverflow, match=r"'saver' is full.*overflow="):
         await engine.run(range(100))
     assert engine.state.iteration in (3, 4)  # the first may have been taken, or not yet
@@ -344,7 +344,7 @@ async def test_overflow_error_fails_the_run_and_says_what_to_do(thread: Thread) 
     assert listener.accepted == listener.handled + listener.dropped + listener.discarded
 
 
-async def test_a_full_inbox_that_raises_keeps_the_event_from_nobody_else() -> None:
+async def test_a_full_inbox_that_raises_keeps_the_event_from_no_other() -> None:
     engine = Engine(async_step)
     engine.register_events("NEWS")
     first: list[int] = []
@@ -393,9 +393,9 @@ async def test_a_subscriber_that_hangs_does_not_delay_the_step(thread: Thread, o
 
     @engine.on(Events.COMPLETED)
     def open_gate() -> None:
-        home.call(gate.set)  # opened by the end of the run: had the loop waited, it never would be
+        loop_handle.call(gate.set)  # opened by the end of the run: had the loop waited, it never would be
 
-    home = EventLoopHandle()
+    loop_handle = EventLoopHandle()
     await engine.run(range(1000))
     assert engine.state.iteration == 1000
 

@@ -77,11 +77,11 @@ async def test_a_step_on_the_worker_waits_for_async_handlers() -> None:
     engine = Engine(firing)
     engine.register_events(*Backprop)
     order: list[str] = []
-    home = threading.get_ident()
+    loop_thread = threading.get_ident()
 
     @engine.on(Backprop.BACKWARD_STARTED)
     async def started() -> None:
-        assert threading.get_ident() == home
+        assert threading.get_ident() == loop_thread
         order.append("begins")
         await checkpoint()
         order.append("ends")

@@ -257,7 +257,7 @@ def test_filter_holds_for_a_counter_that_stands_still(arguments: dict[str, Any])
 
 
 def test_event_filter_without_a_signature_is_called() -> None:
-    """As some of what is written in C: nobody can say what it takes."""
+    """As some of what is written in C: nothing says what it takes."""
     due: Any = "due".format
     never: Any = "".format
     assert counts(Events.EPOCH_COMPLETED(due), "epoch") == [1, 2, 3]

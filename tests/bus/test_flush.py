@@ -194,7 +194,7 @@ async def test_flush_without_a_run_returns_at_once_or_says_why_it_cannot() -> No
 async def test_a_flush_that_waits_when_the_run_fails_comes_back(thread: Thread) -> None:
     engine = Engine(step, thread=thread)
     waits = anyio.Event()
-    home = EventLoopHandle()
+    loop_handle = EventLoopHandle()
 
     @engine.subscribe(Events.ITERATION_COMPLETED)
     async def fail(event: Event) -> None:
@@ -202,7 +202,7 @@ async def test_a_flush_that_waits_when_the_run_fails_comes_back(thread: Thread) 
         raise ValueError("failed")
 
     async def flush() -> None:
-        home.post(waits.set)
+        loop_handle.post(waits.set)
         await engine.flush()
 
     @engine.on(Events.ITERATION_COMPLETED(once=1))

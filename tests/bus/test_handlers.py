@@ -1,4 +1,4 @@
-"""Handlers and events: who is called, how, in which order; and how events are told apart. No event loop."""
+"""Handlers and events: which are called, how, in which order; and how events are told apart. No event loop."""
 
 from collections import deque
 from collections.abc import Callable
@@ -8,6 +8,7 @@ import pytest
 from support.record import AnyEngine, Boom, at, double, engine_that, place, record
 
 from aengine import Engine, EventEnum, Events, EventsList, RemovableEventHandle
+from aengine.callables import named
 
 
 class Backward(EventEnum):
@@ -28,7 +29,7 @@ def test_handlers_run_in_the_order_in_which_they_were_added() -> None:
 
 
 def test_handler_without_a_signature_is_called_with_the_engine() -> None:
-    """As some of what is written in C: nobody can say what it takes."""
+    """As some of what is written in C: nothing says what it takes."""
     engine = Engine(double)
     called: deque[object] = deque()
     engine.add_event_handler(Events.STARTED, called.append)
@@ -60,6 +61,57 @@ def test_handler_is_called_with_the_engine_if_it_takes_it() -> None:
         engine.add_event_handler(Events.STARTED, handler, 1, two=2)
     engine.run_sync([1])
     assert called == [(engine, 1, 2), (1, 2), (engine, 1, {"two": 2}), (engine, 1, 2), (1, 2)]
+
+
+@pytest.mark.parametrize("takes_the_engine", [True, False])
+def test_keyword_only_arguments_reach_the_handler(*, takes_the_engine: bool) -> None:
+    """Those that are given; the others keep their defaults."""
+    given: list[dict[str, Any]] = []
+    engine = Engine(double)
+
+    def with_engine(engine: Any, first: int, *, second: int, third: int = 3, **rest: int) -> None:
+        given.append({"first": first, "second": second, "third": third, **rest})
+
+    def without(*, second: int, third: int = 3, **rest: int) -> None:
+        given.append({"second": second, "third": third, **rest})
+
+    if takes_the_engine:
+        engine.add_event_handler(Events.COMPLETED, with_engine, 1, second=2, fourth=4)
+        engine.on(Events.COMPLETED, first=10, second=20, third=30)(with_engine)
+    else:
+        engine.add_event_handler(Events.COMPLETED, without, second=2, fourth=4)
+        engine.on(Events.COMPLETED, second=20, third=30)(without)
+    engine.run_sync([1])
+    first, last = ({"first": 1}, {"first": 10}) if takes_the_engine else ({}, {})
+    assert given == [{**first, "second": 2, "third": 3, "fourth": 4}, {**last, "second": 20, "third": 30}]
+
+
+def test_keyword_only_argument_that_is_missing_is_refused_when_the_handler_is_added() -> None:
+    def handler(engine: Any, *, needed: int) -> None: ...
+
+    with pytest.raises(TypeError, match=r"handler\(engine: Any, \*, needed: int\).*cannot be called as"):
+        Engine(double).add_event_handler(Events.COMPLETED, handler)
+
+
+def test_named_handler_stands_under_its_name_and_is_called_as_before() -> None:
+    """In statistics, and in the note on its error."""
+
+    class Part:
+        def fail(self, engine: Any, *, how: str) -> None:
+            raise ValueError(how)
+
+        def state_dict(self) -> dict[str, int]:
+            return {}
+
+        def load_state_dict(self, state: Any) -> None: ...
+
+    part, engine = Part(), Engine(double)
+    engine.add_event_handler(Events.COMPLETED, named(part.fail, "part of a test"), how="so")
+    assert engine.stateful_listeners() == [part]
+    with pytest.raises(ValueError, match="so") as caught:
+        engine.run_sync([1])
+    assert "in handler 'part of a test' of COMPLETED" in caught.value.__notes__[0]
+    assert list(engine.statistics().handlers) == ["part of a test"]
 
 
 def test_signature_is_looked_at_when_the_handler_is_added_and_not_when_it_is_called() -> None:

@@ -56,8 +56,9 @@ class Box(Inbox):
     def put(self, event: Event) -> bool:
         """Send an event of this name and number. Returns False if room is to be waited for before another."""
         topic = self.bus.topic(event.name)
-        if not topic.inbox_listeners:
-            topic.listen(InboxListener(selectors(event.name)[0], self, snapshot=None))
+        with self.bus.lock:
+            if not topic.inbox_listeners:
+                topic.listen(InboxListener(selectors(event.name)[0], self, snapshot=None))
         self.bus.sequence = event.sequence - 1
         return topic.dispatch(SimpleNamespace(state=self.bus.state), 0) is None
 

@@ -162,7 +162,7 @@ async def test_a_snapshot_may_be_any_callable() -> None:
     assert seen == [105]
 
 
-async def test_no_snapshot_is_taken_when_nobody_is_due() -> None:
+async def test_no_snapshot_is_taken_when_no_listener_is_due() -> None:
     engine = Engine(step)
     taken = 0
 

@@ -323,7 +323,7 @@ async def test_a_pause_is_time_of_the_event_loop() -> None:
 
 
 @pytest.mark.parametrize("waits", [False, True])
-async def test_turns_are_given_away_only_where_nobody_had_one(*, waits: bool) -> None:
+async def test_turns_are_given_away_only_where_no_task_had_one(*, waits: bool) -> None:
     """A step that waits lets the others have their turn by that; one that does not spends the budget of the loop."""
     turns = 0
 

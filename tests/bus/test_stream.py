@@ -1,4 +1,4 @@
-"""Streams: events for whoever reads them, however slowly and for however long."""
+"""Streams: events to be read, however slowly and for however long."""
 # ruff: noqa: PERF401, PT012 -- an `async for`, or a block with its `async with`, is what is under test
 
 import gc
@@ -212,7 +212,7 @@ async def test_reading_outside_of_the_block_says_how_to() -> None:
 # Slow readers, and readers that go
 
 
-async def test_a_slow_reader_loses_the_oldest_and_is_told_how_many() -> None:
+async def test_a_slow_reader_loses_the_oldest_and_learns_how_many() -> None:
     engine = Engine(step)
     async with engine.stream(Events.ITERATION_COMPLETED, buffer=4) as events:
         await engine.run(range(100))
@@ -315,7 +315,7 @@ async def test_a_reader_that_raises_is_its_own_business() -> None:
     assert engine.state.iteration == 100
 
 
-async def test_an_opened_stream_that_nobody_reads_never_slows_the_run() -> None:
+async def test_an_opened_stream_that_is_not_read_never_slows_the_run() -> None:
     engine = Engine(step)
     async with engine.stream(Events.ITERATION_COMPLETED):
         await engine.run(range(1000))

@@ -48,7 +48,7 @@ MAKE = pytest.mark.parametrize(
 
 
 @pytest.fixture(autouse=True)
-def everybody_may_profile_afterwards(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def the_profiler_is_free_afterwards(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Whatever a test has done: nothing records any more, and the next one, torch's own or an engine's, works."""
     yield
     with torch.profiler.profile(**ON_CPU) as recorded:

@@ -1,4 +1,4 @@
-"""The same story on pytorch-ignite's engine and on ours, in each of the ways that ours runs a step."""
+"""The same scenario on pytorch-ignite's engine and on ours, in each of the ways that ours runs a step."""
 
 import struct
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from aengine import Engine
 Step: TypeAlias = Callable[[Any, Any], Any]
 Make: TypeAlias = Callable[[Step], Any]
 """Makes an engine, theirs or ours."""
-Story: TypeAlias = Callable[[Make], tuple[Any, Callable[[], Any]]]
+Scenario: TypeAlias = Callable[[Make], tuple[Any, Callable[[], Any]]]
 """Makes an engine, and attaches what is under test; returns it, and what says, after the run, what came of it."""
 
 
@@ -32,26 +32,26 @@ WAYS: dict[str, Make] = {
 }
 
 
-def told_by_theirs(story: Story, data: Any, **limits: int) -> Any:
-    engine, told = story(ignite.engine.Engine)
+def run_theirs(scenario: Scenario, data: Any, **limits: int) -> Any:
+    engine, outcome = scenario(ignite.engine.Engine)
     engine.run(data, **limits)
-    return told()
+    return outcome()
 
 
-async def told_by_ours(story: Story, data: Any, **limits: int) -> dict[str, Any]:
-    """Return what is told in each of the ways."""
-    tales: dict[str, Any] = {}
+async def run_ours(scenario: Scenario, data: Any, **limits: int) -> dict[str, Any]:
+    """Return the outcome in each of the ways."""
+    outcomes: dict[str, Any] = {}
     for way, make in WAYS.items():
-        engine, told = story(make)
+        engine, outcome = scenario(make)
         await engine.run(data, **limits)
-        tales[way] = told()
-    return tales
+        outcomes[way] = outcome()
+    return outcomes
 
 
-async def told_by_both(story: Story, data: Any, **limits: int) -> Any:
-    """Tell a story on both, see that all tales are the same, and return it."""
-    theirs = told_by_theirs(story, data, **limits)
-    for way, ours in (await told_by_ours(story, data, **limits)).items():
+async def same_on_both(scenario: Scenario, data: Any, **limits: int) -> Any:
+    """Run a scenario on both, check that all outcomes are the same, and return that."""
+    theirs = run_theirs(scenario, data, **limits)
+    for way, ours in (await run_ours(scenario, data, **limits)).items():
         assert ours == theirs, way
     return theirs
 

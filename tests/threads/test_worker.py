@@ -1,4 +1,4 @@
-"""The worker: one thread for what blocks, its own or borrowed, and an event loop that stays free."""
+"""The worker: one thread for what blocks, its own or shared, and an event loop that stays free."""
 
 import asyncio
 import subprocess
@@ -239,7 +239,7 @@ async def test_a_context_variable_that_a_step_sets_stays_in_its_run() -> None:
 # Nested runs
 
 
-async def test_a_run_in_an_async_handler_borrows_the_idle_thread() -> None:
+async def test_a_run_in_an_async_handler_shares_the_idle_thread() -> None:
     threads: list[threading.Thread] = []
     outer, middle, inner = noting(threads), noting(threads), noting(threads)
 

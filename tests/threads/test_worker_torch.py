@@ -1,4 +1,4 @@
-"""torch's settings that belong to a thread: those of the caller hold in its run, and nobody else's do."""
+"""torch's settings that belong to a thread: those of the caller hold in its run, and no other's do."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -115,7 +115,7 @@ async def test_the_settings_of_the_caller_hold_in_its_run(
 async def test_each_run_has_the_settings_of_its_own_caller(
     context: Callable[[], AbstractContextManager[Any]],
 ) -> None:
-    """An evaluation in a handler, under no_grad say, borrows the thread of the training."""
+    """An evaluation in a handler, under no_grad say, shares the thread of the training."""
     seen: list[Settings] = []
 
     def step(engine: Engine[Any, None], batch: Any) -> None:
@@ -167,7 +167,7 @@ def leave_behind_default_device() -> None:
         leave_behind_default_device,
     ],
 )
-async def test_what_a_step_leaves_behind_changes_nobody_elses(
+async def test_what_a_step_leaves_behind_changes_no_other_run(
     leave_behind: Callable[[], None],
 ) -> None:
     before = settings()
