@@ -26,7 +26,7 @@ class DataPosition:
         length: batches in a pass; None while that is not known.
         unread: fetched and not stepped on, in an earlier run or ahead of the step: the next to be taken.
         stateful: what was opened, where it has a `state_dict` of its own.
-        must_skip: batches that are to be fetched and dropped before the first that is taken.
+        to_skip: batches that are to be fetched and dropped before the first that is taken.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class DataPosition:
     ) -> None:
         self.length = data.length
         self.unread: deque[Fetched] = deque(unread)
-        self.must_skip = 0
+        self.to_skip = 0
         self._data = data
         self._logger = logger
         self.stateful: Stateful | None = None
@@ -76,7 +76,7 @@ class DataPosition:
         self._before, self._after = self._after, fetched.state
         return fetched.batch
 
-    def put_back(self, batch: Any) -> None:
+    def unread_batch(self, batch: Any) -> None:
         """The batch last taken was not stepped on: it is the next one."""
         self.unread.appendleft(Fetched(batch, self._after))
         self._taken -= 1
@@ -119,7 +119,7 @@ class DataPosition:
         return False
 
     def rewind(self, made: Any) -> None:
-        """Put back what was opened to the position to be resumed at, before it is iterated; `must_skip` says the rest.
+        """Put back what was opened to the position to be resumed at, before it is iterated; `to_skip` says the rest.
 
         Data may draw random numbers when it is opened. It has done so in the run that is resumed, and is to draw the
         same ones now and none of the process's: call `end_rewind()` once the batches are skipped.
@@ -129,7 +129,7 @@ class DataPosition:
             # Hugging Face's go back to the state that they were given at each pass, until they are given another.
             made.load_state_dict({})
         position, self._resume_at = self._resume_at, None
-        self.must_skip, randomness, level = 0, self._randomness, logging.INFO
+        self.to_skip, randomness, level = 0, self._randomness, logging.INFO
         if position is None or not (position["batches"] or position["state"]):
             if randomness is not None:
                 self._rng_at_start = randomness.capture(self._data.data)
@@ -143,10 +143,10 @@ class DataPosition:
             how = "was put back to its own state"
         elif self._can_skip:
             self.unread.clear()
-            self.must_skip = int(position["batches"])
+            self.to_skip = int(position["batches"])
             if randomness is not None and self._rng_at_start is not None:
                 randomness.restore(self._rng_at_start, self._data.data)
-            how = f"is fast-forwarded: {self.must_skip} batches are fetched and dropped"
+            how = f"is fast-forwarded: {self.to_skip} batches are fetched and dropped"
         else:
             self._origin += position["batches"]
             self._taken = 0
@@ -157,7 +157,7 @@ class DataPosition:
 
     def end_rewind(self) -> None:
         """The batches are skipped: have the process draw the random numbers that it would have drawn without that."""
-        self.must_skip = 0
+        self.to_skip = 0
         before, self._rng_before_rewind = self._rng_before_rewind, None
         if before is not None and self._randomness is not None:
             self._randomness.restore(before, None)
@@ -165,6 +165,6 @@ class DataPosition:
     def too_short(self, length: int) -> ValueError:
         """Return the error for data that ended while batches of it were skipped."""
         return ValueError(
-            f"cannot resume after {self.must_skip} batches of the data ({self._data.name}): it has only {length}. Pass"
+            f"cannot resume after {self.to_skip} batches of the data ({self._data.name}): it has only {length}. Pass"
             " the same data"
         )

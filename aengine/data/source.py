@@ -101,9 +101,13 @@ class Source:
         self.take, self.arrival = self._open_and_take, self._open_and_wait
         self.position.restart(completed)
 
-    def put_back(self, batch: Any) -> None:
+    def forget(self) -> None:
+        """Drop what was fetched and not stepped on: the data begins again."""
+        self.position.unread.clear()
+
+    def unread_batch(self, batch: Any) -> None:
         """Take back the batch in hand, which was not stepped on: it is the next one."""
-        self.position.put_back(batch)
+        self.position.unread_batch(batch)
         self.take = self._take_unread
 
     def unread(self) -> list[Fetched]:
@@ -123,7 +127,7 @@ class Source:
         if has(made, "__aiter__"):
             position.rewind(made)
             self._iterator = aiter(cast(AsyncIterable[Any], made))
-            if not position.must_skip:
+            if not position.to_skip:
                 position.end_rewind()
             self.take = _pending
             return PENDING
@@ -134,7 +138,7 @@ class Source:
         position.rewind(made)
         try:
             self._iterator = iter(cast(Iterable[Any], made))
-            for fetched in range(position.must_skip):
+            for fetched in range(position.to_skip):
                 if next(self._iterator, _END) is _END:
                     raise position.too_short(fetched)
         finally:
@@ -153,7 +157,7 @@ class Source:
                 return taken
         position = self.position
         try:
-            for fetched in range(position.must_skip):
+            for fetched in range(position.to_skip):
                 if await anext(self._iterator, _END) is _END:
                     raise position.too_short(fetched)
         finally:
@@ -238,7 +242,7 @@ class Source:
             # exited, and entered again: begin again, by position.
             position = self.position.after(completed)
             await self.aclose()
-            self.position.unread.clear()
+            self.forget()
             self.restart(completed)
             self.resume_at(position, completed)
             if self._is_manager:

@@ -61,7 +61,7 @@ class Feed:
         if not source.has_ended:
             batch = yield from self.fetch()
             if batch is not END:
-                source.put_back(batch)
+                source.unread_batch(batch)
                 return
             source.end(completed)
         raise Exhausted
@@ -89,11 +89,11 @@ class Feed:
     def restart(self, completed: int) -> LoopGenerator:
         """Begin the data again at the next fetch; what cannot begin again goes on where it is."""
         if self.source.is_one_shot:
-            self.put_back()
+            self.unread_batch()
             return
         self.in_hand = END
         yield from self._close()
-        self.source.position.unread.clear()
+        self.source.forget()
         self.source.restart(completed)
 
     def replace(self, source: Source) -> None:
@@ -116,18 +116,18 @@ class Feed:
         if self.source.must_be_awaited:
             yield self.source.suspend(completed + (self.in_hand is not END))
 
-    def put_back(self) -> None:
+    def unread_batch(self) -> None:
         """Have the batch in hand, which is not stepped on, be the next one."""
         batch, self.in_hand = self.in_hand, END
         if batch is not END:
-            self.source.put_back(batch)
+            self.source.unread_batch(batch)
 
     def close(self, *, gently: bool) -> LoopGenerator:
         """Close the data at the end of a run. A second time does nothing: then closing it is what failed."""
         if self._is_closed:
             return
         self._is_closed = True
-        self.put_back()
+        self.unread_batch()
         if self.source.must_be_awaited:
             yield Effect.SHIELD
         yield from self._close(gently=gently, is_last=True)
@@ -142,7 +142,7 @@ class Feed:
 
     def abandon(self) -> None:
         """Close the data where nothing can be awaited any more."""
-        self.put_back()
+        self.unread_batch()
         self.source.close()
 
     def exhaustion(self, completed: int) -> str:
