@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support.ignite import ignite
-from support.ignite_parity import Make, Story, told_by_both
+from support.ignite_parity import MakeEngine, Scenario, same_on_both
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]  # it has no types
 from torch import nn
 
@@ -44,7 +44,7 @@ def written_in(folder: Path) -> dict[str, list[Any]]:
 async def test_tensorboard_shows_what_it_shows_there(tmp_path: Path) -> None:
     made: list[Path] = []
 
-    def story(make: Make) -> tuple[Any, Callable[[], Any]]:
+    def scenario(make: MakeEngine) -> tuple[Any, Callable[[], Any]]:
         made.append(folder := tmp_path / str(len(made)))
         model = nn.Linear(1, 1)
         nn.init.zeros_(model.bias)
@@ -75,7 +75,7 @@ async def test_tensorboard_shows_what_it_shows_there(tmp_path: Path) -> None:
 
         return engine, told
 
-    shown = await told_by_both(story, [1.0, 2.0, 3.0], max_epochs=2)
+    shown = await same_on_both(scenario, [1.0, 2.0, 3.0], max_epochs=2)
     assert shown["training/it"] == [(2, 4.0), (4, 2.0), (6, 6.0)]
     assert shown["training/mean"] == [(1, 4.0), (2, 4.0)]
     assert len(shown["lr/group_0"]) == 6
@@ -86,7 +86,7 @@ async def test_logging_is_set_up_by_ignites_own_helper(tmp_path: Path) -> None:
     """It asks whether its one evaluator is an engine."""
     made: list[Path] = []
 
-    def story(make: Make) -> tuple[Any, Callable[[], Any]]:
+    def scenario(make: MakeEngine) -> tuple[Any, Callable[[], Any]]:
         made.append(folder := tmp_path / str(len(made)))
         trainer, evaluator = make(hand_on), make(hand_on)
         logger = handlers.logger_utils.setup_tb_logging(
@@ -102,7 +102,7 @@ async def test_logging_is_set_up_by_ignites_own_helper(tmp_path: Path) -> None:
 
         return trainer, told
 
-    shown = await told_by_both(story, [1.0, 2.0])
+    shown = await same_on_both(scenario, [1.0, 2.0])
     assert shown == {"training/loss": [(1, 1.0), (2, 1.0)], "validation/score": [(1, 0.5)]}
 
 
@@ -134,20 +134,20 @@ def test_logger_refuses_an_event_of_ours_that_ignite_does_not_know(tmp_path: Pat
 # ProgressBar
 
 
-def progress(attach: Callable[[Any, Any], object], **options: Any) -> Story:
-    """Return the story of a progress bar, which tells what it has written, without the times."""
+def progress(attach: Callable[[Any, Any], object], **options: Any) -> Scenario:
+    """Return the scenario of a progress bar, which tells what it has written, without the times."""
 
-    def story(make: Make) -> tuple[Any, Callable[[], Any]]:
+    def scenario(make: MakeEngine) -> tuple[Any, Callable[[], Any]]:
         written = io.StringIO()
         engine = make(hand_on)
         ignite.metrics.RunningAverage(output_transform=lambda output: output).attach(engine, "mean")
         attach(handlers.ProgressBar(file=written, mininterval=0, **options), as_ignite(engine))
         return engine, lambda: re.sub(r"\d\d:\d\d|\?", "", written.getvalue()).split("\r")
 
-    return story
+    return scenario
 
 
-PROGRESS: dict[str, Story] = {
+PROGRESS: dict[str, Scenario] = {
     "plain": progress(lambda bar, engine: bar.attach(engine)),
     "metrics": progress(lambda bar, engine: bar.attach(engine, ["mean"])),
     "all metrics, persisting": progress(lambda bar, engine: bar.attach(engine, "all"), persist=True),
@@ -162,7 +162,7 @@ PROGRESS: dict[str, Story] = {
 
 @pytest.mark.parametrize("bar", PROGRESS)
 async def test_progress_bar_writes_what_it_writes_there(bar: str) -> None:
-    written = await told_by_both(PROGRESS[bar], [1.0, 2.0, 3.0, 4.0], max_epochs=2)
+    written = await same_on_both(PROGRESS[bar], [1.0, 2.0, 3.0, 4.0], max_epochs=2)
     assert any("2/2" in line for line in written)
 
 

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import pytest
 import torch
 from support.ignite import ignite
-from support.ignite_parity import Make, to_the_bit, told_by_both
+from support.ignite_parity import MakeEngine, as_bits, same_on_both
 from torch import Tensor, nn
 
 from aengine import Engine
@@ -26,19 +26,19 @@ def hand_on(engine: Any, batch: Pair) -> Pair:
     return batch
 
 
-def results(attach: Attach) -> Callable[[Make], tuple[Any, Callable[[], Any]]]:
-    """Return the story of an engine whose metrics are looked at after each iteration and each epoch."""
+def results(attach: Attach) -> Callable[[MakeEngine], tuple[Any, Callable[[], Any]]]:
+    """Return the scenario of an engine whose metrics are looked at after each iteration and each epoch."""
 
-    def story(make: Make) -> tuple[Any, Callable[[], Any]]:
+    def scenario(make: MakeEngine) -> tuple[Any, Callable[[], Any]]:
         engine = make(hand_on)
         attach(engine)
         seen: list[Any] = []
         events = ignite.engine.Events
         for event in (events.ITERATION_COMPLETED, events.EPOCH_COMPLETED):
-            engine.add_event_handler(event, lambda engine: seen.append(to_the_bit(engine.state.metrics)))
+            engine.add_event_handler(event, lambda engine: seen.append(as_bits(engine.state.metrics)))
         return engine, lambda: seen
 
-    return story
+    return scenario
 
 
 def batches(make: Callable[[torch.Generator], Pair]) -> list[Pair]:
@@ -140,7 +140,7 @@ METRICS: dict[str, tuple[list[Pair], Callable[[], Any]]] = {
 @pytest.mark.parametrize("metric", METRICS)
 async def test_metric_gives_what_it_gives_on_ignites_engine(metric: str) -> None:
     data, make = METRICS[metric]
-    seen = await told_by_both(results(lambda engine: make().attach(engine, "it")), data, max_epochs=2)
+    seen = await same_on_both(results(lambda engine: make().attach(engine, "it")), data, max_epochs=2)
     assert "it" in seen[-1]
 
 
@@ -166,7 +166,7 @@ async def test_usage_of_a_metric_is_understood(usage: str) -> None:
     def attach(engine: Any) -> None:
         metrics.Accuracy().attach(engine, "it", usage=USAGES[usage]())
 
-    seen = await told_by_both(results(attach), CLASSES, max_epochs=2)
+    seen = await same_on_both(results(attach), CLASSES, max_epochs=2)
     assert "it" in seen[-1]
 
 
@@ -175,7 +175,7 @@ async def test_running_usage_of_a_metric_is_understood(usage: str) -> None:
     def attach(engine: Any) -> None:
         metrics.RunningAverage(metrics.Accuracy()).attach(engine, "it", usage=RUNNING_USAGES[usage]())
 
-    seen = await told_by_both(results(attach), CLASSES, max_epochs=3)
+    seen = await same_on_both(results(attach), CLASSES, max_epochs=3)
     assert "it" in seen[-1]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from anyio.lowlevel import checkpoint as breathe
 from support.ignite import ignite
-from support.ignite_parity import Make, told_by_both
+from support.ignite_parity import MakeEngine, same_on_both
 
 import aengine
 from aengine import Engine, Events, StopReason
@@ -205,7 +205,7 @@ def test_what_to_install_is_said_where_ignite_is_missing(monkeypatch: pytest.Mon
 
 
 async def test_trainer_is_stopped_when_ignite_stops_it() -> None:
-    def story(make: Make) -> tuple[Any, Callable[[], Any]]:
+    def scenario(make: MakeEngine) -> tuple[Any, Callable[[], Any]]:
         scores = iter([0.1, 0.3, 0.2, 0.4, 0.3, 0.35, 0.1, 0.1, 0.1])
         trainer = make(nothing)
         seen: list[Any] = []
@@ -216,7 +216,7 @@ async def test_trainer_is_stopped_when_ignite_stops_it() -> None:
         )
         return trainer, lambda: seen
 
-    seen = await told_by_both(story, [1, 2], max_epochs=9)
+    seen = await same_on_both(scenario, [1, 2], max_epochs=9)
     assert seen == [(1, 0), (2, 0), (3, 1), (4, 0), (5, 1), (6, 2)]
 
 
