@@ -78,7 +78,7 @@ def mark_variants(items: list[pytest.Function]) -> None:
 
 
 def pytest_configure() -> None:
-    """Have Ctrl-C raise also where this was started in the background of a script, in which it, and so children, ignore it."""
+    """Have Ctrl-C raise also where this was started in the background of a script, which has it ignored."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
