@@ -1,4 +1,4 @@
-"""What holds for every test: three event loops, and nothing left behind."""
+"""What holds for every test: which event loops it runs on, which cases run by default, and nothing left behind."""
 
 import gc
 import logging
@@ -19,11 +19,11 @@ from support.covering_array import covering
 # Set here, before torch is imported, and inherited by the workers: tests of small models take half the time.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-# The machines are shared, so a slow example is no finding; and what fails here failed before, since the examples are
-# always the same. To look for new ones: --hypothesis-profile=explore.
-PATIENT: dict[str, Any] = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
-hypothesis.settings.register_profile("explore", max_examples=1000, print_blob=True, **PATIENT)
-hypothesis.settings.register_profile("aengine", derandomize=True, database=None, **PATIENT)
+# No deadline, since other work on the machine makes an example slow too. And always the same examples, so that a change
+# fails only by its own faults. To look for new ones: --hypothesis-profile=explore.
+NO_DEADLINE: dict[str, Any] = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
+hypothesis.settings.register_profile("explore", max_examples=1000, print_blob=True, **NO_DEADLINE)
+hypothesis.settings.register_profile("aengine", derandomize=True, database=None, **NO_DEADLINE)
 hypothesis.settings.load_profile("aengine")
 
 
@@ -78,23 +78,23 @@ def mark_variants(items: list[pytest.Function]) -> None:
 
 
 def pytest_configure() -> None:
-    """Hear Ctrl-C though this was started in the background of a script, where it is ignored: so would our children."""
+    """Have Ctrl-C raise also where this was started in the background of a script, which has it ignored."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_finish() -> None:
-    """Leave what importing made out of every later collection: torch's modules alone take 0.1 s to walk."""
+    """Exclude what was imported from every later collection of garbage: torch's modules alone take 0.1 s."""
     gc.collect()
     gc.freeze()
-    # Development mode is for this process: in one that a test starts, asyncio would complain on stderr of each callback
-    # that took 0.1 s, as any may on a busy machine. Not before now, for pytest's workers inherit it.
+    # Development mode is for this process: in one that a test starts, asyncio would warn on stderr of each callback
+    # that took 0.1 s, as any may on a busy machine. Removed only now, since pytest's workers must inherit it.
     os.environ.pop("PYTHONDEVMODE", None)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
-    """Let the last test of a module look at all there is: what an earlier one dropped too late speaks up there."""
+    """Have the last test of a module collect all garbage: what an earlier one dropped too late is reported there."""
     if nextitem is None or nextitem.path != item.path:
         gc.unfreeze()
 
@@ -110,15 +110,15 @@ def nothing_left_behind(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     """Fail the test that leaves a thread, a coroutine never awaited, or an exception never retrieved."""
     before = threading.enumerate()
     yield
-    # What was dropped speaks up when it is collected: here, so that the right test fails. pytest makes an error of
-    # what a finalizer raises or warns of; asyncio only logs it.
+    # Collected here, so that the right test fails: pytest makes an error of what a finalizer raises or warns of, while
+    # asyncio only logs it.
     gc.collect()
-    gc.freeze()  # what lives on outlives the test, and is not walked again after each of the following ones
+    gc.freeze()  # what is still alive outlives the test, and need not be looked at again after each of the next ones
     records = [*caplog.get_records("call"), *caplog.get_records("teardown")]
     complaints = [r.getMessage() for r in records if r.name == "asyncio" and r.levelno >= logging.ERROR]
     assert not complaints
 
     threads = [each for each in threading.enumerate() if each.name.startswith("aengine") and each not in before]
     for thread in threads:
-        thread.join(timeout=60)  # one that is on its way out may go
+        thread.join(timeout=60)  # one may be about to end
     assert not [thread.name for thread in threads if thread.is_alive()]

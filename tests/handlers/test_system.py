@@ -16,7 +16,7 @@ import psutil  # type: ignore[import-untyped]  # its stubs are a distribution of
 import pynvml  # type: ignore[import-untyped]  # it has none
 import pytest
 from support.record import AnyEngine, Boom
-from support.ways_to_end import boom, cancel, complete, find_no_data, terminate
+from support.ways_to_end import cancel, complete, fail, run_without_data, terminate
 
 import aengine.handlers.system
 from aengine import Engine, StopReason
@@ -285,7 +285,7 @@ async def test_samples_go_on_when_an_interrupted_run_does(*, again: bool) -> Non
     assert (engine.state.stop_reason, engine.state.iteration, len(samples)) == (StopReason.COMPLETED, 3, 2)
 
 
-@pytest.mark.parametrize("end", [complete, terminate, boom, cancel, find_no_data], ids=lambda way: way.__name__)
+@pytest.mark.parametrize("end", [complete, terminate, fail, cancel, run_without_data], ids=lambda way: way.__name__)
 @pytest.mark.parametrize("thread", [None, False])
 async def test_run_does_not_wait_for_the_next_sample(end: Any, *, thread: bool | None) -> None:
     """It would be failed after its grace of 30 seconds."""

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from support.ignite import ignite
 from support.record import AnyEngine, Boom
-from support.ways_to_end import boom, cancel, find_no_data, terminate
+from support.ways_to_end import cancel, fail, run_without_data, terminate
 
 import aengine.handlers.timer
 import aengine.statistics
@@ -153,7 +153,7 @@ def test_it_can_be_resumed_and_paused_twice(clock: Clock) -> None:
 
 @pytest.mark.parametrize(
     ("end", "seconds"),
-    [(boom, 21.0), (terminate, 21.0), (cancel, 21.0), (find_no_data, 10.0)],
+    [(fail, 21.0), (terminate, 21.0), (cancel, 21.0), (run_without_data, 10.0)],
     ids=lambda way: getattr(way, "__name__", ""),
 )
 @THREADS

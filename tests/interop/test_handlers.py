@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from support.ignite import ignite
-from support.ignite_parity import Make, same_on_both, to_the_bit
+from support.ignite_parity import MakeEngine, as_bits, same_on_both
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import StepLR
 
@@ -61,7 +61,7 @@ SCHEDULERS: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 async def test_rate_is_scheduled_before_each_step(scheduler: str) -> None:
-    def scenario(make: Make) -> tuple[Any, Callable[[], Any]]:
+    def scenario(make: MakeEngine) -> tuple[Any, Callable[[], Any]]:
         rates: list[float] = []
         optimizer = optimizer_of()
 
@@ -71,7 +71,7 @@ async def test_rate_is_scheduled_before_each_step(scheduler: str) -> None:
 
         engine = make(step)
         engine.add_event_handler(THEIRS.ITERATION_STARTED, SCHEDULERS[scheduler](optimizer))
-        return engine, lambda: to_the_bit(rates)
+        return engine, lambda: as_bits(rates)
 
     rates = await same_on_both(scenario, [1, 2, 3, 4], max_epochs=2)
     assert len(rates) == 8
@@ -79,7 +79,7 @@ async def test_rate_is_scheduled_before_each_step(scheduler: str) -> None:
 
 
 async def test_rate_is_reduced_on_a_plateau_of_a_metric() -> None:
-    def scenario(make: Make) -> tuple[Any, Callable[[], Any]]:
+    def scenario(make: MakeEngine) -> tuple[Any, Callable[[], Any]]:
         rates: list[float] = []
         optimizer = optimizer_of(lr=1.0)
         engine = make(nothing)
@@ -107,11 +107,11 @@ STATE_SCHEDULERS: dict[str, Callable[[], Any]] = {
 
 @pytest.mark.parametrize("scheduler", STATE_SCHEDULERS)
 async def test_attribute_of_the_state_is_scheduled(scheduler: str) -> None:
-    def scenario(make: Make) -> tuple[Any, Callable[[], Any]]:
+    def scenario(make: MakeEngine) -> tuple[Any, Callable[[], Any]]:
         seen: list[Any] = []
         engine = make(nothing)
         STATE_SCHEDULERS[scheduler]().attach(engine, THEIRS.ITERATION_COMPLETED)
-        engine.add_event_handler(THEIRS.ITERATION_COMPLETED, lambda engine: seen.append(to_the_bit(engine.state.it)))
+        engine.add_event_handler(THEIRS.ITERATION_COMPLETED, lambda engine: seen.append(as_bits(engine.state.it)))
         return engine, lambda: seen
 
     seen = await same_on_both(scenario, [1, 2, 3], max_epochs=2)
@@ -122,7 +122,7 @@ async def test_attribute_of_the_state_is_scheduled(scheduler: str) -> None:
 async def test_sizes_of_batches_are_scheduled() -> None:
     loader: Any = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.arange(12)), batch_size=1)
 
-    def scenario(make: Make) -> tuple[Any, Callable[[], Any]]:
+    def scenario(make: MakeEngine) -> tuple[Any, Callable[[], Any]]:
         sizes: list[int] = []
         engine = make(lambda engine, batch: sizes.append(len(batch[0])))
         handlers.param_scheduler.BatchSizeScheduler(loader, lambda event: 2 + event).attach(engine)
@@ -134,7 +134,7 @@ async def test_sizes_of_batches_are_scheduled() -> None:
 async def test_rates_are_searched_through_and_the_run_undone() -> None:
     """FastaiLRFinder ends the run by itself, and puts the model, the optimizer and the engine back."""
 
-    def scenario(make: Make) -> tuple[Any, Callable[[], Any]]:
+    def scenario(make: MakeEngine) -> tuple[Any, Callable[[], Any]]:
         model = nn.Linear(1, 1, bias=False)
         nn.init.constant_(model.weight, 2.0)
         optimizer = optimizer_of(model.weight, lr=1e-3)
@@ -158,7 +158,7 @@ async def test_rates_are_searched_through_and_the_run_undone() -> None:
             assert not engine.has_event_handler(finder._log_lr_and_loss)
             return (
                 rows,
-                to_the_bit([finder.get_results(), finder.lr_suggestion(), model.weight.item()]),
+                as_bits([finder.get_results(), finder.lr_suggestion(), model.weight.item()]),
                 (state.iteration, state.epoch),
                 optimizer.param_groups[0]["lr"],
             )
@@ -167,11 +167,11 @@ async def test_rates_are_searched_through_and_the_run_undone() -> None:
 
     iterations, (_, _, weight), place, rate = await same_on_both(scenario, [1.0, 0.5, 0.7] * 10, max_epochs=2)
     assert 10 < iterations < 60  # it has diverged
-    assert (weight, place, rate) == (to_the_bit(2.0), (0, 0), 1e-3)
+    assert (weight, place, rate) == (as_bits(2.0), (0, 0), 1e-3)
 
 
 async def test_search_of_rates_that_is_longer_than_the_run_extends_it() -> None:
-    def scenario(make: Make) -> tuple[Any, Callable[[], Any]]:
+    def scenario(make: MakeEngine) -> tuple[Any, Callable[[], Any]]:
         optimizer = optimizer_of()
 
         def step(engine: Any, batch: int) -> float:
@@ -186,7 +186,7 @@ async def test_search_of_rates_that_is_longer_than_the_run_extends_it() -> None:
         def outcome() -> Any:
             ended_at = engine.state.iteration
             search.__exit__(None, None, None)
-            return ended_at, to_the_bit(finder.get_results())
+            return ended_at, as_bits(finder.get_results())
 
         return engine, outcome
 
@@ -201,7 +201,7 @@ async def test_search_of_rates_that_is_longer_than_the_run_extends_it() -> None:
 
 @pytest.mark.parametrize("buffers", ["copy", "update"])
 async def test_moving_average_of_the_weights_is_kept(buffers: str) -> None:
-    def scenario(make: Make) -> tuple[Any, Callable[[], Any]]:
+    def scenario(make: MakeEngine) -> tuple[Any, Callable[[], Any]]:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
         seen: list[Any] = []
@@ -217,7 +217,7 @@ async def test_moving_average_of_the_weights_is_kept(buffers: str) -> None:
         average.attach(engine, name="ema_momentum")
 
         def look(engine: Any) -> None:
-            seen.append(to_the_bit([engine.state.ema_momentum, dict(average.ema_model.state_dict())]))
+            seen.append(as_bits([engine.state.ema_momentum, dict(average.ema_model.state_dict())]))
 
         engine.add_event_handler(THEIRS.ITERATION_COMPLETED, look)
         return engine, lambda: seen
@@ -231,13 +231,13 @@ async def test_moving_average_of_the_weights_is_kept(buffers: str) -> None:
 
 
 def files(folder: Path) -> dict[str, Any]:
-    return {path.name: to_the_bit(torch.load(path, weights_only=True)) for path in sorted(folder.iterdir())}
+    return {path.name: as_bits(torch.load(path, weights_only=True)) for path in sorted(folder.iterdir())}
 
 
 async def test_checkpoint_writes_the_files_that_it_writes_there(tmp_path: Path) -> None:
     made: list[Path] = []
 
-    def scenario(make: Make) -> tuple[Any, Callable[[], Any]]:
+    def scenario(make: MakeEngine) -> tuple[Any, Callable[[], Any]]:
         made.append(folder := tmp_path / str(len(made)))
         model, saved = nn.Linear(1, 1, bias=False), []
         trainer = make(lambda engine, batch: nn.init.constant_(model.weight, engine.state.iteration))
@@ -267,7 +267,7 @@ async def test_checkpoint_writes_the_files_that_it_writes_there(tmp_path: Path) 
 async def test_model_checkpoint_keeps_the_last_ones(tmp_path: Path) -> None:
     made: list[Path] = []
 
-    def scenario(make: Make) -> tuple[Any, Callable[[], Any]]:
+    def scenario(make: MakeEngine) -> tuple[Any, Callable[[], Any]]:
         made.append(folder := tmp_path / str(len(made)))
         model = nn.Linear(1, 1, bias=False)
         trainer = make(lambda engine, batch: nn.init.constant_(model.weight, engine.state.iteration))
@@ -308,7 +308,7 @@ def test_checkpoint_of_ignite_resumes_our_engine(tmp_path: Path) -> None:
 
 
 async def test_run_ends_when_the_output_is_not_a_number() -> None:
-    def scenario(make: Make) -> tuple[Any, Callable[[], Any]]:
+    def scenario(make: MakeEngine) -> tuple[Any, Callable[[], Any]]:
         engine = make(hand_on)
         engine.add_event_handler(THEIRS.ITERATION_COMPLETED, handlers.TerminateOnNan())
         return engine, lambda: engine.state.iteration
@@ -326,7 +326,7 @@ def test_run_ends_when_its_time_is_up() -> None:
 
 
 async def test_outputs_of_an_epoch_are_stored() -> None:
-    def scenario(make: Make) -> tuple[Any, Callable[[], Any]]:
+    def scenario(make: MakeEngine) -> tuple[Any, Callable[[], Any]]:
         engine = make(lambda engine, batch: batch * 2)
         store = handlers.EpochOutputStore()
         store.attach(engine, "outputs")
@@ -336,7 +336,7 @@ async def test_outputs_of_an_epoch_are_stored() -> None:
 
 
 async def test_timer_measures_between_the_events_it_is_given() -> None:
-    def scenario(make: Make) -> tuple[Any, Callable[[], Any]]:
+    def scenario(make: MakeEngine) -> tuple[Any, Callable[[], Any]]:
         engine = make(nothing)
         timer = handlers.Timer(average=True)
         timer.attach(
@@ -359,14 +359,14 @@ async def test_timer_measures_between_the_events_it_is_given() -> None:
 async def test_step_of_ignites_factory_trains_as_it_does_there() -> None:
     """Its factories of steps need but `engine.state.iteration`."""
 
-    def scenario(make: Make) -> tuple[Any, Callable[[], Any]]:
+    def scenario(make: MakeEngine) -> tuple[Any, Callable[[], Any]]:
         torch.manual_seed(0)
         model = nn.Linear(3, 3)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         losses: list[float] = []
         engine = make(ignite.engine.supervised_training_step(model, optimizer, nn.functional.cross_entropy))
         engine.add_event_handler(THEIRS.ITERATION_COMPLETED, lambda engine: losses.append(engine.state.output))
-        return engine, lambda: to_the_bit(losses)
+        return engine, lambda: as_bits(losses)
 
     chance = torch.Generator().manual_seed(0)
     data = [(torch.rand(4, 3, generator=chance), torch.randint(3, (4,), generator=chance)) for _ in range(6)]

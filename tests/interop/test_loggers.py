@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support.ignite import ignite
-from support.ignite_parity import Make, Scenario, same_on_both
+from support.ignite_parity import MakeEngine, Scenario, same_on_both
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]  # it has no types
 from torch import nn
 
@@ -44,7 +44,7 @@ def written_in(folder: Path) -> dict[str, list[Any]]:
 async def test_tensorboard_shows_what_it_shows_there(tmp_path: Path) -> None:
     made: list[Path] = []
 
-    def scenario(make: Make) -> tuple[Any, Callable[[], Any]]:
+    def scenario(make: MakeEngine) -> tuple[Any, Callable[[], Any]]:
         made.append(folder := tmp_path / str(len(made)))
         model = nn.Linear(1, 1)
         nn.init.zeros_(model.bias)
@@ -86,7 +86,7 @@ async def test_logging_is_set_up_by_ignites_own_helper(tmp_path: Path) -> None:
     """It asks whether its one evaluator is an engine."""
     made: list[Path] = []
 
-    def scenario(make: Make) -> tuple[Any, Callable[[], Any]]:
+    def scenario(make: MakeEngine) -> tuple[Any, Callable[[], Any]]:
         made.append(folder := tmp_path / str(len(made)))
         trainer, evaluator = make(hand_on), make(hand_on)
         logger = handlers.logger_utils.setup_tb_logging(
@@ -137,7 +137,7 @@ def test_logger_refuses_an_event_of_ours_that_ignite_does_not_know(tmp_path: Pat
 def progress(attach: Callable[[Any, Any], object], **options: Any) -> Scenario:
     """Return the scenario of a progress bar, which tells what it has written, without the times."""
 
-    def scenario(make: Make) -> tuple[Any, Callable[[], Any]]:
+    def scenario(make: MakeEngine) -> tuple[Any, Callable[[], Any]]:
         written = io.StringIO()
         engine = make(hand_on)
         ignite.metrics.RunningAverage(output_transform=lambda output: output).attach(engine, "mean")

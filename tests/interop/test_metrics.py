@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import pytest
 import torch
 from support.ignite import ignite
-from support.ignite_parity import Make, same_on_both, to_the_bit
+from support.ignite_parity import MakeEngine, as_bits, same_on_both
 from torch import Tensor, nn
 
 from aengine import Engine
@@ -26,16 +26,16 @@ def hand_on(engine: Any, batch: Pair) -> Pair:
     return batch
 
 
-def results(attach: Attach) -> Callable[[Make], tuple[Any, Callable[[], Any]]]:
+def results(attach: Attach) -> Callable[[MakeEngine], tuple[Any, Callable[[], Any]]]:
     """Return the scenario of an engine whose metrics are looked at after each iteration and each epoch."""
 
-    def scenario(make: Make) -> tuple[Any, Callable[[], Any]]:
+    def scenario(make: MakeEngine) -> tuple[Any, Callable[[], Any]]:
         engine = make(hand_on)
         attach(engine)
         seen: list[Any] = []
         events = ignite.engine.Events
         for event in (events.ITERATION_COMPLETED, events.EPOCH_COMPLETED):
-            engine.add_event_handler(event, lambda engine: seen.append(to_the_bit(engine.state.metrics)))
+            engine.add_event_handler(event, lambda engine: seen.append(as_bits(engine.state.metrics)))
         return engine, lambda: seen
 
     return scenario

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from anyio.lowlevel import checkpoint as breathe
 from support.ignite import ignite
-from support.ignite_parity import Make, same_on_both
+from support.ignite_parity import MakeEngine, same_on_both
 
 import aengine
 from aengine import Engine, Events, StopReason
@@ -205,7 +205,7 @@ def test_what_to_install_is_said_where_ignite_is_missing(monkeypatch: pytest.Mon
 
 
 async def test_trainer_is_stopped_when_ignite_stops_it() -> None:
-    def scenario(make: Make) -> tuple[Any, Callable[[], Any]]:
+    def scenario(make: MakeEngine) -> tuple[Any, Callable[[], Any]]:
         scores = iter([0.1, 0.3, 0.2, 0.4, 0.3, 0.35, 0.1, 0.1, 0.1])
         trainer = make(nothing)
         seen: list[Any] = []

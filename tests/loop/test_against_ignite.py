@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 import pytest
 from hypothesis import example, given, settings, strategies as st
-from support.ignite import Ours, OursWithTheirEvents, Theirs, ignite
+from support.ignite import EngineRunner, EngineRunnerWithIgniteEvents, IgniteRunner, ignite
 from support.record import EVENTS, Boom, Unsized
 
 import aengine
@@ -69,7 +69,7 @@ class Script:
 class Play:
     """What one of the libraries makes of a script."""
 
-    def __init__(self, library: type[Theirs | Ours], script: Script) -> None:
+    def __init__(self, library: type[IgniteRunner | EngineRunner], script: Script) -> None:
         self.rows: list[Row | str] = []
         self._script = script
         self._asked: set[str] = set()
@@ -124,7 +124,7 @@ class Play:
         return engine.state.iteration * 100 + (batch or 0)
 
 
-def play(library: type[Theirs | Ours], script: Script) -> tuple[list[Row | str], dict[str, int | None]]:
+def play(library: type[IgniteRunner | EngineRunner], script: Script) -> tuple[list[Row | str], dict[str, int | None]]:
     """Return what the library fires in this script, and the counters it ends with."""
     played = Play(library, script).run()
     return played.rows, played.counters
@@ -154,10 +154,10 @@ def acts(draw: st.DrawFn) -> Act:
     what = draw(st.sampled_from(list(ACTS)))
     where = draw(st.sampled_from(LOOK_FOR_STOPS))
     if what.startswith("terminate_epoch") and where in ("S", "ES"):
-        # "at S or ES: RuntimeError". Theirs comes from the loop, ours from the call.
+        # "at S or ES: RuntimeError". That of ignite comes from the loop, ours from the call.
         where = "IC"
     if what == "interrupt" and where == "DSI":
-        # "the next run() goes on with the very next event". Theirs fires GET_BATCH_STARTED a second time.
+        # "the next run() goes on with the very next event". ignite fires GET_BATCH_STARTED a second time.
         where = "GC"
     return Act(where, draw(st.integers(1, 8)), what)
 
@@ -169,7 +169,7 @@ def scripts(draw: st.DrawFn) -> Script:
     epoch_length = draw(st.integers(1, 5) if length is None else st.none() | st.integers(1, 5))
     has_length = epoch_length is not None or is_sized
     limits = {} if epoch_length is None else {"epoch_length": epoch_length}
-    # Theirs, when it finds the length of an epoch in a run by iterations, sets `max_epochs` too: the run may then end
+    # ignite, when it finds the length of an epoch in a run by iterations, sets `max_epochs` too: the run may then end
     # by that, and the next one is refused for "changing between epochs and iterations".
     by_iterations = has_length and draw(st.booleans())
     if by_iterations:
@@ -206,9 +206,9 @@ PLAIN = Script(2, is_sized=True, limits={"max_epochs": 2})
 @example(Script(3, is_sized=True, limits={"max_epochs": 3}, again={"max_epochs": 1}))
 @example(Script(2, is_sized=True, limits={}, acts=(Act("GS", 1, "terminate_epoch"),), filters=(("GS", {"every": 2}),)))
 def test_random_runs_fire_what_ignite_fires(script: Script) -> None:
-    theirs = play(Theirs, script)
-    assert play(Ours, script) == theirs
-    assert play(OursWithTheirEvents, script) == theirs
+    theirs = play(IgniteRunner, script)
+    assert play(EngineRunner, script) == theirs
+    assert play(EngineRunnerWithIgniteEvents, script) == theirs
 
 
 @pytest.mark.parametrize("what", ACTS)
@@ -216,13 +216,13 @@ def test_random_runs_fire_what_ignite_fires(script: Script) -> None:
 def test_every_stop_everywhere_fires_what_ignite_fires(where: str, what: str) -> None:
     if what.startswith("terminate_epoch") and where in ("S", "ES"):
         with pytest.raises(RuntimeError, match="terminate_epoch"):
-            play(Theirs, Script(2, is_sized=True, limits={}, acts=(Act(where, 1, what),)))
+            play(IgniteRunner, Script(2, is_sized=True, limits={}, acts=(Act(where, 1, what),)))
         with pytest.raises(RuntimeError, match="terminate_epoch"):
-            play(Ours, Script(2, is_sized=True, limits={}, acts=(Act(where, 1, what),)))
+            play(EngineRunner, Script(2, is_sized=True, limits={}, acts=(Act(where, 1, what),)))
         return
     for nth in (1, 2):
         script = Script(2, is_sized=True, limits={"max_epochs": 3}, acts=(Act(where, nth, what),))
-        theirs, ours = play(Theirs, script), play(Ours, script)
+        theirs, ours = play(IgniteRunner, script), play(EngineRunner, script)
         if (where, what) == ("DSI", "interrupt"):  # see `acts`
             again = [row for row in theirs[0] if row[0] == "GS"]
             assert len(again) == 1 + len([row for row in ours[0] if row[0] == "GS"])
@@ -236,7 +236,7 @@ def test_every_stop_everywhere_fires_what_ignite_fires(where: str, what: str) ->
 def test_theirs_swallows_an_error_that_a_handler_observes_and_ours_does_not() -> None:
     """EXC observes. In ignite the mere presence of such a handler swallows the error."""
     reported: list[object] = []
-    theirs, ours = (library(lambda engine, batch: raise_(Boom())) for library in (Theirs, Ours))
+    theirs, ours = (library(lambda engine, batch: raise_(Boom())) for library in (IgniteRunner, EngineRunner))
     for runner in (theirs, ours):
         runner.engine.add_event_handler(runner.events.EXCEPTION_RAISED, lambda engine, error: reported.append(error))
     theirs.run([1])
@@ -248,21 +248,21 @@ def test_theirs_swallows_an_error_that_a_handler_observes_and_ours_does_not() ->
 def test_theirs_begins_a_new_epoch_after_terminate_and_ours_finishes_the_one_under_way() -> None:
     """ignite starts a new epoch number, drops the rest of the epoch, and starts the data from its first batch."""
     batches: dict[type, list[tuple[int, int]]] = {}
-    for library in (Theirs, Ours):
+    for library in (IgniteRunner, EngineRunner):
         seen: list[tuple[int, int]] = []
         runner = library(lambda engine, batch, seen=seen: seen.append((engine.state.epoch, batch)))  # type: ignore[misc]
         runner.engine.add_event_handler(runner.events.ITERATION_COMPLETED(once=2), lambda engine: engine.terminate())
         for _ in range(2):
             runner.run([1, 2, 3], max_epochs=2)
         batches[library] = seen
-    assert batches[Theirs] == [(1, 1), (1, 2), (2, 1), (2, 2), (2, 3)]
-    assert batches[Ours] == [(1, 1), (1, 2), (1, 3), (2, 1), (2, 2), (2, 3)]
+    assert batches[IgniteRunner] == [(1, 1), (1, 2), (2, 1), (2, 2), (2, 3)]
+    assert batches[EngineRunner] == [(1, 1), (1, 2), (1, 3), (2, 1), (2, 2), (2, 3)]
 
 
 def test_theirs_fires_empty_epochs_of_data_that_ended_and_ours_does_not() -> None:
     """No empty epochs are counted or fired (ignite fires them, and is silent about the last)."""
     ends: dict[type, list[int]] = {}
-    for library in (Theirs, Ours):
+    for library in (IgniteRunner, EngineRunner):
         seen: list[int] = []
         runner = library(lambda engine, batch: None)
         runner.engine.add_event_handler(
@@ -272,8 +272,8 @@ def test_theirs_fires_empty_epochs_of_data_that_ended_and_ours_does_not() -> Non
         with pytest.warns(UserWarning, match="data"):
             runner.run(iter([1, 2, 3, 4]), max_epochs=4, epoch_length=2)
         ends[library] = seen
-    assert ends[Theirs] == [2, 4, 4, 4]
-    assert ends[Ours] == [2, 4]
+    assert ends[IgniteRunner] == [2, 4, 4, 4]
+    assert ends[EngineRunner] == [2, 4]
 
 
 def test_theirs_takes_a_stop_iteration_of_a_handler_for_the_end_of_the_data_and_ours_does_not() -> None:
@@ -282,7 +282,7 @@ def test_theirs_takes_a_stop_iteration_of_a_handler_for_the_end_of_the_data_and_
     def stop() -> None:
         next(iter(()))
 
-    theirs, ours = (library(lambda engine, batch: None) for library in (Theirs, Ours))
+    theirs, ours = (library(lambda engine, batch: None) for library in (IgniteRunner, EngineRunner))
     for runner in (theirs, ours):
         runner.engine.add_event_handler(runner.events.GET_BATCH_COMPLETED(once=1), stop)
     theirs.run([1, 2, 3])
@@ -296,22 +296,22 @@ def test_theirs_removes_all_filters_of_an_event_at_once_and_ours_the_one_that_is
 
     def handler() -> None: ...
 
-    for library in (Theirs, Ours):
+    for library in (IgniteRunner, EngineRunner):
         runner = library(lambda engine, batch: None)
         events = [runner.events.ITERATION_COMPLETED(every=every) for every in (2, 3)]
         for event in events:
             runner.engine.add_event_handler(event, handler)
         runner.engine.remove_event_handler(handler, events[0])
-        assert runner.engine.has_event_handler(handler) == (library is Ours)
+        assert runner.engine.has_event_handler(handler) == (library is EngineRunner)
 
 
 def test_theirs_refuses_filters_of_events_that_it_does_not_count() -> None:
     """Events without a counter count their own firings per engine, which ignite refuses."""
-    runner = Theirs(lambda engine, batch: None)
+    runner = IgniteRunner(lambda engine, batch: None)
     runner.engine.add_event_handler(runner.events.DATALOADER_STOP_ITERATION(every=2), lambda: None)
     with pytest.raises(RuntimeError):
         runner.run([1], max_epochs=3)
-    ours = Ours(lambda engine, batch: None)
+    ours = EngineRunner(lambda engine, batch: None)
     fired: list[int] = []
     ours.engine.add_event_handler(
         ours.events.DATALOADER_STOP_ITERATION(every=2), lambda engine: fired.append(engine.state.epoch)
@@ -322,11 +322,11 @@ def test_theirs_refuses_filters_of_events_that_it_does_not_count() -> None:
 
 def test_theirs_changes_the_list_that_is_joined_and_ours_makes_a_new_one() -> None:
     """`a | b` makes a new list and changes neither side."""
-    for library in (Theirs, Ours):
-        events = library.events if library is Ours else ignite.engine.Events
+    for library in (IgniteRunner, EngineRunner):
+        events = library.events if library is EngineRunner else ignite.engine.Events
         both = events.STARTED | events.COMPLETED
         _ = both | events.EPOCH_STARTED
-        assert len(list(both)) == (2 if library is Ours else 3)
+        assert len(list(both)) == (2 if library is EngineRunner else 3)
 
 
 # pytorch-ignite's events
@@ -355,7 +355,7 @@ def numbers(engine: aengine.Engine[Any, Any], event: Any) -> list[int]:
 
 def test_lists_of_ignites_events_are_listened_to() -> None:
     events = ignite.engine.Events
-    runner = Ours(lambda engine, batch: None)
+    runner = EngineRunner(lambda engine, batch: None)
     seen = numbers(runner.engine, events.ITERATION_COMPLETED(every=2) | events.EPOCH_COMPLETED | events.STARTED)
     mixed = numbers(runner.engine, aengine.Events.STARTED | events.ITERATION_COMPLETED(once=3))
     runner.run([1, 2, 3])
@@ -367,7 +367,7 @@ def test_lists_of_ignites_events_are_listened_to() -> None:
 def test_handler_is_removed_by_the_filtered_event_of_ignite_that_it_was_added_with() -> None:
     def handler() -> None: ...
 
-    engine = Ours(lambda engine, batch: None).engine
+    engine = EngineRunner(lambda engine, batch: None).engine
     event = ignite.engine.Events.ITERATION_COMPLETED(every=3)
     engine.add_event_handler(event, handler)
     assert engine.has_event_handler(handler, ignite.engine.Events.ITERATION_COMPLETED)
@@ -383,7 +383,7 @@ def test_own_events_made_with_ignites_enum_are_registered_and_fired() -> None:
     def step(engine: Any, batch: int) -> None:
         engine.fire_event(Own.HALF)
 
-    engine = Ours(step).engine
+    engine = EngineRunner(step).engine
     engine.register_events(*Own, event_to_attr={Own.HALF: "halves"})
     assert engine.has_registered_events(Own.HALF)
     seen = numbers(engine, Own.HALF)
@@ -393,16 +393,16 @@ def test_own_events_made_with_ignites_enum_are_registered_and_fired() -> None:
 
 
 def test_state_that_ignite_saved_is_loaded_and_what_we_save_ignite_loads() -> None:
-    theirs = Theirs(lambda engine, batch: None)
+    theirs = IgniteRunner(lambda engine, batch: None)
     theirs.engine.add_event_handler(ignite.engine.Events.EPOCH_COMPLETED(once=2), lambda engine: engine.terminate())
     theirs.run([1, 2, 3], max_epochs=4)
-    ours = Ours(lambda engine, batch: None)
+    ours = EngineRunner(lambda engine, batch: None)
     ours.engine.load_state_dict(theirs.engine.state_dict())
     seen = numbers(ours.engine, aengine.Events.EPOCH_STARTED)
     ours.engine.add_event_handler(aengine.Events.EPOCH_COMPLETED(once=3), lambda engine: engine.terminate())
     ours.run([1, 2, 3])
     assert seen == [6]
-    back = Theirs(lambda engine, batch: None)
+    back = IgniteRunner(lambda engine, batch: None)
     back.engine.load_state_dict(ours.engine.state_dict())
     assert (back.engine.state.iteration, back.engine.state.epoch, back.engine.state.max_epochs) == (9, 3, 4)
     back.run([1, 2, 3])

@@ -1,6 +1,6 @@
 """The event loops that every async test runs on.
 
-The `anyio_backend` fixture gives them one by one. A test that opens a loop of its own asks for it too, and says
+The `anyio_backend` fixture is parametrized with them. A test that opens a loop of its own requests it too, and calls
 `anyio.run(main, backend=anyio_backend[0], backend_options=anyio_backend[1])`.
 """
 

@@ -1,4 +1,4 @@
-"""A serializer that dies with the process that it is in, as the kernel kills one when there is no memory left."""
+"""A serializer that kills its process in the middle of a write, as the kernel does when memory runs out."""
 
 import os
 import signal
@@ -9,12 +9,12 @@ from aengine.checkpoint import TorchFile
 
 
 class CrashingSerializer(TorchFile):
-    """Writes as TorchFile does as long as a file is not there; then half of it, and no more."""
+    """Writes as TorchFile does, and once the file `trigger` exists kills the process that writes."""
 
-    def __init__(self, omen: Path) -> None:
-        self._omen = omen
+    def __init__(self, trigger: Path) -> None:
+        self._trigger = trigger
 
     def write(self, tree: Any, file: BinaryIO) -> None:
         super().write(tree, file)
-        if self._omen.exists():
+        if self._trigger.exists():
             os.kill(os.getpid(), signal.SIGKILL)

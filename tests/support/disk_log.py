@@ -43,15 +43,15 @@ def save(
     content: bytes = b"weights",
     *,
     before_commit: Callable[[Draft], object] = lambda draft: None,
-    **told: Any,
+    **info: Any,
 ) -> CheckpointInfo:
     """Write and commit a small checkpoint with a file in each place where there may be one."""
-    told = {"epoch": 1, "event": "iteration_completed", "metrics": {}, "versions": {"aengine": "0"}, **told}
+    info = {"epoch": 1, "event": "iteration_completed", "metrics": {}, "versions": {"aengine": "0"}, **info}
     with store.begin(step) as draft:
         draft.write("state.pt", lambda file: file.write(content))
         draft.write("dcp/.metadata", lambda file: file.write(b"shards"))
         before_commit(draft)
-        return draft.commit(step=step, **told)
+        return draft.commit(step=step, **info)
 
 
 @contextmanager

@@ -1,12 +1,13 @@
-"""A process that forks a child for each life that is to be ended: it has imported what a training needs, once.
+"""A server that has imported what a training needs, and forks a child for each run that is to be killed.
 
     python -m support.fork_child support.killable
 
-The argument is the module whose live(life, report) a child calls; lives are read from stdin, as JSON.
+The argument is the module whose run(options, report) a child calls. Options are read from stdin, a line of JSON for
+each child. A child starts in a tenth of a second instead of the seconds that importing torch takes.
 
-Whatever a child reports, and what becomes of it, comes out on stdout, a line each: `pid 123`, what it says, `over` when
-it is dead, and, asked to `reap` it, `reaped` with its status. Until then its pid is nobody else's, so that it can be
-killed without a race. A life takes a tenth of a second instead of the seconds that importing torch takes.
+What a child reports and what becomes of it is written to stdout, a line each: `pid 123`, its reports, `over` when it
+has ended, and, after the line `reap`, `reaped` with its status. Before that its pid is not used again, so that it
+can be killed without a race.
 """
 
 import importlib
@@ -24,10 +25,8 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-_write = os.write  # the one that is never slow
+_write = os.write  # as it was before SlowDisk replaced it
 _CALLS = ("mkdir", "open", "write", "fsync", "rename", "replace", "unlink", "rmdir")
-_SAVES = "aengine checkpoint"
-"""The name of the thread of a save."""
 
 
 def report(*words: object) -> None:
@@ -35,12 +34,12 @@ def report(*words: object) -> None:
 
 
 class SlowDisk:
-    """Makes whatever a save does to the disk take its time, reports it, and has it be the last thing that happens.
+    """Replaces the calls to the disk by such as take longer and are reported, one of which kills the process.
 
     Args:
-        seed: of how long it takes.
-        slowness: seconds that each call takes at most.
-        die_at: which save of this life, and which of its calls, is not to return. A write gets half of it done.
+        seed: of the time that each call takes.
+        slowness: how many seconds that is at most.
+        die_at: at which save of this process, and at which of its calls, to kill it. A write writes half before.
     """
 
     def __init__(self, seed: int, slowness: float, die_at: list[int] | None) -> None:
@@ -76,21 +75,21 @@ class SlowDisk:
         return call
 
 
-def _live(live: Callable[[dict[str, Any], Callable[..., None]], None], life: dict[str, Any]) -> None:
+def _run_child(run: Callable[[dict[str, Any], Callable[..., None]], None], options: dict[str, Any]) -> None:
     status = 1
     try:
-        disk = SlowDisk(life["seed"], life["slowness"], life["die_at"])
-        disk.install(threads=tuple(life["threads"]))
-        live(life, report)
+        disk = SlowDisk(options["seed"], options["slowness"], options["die_at"])
+        disk.install(threads=tuple(options["threads"]))
+        run(options, report)
         status = 0
-    except BaseException:  # noqa: BLE001 -- a child that returned would be a second template
+    except BaseException:  # noqa: BLE001 -- a child that returned would go on as a second server
         report("failed", json.dumps(traceback.format_exc()))
     finally:
         os._exit(status)
 
 
 def main(module: str) -> None:
-    live = importlib.import_module(module).live
+    run = importlib.import_module(module).run
     report("ready")
     while line := sys.stdin.readline():
         alive, held = os.pipe()
@@ -98,7 +97,7 @@ def main(module: str) -> None:
         if pid == 0:
             os.close(alive)
             report("pid", os.getpid())
-            _live(live, json.loads(line))
+            _run_child(run, json.loads(line))
         os.close(held)
         if select.select([alive, sys.stdin], [], [])[0] == [alive]:  # else the parent has ended: so does the child
             report("over")

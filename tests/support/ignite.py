@@ -1,4 +1,4 @@
-"""pytorch-ignite's engine and ours, driven through what they have in common."""
+"""pytorch-ignite's engine and ours, behind one interface, for tests that run both."""
 
 import warnings
 from collections.abc import Callable
@@ -15,11 +15,11 @@ with warnings.catch_warnings():
 import aengine
 from aengine import StopReason
 
-__all__ = ["Ours", "OursWithTheirEvents", "Theirs", "ignite"]
+__all__ = ["EngineRunner", "EngineRunnerWithIgniteEvents", "IgniteRunner", "ignite"]
 
 
-class Theirs:
-    """pytorch-ignite's engine, with its events."""
+class IgniteRunner:
+    """Runs pytorch-ignite's engine with its events; goes on after an interruption until the run is over."""
 
     def __init__(self, step: Callable[[Any, Any], Any]) -> None:
         self.engine: Any = ignite.engine.Engine(step)
@@ -31,8 +31,8 @@ class Theirs:
             self.engine.run(data, **limits)
 
 
-class Ours:
-    """Ours, with our events."""
+class EngineRunner:
+    """Runs our engine with our events; goes on after an interruption until the run is over."""
 
     events: Any = aengine.Events
 
@@ -45,7 +45,7 @@ class Ours:
             self.engine.run_sync(data, **limits)
 
 
-class OursWithTheirEvents(Ours):
-    """Ours, with pytorch-ignite's events and filters."""
+class EngineRunnerWithIgniteEvents(EngineRunner):
+    """Runs our engine with pytorch-ignite's events and filters."""
 
     events = ignite.engine.Events

@@ -1,4 +1,4 @@
-"""Kills a training again and again, damages what it saved, and counts: the parent of the lives of `fork_child.py`."""
+"""Kills a training again and again, damages what it saved, and counts: starts the children of `fork_child.py`."""
 
 import json
 import os
@@ -16,18 +16,18 @@ from types import TracebackType
 from typing import Any, Self
 
 SLOWNESS = 0.0015
-"""Seconds that each call of a save to the disk takes at most, more than it would: there must be something to hit."""
+"""Seconds that each call of a save to the disk takes at most, so that a kill hits a save often enough."""
 
 _COMMITTED = re.compile(r"step-(\d{10})(?:\.(\d+))?")
 _KILLED = -signal.SIGKILL
 
 
-class Template:
-    """The process that is forked for each life. A context manager."""
+class ForkServer:
+    """The process of `fork_child.py`, from which each run is forked. A context manager."""
 
     def __init__(self, module: str) -> None:
         self._module = module
-        self._last: Life | None = None
+        self._last: ForkedRun | None = None
 
     def __enter__(self) -> Self:
         single = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
@@ -38,7 +38,7 @@ class Template:
             text=True,
             env=os.environ | single | {"PYTHONPATH": str(Path(__file__).parents[1])},
         )
-        assert self.say() == ["ready"]
+        assert self.read() == ["ready"]
         return self
 
     def __exit__(
@@ -46,21 +46,21 @@ class Template:
     ) -> None:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        self.process.stdin.close()  # which ends it, and the life under way
+        self.process.stdin.close()  # which ends it, and its child
         self.process.wait()
         self.process.stdout.close()
 
-    def ask(self, line: str) -> None:
+    def send(self, line: str) -> None:
         assert self.process.stdin is not None
         self.process.stdin.write(line + "\n")
         self.process.stdin.flush()
 
-    def say(self) -> list[str]:
-        """Return the words of the next line that it says."""
+    def read(self) -> list[str]:
+        """Return the words of the next line of its output."""
         assert self.process.stdout is not None
         return self.process.stdout.readline().split()
 
-    def live(
+    def start(
         self,
         program: str,
         directory: Path | None,
@@ -71,20 +71,20 @@ class Template:
         die_at: tuple[int, int] | None = None,
         threads: tuple[str, ...] = ("aengine checkpoint",),
         **options: Any,
-    ) -> "Life":
-        """Begin a life. One that a test has left, when it failed, ends now.
+    ) -> "ForkedRun":
+        """Start a run. One that a failed test has left is killed.
 
         Args:
             program: which training.
             directory: where its checkpoints are, None for none.
             backend: which event loop.
-            seed: of how slow the disk is at each call.
+            seed: of the time that each call to the disk takes.
             slowness: how many seconds that is at most.
-            die_at: at which call to the disk of which save to die.
+            die_at: at which save, and at which of its calls to the disk, the process is killed.
             threads: whose calls to the disk are slow.
-            options: what else the training is to know.
+            options: further options of the training.
         """
-        about = {
+        described = {
             "program": program,
             "backend": backend,
             "directory": directory and str(directory),
@@ -96,55 +96,55 @@ class Template:
         }
         if self._last is not None:
             self._last.kill()
-        self.ask(json.dumps(about))
-        self._last = Life(self)
+        self.send(json.dumps(described))
+        self._last = ForkedRun(self)
         return self._last
 
 
-class Life:
-    """One life, from what it says.
+class ForkedRun:
+    """A run in a child of the server, as far as it has reported.
 
     Attributes:
-        reports: all that it has said so far.
-        status: how it ended.
-        digest: what all came to, if it came to its end.
+        reports: the words of each line so far.
+        status: the exit status, None while it runs.
+        digest: of the final state, if it ran to its end.
     """
 
-    def __init__(self, template: Template) -> None:
+    def __init__(self, fork_server: ForkServer) -> None:
         self.reports: list[list[str]] = []
         self.status: int | None = None
         self.digest = ""
-        self._template = template
-        self._pid = int(template.say()[1])
+        self._server = fork_server
+        self._pid = int(fork_server.read()[1])
 
     def until(self, *wanted: str, times: int = 1) -> bool:
-        """Listen until it has said a line that begins like this so many times. False if it ended before."""
-        for words in self._listen():
+        """Read until a line has begun with these words so many times. Returns False if it ended before."""
+        for words in self._read_reports():
             times -= words[: len(wanted)] == list(wanted)
             if not times:
                 return True
         return False
 
     def kill(self) -> bool:
-        """End it now. Returns whether that is what it died of."""
+        """Kill it. Returns whether it had not ended before."""
         if self.status is None:
-            os.kill(self._pid, signal.SIGKILL)  # it is not reaped, so this is nobody else
+            os.kill(self._pid, signal.SIGKILL)  # not reaped yet, so the pid is still its own
             self.end()
         return self.status == _KILLED
 
     def end(self) -> None:
         """Wait for its end."""
-        for _ in self._listen():
+        for _ in self._read_reports():
             pass
 
-    def _listen(self) -> Iterator[list[str]]:
+    def _read_reports(self) -> Iterator[list[str]]:
         while self.status is None:
-            words = self._template.say()
-            assert words, "the template has ended"
+            words = self._server.read()
+            assert words, "the fork_server has ended"
             if words[0] == "failed":
                 raise AssertionError(json.loads(" ".join(words[1:])))
             if words[0] == "over":
-                self._template.ask("reap")
+                self._server.send("reap")
             elif words[0] == "reaped":
                 self.status = int(words[1])
             else:
@@ -153,23 +153,23 @@ class Life:
                     self.digest = words[1]
                 yield words
 
-    # What must be true of it
+    # What must hold of it
 
     def begins_at(self, checkpoint: str) -> None:
-        """Listen until it has begun: from this checkpoint, and with what others left lying about swept away."""
+        """Assert that it begins from this checkpoint, and that it removed what earlier runs had not finished."""
         assert self.until("restored")
         assert self.reports[-1] == ["restored", checkpoint]
 
-    def left(self, directory: Path, began_at: str) -> str:
-        """Return the newest checkpoint that it left: its last one, or that where it began."""
+    def newest_left(self, directory: Path, began_at: str) -> str:
+        """Return the newest checkpoint after it was killed: its last one, or the one that it began from."""
         committed = [words[3] for words in self.reports if _commits(words) and words[0] == "done"]
         begun = [words[3] for words in self.reports if _commits(words)]
         left = newest(directory)
         assert left in ([began_at, *committed][-1], [began_at, *begun][-1])
         return left
 
-    def ends(self, directory: Path | None) -> None:
-        """Wait for its end, which nobody brought about, and after which nothing is left lying about."""
+    def completes(self, directory: Path | None) -> None:
+        """Wait until it has run to its end, and assert that it left no temporary file."""
         self.end()
         assert self.status == 0
         if directory is not None:
@@ -211,7 +211,7 @@ DAMAGES: list[Callable[[Path], None]] = [flip, cut, remove_manifest, empty, cut_
 
 
 def checkpoints(directory: Path) -> list[str]:
-    """Return the names of the checkpoints that are there, oldest first, as they are called and whatever is in them."""
+    """Return the names of the checkpoints that are there, oldest first, by their names, whatever is in them."""
     names = [path.name for path in directory.glob("step-*")]
     return sorted(names, key=lambda name: [int(part or 1) for part in _parts(name)])
 
@@ -235,20 +235,20 @@ AIMS: list[tuple[tuple[str, ...], int, float]] = [
     (("disk", "rename"), 6, 0.01),
     (("disk", "unlink"), 3, 0.002),
 ]
-"""When to kill: what must be heard, how often at most, and how many seconds may then pass at most."""
+"""When to kill: after which report, how often repeated at most, and how many seconds later at most."""
 
 
-def kill_at_random(life: Life, chance: random.Random, aims: list[tuple[tuple[str, ...], int, float]]) -> bool:
-    """Kill once it trains, at a moment of chance. Returns False if it came to its end before."""
+def kill_at_random(run: ForkedRun, chance: random.Random, aims: list[tuple[tuple[str, ...], int, float]]) -> bool:
+    """Kill at a random moment of the training. Returns False if it ran to its end before."""
     heard, times, seconds = chance.choice(aims)
-    if life.until(*heard, times=chance.randint(1, times)):
-        time.sleep(chance.uniform(0, seconds))  # not to synchronise: it is the experiment
-    return life.kill()
+    if run.until(*heard, times=chance.randint(1, times)):
+        time.sleep(chance.uniform(0, seconds))  # no synchronisation: the random moment is what is tested
+    return run.kill()
 
 
 @dataclass
 class Tally:
-    lives: int = 0
+    starts: int = 0
     kills: int = 0
     in_save: int = 0  # with a draft left behind: between its directory and its commit
     in_retention: int = 0  # with trash left behind
@@ -259,14 +259,14 @@ class Tally:
 
 
 class Campaign:
-    """Runs that are killed on their way until they are through, over and over. All chance follows from the seed.
+    """Runs that are killed, and started again until they complete. All random choices follow from the seed.
 
-    Asserts, of each life, that it begins where it must; and of each run, that nothing is left lying about.
+    Asserts that each start begins from the right checkpoint, and that a completed run leaves no temporary file.
     """
 
-    def __init__(self, template: Template, backend: str, root: Path, seed: int) -> None:
+    def __init__(self, fork_server: ForkServer, backend: str, root: Path, seed: int) -> None:
         self.tally = Tally()
-        self._template = template
+        self._server = fork_server
         self._backend = backend
         self._root = root
         self._chance = random.Random(seed)
@@ -278,18 +278,18 @@ class Campaign:
         tally.programs.add(program)
         began_at = "nothing"
         while True:
-            life = self._template.live(program, directory, backend=self._backend, seed=self._chance.getrandbits(32))
-            tally.lives += 1
-            life.begins_at(began_at)
-            if tally.kills == kills or not kill_at_random(life, self._chance, AIMS):
+            run = self._server.start(program, directory, backend=self._backend, seed=self._chance.getrandbits(32))
+            tally.starts += 1
+            run.begins_at(began_at)
+            if tally.kills == kills or not kill_at_random(run, self._chance, AIMS):
                 break
             self._count(directory)
-            began_at = life.left(directory, began_at)
-            if tally.kills >= 5 * (tally.damaged + 1):  # where there is but one, it is made up for later
+            began_at = run.newest_left(directory, began_at)
+            if tally.kills >= 5 * (tally.damaged + 1):  # where there is but one, after a later kill
                 began_at = self._damage(directory, began_at)
-        life.ends(directory)
+        run.completes(directory)
         shutil.rmtree(directory)
-        return life.digest
+        return run.digest
 
     def _count(self, directory: Path) -> None:
         tally = self.tally
@@ -299,7 +299,7 @@ class Campaign:
         tally.before_the_first += not checkpoints(directory)
 
     def _damage(self, directory: Path, newest: str) -> str:
-        """Damage the newest, and return the one that is to be gone on from instead."""
+        """Damage the newest, and return the one that the next start must begin from."""
         there_are = checkpoints(directory)
         if len(there_are) < 2:
             return newest

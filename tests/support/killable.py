@@ -1,4 +1,4 @@
-"""A training with all that has a state: what is killed in the kill campaign, and is to end as if it had not been.
+"""The training that the kill campaign kills: with everything that has a state, and a digest of it at the end.
 
 Its programs differ in where the step runs, in the data, and in whether the position of the data is saved as it must be.
 """
@@ -15,8 +15,8 @@ from typing import Any, TypeAlias
 import anyio
 import numpy as np
 import torch
-import torch._dynamo  # now, as of trio: otherwise the first step of each life would import it
-import trio  # noqa: F401 -- now, and not in each life
+import torch._dynamo  # now, as of trio: otherwise each child would import it in its first step
+import trio  # noqa: F401 -- now, and not in each child
 from anyio.lowlevel import checkpoint as breathe
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, TensorDataset
@@ -36,7 +36,7 @@ TARGETS = INPUTS.sum(1, keepdim=True)
 
 
 class History:
-    """Every loss so far, as part of the state. To be asked for it is how a save begins."""
+    """Every loss so far, as part of the state. A save begins by asking for it, which is reported."""
 
     def __init__(self, report: Report) -> None:
         self.losses: list[float] = []
@@ -68,7 +68,7 @@ class Smoothed:
 
 
 class Stream:
-    """Endless batches from afar, in another order at each pass, that say where they stand."""
+    """Endless async batches, in another order at each pass, with a state: the position."""
 
     def __init__(self) -> None:
         self._passes = self._next = 0
@@ -91,7 +91,7 @@ class Stream:
 
 
 class CarelessStream(Stream):
-    """The same, for those who save where the source stands, not where the training does: see `Training.parts`."""
+    """The same, saved as a part by mistake: the position of the source, not of the training. See `Training.parts`."""
 
     async def batches(self) -> AsyncIterator[list[torch.Tensor]]:
         async for batch in self:
@@ -193,12 +193,12 @@ def _feed(hashed: Any, value: Any) -> None:
         hashed.update(repr(value).encode())
 
 
-def live(life: dict[str, Any], report: Report) -> None:
-    """One life: go on from what there is, to the end if nothing intervenes."""
+def run(options: dict[str, Any], report: Report) -> None:
+    """Resume from the newest checkpoint, if there is one, and run to the end."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", CheckpointWarning)
     logging.getLogger("aengine").addHandler(logging.NullHandler())
-    anyio.run(train, PROGRAMS[life["program"]], life["directory"], report, backend=life["backend"])
+    anyio.run(train, PROGRAMS[options["program"]], options["directory"], report, backend=options["backend"])
 
 
 def _strays(directory: str) -> list[str]:

@@ -11,19 +11,19 @@ from support.ignite import ignite
 from support.killable import EPOCHS, Report, Training, shuffled
 
 
-def live(life: dict[str, Any], report: Report) -> None:
-    """One life: go on from the newest checkpoint that loads, to the end if nothing intervenes."""
+def run(options: dict[str, Any], report: Report) -> None:
+    """Resume from the newest checkpoint that loads, and run to the end."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     training = Training(report)
     trainer = ignite.engine.Engine(training.step)
     parts = {**training.parts(), "trainer": trainer}
-    if life["directory"] is not None:
+    if options["directory"] is not None:
         handler = ignite.handlers.ModelCheckpoint(
-            life["directory"], "run", n_saved=life["n_saved"], require_empty=False
+            options["directory"], "run", n_saved=options["n_saved"], require_empty=False
         )
         trainer.add_event_handler(ignite.engine.Events.ITERATION_COMPLETED(every=5), handler, parts)
-        found = newest(Path(life["directory"]))
+        found = newest(Path(options["directory"]))
         if found is not None:
             ignite.handlers.Checkpoint.load_objects(parts, found)
         report("restored", "something" if found else "nothing")

@@ -1,4 +1,4 @@
-"""Plain loops, written by hand, and what they are compared with: all that has a bit to be equal."""
+"""A plain training loop, its model and data, to compare the engine's losses and weights with bit by bit."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -21,7 +21,7 @@ def batches() -> Batches:
 
 
 class Unsized:
-    """The same batches, of no length that is known, but that say where they stand."""
+    """The same batches, without a length, and with a state: the position."""
 
     def __init__(self) -> None:
         self._next = 0
@@ -59,7 +59,7 @@ def plain_loop(
     scaler: torch.amp.GradScaler | None = None,
     after_step: Callable[[], object] = lambda: None,
 ) -> list[float]:
-    """The loop that everybody writes. Returns the losses."""
+    """The usual loop over epochs and batches. Returns the losses."""
     losses, data = [], batches()
     scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
     for _ in range(epochs):

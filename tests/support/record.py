@@ -1,4 +1,4 @@
-"""What an engine fires, written as its users would tell it: `IC@1/2` is ITERATION_COMPLETED of epoch 1, iteration 2."""
+"""Records what an engine fires, in short: `IC@1/2` is ITERATION_COMPLETED of epoch 1, iteration 2."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
@@ -11,7 +11,7 @@ Steps: TypeAlias = list[tuple[int, int, Any]]
 
 
 class Boom(Exception):
-    """What a test raises, and wants to see again."""
+    """The error that a test raises, and expects to come out."""
 
 
 LETTERS = {
@@ -72,11 +72,11 @@ def record_steps(engine: AnyEngine) -> Steps:
 
 def at(engine: AnyEngine, where: str, act: Callable[[], object]) -> None:
     """Have `act` called by a handler when the engine is at a place such as "IC@1/2", or "IC", the first time."""
-    left = [act]
+    pending = [act]
 
     def look(engine: AnyEngine, *_: object) -> None:
-        if left and where in (place(engine, letters), letters):
-            left.pop()()
+        if pending and where in (place(engine, letters), letters):
+            pending.pop()()
 
     letters = where.partition("@")[0]
     engine.add_event_handler(EVENTS[letters], look)
@@ -87,11 +87,11 @@ def engine_that(where: str, act: Callable[[AnyEngine], object], steps: Steps | N
 
     The steps that it completes are appended to `steps`.
     """
-    left = [act]
+    pending = [act]
 
     def step(engine: AnyEngine, batch: int) -> int:
-        if left and where == place(engine, "step"):
-            left.pop()(engine)
+        if pending and where == place(engine, "step"):
+            pending.pop()(engine)
         if steps is not None:
             steps.append((engine.state.epoch, engine.state.iteration, batch))
         return double(engine, batch)

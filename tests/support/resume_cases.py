@@ -1,4 +1,4 @@
-"""What stops a run, how it is gone on with, and the kinds of data that there are to go on with."""
+"""The ways to stop a run, the ways to resume it, and the kinds of data to resume it with."""
 
 import json
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -14,7 +14,7 @@ from aengine import Engine, StopReason
 Way: TypeAlias = Callable[[AnyEngine], AnyEngine]
 
 
-# What stops
+# Ways to stop
 
 
 def terminate(engine: AnyEngine) -> None:
@@ -43,13 +43,13 @@ PLACES = [  # but the last two, where the run is done
 
 
 def run_and_stop(engine: AnyEngine, data: Any, **limits: int) -> None:
-    """Run until whatever was prepared stops it."""
+    """Run until one of the STOPS, prepared by the test, stops it."""
     with suppress(Boom, KeyboardInterrupt):
         engine.run_sync(data, **limits)
     assert engine.state.stop_reason is not StopReason.COMPLETED
 
 
-# How to go on
+# Ways to resume
 
 
 def in_memory(engine: AnyEngine) -> AnyEngine:
@@ -57,7 +57,7 @@ def in_memory(engine: AnyEngine) -> AnyEngine:
 
 
 def from_state_dict(engine: AnyEngine) -> AnyEngine:
-    """Return a new engine that knows nothing but what JSON can hold."""
+    """Return a new engine with the state of this one, as read back from JSON."""
     saved = json.loads(json.dumps(engine.state_dict()))
     new: AnyEngine = Engine(double)
     new.load_state_dict(saved)
@@ -81,7 +81,7 @@ def finish(engine: AnyEngine, data: Any, **limits: int) -> None:
 
 
 def uninterrupted(data: Any, **limits: int) -> Steps:
-    """Return the steps of the run that nothing stops."""
+    """Return the steps of a run that is not stopped."""
     engine: AnyEngine = Engine(double)
     steps = record_steps(engine)
     engine.run_sync(data, **limits)
@@ -112,18 +112,18 @@ class Sized:
 
 
 class Stateful:
-    """Data that says where it stands, as torchdata's StatefulDataLoader does. Remembers what was fetched."""
+    """Data with a state, its position, as torchdata's StatefulDataLoader does. Remembers what was fetched."""
 
     def __init__(self, count: int) -> None:
         self.count = count
         self.fetched: list[int] = []
         self._next = 0
-        self._is_put_back = False
+        self._is_restored = False
 
     def __iter__(self) -> Iterator[int]:
-        if not self._is_put_back:
+        if not self._is_restored:
             self._next = 0
-        self._is_put_back = False
+        self._is_restored = False
         while self._next < self.count:
             self._next += 1
             self.fetched.append(self._next)
@@ -134,7 +134,7 @@ class Stateful:
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         self._next = state_dict["next"]
-        self._is_put_back = True
+        self._is_restored = True
 
 
 class SizedStateful(Stateful):

@@ -1,4 +1,4 @@
-"""A run that saves, for the tests of checkpoints: its disk writes when a test lets it, and fails when it is told to."""
+"""A run that saves, for the tests of checkpoints: a test decides when its disk writes, and when it fails."""
 
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -16,12 +16,12 @@ from aengine.checkpoint import Checkpoint, TorchFile
 
 
 class Valve(TorchFile):
-    """torch's format, written when the valve is open, or the error in its place.
+    """Writes torch's format once it is open, or raises `error`.
 
     Attributes:
-        is_open: cleared by a test that wants a save to stay under way.
-        begun: set when a save comes here.
-        error: what the disk says to the next save.
+        is_open: cleared by a test to keep a save in progress.
+        begun: set when a save begins to write.
+        error: raised by the next save.
     """
 
     def __init__(self) -> None:
@@ -62,7 +62,7 @@ class Run:
         return self._step(engine, batch)
 
     def before_step(self, step: int, act: Callable[[], object]) -> None:
-        """Have something done as a step begins, when the saves before are over."""
+        """Call `act` as a step begins, when earlier saves are over."""
 
         @self.engine.on(Events.ITERATION_STARTED(once=step))
         async def do() -> None:
@@ -82,7 +82,7 @@ class Run:
 
 @asynccontextmanager
 async def saving(directory: Path, **options: Any) -> AsyncIterator[Run]:
-    """Make a run; in the end close its checkpoint, and see that nothing of a save is left on the disk or open."""
+    """Make a run; in the end close its checkpoint, and assert that no temporary file and no open file is left."""
     run = Run(directory, **options)
     try:
         yield run
@@ -94,7 +94,7 @@ async def saving(directory: Path, **options: Any) -> AsyncIterator[Run]:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    """Let others go on until this is so."""
+    """Yield to other tasks until the condition holds."""
     while not condition():
         await breathe()
 

@@ -1,4 +1,4 @@
-"""The ways a run of an engine ends, and what must have ended then: for whatever must end with it, however that is."""
+"""The ways in which a run of an engine ends, for tests of what must end with it; and a look at what was freed."""
 
 import weakref
 from collections.abc import Iterator
@@ -15,11 +15,11 @@ async def complete(engine: AnyEngine) -> None:
     await engine.run([1])
 
 
-async def boom(engine: AnyEngine) -> None:
-    def fail() -> None:
+async def fail(engine: AnyEngine) -> None:
+    def raise_boom() -> None:
         raise Boom
 
-    engine.add_event_handler(Events.ITERATION_STARTED(once=2), fail)
+    engine.add_event_handler(Events.ITERATION_STARTED(once=2), raise_boom)
     with pytest.raises(Boom):
         await engine.run([1, 2, 3])
 
@@ -41,7 +41,7 @@ async def cancel(engine: AnyEngine) -> None:
     assert scope.cancelled_caught
 
 
-async def find_no_data(engine: AnyEngine) -> None:
+async def run_without_data(engine: AnyEngine) -> None:
     def nothing() -> Iterator[int]:
         yield from ()
 
@@ -50,7 +50,7 @@ async def find_no_data(engine: AnyEngine) -> None:
 
 
 async def is_freed(what: "weakref.ref[Any]") -> bool:
-    """Say whether nothing holds it any more. Event loops and threads let go of what ran last a little later."""
+    """Return whether nothing refers to it any more. Event loops and threads drop what they ran last a little later."""
     for _ in range(1000):
         if what() is None:
             return True

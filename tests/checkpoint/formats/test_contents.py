@@ -51,14 +51,14 @@ async def test_process_writes_what_a_thread_would_have_written(tmp_path: Path) -
 
 
 async def test_writing_process_that_is_killed_fails_the_run_and_leaves_the_checkpoint_before(tmp_path: Path) -> None:
-    model, omen, directory = torch.nn.Linear(2, 2), tmp_path / "omen", tmp_path / "checkpoints"
+    model, trigger, directory = torch.nn.Linear(2, 2), tmp_path / "trigger", tmp_path / "checkpoints"
     engine = halve(model)
-    async with Checkpoint(directory, model, serializer=CrashingSerializer(omen), write_in="process") as checkpoint:
+    async with Checkpoint(directory, model, serializer=CrashingSerializer(trigger), write_in="process") as checkpoint:
         checkpoint.attach(engine, Events.ITERATION_COMPLETED)
-        engine.subscribe(CheckpointEvents.CHECKPOINT_COMMITTED, lambda event: omen.touch())
+        engine.subscribe(CheckpointEvents.CHECKPOINT_COMMITTED, lambda event: trigger.touch())
         with pytest.raises(CheckpointNotWritten, match="SIGKILL"):
             await engine.run(range(10**9))
-        assert omen.exists()
+        assert trigger.exists()
         committed = [info.path.name for info in checkpoint.list()]
         assert committed[0] == "step-0000000001"
         assert sorted(names_in(directory)) == [".lock", *committed]
