@@ -49,7 +49,6 @@ class Inbox:
         in_hand: what was taken and is not handled yet.
         closed: nothing is accepted any more.
         is_reader_stopped: the reader is to end; what is accepted waits for the next run.
-        on_flush: called when something waits for all to be handled, if it is set.
     """
 
     __slots__ = (
@@ -64,7 +63,6 @@ class Inbox:
         self.waiting: deque[Event] = deque()
         self.in_hand: Event | None = None
         self.wakeup: ThreadSafeEvent | None = None
-        self.on_flush: Callable[[], object] | None = None
         self._capacity = capacity
         self._overflow = overflow
         self._lock = lock  # the bus's own, so that all its inboxes see events in one order

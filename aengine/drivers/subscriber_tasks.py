@@ -66,9 +66,6 @@ class SubscriberTasks:
         if self._are_over:  # what is emitted now waits for the next run
             return
         awaited = self._awaited
-        for subscriber in awaited:  # before the first wait, during which another may take on more
-            if subscriber.inbox.on_flush is not None:
-                subscriber.inbox.on_flush()
         sequence, loop_handle = self._bus.sequence, EventLoopHandle()
         for subscriber in awaited:
             await subscriber.inbox.wait_processed(sequence, loop_handle)
