@@ -42,9 +42,8 @@ class Engine(Generic[Batch, Output]):
     Attributes:
         state: what the loop knows.
         state_dict_user_keys: the attributes of the state that are saved and loaded with the engine.
-        randomness: what saves and restores the states of random number generators with the engine, so that a run
-            that is resumed draws what it would have drawn, and shuffled data comes as it came. None for nothing;
-            `aengine.checkpoint` puts one here.
+        randomness: what saves and restores the states of random number generators, so that a resumed run draws what it
+            would have drawn, and shuffled data comes as it came. None for nothing; `aengine.checkpoint` sets it.
 
     Raises:
         TypeError, ValueError: the step cannot be called as `step(engine, batch)`, `thread=True` was given for an async
@@ -78,7 +77,6 @@ class Engine(Generic[Batch, Output]):
         self.randomness: Randomness | None = None
         self._requests = Requests()
         self._emitter = EventEmitter(self.name, self.logger, self.state)
-        self._bus = self._emitter.bus
         self._session = Session(
             step,
             self.state,
@@ -313,8 +311,7 @@ class Engine(Generic[Batch, Output]):
             name: shown in notes, logs and statistics; by default its class.
 
         Raises:
-            TypeError: this is no Service.
-            ValueError: `on_error` is neither of the two; or this engine has this very service already.
+            TypeError, ValueError: this is no Service, or one that the engine has; `on_error` is neither of the two.
         """
         return self._session.add_service(service, on_error, name)
 
@@ -440,8 +437,7 @@ class Engine(Generic[Batch, Output]):
         """Have the next batch come from other data. The length of the epoch stays. From any thread or task.
 
         Raises:
-            RuntimeError: no run is under way.
-            TypeError: this cannot be data.
+            RuntimeError, TypeError: no run is under way, or this cannot be data.
         """
         self._session.set_data(self, data)
 
@@ -495,5 +491,10 @@ class Engine(Generic[Batch, Output]):
         return self._session.statistics()
 
     def __repr__(self) -> str:
-        state = self.state
-        return f"<Engine {self.name!r} epoch={state.epoch}/{state.max_epochs} iteration={state.iteration}>"
+        at = self.state
+        return f"<Engine {self.name!r} epoch={at.epoch}/{at.max_epochs} iteration={at.iteration}>"
+
+
+def session_of(engine: Engine[Any, Any]) -> Session:
+    """Return what runs an engine, for what is built on engines inside this package."""
+    return engine._session  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]  # the one door, in this very module

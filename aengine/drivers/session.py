@@ -38,6 +38,8 @@ class Session:
     It holds no engine, since the engine holds it, but while a run is under way or interrupted: the loop does.
 
     Attributes:
+        step: the engine's step.
+        threaded: whether a plain step runs on a worker thread.
         is_running: whether a run is under way.
         services: those that take part in each run.
         body_task: the task of a body of `iterate()`, while the loop waits for it.
@@ -58,14 +60,14 @@ class Session:
         self.is_running = False
         self.services: tuple[ServiceEntry, ...] = ()
         self.body_task: int | None = None
-        self._step = step
+        self.step = step
         self._state = state
         self._emitter = emitter
         self._bus = emitter.bus
         self._requests = requests
         self._logger = logger
         self._is_async = is_async
-        self._threaded = threaded
+        self.threaded = threaded
         self._grace = grace
         self._driver: Driver | None = None
         # Both are kept while a run is interrupted: the next one goes on with this very generator.
@@ -77,7 +79,7 @@ class Session:
 
     async def run(self, engine: Any, data: Any, limits: Limits, prefetch: int) -> None:
         """Run the loop on the event loop that runs here, as `Engine.run`."""
-        with self._busy():
+        with self.busy():
             check_whole(prefetch, "prefetch=", minimum=0, of="batches to pull ahead")
             loop, generator = self._begin(engine, data, limits)
             await self._drive(engine, loop, generator, prefetch)
@@ -90,7 +92,7 @@ class Session:
         if self._is_async or prefetch or self.services or self._bus.must_await or adapt(data).is_async:
             anyio.run(self.run, engine, data, limits, prefetch)
             return
-        with self._busy():
+        with self.busy():
             loop, generator = self._begin(engine, data, limits)
             runner = self._emitter.runner = BlockingRunner(generator, self._requests)
             failures: list[BaseException] = []
@@ -111,7 +113,8 @@ class Session:
                     failures.clear()  # an error's traceback holds this frame: no cycle may hold the engine
 
     @contextmanager
-    def _busy(self) -> Generator[None]:
+    def busy(self) -> Generator[None]:
+        """Have the engine be running; another run is refused meanwhile."""
         self.refuse_running("one engine runs one loop at a time. Await the run under way, or make another engine")
         self.is_running = True
         try:
@@ -147,7 +150,7 @@ class Session:
         rng, self._rng_to_restore = self._rng_to_restore, None
         loop = self._loop = Loop(
             engine,
-            self._step,
+            self.step,
             source,
             progress,
             state=state,
@@ -192,7 +195,7 @@ class Session:
             self._bus,
             self._requests,
             services,
-            threaded=self._threaded and wanted is None,
+            threaded=self.threaded and wanted is None,
             grace=self._grace,
             prefetch=prefetch,
         )

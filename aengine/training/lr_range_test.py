@@ -20,7 +20,7 @@ import torch
 
 from aengine.arguments import check_whole
 from aengine.checkpoint.capture.randomness import RandomStates
-from aengine.engine import Engine
+from aengine.engine import Engine, session_of
 from aengine.events import Events
 from aengine.state import State, Stateful
 from aengine.training.gradients import GradientStatistics
@@ -163,8 +163,8 @@ async def lr_range_test(  # noqa: PLR0913 -- what is trained, and how the curve 
             "lr_range_test(trainer, model, optimizer, data) takes a torch.nn.Module, to restore it; several as"
             f" torch.nn.ModuleList([...]); got {model!r}"
         )
-    own: Any = trainer
-    step, thread = own._step, None if own._threaded else False  # noqa: SLF001
+    session = session_of(trainer)
+    step, thread = session.step, None if session.threaded else False
     updates = [one for one in trainer.stateful_listeners() if isinstance(one, Update)]
 
     def end_step() -> None:
@@ -182,7 +182,7 @@ async def lr_range_test(  # noqa: PLR0913 -- what is trained, and how the curve 
     test.add_event_handler(Events.ITERATION_COMPLETED, end_step)
     test.add_event_handler(Events.ITERATION_COMPLETED, sweep.record)
     with (
-        own._busy(),  # noqa: SLF001 -- so that a run of the trainer is refused meanwhile
+        session.busy(),  # so that a run of the trainer is refused meanwhile
         _restored(trainer, model, optimizer, data, also),
         sweep.counting_steps(),
     ):

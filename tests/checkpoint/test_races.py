@@ -63,7 +63,7 @@ async def test_a_request_to_a_run_that_is_abandoned_is_refused(tmp_path: Path) -
     async with saving(tmp_path) as run:
         run.checkpoint.attach(run.engine, Events.COMPLETED)
         services = ServiceTasks(run.engine, run.engine._session.services, 0)
-        with run.engine._session._busy():
+        with run.engine._session.busy():
             run.engine._requests.begin()
             services.run_started()  # and from here on the loop is not advanced
             async with anyio.create_task_group() as group:
@@ -99,7 +99,7 @@ async def test_a_request_as_the_directory_turns_out_to_be_taken_is_refused(tmp_p
                 await until(lambda: bool(run.checkpoint._saver._requests))
 
             # Before the Checkpoint's own handler of STARTED, which fails.
-            topic = run.engine._bus.topic("STARTED")
+            topic = run.engine._emitter.bus.topic("STARTED")
             run.engine.add_event_handler(Events.STARTED, ask_first)
             topic.inline = topic.inline[::-1]
             topic._choose_dispatch()

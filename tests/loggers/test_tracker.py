@@ -1063,8 +1063,8 @@ async def test_a_sink_that_is_down_has_its_time_when_a_run_found_no_data(caplog:
 async def test_an_event_that_comes_after_the_last_look_is_not_late(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(tenfold)
     engine.subscribe(Events.STARTED, print)
-    looks = iter([[], engine._bus.subscribers])
-    consumers = SubscriberTasks(engine._bus, EventLoopHandle(), grace=30.0)
+    looks = iter([[], engine._emitter.bus.subscribers])
+    consumers = SubscriberTasks(engine._emitter.bus, EventLoopHandle(), grace=30.0)
     monkeypatch.setattr(SubscriberTasks, "_late", property(lambda _: next(looks)))
     await consumers.finish(anyio.current_time() + 30)
 
@@ -1072,7 +1072,7 @@ async def test_an_event_that_comes_after_the_last_look_is_not_late(monkeypatch: 
 async def test_flush_returns_at_once_where_the_tasks_of_the_run_have_ended() -> None:
     engine = Engine(tenfold)
     engine.subscribe(Events.STARTED, print)
-    consumers = SubscriberTasks(engine._bus, EventLoopHandle(), grace=30.0)
+    consumers = SubscriberTasks(engine._emitter.bus, EventLoopHandle(), grace=30.0)
     await consumers.end()
     await engine.emit(Events.STARTED)  # waits for the next run
     with anyio.fail_after(10):

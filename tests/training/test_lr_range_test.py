@@ -356,7 +356,7 @@ async def cancelled_in_a_step(training: Training) -> None:
     started, token = anyio.Event(), anyio.lowlevel.current_token()
 
     def tell(count: int) -> None:
-        if count == 9 and training.trainer._session._threaded:
+        if count == 9 and training.trainer._session.threaded:
             anyio.from_thread.run_sync(started.set, token=token)
         elif count == 9:
             started.set()
