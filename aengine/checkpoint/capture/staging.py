@@ -131,7 +131,7 @@ def _layout(tensors: Iterable[torch.Tensor]) -> list[_Strided]:
 
 
 _new_strided: Callable[[type[_Strided], tuple[Any, ...]], _Strided] = tuple.__new__
-"""Makes one of its fields in order, without the cost of its Python constructor: thousands are made while the run waits."""
+"""Makes one of its fields in order, without the cost of its Python constructor: thousands are made as the run waits."""
 
 
 @dataclass

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, Protocol, cast
 import torch
 
 from aengine.checkpoint.capture.trees import path_text, why_not_loaded
-from aengine.errors import CheckpointDamaged, CheckpointMismatch, NotSerializable
+from aengine.errors import CheckpointDamaged, CheckpointMismatch, NotSerializable, missing_package
 
 try:
     from torch.utils.serialization import config as _options
@@ -113,10 +113,7 @@ def export_safetensors(tree: Any, path: Path, metadata: Mapping[str, str] | None
     try:
         from safetensors.torch import save_file  # noqa: PLC0415 -- optional, and for this function only
     except ImportError as error:
-        raise ImportError(
-            'exporting weights needs safetensors: pip install "safetensors>=0.4.5", which is what aengine\'s extra '
-            '"checkpoint" brings: pip install -e ".[checkpoint]"'
-        ) from error
+        raise missing_package("exporting weights", "safetensors>=0.4.5", "checkpoint") from error
     tensors = _named_tensors(tree)
     first: dict[Hashable, str] = {}
     left_out: dict[str, str] = {}
