@@ -22,8 +22,9 @@ from aengine.errors import EngineBusy, raise_failures
 from aengine.events import Event
 from aengine.loop.effects import LoopGenerator
 from aengine.loop.loop import Loop
-from aengine.loop.progress import Progress, begin, from_state_dict, to_state_dict
+from aengine.loop.progress import Progress, begin
 from aengine.loop.requests import Requests
+from aengine.loop.state_dict import from_state_dict, to_state_dict
 from aengine.state import State
 from aengine.statistics import EngineStatistics
 from aengine.threads.worker import close_unawaited

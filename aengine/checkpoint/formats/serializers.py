@@ -12,7 +12,8 @@ from typing import Any, BinaryIO, Protocol, cast
 import torch
 
 from aengine.checkpoint.capture.trees import path_text, why_not_loaded
-from aengine.errors import CheckpointDamaged, CheckpointMismatch, NotSerializable, missing_package
+from aengine.errors import CheckpointDamaged, CheckpointMismatch, NotSerializable
+from aengine.extras import missing_package
 
 try:
     from torch.utils.serialization import config as _options
