@@ -229,7 +229,7 @@ class Topic:
             if must_wait:  # which takes long enough to be timed each time
                 began = now
                 try:
-                    yield result
+                    yield result  # pyright: ignore[reportReturnType]  # not None where it must be awaited
                 except Exception as error:
                     self._note(error, f"handler {handler.name!r}", engine)
                     raise
