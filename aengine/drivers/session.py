@@ -241,7 +241,7 @@ class Session:
 
     def add_service(self, service: Service, on_error: str, name: str | None) -> RemovableEventHandle:
         """Add a service, as `Engine.add_service`; where a run is under way, it takes part from now on."""
-        if not isinstance(service, Service):
+        if not isinstance(service, Service):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"a service derives from aengine.Service, got {service!r}")
         check_choice(on_error, "on_error=", ("raise", "log"))
         if any(entry.service is service for entry in self.services):

@@ -53,7 +53,7 @@ class BlockingRunner:
             self._changed.wait()
             self._changed.clear()
 
-    def start(self, _: Subscriber) -> None:
+    def start(self, subscriber: Subscriber) -> None:  # noqa: ARG002 -- a Runner's
         """A subscriber was added, which needs an event loop: leave this, to be continued on one."""
         self._requests.return_to_driver()
 
