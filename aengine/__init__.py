@@ -1,15 +1,16 @@
-# The rooms, from the ground up: a room imports from those before it, never from those after.
-#   errors       the exception tree                 engine       Engine: run, stop, resume, save
-#   state        what the loop knows                checkpoint/  saving while training goes on, and resuming exactly
-#   events       names, filters, the Event record     capture/     every part's state at one instant, copied
-#   statistics   where the time went                  formats/     how it becomes files, and state again
-#   arguments    users' values, checked               store/       the directory: commits, locks, retention
-#   callables    users' functions, checked, bound     cli/         python -m aengine checkpoints
-#   threads/     crossing threads                   handlers/    ready-made: limits, progress, profiling, pictures
-#   bus/         who listens                        signals      stop_on_signals
-#   data/        any data as the next batch         training/    supervised steps, metrics, schedules, range test
-#   loop/        the loop: a generator, no I/O      loggers/     numbers of a run, written beside the step
-#   drivers/     who advances the loop              interop/     pytorch-ignite's metrics and handlers
+# The packages, from the lowest layer up: each imports from those before it, never from those after.
+#   arguments    users' values, checked             engine       Engine: run, stop, resume, save
+#   callables    users' functions, checked, bound   checkpoint/  saving during training, and resuming exactly
+#   extras       optional packages that are missing   capture/     every part's state at one instant, copied
+#   errors       the exception tree                   formats/     how it becomes files, and state again
+#   state        what the loop knows                  store/       the directory: commits, locks, retention
+#   events       names, filters, the Event record     cli/         python -m aengine checkpoints
+#   statistics   where the time went                handlers/    ready-made: limits, progress, profiling, pictures
+#   threads/     crossing threads                   signals      stop_on_signals
+#   bus/         listeners: inline, subscribers     training/    supervised steps, metrics, schedules, range test
+#   data/        any data as the next batch         loggers/     numbers of a run, written concurrently
+#   loop/        the loop: a generator, no I/O      interop/     pytorch-ignite's metrics and handlers
+#   drivers/     advancing the loop; its tasks
 """The training-loop engine for async Python.
 
 from aengine import Engine, Events

@@ -74,7 +74,7 @@ def test_paths_that_it_links_to_exist(page: Path) -> None:
 
 @EVERY_GUIDE
 def test_paths_that_it_mentions_exist(page: Path) -> None:
-    """A path in capitals, such as `tests/ROOM/`, stands for many."""
+    """A path in capitals, such as `tests/PACKAGE/`, stands for many."""
     paths = [code for code in code_in_prose(page) if re.fullmatch(r"[\w.-]+(/[\w.-]+)*(/|\.\w+)", code)]
     mentioned = [path for path in paths if "/" in path and not re.search(r"[A-Z]{4}", path)]
     assert mentioned

@@ -1,1 +1,1 @@
-"""Who advances the loop: on an event loop, on a thread, or on neither."""
+"""Advancing the loop: on an event loop, on a thread, or without either; and the tasks of a run."""

@@ -192,7 +192,7 @@ class Driver:
         """Have the loop wait for room before its next step."""
         self._requests.defer_backpressure(waits)
 
-    # Who calls
+    # The caller: is it part of this run?
 
     @property
     def wait_blocking(self) -> Callable[[Awaitable[Any]], Any] | None:

@@ -54,7 +54,7 @@ class RunWorker:
         await self._call(self._shared.enter_context, self._settings.entered())
 
     def submit(self, function: Callable[[Any], Any], argument: Any) -> WorkItem:
-        """Have the thread make one call, and return it: `item`, until `finished` is told of it."""
+        """Have the thread make one call, and return it. It is `item` until `finish()`."""
         assert self.thread is not None, "started before"  # noqa: S101
         # Stored before it begins: the step that it runs may ask at once whether it is here.
         item = self.item = WorkItem(self._loop_handle, self._context, function, argument)
