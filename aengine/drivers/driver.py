@@ -319,9 +319,11 @@ class Driver:
         was_woken, self._is_woken = self._is_woken, False
         return self._take_reported() or (WaitCancelled() if was_woken and self._loop.feed.is_awaited else None)
 
-    # The hot path of steps on the event loop: what is awaited most, a coroutine, is awaited in place.
+    # The hot path on the event loop. What is awaited most, a step or handler and the next batch, is awaited in place: a
+    # coroutine between would cost a tenth of the iteration.
     async def _advance_here(self) -> None:
         """Advance the loop on the event loop's own thread, until it is over or is to leave the scope."""
+        pending = self._requests.pending
         send: Callable[[Any], Any] = self._generator.send
         throw: Callable[[Any], Any] = self._generator.throw
         resume, value = self._next
@@ -336,8 +338,14 @@ class Driver:
                 return
             resume = send
             try:
-                if type(wanted) is CoroutineType:
+                kind = type(wanted)
+                if kind is CoroutineType:
                     value = await wanted
+                elif kind is NextBatch and Request.TERMINATE not in pending:
+                    value = await wanted.awaitable
+                    if self._is_woken:
+                        self._next = (send, value)
+                        return
                 elif (value := await self._wait_for(wanted)) is _RETURN:
                     return
             except Exception as error:  # noqa: BLE001 -- thrown into the loop, where it was awaited
