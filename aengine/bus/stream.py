@@ -8,7 +8,7 @@ import anyio.lowlevel
 from aengine.bus.inbox import Overflow
 from aengine.bus.listeners import Snapshot
 from aengine.bus.subscriber import TURN_EVENTS, Subscription
-from aengine.events import AnyEvent, Event, selectors
+from aengine.events import Event, Selector
 from aengine.threads.event_loop import EventLoopHandle
 
 if TYPE_CHECKING:
@@ -30,9 +30,15 @@ class Stream(Subscription):
     """
 
     def __init__(
-        self, bus: "Bus", event: AnyEvent, *, buffer: int, overflow: Overflow | str, snapshot: Snapshot | None
+        self,
+        bus: "Bus",
+        selectors: tuple[Selector, ...],
+        *,
+        buffer: int,
+        overflow: Overflow | str,
+        snapshot: Snapshot | None,
     ) -> None:
-        super().__init__(bus, event, f"stream of {' | '.join(map(str, selectors(event)))}", buffer, overflow, snapshot)
+        super().__init__(bus, selectors, None, buffer, overflow, snapshot)
         self._bus = bus
         self._loop_handle: EventLoopHandle | None = None
         self._taken = 0

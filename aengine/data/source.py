@@ -50,13 +50,15 @@ class Source:
         self,
         data: Adapted,
         logger: logging.Logger,
+        randomness: Randomness | None,
+        *,
         unread: Iterable[Fetched] = (),
-        randomness: Randomness | None = None,
+        completed: int = 0,
     ) -> None:
         self.data = data.data
         self.name = data.name
         self.is_one_shot = data.is_one_shot
-        self.position = DataPosition(data, logger, unread, randomness)
+        self.position = DataPosition(data, logger, randomness, unread, completed)
         self.has_ended = False
         self.run: RunContext | None = None
         self._logger = logger
@@ -96,14 +98,10 @@ class Source:
         self.position.end(completed)
 
     def restart(self, completed: int) -> None:
-        """Begin the data again at the next fetch. What is open has been closed."""
+        """Begin the data again at the next fetch. What is open has been closed; what is unread is dropped."""
         self.has_ended = False
         self.take, self.arrival = self._open_and_take, self._open_and_wait
         self.position.restart(completed)
-
-    def forget(self) -> None:
-        """Drop what was fetched and not stepped on: the data begins again."""
-        self.position.unread.clear()
 
     def unread_batch(self, batch: Any) -> None:
         """Take back the batch in hand, which was not stepped on: it is the next one."""
@@ -189,15 +187,15 @@ class Source:
         fetched = self.position.unread.popleft()
         if not self.position.unread:
             self._choose()
-        return self.position.took(fetched)
+        return self.position.took(*fetched)
 
     def _take_of_stateful(self) -> Any:
         batch, position = next(self._iterator), self.position
-        return position.took(Fetched(batch, position.state()))
+        return position.took(batch, position.state())
 
     async def _arrival_of_stateful(self) -> Any:
         batch, position = await anext(self._iterator), self.position
-        return position.took(Fetched(batch, position.state()))
+        return position.took(batch, position.state())
 
     # Ahead of the step
 
@@ -212,7 +210,7 @@ class Source:
 
     def _take_ahead(self) -> Any:
         fetched = self._buffer.take_nowait()
-        return PENDING if fetched is None else self.position.took(fetched)
+        return PENDING if fetched is None else self.position.took(*fetched)
 
     async def _arrival_ahead(self) -> Any:
         await self._buffer.arrival()
@@ -242,7 +240,6 @@ class Source:
             # exited, and entered again: begin again, by position.
             position = self.position.after(completed)
             await self.aclose()
-            self.forget()
             self.restart(completed)
             self.resume_at(position, completed)
             if self._is_manager:

@@ -93,7 +93,6 @@ class Feed:
             return
         self.in_hand = END
         yield from self._close()
-        self.source.forget()
         self.source.restart(completed)
 
     def replace(self, source: Source) -> None:

@@ -21,7 +21,7 @@ from aengine.loop.effects import BUDGET, Effect, LoopGenerator, NextBatch, WaitC
 from aengine.loop.feed import END, Exhausted, Feed
 from aengine.loop.progress import Progress, last_iteration
 from aengine.loop.requests import Phase, Request, Requests
-from aengine.state import State, StopReason
+from aengine.state import StopReason
 
 
 class Terminated(Exception):
@@ -52,18 +52,17 @@ class Loop:
         source: Source,
         progress: Progress,
         *,
-        state: State,
         bus: Bus,
         requests: Requests,
         restore_rng: Callable[[], object] | None = None,
     ) -> None:
         self.completed = progress.iteration
-        self.feed = Feed(source, state, progress.iteration)
+        self.feed = Feed(source, bus.state, progress.iteration)
         self.also_raised: list[BaseException] = []
         self.cancellations: tuple[type[BaseException], ...] = (KeyboardInterrupt, SystemExit)
         self._engine = engine
         self._step = step
-        self._state = state
+        self._state = bus.state
         self._bus = bus
         self._requests = requests
         # After STARTED and EPOCH_STARTED of a run that is resumed: the run before fired them, too, and their handlers
@@ -284,7 +283,7 @@ class Loop:
                             usual = kind
                 except Exception as error:
                     refuse_stop_iteration(error, "the step")
-                    self.note(error, "the step")
+                    bus.note(error, "the step")
                     raise
                 if is_timed:
                     watch.step += (perf_counter() - mark) * watch.weight
@@ -327,7 +326,7 @@ class Loop:
         if isinstance(error, WaitCancelled):
             yield from self._serve_requests()  # which ends the run: only `terminate()` cancels this wait
         elif isinstance(error, Exception) and not isinstance(error, Exhausted):
-            self.note(error, f"the data ({self.source.name}), fetching batch {self.completed + 1}")
+            self._bus.note(error, f"the data ({self.source.name}), fetching batch {self.completed + 1}")
 
     def _meet_end_of_data(self) -> Generator[Awaitable[Any] | Effect, Any, Any]:
         """Restart the data and return its first batch; END if it ends an epoch whose length was not known."""
@@ -469,7 +468,7 @@ class Loop:
         try:
             yield from self.feed.close(gently=gently)
         except Exception as error:
-            self.note(error, f"closing the data ({self.source.name})")
+            self._bus.note(error, f"closing the data ({self.source.name})")
             raise
 
     def progress(self) -> Progress:
@@ -488,10 +487,3 @@ class Loop:
         if type(output) is not GeneratorType:  # of those, some are and some are not
             self._plain_types.add(type(output))
         return False
-
-    def note(self, error: BaseException, where: str) -> None:
-        """Note on an error where it was raised, unless it came from beside the loop, where that was noted."""
-        state = self._state
-        if error is self._bus.reported:
-            return
-        error.add_note(f"in {where}, engine {self._bus.name!r}, epoch {state.epoch}, iteration {state.iteration}")

@@ -264,9 +264,9 @@ async def test_fire_event_on_the_event_loop_cannot_await_a_handler() -> None:
 @pytest.mark.parametrize("value", [0, -1])
 def test_buffer_must_be_a_number_of_events(value: Any) -> None:
     engine = Engine(double)
-    with refused(ValueError, "buffer=", "at least 1", repr(value)):
+    with refused(ValueError, "buffer=", "1 or more", repr(value)):
         engine.subscribe(Events.STARTED, print, buffer=value)
-    with refused(ValueError, "buffer=", "at least 1", repr(value)):
+    with refused(ValueError, "buffer=", "1 or more", repr(value)):
         engine.stream(Events.STARTED, buffer=value)
 
 
