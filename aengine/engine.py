@@ -297,9 +297,7 @@ class Engine(Generic[Batch, Output]):
         It ends with the run. The arguments are those of `subscribe`. A slow reader loses the oldest events, which are
         counted, and never slows the loop, unless it asks for that by `overflow="wait"`.
         """
-        return Stream(
-            self._emitter.bus, self._emitter.select(event), buffer=buffer, overflow=overflow, snapshot=snapshot
-        )
+        return Stream(self._emitter.bus, self._emitter.select(event), None, buffer, overflow, snapshot)
 
     def add_service(
         self, service: Service, *, on_error: str = "raise", name: str | None = None

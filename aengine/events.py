@@ -301,11 +301,11 @@ def _filter(  # noqa: C901 -- a branch an argument
     for what, value in (("before=", before), ("after=", after)):
         if value is not None:
             check_whole(value, what, minimum=0)
-    counts = None
+    counts: Any = None
     if once is not None:
         counts = tuple(once) if isinstance(once, Iterable) and not isinstance(once, str) else (once,)
-        for one in counts or (once,):  # no count at all is refused, too
-            check_whole(one, "once=", minimum=1, alternative="several of them")
+        for count in counts or (once,):  # no count at all is refused, too
+            check_whole(count, "once=", minimum=1, alternative="several of them")
     interval = None
     if isinstance(every, timedelta):
         interval, every = check_interval(every, "every=", 60), None

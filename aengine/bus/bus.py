@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from threading import RLock
 
 from aengine.bus.stream import Stream
-from aengine.bus.subscriber import Subscriber
+from aengine.bus.subscriber import Subscriber, Subscription
 from aengine.bus.topic import Topic
 from aengine.events import ALWAYS
 from aengine.state import State
@@ -29,8 +29,8 @@ class Bus:
     """
 
     __slots__ = (
-        "_reported", "_topics", "last_event_name", "lock", "logger", "loop_handle", "name", "next_count",
-        "own_counts", "sequence", "state", "stopwatch", "streams", "subscribers",
+        "_reported", "_subscriptions", "_topics", "last_event_name", "lock", "logger", "loop_handle", "name",
+        "next_count", "own_counts", "sequence", "state", "stopwatch",
     )  # fmt: skip
 
     def __init__(self, name: str, logger: logging.Logger, state: State) -> None:
@@ -45,8 +45,7 @@ class Bus:
         self.stopwatch = Stopwatch()
         self.loop_handle: EventLoopHandle | None = None
         self._reported: BaseException | None = None
-        self.subscribers: tuple[Subscriber, ...] = ()
-        self.streams: tuple[Stream, ...] = ()
+        self._subscriptions: tuple[Subscription, ...] = ()
         self._topics: dict[str, Topic] = {}
 
     def topic(self, name: str) -> Topic:
@@ -67,31 +66,28 @@ class Bus:
 
     # Subscribers and streams
 
-    def add_subscriber(self, subscriber: Subscriber) -> None:
-        """Add a subscriber. Its task is started by the caller, or by the next run."""
+    def add(self, subscription: Subscription) -> None:
+        """Add a subscriber, whose task is started by the caller or by the next run, or a stream that is entered."""
         with self.lock:
-            self.subscribers += (subscriber,)
-        subscriber.subscribe()
+            self._subscriptions += (subscription,)
+        subscription.subscribe()
 
-    def remove_subscriber(self, subscriber: Subscriber) -> None:
-        """Remove a subscriber. What it has accepted it still handles; then its task ends."""
+    def remove(self, subscription: Subscription) -> None:
+        """Remove a subscriber, which still handles what it has accepted, or a stream, which discards that."""
         with self.lock:
-            self.subscribers = tuple(one for one in self.subscribers if one is not subscriber)
-        subscriber.unsubscribe()
-        subscriber.inbox.close_nowait()
+            self._subscriptions = tuple(one for one in self._subscriptions if one is not subscription)
+        subscription.unsubscribe()
+        subscription.inbox.close_nowait(discard=isinstance(subscription, Stream))
 
-    def add_stream(self, stream: Stream) -> None:
-        """Add a stream that is entered."""
-        with self.lock:
-            self.streams += (stream,)
-        stream.subscribe()
+    @property
+    def subscribers(self) -> list[Subscriber]:
+        """The subscribers, in order of registration."""
+        return [one for one in self._subscriptions if isinstance(one, Subscriber)]
 
-    def remove_stream(self, stream: Stream) -> None:
-        """Remove a stream that is left. What it has not read is discarded."""
-        with self.lock:
-            self.streams = tuple(one for one in self.streams if one is not stream)
-        stream.unsubscribe()
-        stream.inbox.close_nowait(discard=True)
+    @property
+    def streams(self) -> list[Stream]:
+        """The streams that are being read."""
+        return [one for one in self._subscriptions if isinstance(one, Stream)]
 
     @property
     def must_await(self) -> bool:

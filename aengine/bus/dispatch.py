@@ -1,4 +1,4 @@
-"""Driving a dispatch, in the three ways there are: awaiting, blocking, and neither.
+"""Driving a dispatch, from async code, which awaits what it yields, and from plain code.
 
 A dispatch is what `Topic.dispatch` leaves to be done. It yields what handlers gave to be awaited, and a
 BackpressureWait for each inbox that is full.
@@ -11,7 +11,6 @@ from typing import Any
 from aengine.bus.inbox import BackpressureWait, Inbox
 from aengine.bus.topic import Dispatch
 from aengine.errors import InboxOverflow
-from aengine.threads.worker import close_unawaited
 
 reading: ContextVar[Inbox | None] = ContextVar("aengine_reading", default=None)
 """The inbox of the subscriber in whose handler the caller is, None elsewhere."""
@@ -57,24 +56,6 @@ def drive_blocking(dispatch: Dispatch | None, wait_for: Callable[[Awaitable[Any]
             resume, value = dispatch.send, wait_for(wanted)
         except BaseException as error:  # noqa: BLE001 -- thrown into the dispatch, which lets it out again
             resume, value = dispatch.throw, error
-
-
-def drive_nowait(dispatch: Dispatch | None, name: str) -> list[BackpressureWait]:
-    """Drive a dispatch where nothing can be awaited. Returns the waits for room that are deferred: all is accepted.
-
-    Raises:
-        RuntimeError: a handler turned out to be async. It was not run.
-    """
-    deferred: list[BackpressureWait] = []
-
-    def wait_for(wanted: Awaitable[Any]) -> None:
-        if not isinstance(wanted, BackpressureWait):
-            close_unawaited(wanted)
-            raise RuntimeError(async_handler_message(name))  # noqa: TRY004 -- the type is right, the place is wrong
-        deferred.append(wanted)
-
-    drive_blocking(dispatch, wait_for)
-    return deferred
 
 
 def async_handler_message(name: str) -> str:

@@ -6,14 +6,15 @@ from functools import partial
 from typing import Any, Protocol, Self, cast
 
 from aengine.bus.bus import Bus
-from aengine.bus.dispatch import async_handler_message, drive, drive_blocking, drive_nowait, no_room
+from aengine.bus.dispatch import async_handler_message, drive, drive_blocking, no_room
 from aengine.bus.inbox import BackpressureWait
 from aengine.bus.listeners import InlineHandler
 from aengine.bus.subscriber import Subscriber
 from aengine.bus.topic import Topic
 from aengine.callables import name_of
 from aengine.events import AnyEvent, Event, EventEnum, Events, Selector, event_name, selectors
-from aengine.state import State, is_stateful
+from aengine.state import State, Stateful
+from aengine.threads.worker import close_unawaited
 
 
 class RemovableEventHandle:
@@ -137,10 +138,10 @@ class EventEmitter:
 
     def subscribe(self, subscriber: Subscriber) -> RemovableEventHandle:
         """Add a subscriber; where a run is under way, it takes part from now on."""
-        self.bus.add_subscriber(subscriber)
+        self.bus.add(subscriber)
         if self.runner is not None:
             self.runner.start(subscriber)
-        return RemovableEventHandle(partial(self.bus.remove_subscriber, subscriber))
+        return RemovableEventHandle(partial(self.bus.remove, subscriber))
 
     def stateful_listeners(self, engine: Any) -> list[Any]:
         """Return the objects that listen and have a state to save, other than the engine itself."""
@@ -150,7 +151,7 @@ class EventEmitter:
         for handler in handlers:
             function: Any = handler.func if isinstance(handler, partial) else handler
             owner = getattr(function, "__self__", function)
-            if is_stateful(owner) and owner is not engine and not isinstance(owner, type):
+            if isinstance(owner, Stateful) and owner is not engine and not isinstance(owner, type):
                 found[id(owner)] = owner
         return list(found.values())
 
@@ -176,17 +177,22 @@ class EventEmitter:
         """Fire an event from plain code, as `Engine.fire_event`."""
         topic, count = self._topic_to_fire(event)
         runner = self.runner
-        if runner is not None and (wait := runner.wait_blocking) is not None:
-            drive_blocking(topic.dispatch(engine, count), wait)
-            return
-        if any(handler.is_async for handler in topic.inline):
+        wait_for = None if runner is None else runner.wait_blocking
+        if wait_for is None and any(handler.is_async for handler in topic.inline):
             raise RuntimeError(async_handler_message(topic.name))
-        waits = drive_nowait(topic.dispatch(engine, count), topic.name)
-        if not waits:
-            return
-        if runner is None:
-            raise no_room(waits[0])
-        runner.defer_backpressure(waits)
+        deferred: list[BackpressureWait] = []
+
+        def defer(wanted: Awaitable[Any]) -> None:
+            if not isinstance(wanted, BackpressureWait):  # a handler turned out to be async
+                close_unawaited(wanted)
+                raise RuntimeError(async_handler_message(topic.name))  # noqa: TRY004 -- the place is wrong, not the type
+            deferred.append(wanted)
+
+        drive_blocking(topic.dispatch(engine, count), wait_for or defer)
+        if deferred and runner is None:
+            raise no_room(deferred[0])
+        if deferred and runner is not None:
+            runner.defer_backpressure(deferred)
 
     async def emit(self, engine: Any, event: AnyEvent) -> None:
         """Fire an event from async code, as `Engine.emit`."""

@@ -52,6 +52,7 @@ class Subscription:
             check_callable(snapshot, "snapshot=", "snapshot", "engine")
         if not isinstance(snapshot, Hashable):
             snapshot = partial(cast(Snapshot, snapshot))  # shared by those that were given the very same one
+        self._bus = bus
         self.events = " | ".join(map(str, selectors))
         self.name = name or f"stream of {self.events}"
         self.errors = 0
@@ -109,7 +110,6 @@ class Subscriber(Subscription):
         self.handler = handler
         self._is_async = is_async_callable(handler)
         self._isolated = on_error == "log"
-        self._logger = bus.logger
         self._scope: anyio.CancelScope | None = None
         self._limiter: anyio.CapacityLimiter | None = None
         self._turn_began = 0.0
@@ -185,7 +185,7 @@ class Subscriber(Subscription):
         self.errors += 1
         error.add_note(f"in subscriber {self.name!r} of {event.name}, {place_of(event)}")
         if self._isolated:
-            self._logger.error(
+            self._bus.logger.error(
                 "subscriber %r of %s failed, going on (%s)", self.name, event.name, place_of(event), exc_info=error
             )
         return self._isolated

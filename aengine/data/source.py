@@ -7,9 +7,8 @@ a list costs one call of its iterator and nothing of ours.
 
 import logging
 from collections.abc import AsyncIterable, Awaitable, Callable, Generator, Iterable, Mapping
-from enum import Enum
 from types import AsyncGeneratorType
-from typing import Any, Final, NoReturn, cast
+from typing import Any, NoReturn, cast
 
 import anyio
 
@@ -21,14 +20,7 @@ from aengine.errors import StrayCancellation
 from aengine.state import Randomness
 from aengine.threads.event_loop import EventLoopHandle
 
-
-class Pending(Enum):
-    """The type of PENDING."""
-
-    PENDING = "pending"
-
-
-PENDING: Final = Pending.PENDING
+PENDING: Any = object()
 """What `take()` returns when the next batch must be awaited."""
 
 
@@ -119,7 +111,7 @@ class Source:
         if data is _NOT_ENTERED:
             return PENDING
         if data is None:
-            self.take = _no_batch
+            self.take = lambda: None
             return None
         made: Any = data() if is_factory(data) else data
         if has(made, "__aiter__"):
@@ -127,7 +119,7 @@ class Source:
             self._iterator = aiter(cast(AsyncIterable[Any], made))
             if not position.to_skip:
                 position.end_rewind()
-            self.take = _pending
+            self.take = lambda: PENDING
             return PENDING
         if not is_iterable(made):
             raise TypeError(
@@ -178,7 +170,7 @@ class Source:
         elif self._prefetcher is not None:
             self.take, self.arrival = self._take_ahead, self._arrival_ahead
         elif has(iterator, "__anext__"):
-            self.take = _pending
+            self.take = lambda: PENDING
             self.arrival = self._arrival_of_stateful if has_state else iterator.__anext__
         else:
             self.take = self._take_of_stateful if has_state else iterator.__next__
@@ -339,14 +331,6 @@ def _without_stop(take: Callable[[], Any]) -> Any:
         return take()
     except StopIteration:
         raise StopAsyncIteration from None
-
-
-def _pending() -> Pending:
-    return PENDING
-
-
-def _no_batch() -> None:
-    return None
 
 
 def _raise_stop() -> NoReturn:

@@ -71,6 +71,7 @@ class Driver:
         self._generator = generator
         self._bus = bus
         self._requests = requests
+        self.defer_backpressure = requests.defer_backpressure
         self._grace = grace
         self._prefetch = prefetch
         self._settings = ThreadState()
@@ -143,7 +144,7 @@ class Driver:
 
     def _disconnect(self) -> None:
         self._requests.wake_by(None)
-        self._loop.detach()
+        self._loop.source.attach(None)
         self._bus.attach(None)
 
     # What the run owns
@@ -187,10 +188,6 @@ class Driver:
     def _fail_of_data(self, error: BaseException) -> None:
         self._bus.note(error, f"the data ({self._loop.source.name})")
         self.fail(error)
-
-    def defer_backpressure(self, waits: list[BackpressureWait]) -> None:
-        """Have the loop wait for room before its next step."""
-        self._requests.defer_backpressure(waits)
 
     # Who calls
 

@@ -139,11 +139,6 @@ class Feed:
         else:
             self.source.close()
 
-    def abandon(self) -> None:
-        """Close the data where nothing can be awaited any more."""
-        self.unread_batch()
-        self.source.close()
-
     def exhaustion(self, completed: int) -> str:
         """Return the sentence that says that the data has ended too early, and what to pass instead."""
         state, source = self._state, self.source

@@ -19,7 +19,7 @@ from aengine.errors import DataExhaustedWarning
 from aengine.events import ALWAYS, NEVER
 from aengine.loop.effects import BUDGET, Effect, LoopGenerator, NextBatch, WaitCancelled
 from aengine.loop.feed import END, Exhausted, Feed
-from aengine.loop.progress import Progress, last_iteration
+from aengine.loop.progress import Progress
 from aengine.loop.requests import Phase, Request, Requests
 from aengine.state import StopReason
 
@@ -89,10 +89,6 @@ class Loop:
             self.cancellations += (cancelled,)
         self._others_had_a_turn = others_had_a_turn
 
-    def detach(self) -> None:
-        """That driver's run is over, or suspended."""
-        self.source.attach(None)
-
     @property
     def source(self) -> Source:
         """The data that batches come from."""
@@ -107,7 +103,8 @@ class Loop:
         state.times.update(EPOCH_COMPLETED=0.0, COMPLETED=0.0)
         try:
             try:
-                yield from self._fire("STARTED")
+                yield from self._dispatch("STARTED")
+                yield from self._serve_requests()
                 if self._epoch_is_complete or self._is_done:
                     self._restore_rng_once()
                 while not self._is_done:
@@ -125,7 +122,7 @@ class Loop:
             state.stop_reason = reason
             state.last_progress = self.progress()
             state.times["COMPLETED"] = perf_counter() - began
-            if not requests.skips_completed:
+            if not (Request.TERMINATE in requests.pending and requests.skip_completed):
                 yield from self._dispatch("COMPLETED")
                 yield from self._bus.topic("COMPLETED").dispatch_at_end(self._engine)
                 state.times["COMPLETED"] = perf_counter() - began
@@ -133,7 +130,8 @@ class Loop:
             yield Effect.FLUSH
             yield from self._close(gently=True)
         except GeneratorExit:  # an interrupted engine is given up: nothing can be awaited any more
-            self.feed.abandon()
+            self.feed.unread_batch()
+            self.source.close()
             raise
         except BaseException as error:
             yield from self._report(error)
@@ -154,7 +152,8 @@ class Loop:
         try:
             # Otherwise the epoch was resumed after its last iteration, and only EPOCH_COMPLETED is left to fire.
             if state.iteration < self._end_of_epoch:
-                yield from self._fire("EPOCH_STARTED")
+                yield from self._dispatch("EPOCH_STARTED")
+                yield from self._serve_requests()
             self._restore_rng_once()
             requests.enter(Phase.ITERATING)
             yield from self._iterations()
@@ -347,13 +346,14 @@ class Loop:
 
     def can_use(self, fetched: int) -> bool:
         """Say whether this run can use another batch, when batches were fetched for so many of its iterations."""
-        return fetched < last_iteration(self._state)
+        state = self._state
+        if state.max_iters is not None:
+            return fetched < state.max_iters
+        if state.max_epochs is None or state.epoch_length is None:
+            return True
+        return fetched < state.epoch_start + state.epoch_length * (state.max_epochs - state.epoch + 1)
 
     # Events and requests
-
-    def _fire(self, name: str) -> LoopGenerator:
-        yield from self._dispatch(name)
-        yield from self._serve_requests()
 
     def _dispatch(self, name: str, *payload: Any) -> LoopGenerator:
         self._bus.stopwatch.weight = 1
