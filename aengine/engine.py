@@ -100,7 +100,7 @@ class Engine(Generic[Batch, Output]):
     ) -> State:
         """Run the loop over `data` until `max_epochs` or `max_iters`, and return the state.
 
-        An engine that is done begins anew, for one epoch unless told otherwise; one that was stopped goes on where it
+        An engine that is done begins anew, by default for one epoch; one that was stopped goes on where it
         was; one that was interrupted goes on with its very next event.
 
         Args:

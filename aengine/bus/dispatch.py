@@ -65,16 +65,16 @@ def async_handler_message(name: str) -> str:
     )
 
 
-def no_room(room: BackpressureWait) -> InboxOverflow:
+def no_room(wait: BackpressureWait) -> InboxOverflow:
     """Return the error of an event that would wait for ever. It was accepted."""
     return InboxOverflow(
-        f"the inbox of {room.inbox.name!r} is full, and no run is under way in which it is emptied: emit fewer events"
+        f"the inbox of {wait.inbox.name!r} is full, and no run is under way in which it is emptied: emit fewer events"
         " between runs, make its buffer= larger, or choose another overflow="
     )
 
 
-async def _wait_for_room(room: BackpressureWait, *, can_wait: bool) -> None:
+async def _wait_for_room(wait: BackpressureWait, *, can_wait: bool) -> None:
     if not can_wait:
-        raise no_room(room)
+        raise no_room(wait)
     own_inbox = reading.get()
-    await (room if own_inbox is None else own_inbox.wait_as_reader(room))
+    await (wait if own_inbox is None else own_inbox.wait_as_reader(wait))

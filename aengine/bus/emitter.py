@@ -1,4 +1,4 @@
-"""EventEmitter: the part of an engine that is about events: who listens to them, and firing one's own."""
+"""EventEmitter: the part of an engine that is about events: what listens to them, and firing one's own."""
 
 import logging
 from collections.abc import Awaitable, Callable, Mapping

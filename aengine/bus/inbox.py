@@ -193,14 +193,14 @@ class Inbox:
         finally:
             self.wakeup = None
 
-    async def wait_as_reader(self, room: "BackpressureWait") -> None:
+    async def wait_as_reader(self, wait: "BackpressureWait") -> None:
         """Wait, as the reader of this inbox, for room in another, unless that waits for room in this one."""
-        if not room.inbox._is_blocked_on(self):  # noqa: SLF001 -- another of this class
-            self._blocked_on.append(room.inbox)
+        if not wait.inbox._is_blocked_on(self):  # noqa: SLF001 -- another of this class
+            self._blocked_on.append(wait.inbox)
             try:
-                await room
+                await wait
             finally:
-                self._blocked_on.remove(room.inbox)
+                self._blocked_on.remove(wait.inbox)
 
     def _is_blocked_on(self, other: "Inbox") -> bool:
         """Whether room in this inbox depends on room in the other."""

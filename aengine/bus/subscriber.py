@@ -45,9 +45,7 @@ class Subscription:
         snapshot: Snapshot | None,
     ) -> None:
         check_whole(buffer, "buffer=", minimum=1, of="events that may wait")
-        policy = Overflow(
-            check_choice(getattr(overflow, "value", overflow), "overflow=", [one.value for one in Overflow])
-        )
+        policy = check_choice(getattr(overflow, "value", overflow), "overflow=", [one.value for one in Overflow])
         if snapshot is not None:
             check_callable(snapshot, "snapshot=", "snapshot", "engine")
         if not isinstance(snapshot, Hashable):
@@ -58,7 +56,7 @@ class Subscription:
         self.errors = 0
         self._busy = 0.0
         self._busy_since: float | None = None
-        self.inbox = Inbox(self.name, buffer, policy, bus.lock)
+        self.inbox = Inbox(self.name, buffer, Overflow(policy), bus.lock)
         self._listeners = [InboxListener(selector, self.inbox, snapshot) for selector in selectors]
         self._topics = [bus.topic(selector.name) for selector in selectors]
 

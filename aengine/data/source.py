@@ -100,10 +100,6 @@ class Source:
         self.position.unread_batch(batch)
         self.take = self._take_unread
 
-    def unread(self) -> list[Fetched]:
-        """Return what was fetched and not stepped on, unless resuming will fetch it again."""
-        return [] if self.position.can_return else list(self.position.unread)
-
     # Opening
 
     def _open_and_take(self) -> Any:

@@ -217,7 +217,8 @@ class Session:
 
     def _keep_unread(self, source: Source) -> None:
         """Keep what was fetched and not stepped on, for the next run over the same data."""
-        unread = source.unread()
+        position = source.position
+        unread = [] if position.can_return else list(position.unread)  # resuming will fetch it again if it can return
         self._unread = (source.data, unread) if unread else None
 
     # While it lasts
