@@ -50,10 +50,7 @@ def check_callable(function: Any, what: str, name: str, *arguments: str) -> None
     For instance: check_callable(step, "the step", "step", "engine", "batch").
     """
     check_function(function, what)
-    try:
-        signature = inspect.signature(function)
-    except ValueError:  # some built-ins have none: the call itself will show whether it fits
-        return
+    signature = signature_of(function)
     try:
         signature.bind(*arguments)
     except TypeError:
@@ -74,10 +71,7 @@ def bind_handler(
         TypeError: the handler can be called neither with the engine nor without it, or would not run when it is called.
     """
     check_function(handler, "a handler")
-    try:
-        signature = inspect.signature(handler)
-    except ValueError:  # some built-ins have none: then it gets the engine, as handlers do
-        signature = inspect.Signature([inspect.Parameter("anything", inspect.Parameter.VAR_POSITIONAL)])
+    signature = signature_of(handler)
     calls = _CALLS_WITH_PAYLOAD.get(event_name, _CALLS)
     payload = (None,) if event_name in _CALLS_WITH_PAYLOAD else ()
     for call in calls:
@@ -93,6 +87,14 @@ def bind_handler(
         f"handler {name_of(handler)}{signature} of {event_name} cannot be called as"
         f" {name_of(handler)}({', '.join(filter(None, ['engine', given]))}) nor as {name_of(handler)}({given})"
     )
+
+
+def signature_of(function: Callable[..., Any]) -> inspect.Signature:
+    """Return the signature; of a built-in that has none, one that takes anything: the call itself will show."""
+    try:
+        return inspect.signature(function)
+    except ValueError:
+        return inspect.Signature([inspect.Parameter("anything", inspect.Parameter.VAR_POSITIONAL)])
 
 
 def check_function(function: Any, what: str) -> None:

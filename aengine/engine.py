@@ -13,6 +13,7 @@ from aengine.bus.emitter import EventEmitter, RemovableEventHandle
 from aengine.bus.inbox import Overflow
 from aengine.bus.listeners import Snapshot
 from aengine.bus.stream import Stream
+from aengine.bus.subscriber import Subscriber
 from aengine.callables import check_callable, is_async_callable, name_of
 from aengine.drivers.iterate import IterationStream
 from aengine.drivers.services import Service
@@ -79,10 +80,8 @@ class Engine(Generic[Batch, Output]):
         self._emitter = EventEmitter(self.name, self.logger, self.state)
         self._session = Session(
             step,
-            self.state,
             self._emitter,
             self._requests,
-            self.logger,
             is_async=is_async,
             threaded=not is_async and thread is not False,
             grace=grace,
@@ -101,7 +100,7 @@ class Engine(Generic[Batch, Output]):
     ) -> State:
         """Run the loop over `data` until `max_epochs` or `max_iters`, and return the state.
 
-        An engine that is done begins anew, for one epoch unless told otherwise; one that was stopped goes on where it
+        An engine that is done begins anew, by default for one epoch; one that was stopped goes on where it
         was; one that was interrupted goes on with its very next event.
 
         Args:
@@ -266,9 +265,10 @@ class Engine(Generic[Batch, Output]):
             TypeError: the handler or the snapshot cannot be called so; or this is no event.
             ValueError: the event is not registered with this engine, or an argument is wrong.
         """
-        add = partial(
-            self._emitter.subscribe,
-            event,
+        make = partial(
+            Subscriber,
+            self._emitter.bus,
+            self._emitter.select(event),
             buffer=buffer,
             overflow=overflow,
             on_error=on_error,
@@ -276,11 +276,10 @@ class Engine(Generic[Batch, Output]):
             name=name,
         )
         if handler is not None:
-            return add(handler)
-        self._emitter.select(event)
+            return self._emitter.subscribe(make(handler))
 
         def decorate(function: Handler) -> Handler:
-            add(function)
+            self._emitter.subscribe(make(function))
             return function
 
         return decorate
@@ -298,7 +297,7 @@ class Engine(Generic[Batch, Output]):
         It ends with the run. The arguments are those of `subscribe`. A slow reader loses the oldest events, which are
         counted, and never slows the loop, unless it asks for that by `overflow="wait"`.
         """
-        return self._emitter.stream(event, buffer=buffer, overflow=overflow, snapshot=snapshot)
+        return Stream(self._emitter.bus, self._emitter.select(event), None, buffer, overflow, snapshot)
 
     def add_service(
         self, service: Service, *, on_error: str = "raise", name: str | None = None

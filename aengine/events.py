@@ -15,6 +15,9 @@ from enum import Enum
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol, TypeAlias, cast
 
+from aengine.arguments import check_interval, check_whole
+from aengine.callables import check_callable
+
 Test: TypeAlias = Callable[[Any, int], bool]
 """A filter of one's own: given the engine and the event's counter, says whether to fire."""
 
@@ -259,9 +262,8 @@ def event_name(event: object) -> str | None:
 
 def selectors(event: AnyEvent) -> tuple[Selector, ...]:
     """Take apart whatever can be listened to. Raises TypeError for anything else."""
-    several: Any = (
-        event if type(event).__name__ == "EventsList" else [event]
-    )  # ours, or ignite's, which is not imported
+    is_list = type(event).__name__ == "EventsList"  # ours, or ignite's, which is not imported
+    several: Any = event if is_list else [event]
     return tuple(_selector(one) for one in several)
 
 
@@ -295,45 +297,25 @@ def _filter(  # noqa: C901 -- a branch an argument
             f" (got event_filter={test}, every={every}, once={once}, before={before}, after={after})"
         )
     if test is not None:
-        _check_test(test)
-    for what, value in (("before", before), ("after", after)):
-        if value is not None and not (_is_whole(value) and value >= 0):
-            raise ValueError(f"{what}= must be a whole number from 0 on, got {value!r}")
-    counts = None
+        check_callable(test, "event_filter=", "event_filter", "engine", "count")
+    for what, value in (("before=", before), ("after=", after)):
+        if value is not None:
+            check_whole(value, what, minimum=0)
+    counts: Any = None
     if once is not None:
-        counts = tuple(once) if isinstance(once, Iterable) else (once,)
-        if not counts or not all(_is_whole(one) and one > 0 for one in counts):
-            raise ValueError(f"once= must be a positive whole number or several of them, got {once!r}")
+        counts = tuple(once) if isinstance(once, Iterable) and not isinstance(once, str) else (once,)
+        for count in counts or (once,):  # no count at all is refused, too
+            check_whole(count, "once=", minimum=1, alternative="several of them")
     interval = None
     if isinstance(every, timedelta):
-        interval, every = every.total_seconds(), None
-        if interval <= 0:
-            raise ValueError("every= must be a positive timedelta")
+        interval, every = check_interval(every, "every=", 60), None
         if before is not None or after is not None:
             raise ValueError("every= as a timedelta does not go together with before= and after=, which are counts")
-    elif every is not None and not (_is_whole(every) and every > 0):
-        raise ValueError(f"every= must be a positive whole number or a timedelta, got {every!r}")
+    elif every is not None:
+        check_whole(every, "every=", minimum=1, alternative="a timedelta")
     if every == 1 and before is None and after is None:
         return None
     return Filter(every, interval, counts, before, after, test, at_end)
-
-
-def _check_test(test: Any) -> None:
-    if not callable(test):
-        raise TypeError(f"event_filter must be a callable f(engine, count) -> bool, got {test!r}")
-    try:
-        signature = inspect.signature(test)
-    except ValueError:  # a built-in without one: it will show
-        return
-    try:
-        signature.bind(None, 0)
-    except TypeError:
-        name = getattr(test, "__qualname__", type(test).__qualname__)
-        raise TypeError(f"event_filter {name}{signature} must be callable as f(engine, count) -> bool") from None
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def describe(condition: Filter) -> str:

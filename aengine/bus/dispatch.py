@@ -1,4 +1,4 @@
-"""Driving a dispatch, in the three ways there are: awaiting, blocking, and neither.
+"""Driving a dispatch, from async code, which awaits what it yields, and from plain code.
 
 A dispatch is what `Topic.dispatch` leaves to be done. It yields what handlers gave to be awaited, and a
 BackpressureWait for each inbox that is full.
@@ -11,7 +11,6 @@ from typing import Any
 from aengine.bus.inbox import BackpressureWait, Inbox
 from aengine.bus.topic import Dispatch
 from aengine.errors import InboxOverflow
-from aengine.threads.worker import close_unawaited
 
 reading: ContextVar[Inbox | None] = ContextVar("aengine_reading", default=None)
 """The inbox of the subscriber in whose handler the caller is, None elsewhere."""
@@ -59,24 +58,6 @@ def drive_blocking(dispatch: Dispatch | None, wait_for: Callable[[Awaitable[Any]
             resume, value = dispatch.throw, error
 
 
-def drive_nowait(dispatch: Dispatch | None, name: str) -> list[BackpressureWait]:
-    """Drive a dispatch where nothing can be awaited. Returns the waits for room that are deferred: all is accepted.
-
-    Raises:
-        RuntimeError: a handler turned out to be async. It was not run.
-    """
-    deferred: list[BackpressureWait] = []
-
-    def wait_for(wanted: Awaitable[Any]) -> None:
-        if not isinstance(wanted, BackpressureWait):
-            close_unawaited(wanted)
-            raise RuntimeError(async_handler_message(name))  # noqa: TRY004 -- the type is right, the place is wrong
-        deferred.append(wanted)
-
-    drive_blocking(dispatch, wait_for)
-    return deferred
-
-
 def async_handler_message(name: str) -> str:
     """Say what to write instead of a plain `fire_event`."""
     return (
@@ -84,16 +65,16 @@ def async_handler_message(name: str) -> str:
     )
 
 
-def no_room(room: BackpressureWait) -> InboxOverflow:
+def no_room(wait: BackpressureWait) -> InboxOverflow:
     """Return the error of an event that would wait for ever. It was accepted."""
     return InboxOverflow(
-        f"the inbox of {room.inbox.name!r} is full, and no run is under way in which it is emptied: emit fewer events"
+        f"the inbox of {wait.inbox.name!r} is full, and no run is under way in which it is emptied: emit fewer events"
         " between runs, make its buffer= larger, or choose another overflow="
     )
 
 
-async def _wait_for_room(room: BackpressureWait, *, can_wait: bool) -> None:
+async def _wait_for_room(wait: BackpressureWait, *, can_wait: bool) -> None:
     if not can_wait:
-        raise no_room(room)
+        raise no_room(wait)
     own_inbox = reading.get()
-    await (room if own_inbox is None else own_inbox.wait_as_reader(room))
+    await (wait if own_inbox is None else own_inbox.wait_as_reader(wait))

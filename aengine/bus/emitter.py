@@ -6,15 +6,15 @@ from functools import partial
 from typing import Any, Protocol, Self, cast
 
 from aengine.bus.bus import Bus
-from aengine.bus.dispatch import async_handler_message, drive, drive_blocking, drive_nowait, no_room
-from aengine.bus.inbox import BackpressureWait, Overflow
-from aengine.bus.listeners import Snapshot
-from aengine.bus.stream import Stream
+from aengine.bus.dispatch import async_handler_message, drive, drive_blocking, no_room
+from aengine.bus.inbox import BackpressureWait
+from aengine.bus.listeners import InlineHandler
 from aengine.bus.subscriber import Subscriber
 from aengine.bus.topic import Topic
 from aengine.callables import name_of
 from aengine.events import AnyEvent, Event, EventEnum, Events, Selector, event_name, selectors
 from aengine.state import State, Stateful
+from aengine.threads.worker import close_unawaited
 
 
 class RemovableEventHandle:
@@ -78,7 +78,6 @@ class EventEmitter:
     def __init__(self, name: str, logger: logging.Logger, state: State) -> None:
         self.bus = Bus(name, logger, state)
         self.runner: Runner | None = None
-        self._state = state
         self.registered: dict[str, Any] = {event.name: event for event in Events}
 
     # Listening
@@ -103,57 +102,46 @@ class EventEmitter:
         self, event: AnyEvent, handler: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> RemovableEventHandle:
         """Add an inline handler, to each of several events."""
-        self.select(event)
-        added = self.bus.add_inline(event, handler, args, kwargs)
-        return RemovableEventHandle(partial(self.bus.remove_these, added))
+        # All are made before one listens: what cannot be called is added to none.
+        added = [InlineHandler(selector, handler, args, kwargs) for selector in self.select(event)]
+        for one in added:
+            self.bus.topic(one.selector.name).listen(one)
+        return RemovableEventHandle(partial(self._remove, added))
+
+    def _remove(self, handlers: list[InlineHandler]) -> None:
+        for one in handlers:
+            self.bus.topic(one.selector.name).unsubscribe([one])
 
     def remove_inline(self, handler: Callable[..., Any], event: AnyEvent) -> None:
         """Remove an inline handler from the very event that it was added with, or raise ValueError."""
         for selector in self.select(event):
-            if not self.bus.remove_inline(handler, selector):
+            found = [one for one in self._find(handler, selector) if one.selector == selector]
+            if not found:
                 raise ValueError(
                     f"handler {name_of(handler)} does not listen to {selector}: a handler is removed by the very event"
                     " it was added with, its filter included"
                 )
+            self._remove(found)
 
     def has_inline(self, handler: Callable[..., Any], event: AnyEvent | None) -> bool:
         """Say whether an inline handler listens: to anything; to an event, or, filtered, with that very filter."""
         if event is None:
-            return bool(self.bus.find_inline(handler, None))
-        return any(self.bus.find_inline(handler, selector) for selector in selectors(event))
-
-    def subscribe(
-        self,
-        event: AnyEvent,
-        handler: Callable[[Event], Any],
-        *,
-        buffer: int,
-        overflow: Overflow | str,
-        on_error: str,
-        snapshot: Snapshot | None,
-        name: str | None,
-    ) -> RemovableEventHandle:
-        """Add a subscriber; where a run is under way, it takes part from now on."""
-        self.select(event)
-        subscriber = Subscriber(
-            self.bus,
-            event,
-            handler,
-            buffer=buffer,
-            overflow=overflow,
-            on_error=on_error,
-            snapshot=snapshot,
-            name=name,
+            return any(one.handler == handler for topic in self.bus.topics for one in topic.inline)
+        return any(
+            selector.filter is None or one.selector == selector
+            for selector in selectors(event)
+            for one in self._find(handler, selector)
         )
-        self.bus.add_subscriber(subscriber)
+
+    def _find(self, handler: Callable[..., Any], selector: Selector) -> list[InlineHandler]:
+        return [one for one in self.bus.topic(selector.name).inline if one.handler == handler]
+
+    def subscribe(self, subscriber: Subscriber) -> RemovableEventHandle:
+        """Add a subscriber; where a run is under way, it takes part from now on."""
+        self.bus.add(subscriber)
         if self.runner is not None:
             self.runner.start(subscriber)
-        return RemovableEventHandle(partial(self.bus.remove_subscriber, subscriber))
-
-    def stream(self, event: AnyEvent, *, buffer: int, overflow: Overflow | str, snapshot: Snapshot | None) -> Stream:
-        """Return a stream of an event, which begins with its `async with`."""
-        self.select(event)
-        return Stream(self.bus, event, buffer=buffer, overflow=overflow, snapshot=snapshot)
+        return RemovableEventHandle(partial(self.bus.remove, subscriber))
 
     def stateful_listeners(self, engine: Any) -> list[Any]:
         """Return the objects that listen and have a state to save, other than the engine itself."""
@@ -177,9 +165,9 @@ class EventEmitter:
                 raise TypeError(f"register_events() takes names and members of a subclass of EventEnum, got {event!r}")
             self.registered[name] = event
         for event, attribute in (event_to_attr or {}).items():
-            self._state.event_to_attr[cast(str, event_name(event))] = attribute
-            if not hasattr(self._state, attribute):
-                setattr(self._state, attribute, 0)
+            self.bus.state.event_to_attr[cast(str, event_name(event))] = attribute
+            if not hasattr(self.bus.state, attribute):
+                setattr(self.bus.state, attribute, 0)
 
     def has_registered(self, event: AnyEvent) -> bool:
         """Say whether all of these can be listened to here."""
@@ -189,17 +177,22 @@ class EventEmitter:
         """Fire an event from plain code, as `Engine.fire_event`."""
         topic, count = self._topic_to_fire(event)
         runner = self.runner
-        if runner is not None and (wait := runner.wait_blocking) is not None:
-            drive_blocking(topic.dispatch(engine, count), wait)
-            return
-        if any(handler.is_async for handler in topic.inline):
+        wait_for = None if runner is None else runner.wait_blocking
+        if wait_for is None and any(handler.is_async for handler in topic.inline):
             raise RuntimeError(async_handler_message(topic.name))
-        waits = drive_nowait(topic.dispatch(engine, count), topic.name)
-        if not waits:
-            return
-        if runner is None:
-            raise no_room(waits[0])
-        runner.defer_backpressure(waits)
+        deferred: list[BackpressureWait] = []
+
+        def defer(wanted: Awaitable[Any]) -> None:
+            if not isinstance(wanted, BackpressureWait):  # a handler turned out to be async
+                close_unawaited(wanted)
+                raise RuntimeError(async_handler_message(topic.name))  # noqa: TRY004 -- the place is wrong, not the type
+            deferred.append(wanted)
+
+        drive_blocking(topic.dispatch(engine, count), wait_for or defer)
+        if deferred and runner is None:
+            raise no_room(deferred[0])
+        if deferred and runner is not None:
+            runner.defer_backpressure(deferred)
 
     async def emit(self, engine: Any, event: AnyEvent) -> None:
         """Fire an event from async code, as `Engine.emit`."""

@@ -6,6 +6,7 @@ cancelled natively. Here an item is taken in a stretch of code without an await,
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
+from contextlib import suppress
 from enum import Enum
 from typing import Any
 
@@ -54,7 +55,7 @@ class Inbox:
     __slots__ = (
         "_at_limit", "_blocked_on", "_capacity", "_lock", "_overflow", "_processed_waiters", "_room_waiters",
         "accepted", "closed", "discarded", "dropped", "handled", "in_hand", "is_reader_stopped", "limit", "name",
-        "on_flush", "waiting", "wakeup",
+        "waiting", "wakeup",
     )  # fmt: skip
 
     def __init__(self, name: str, capacity: int, overflow: Overflow, lock: Any) -> None:
@@ -83,7 +84,7 @@ class Inbox:
                 if handled == self.handled:
                     return self.accepted, handled, self.dropped, self.discarded, depth
 
-    # Writers, who hold the bus's lock. A topic puts events by itself, as far as the limit: a call for each is felt.
+    # Writers, which hold the bus's lock. A topic puts events by itself, as far as the limit: a call for each is felt.
 
     def put_at_limit(self, event: Event) -> bool:
         """Do what the policy says with an event that is over the limit. Returns False if room is to be waited for.
@@ -98,16 +99,6 @@ class Inbox:
         wakeup = self.wakeup  # read once: the reader may be removing it
         if wakeup is not None and not wakeup.is_posted:
             wakeup.set()
-
-    @staticmethod
-    def _policy(overflow: Overflow) -> "Callable[[Inbox, Event], bool]":
-        return {
-            Overflow.WAIT: Inbox._wait,
-            Overflow.LATEST: Inbox._keep_latest,
-            Overflow.DROP_OLDEST: Inbox._drop_oldest,
-            Overflow.DROP_NEW: Inbox._drop_new,
-            Overflow.ERROR: Inbox._refuse,
-        }[overflow]
 
     def _discard(self, _: Event) -> bool:
         self.discarded += 1
@@ -202,14 +193,14 @@ class Inbox:
         finally:
             self.wakeup = None
 
-    async def wait_as_reader(self, room: "BackpressureWait") -> None:
+    async def wait_as_reader(self, wait: "BackpressureWait") -> None:
         """Wait, as the reader of this inbox, for room in another, unless that waits for room in this one."""
-        if not room.inbox._is_blocked_on(self):  # noqa: SLF001 -- another of this class
-            self._blocked_on.append(room.inbox)
+        if not wait.inbox._is_blocked_on(self):  # noqa: SLF001 -- another of this class
+            self._blocked_on.append(wait.inbox)
             try:
-                await room
+                await wait
             finally:
-                self._blocked_on.remove(room.inbox)
+                self._blocked_on.remove(wait.inbox)
 
     def _is_blocked_on(self, other: "Inbox") -> bool:
         """Whether room in this inbox depends on room in the other."""
@@ -228,15 +219,13 @@ class Inbox:
                 self.waiting.clear()
                 self.in_hand = None
                 self._wake_processed()
-            if self.wakeup is not None:
-                self.wakeup.set()
+            self.wake_reader()
             self.wake_emitters()
 
     def stop_reader(self) -> None:
         """Have the reader end, which has just handled everything. What comes from now on is accepted, and waits."""
         self.is_reader_stopped = True
-        if self.wakeup is not None:
-            self.wakeup.set()
+        self.wake_reader()
         self.wake_emitters()
 
     def reopen_nowait(self) -> None:
@@ -244,7 +233,13 @@ class Inbox:
         self.closed = self.is_reader_stopped = False
         # With LATEST every event is a case for the policy: it may take the place of an older one.
         self.limit = 0 if self._overflow is Overflow.LATEST else self._capacity
-        self._at_limit = self._policy(self._overflow)
+        self._at_limit = {
+            Overflow.WAIT: Inbox._wait,
+            Overflow.LATEST: Inbox._keep_latest,
+            Overflow.DROP_OLDEST: Inbox._drop_oldest,
+            Overflow.DROP_NEW: Inbox._drop_new,
+            Overflow.ERROR: Inbox._refuse,
+        }[self._overflow]
 
     @property
     def is_at_end(self) -> bool:
@@ -275,29 +270,39 @@ class Inbox:
                 await wakeup.wait()
 
     def wake_emitters(self) -> None:
-        """Have those that wait for room look again."""
-        while self._room_waiters:
-            self._room_waiters.pop().set()
+        """Have those that wait for room look again. From any thread."""
+        with suppress(IndexError):  # another thread may take the last one
+            while self._room_waiters:
+                self._room_waiters.pop().set()
 
     async def wait_processed(self, sequence: int, loop_handle: EventLoopHandle) -> None:
-        """Wait, on the reader's thread, until all up to this sequence number is handled, dropped or discarded."""
-        if self._oldest <= sequence:
+        """Wait until all up to this sequence number is handled, dropped or discarded. Cancellable."""
+        while self._oldest <= sequence:
             wakeup = ThreadSafeEvent(loop_handle)
-            self._processed_waiters.append((sequence, wakeup))
-            await wakeup.wait()
+            entry = sequence, wakeup
+            self._processed_waiters.append(entry)
+            try:
+                if self._oldest <= sequence:  # the last may have gone before it could be seen that something waits
+                    await wakeup.wait()
+            finally:
+                self._processed_waiters.remove(entry)
 
     @property
     def _oldest(self) -> float:
-        if self.in_hand is not None:
-            return self.in_hand.sequence
-        return self.waiting[0].sequence if self.waiting else float("inf")
+        in_hand = self.in_hand  # read once, and what waits without a look before: the other side may be taking it
+        if in_hand is not None:
+            return in_hand.sequence
+        try:
+            return self.waiting[0].sequence
+        except IndexError:
+            return float("inf")
 
     def _wake_processed(self) -> None:
-        if self._processed_waiters:
-            oldest = self._oldest
-            for entry in [entry for entry in self._processed_waiters if oldest > entry[0]]:
-                self._processed_waiters.remove(entry)
-                entry[1].set()
+        oldest = self._oldest
+        # A copy, from which nothing is removed here: the reader and a writer that drops an event may both be here.
+        for sequence, wakeup in tuple(self._processed_waiters):
+            if oldest > sequence and not wakeup.is_posted:
+                wakeup.set()
 
 
 class BackpressureWait:

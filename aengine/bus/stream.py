@@ -1,18 +1,13 @@
 """Streams: events for an `async for` of one's own."""
 
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import anyio
 import anyio.lowlevel
 
-from aengine.bus.inbox import Overflow
-from aengine.bus.listeners import Snapshot
 from aengine.bus.subscriber import TURN_EVENTS, Subscription
-from aengine.events import AnyEvent, Event, selectors
+from aengine.events import Event
 from aengine.threads.event_loop import EventLoopHandle
-
-if TYPE_CHECKING:
-    from aengine.bus.bus import Bus
 
 
 class Stream(Subscription):
@@ -29,23 +24,18 @@ class Stream(Subscription):
         RuntimeError: it is read outside of its `async with`.
     """
 
-    def __init__(
-        self, bus: "Bus", event: AnyEvent, *, buffer: int, overflow: Overflow | str, snapshot: Snapshot | None
-    ) -> None:
-        super().__init__(bus, event, f"stream of {' | '.join(map(str, selectors(event)))}", buffer, overflow, snapshot)
-        self._bus = bus
-        self._loop_handle: EventLoopHandle | None = None
-        self._taken = 0
+    _loop_handle: EventLoopHandle | None = None  # where it is read
+    _taken = 0
 
     async def __aenter__(self) -> Self:
         self._loop_handle = EventLoopHandle()
         self.inbox.reopen_nowait()
-        self._bus.add_stream(self)
+        self._bus.add(self)
         return self
 
     async def __aexit__(self, *_: object) -> None:
         self._loop_handle = None
-        self._bus.remove_stream(self)
+        self._bus.remove(self)
 
     def __aiter__(self) -> "Stream":
         return self

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 import anyio
 import anyio.to_thread
 
+from aengine.arguments import check_choice, check_whole
 from aengine.bus.dispatch import reading
 from aengine.bus.inbox import Inbox, Overflow
 from aengine.bus.listeners import InboxListener, Snapshot
 from aengine.callables import check_callable, is_async_callable, is_awaitable, name_of
 from aengine.errors import StrayCancellation
-from aengine.events import AnyEvent, Event, selectors
+from aengine.events import Event, Selector
 from aengine.statistics import ListenerStatistics
 from aengine.threads.event_loop import EventLoopHandle
 from aengine.threads.guarded import guarded
@@ -35,22 +36,29 @@ class Subscription:
     """What a subscriber and a stream have in common: an inbox, fed by one or several topics."""
 
     def __init__(
-        self, bus: "Bus", event: AnyEvent, name: str, buffer: int, overflow: Overflow | str, snapshot: Snapshot | None
+        self,
+        bus: "Bus",
+        selectors: tuple[Selector, ...],
+        name: str | None,
+        buffer: int,
+        overflow: Overflow | str,
+        snapshot: Snapshot | None,
     ) -> None:
-        if type(buffer) is not int or buffer < 1:
-            raise ValueError(f"buffer= is the number of events that may wait, at least 1, got {buffer!r}")
+        check_whole(buffer, "buffer=", minimum=1, of="events that may wait")
+        policy = check_choice(getattr(overflow, "value", overflow), "overflow=", [one.value for one in Overflow])
         if snapshot is not None:
             check_callable(snapshot, "snapshot=", "snapshot", "engine")
         if not isinstance(snapshot, Hashable):
             snapshot = partial(cast(Snapshot, snapshot))  # shared by those that were given the very same one
-        self.name = name
+        self._bus = bus
+        self.events = " | ".join(map(str, selectors))
+        self.name = name or f"stream of {self.events}"
         self.errors = 0
         self._busy = 0.0
         self._busy_since: float | None = None
-        self.selectors = selectors(event)
-        self.inbox = Inbox(name, buffer, _overflow(overflow), bus.lock)
-        self._listeners = [InboxListener(selector, self.inbox, snapshot) for selector in self.selectors]
-        self._topics = [bus.topic(selector.name) for selector in self.selectors]
+        self.inbox = Inbox(self.name, buffer, Overflow(policy), bus.lock)
+        self._listeners = [InboxListener(selector, self.inbox, snapshot) for selector in selectors]
+        self._topics = [bus.topic(selector.name) for selector in selectors]
 
     def subscribe(self) -> None:
         """Begin to listen."""
@@ -68,7 +76,7 @@ class Subscription:
         since = self._busy_since
         return ListenerStatistics(
             name=self.name,
-            events=" | ".join(map(str, self.selectors)),
+            events=self.events,
             depth=depth,
             accepted=accepted,
             handled=handled,
@@ -85,7 +93,7 @@ class Subscriber(Subscription):
     def __init__(
         self,
         bus: "Bus",
-        event: AnyEvent,
+        selectors: tuple[Selector, ...],
         handler: Callable[[Event], Any],
         *,
         buffer: int,
@@ -95,13 +103,11 @@ class Subscriber(Subscription):
         name: str | None,
     ) -> None:
         check_callable(handler, "a subscriber's handler", "handler", "event")
-        if on_error not in ("raise", "log"):
-            raise ValueError(f'on_error= is "raise" (the run fails) or "log" (counted and logged), got {on_error!r}')
-        super().__init__(bus, event, name or name_of(handler), buffer, overflow, snapshot)
+        check_choice(on_error, "on_error=", {"raise": "the run fails", "log": "counted and logged"})
+        super().__init__(bus, selectors, name or name_of(handler), buffer, overflow, snapshot)
         self.handler = handler
         self._is_async = is_async_callable(handler)
         self._isolated = on_error == "log"
-        self._logger = bus.logger
         self._scope: anyio.CancelScope | None = None
         self._limiter: anyio.CapacityLimiter | None = None
         self._turn_began = 0.0
@@ -177,7 +183,7 @@ class Subscriber(Subscription):
         self.errors += 1
         error.add_note(f"in subscriber {self.name!r} of {event.name}, {place_of(event)}")
         if self._isolated:
-            self._logger.error(
+            self._bus.logger.error(
                 "subscriber %r of %s failed, going on (%s)", self.name, event.name, place_of(event), exc_info=error
             )
         return self._isolated
@@ -190,22 +196,17 @@ class Subscriber(Subscription):
         if result is not None and is_awaitable(result):
             await result
 
-    def cancel(self) -> None:
-        """Cancel the handler now, and discard what waits."""
+    def cancel(self) -> str:
+        """Cancel the handler now, and discard what waits. Returns what is lost by that, to show."""
+        event, discarded = self.inbox.in_hand, len(self.inbox)
+        where = "before its next event" if event is None else f"in {event.name} ({place_of(event)})"
         if self._scope is None:  # its task has not taken its first step, and will find nothing to do
             self.inbox.close_nowait(discard=True)
         else:
             self._scope.cancel()
+        return f"{self.name!r} of {self.events} {where}, {discarded} more discarded"
 
 
 def place_of(event: Event) -> str:
     """Return where in its run an event was fired, to show."""
     return f"engine {event.engine!r}, epoch {event.epoch}, iteration {event.iteration}"
-
-
-def _overflow(value: Overflow | str) -> Overflow:
-    try:
-        return Overflow(value)
-    except ValueError:
-        choices = ", ".join(f'"{one.value}"' for one in Overflow)
-        raise ValueError(f"overflow= is one of {choices}, got {value!r}") from None

@@ -37,7 +37,6 @@ class Topic:
         dispatch: `dispatch(engine, count, payload=())` calls what is due inline, in order of registration, then sends
             what is due to the inboxes. Where something must be awaited, what is left to be done is returned, to be
             driven. There are three, exchanged as listeners come and go.
-        own_count: how often it was fired, if no attribute of the state counts it.
         last_count: its counter at the last firing in this run, None before the first. The loop's hot path does not
             keep it: it is recorded at the end of the run.
         is_fired_by_loop: so that its handlers' time is the loop's. Otherwise it is part of the time of what fires it: a
@@ -46,7 +45,7 @@ class Topic:
 
     __slots__ = (
         "_bus", "_has_filter", "_hot", "dispatch", "inbox_listeners", "inline", "is_fired_by_loop", "last_count",
-        "name", "next_count", "own_count",
+        "name", "next_count",
     )  # fmt: skip
 
     def __init__(self, name: str, bus: "Bus") -> None:
@@ -54,7 +53,6 @@ class Topic:
         self.inline: tuple[InlineHandler, ...] = ()
         self.inbox_listeners: tuple[InboxListener, ...] = ()
         self.next_count = NEVER
-        self.own_count = 0
         self.last_count: int | None = None
         self.is_fired_by_loop = name in _LOOP_EVENTS
         self.dispatch: DispatchFunction = self._send
@@ -118,19 +116,16 @@ class Topic:
         """Where the counter of the event stands: an attribute of the state, or the firings so far."""
         state = self._bus.state
         counter = state.event_to_attr.get(self.name)
-        return self.own_count if counter is None else int(getattr(state, counter, 0))
+        return self._bus.own_counts.get(self.name, 0) if counter is None else int(getattr(state, counter, 0))
 
     def count_firing(self) -> int:
         """The event is fired: count that, unless an attribute of the state does, and return the counter."""
         with self._bus.lock:  # a step and a task may fire it at once, and each is to have a count of its own
-            self.own_count += self.name not in self._bus.state.event_to_attr
+            if self.name not in self._bus.state.event_to_attr:
+                self._bus.own_counts[self.name] = self.count + 1
             count = self.count
         self.record_firing(count)
         return count
-
-    def restore_own_count(self, own_count: int) -> None:
-        """Go on from here, as in a run that is resumed."""
-        self.own_count = own_count
 
     def record_firing(self, count: int) -> None:
         """Take note of a firing. Its count may be that of the last one or less: some counters stand still."""
@@ -172,7 +167,7 @@ class Topic:
                     begun = inline[len(calls) - length_hint(left) - 1 :]
                     return self._deliver(engine, count, (), (begun, inbox_listeners), awaited=result)
         except Exception as error:
-            self._note(error, f"handler {listeners[0][-1 - length_hint(left)].name!r}", engine)
+            self._note(error, f"handler {listeners[0][-1 - length_hint(left)].name!r}")
             raise
         return self._send(engine, inboxes=inboxes) if inboxes else None
 
@@ -219,7 +214,7 @@ class Topic:
                     result = handler.call(engine, *payload)
                     must_wait = result is not None and is_awaitable(result)
                 except Exception as error:
-                    self._note(error, f"handler {handler.name!r}", engine)
+                    self._note(error, f"handler {handler.name!r}")
                     raise
                 finally:  # those that are filtered are rare enough to time each call
                     now = perf_counter()
@@ -231,7 +226,7 @@ class Topic:
                 try:
                     yield result  # pyright: ignore[reportReturnType]  # not None where it must be awaited
                 except Exception as error:
-                    self._note(error, f"handler {handler.name!r}", engine)
+                    self._note(error, f"handler {handler.name!r}")
                     raise
                 now = perf_counter()
                 handler.seconds += now - began
@@ -253,7 +248,7 @@ class Topic:
         try:
             return listener.next_count <= count and listener.should_run(engine, count)
         except Exception as error:
-            self._note(error, f"the filter of {name!r}", engine)
+            self._note(error, f"the filter of {name!r}")
             raise
 
     def _take_snapshots(
@@ -269,7 +264,7 @@ class Topic:
                         yield value.awaitable
                     taken[take] = (yield value) if value is not None and is_awaitable(value) else value
                 except Exception as error:
-                    self._note(error, f"snapshot {name_of(take)!r} for {listener.inbox.name!r}", engine)
+                    self._note(error, f"snapshot {name_of(take)!r} for {listener.inbox.name!r}")
                     raise
         return {listener.inbox: taken[listener.snapshot] for listener in due}
 
@@ -336,12 +331,6 @@ class Topic:
         for inbox in full:
             yield BackpressureWait(inbox, self._bus.loop_handle)
 
-    def _note(self, error: Exception, what: str, engine: Any) -> None:
-        """Note on an error where it was raised."""
+    def _note(self, error: Exception, what: str) -> None:
         refuse_stop_iteration(error, what)
-        if error is self._bus.reported:
-            return
-        state = engine.state
-        error.add_note(
-            f"in {what} of {self.name}, engine {self._bus.name!r}, epoch {state.epoch}, iteration {state.iteration}"
-        )
+        self._bus.note(error, f"{what} of {self.name}")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from types import FunctionType
 from typing import Any, cast
 
-from aengine.callables import name_of
+from aengine.callables import name_of, signature_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +47,7 @@ def _check_factory(data: Any) -> None:
         raise TypeError(
             f"data is the coroutine function {name_of(data)}: make it an async generator, which yields batches"
         )
-    try:
-        signature = inspect.signature(data)
-    except ValueError:  # a built-in without a signature: calling it will show
-        return
+    signature = signature_of(data)
     try:
         signature.bind()
     except TypeError:

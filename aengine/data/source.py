@@ -7,9 +7,8 @@ a list costs one call of its iterator and nothing of ours.
 
 import logging
 from collections.abc import AsyncIterable, Awaitable, Callable, Generator, Iterable, Mapping
-from enum import Enum
 from types import AsyncGeneratorType
-from typing import Any, Final, NoReturn, cast
+from typing import Any, NoReturn, cast
 
 import anyio
 
@@ -21,14 +20,7 @@ from aengine.errors import StrayCancellation
 from aengine.state import Randomness
 from aengine.threads.event_loop import EventLoopHandle
 
-
-class Pending(Enum):
-    """The type of PENDING."""
-
-    PENDING = "pending"
-
-
-PENDING: Final = Pending.PENDING
+PENDING: Any = object()
 """What `take()` returns when the next batch must be awaited."""
 
 
@@ -50,13 +42,15 @@ class Source:
         self,
         data: Adapted,
         logger: logging.Logger,
+        randomness: Randomness | None,
+        *,
         unread: Iterable[Fetched] = (),
-        randomness: Randomness | None = None,
+        completed: int = 0,
     ) -> None:
         self.data = data.data
         self.name = data.name
         self.is_one_shot = data.is_one_shot
-        self.position = DataPosition(data, logger, unread, randomness)
+        self.position = DataPosition(data, logger, randomness, unread, completed)
         self.has_ended = False
         self.run: RunContext | None = None
         self._logger = logger
@@ -96,23 +90,15 @@ class Source:
         self.position.end(completed)
 
     def restart(self, completed: int) -> None:
-        """Begin the data again at the next fetch. What is open has been closed."""
+        """Begin the data again at the next fetch. What is open has been closed; what is unread is dropped."""
         self.has_ended = False
         self.take, self.arrival = self._open_and_take, self._open_and_wait
         self.position.restart(completed)
-
-    def forget(self) -> None:
-        """Drop what was fetched and not stepped on: the data begins again."""
-        self.position.unread.clear()
 
     def unread_batch(self, batch: Any) -> None:
         """Take back the batch in hand, which was not stepped on: it is the next one."""
         self.position.unread_batch(batch)
         self.take = self._take_unread
-
-    def unread(self) -> list[Fetched]:
-        """Return what was fetched and not stepped on, unless resuming will fetch it again."""
-        return [] if self.position.can_return else list(self.position.unread)
 
     # Opening
 
@@ -121,7 +107,7 @@ class Source:
         if data is _NOT_ENTERED:
             return PENDING
         if data is None:
-            self.take = _no_batch
+            self.take = lambda: None
             return None
         made: Any = data() if is_factory(data) else data
         if has(made, "__aiter__"):
@@ -129,7 +115,7 @@ class Source:
             self._iterator = aiter(cast(AsyncIterable[Any], made))
             if not position.to_skip:
                 position.end_rewind()
-            self.take = _pending
+            self.take = lambda: PENDING
             return PENDING
         if not is_iterable(made):
             raise TypeError(
@@ -180,7 +166,7 @@ class Source:
         elif self._prefetcher is not None:
             self.take, self.arrival = self._take_ahead, self._arrival_ahead
         elif has(iterator, "__anext__"):
-            self.take = _pending
+            self.take = lambda: PENDING
             self.arrival = self._arrival_of_stateful if has_state else iterator.__anext__
         else:
             self.take = self._take_of_stateful if has_state else iterator.__next__
@@ -189,15 +175,15 @@ class Source:
         fetched = self.position.unread.popleft()
         if not self.position.unread:
             self._choose()
-        return self.position.took(fetched)
+        return self.position.took(*fetched)
 
     def _take_of_stateful(self) -> Any:
         batch, position = next(self._iterator), self.position
-        return position.took(Fetched(batch, position.state()))
+        return position.took(batch, position.state())
 
     async def _arrival_of_stateful(self) -> Any:
         batch, position = await anext(self._iterator), self.position
-        return position.took(Fetched(batch, position.state()))
+        return position.took(batch, position.state())
 
     # Ahead of the step
 
@@ -212,7 +198,7 @@ class Source:
 
     def _take_ahead(self) -> Any:
         fetched = self._buffer.take_nowait()
-        return PENDING if fetched is None else self.position.took(fetched)
+        return PENDING if fetched is None else self.position.took(*fetched)
 
     async def _arrival_ahead(self) -> Any:
         await self._buffer.arrival()
@@ -242,7 +228,6 @@ class Source:
             # exited, and entered again: begin again, by position.
             position = self.position.after(completed)
             await self.aclose()
-            self.forget()
             self.restart(completed)
             self.resume_at(position, completed)
             if self._is_manager:
@@ -342,14 +327,6 @@ def _without_stop(take: Callable[[], Any]) -> Any:
         return take()
     except StopIteration:
         raise StopAsyncIteration from None
-
-
-def _pending() -> Pending:
-    return PENDING
-
-
-def _no_batch() -> None:
-    return None
 
 
 def _raise_stop() -> NoReturn:

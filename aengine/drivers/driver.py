@@ -71,6 +71,7 @@ class Driver:
         self._generator = generator
         self._bus = bus
         self._requests = requests
+        self.defer_backpressure = requests.defer_backpressure
         self._grace = grace
         self._prefetch = prefetch
         self._settings = ThreadState()
@@ -136,15 +137,15 @@ class Driver:
         )
         others_had_a_turn = TickCounter.here().watch() if self._worker is None else None
         loop.attach(context, anyio.get_cancelled_exc_class(), others_had_a_turn)
-        self._bus.enter_loop(handle)
+        self._bus.attach(handle)
         # Posted even from the loop's own thread: a signal handler interrupts select(), which sleeps again unless woken.
         # A weak reference: the scheduled callback lives one more turn of the event loop, and would keep the engine.
         self._requests.wake_by(partial(handle.post, partial(_call_if_alive, WeakMethod(self._on_request))))
 
     def _disconnect(self) -> None:
         self._requests.wake_by(None)
-        self._loop.detach()
-        self._bus.leave_loop()
+        self._loop.source.attach(None)
+        self._bus.attach(None)
 
     # What the run owns
 
@@ -185,12 +186,8 @@ class Driver:
             self._scope.cancel()
 
     def _fail_of_data(self, error: BaseException) -> None:
-        self._loop.note(error, f"the data ({self._loop.source.name})")
+        self._bus.note(error, f"the data ({self._loop.source.name})")
         self.fail(error)
-
-    def defer_backpressure(self, waits: list[BackpressureWait]) -> None:
-        """Have the loop wait for room before its next step."""
-        self._requests.defer_backpressure(waits)
 
     # The caller: is it part of this run?
 

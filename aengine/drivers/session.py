@@ -1,6 +1,5 @@
 """Session: the runs of one engine. The one that is under way or interrupted, and where the next one goes on."""
 
-import logging
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -25,7 +24,6 @@ from aengine.loop.loop import Loop
 from aengine.loop.progress import Progress, begin
 from aengine.loop.requests import Requests
 from aengine.loop.state_dict import from_state_dict, to_state_dict
-from aengine.state import State
 from aengine.statistics import EngineStatistics
 from aengine.threads.worker import close_unawaited
 
@@ -49,10 +47,8 @@ class Session:
     def __init__(
         self,
         step: Callable[[Any, Any], Any],
-        state: State,
         emitter: EventEmitter,
         requests: Requests,
-        logger: logging.Logger,
         *,
         is_async: bool,
         threaded: bool,
@@ -62,11 +58,10 @@ class Session:
         self.services: tuple[ServiceEntry, ...] = ()
         self.body_task: int | None = None
         self.step = step
-        self._state = state
         self._emitter = emitter
         self._bus = emitter.bus
+        self._state = emitter.bus.state
         self._requests = requests
-        self._logger = logger
         self._is_async = is_async
         self.threaded = threaded
         self._grace = grace
@@ -140,11 +135,9 @@ class Session:
             return self._loop, self._generator
         progress = begin(state, self._progress, adapted, *limits)
         unread = self._unread[1] if self._unread is not None and self._unread[0] is data else ()
-        source = Source(adapted, self._logger, unread, randomness)
+        source = Source(adapted, self._bus.logger, randomness, unread=unread, completed=progress.iteration)
         if progress.position is not None:
             source.resume_at(progress.position, progress.iteration)
-        else:
-            source.restart(progress.iteration)
         state.dataloader = data
         self._requests.begin()
         self._bus.reset()
@@ -154,7 +147,6 @@ class Session:
             self.step,
             source,
             progress,
-            state=state,
             bus=self._bus,
             requests=self._requests,
             restore_rng=None if randomness is None or rng is None else partial(randomness.restore, rng, data),
@@ -225,7 +217,8 @@ class Session:
 
     def _keep_unread(self, source: Source) -> None:
         """Keep what was fetched and not stepped on, for the next run over the same data."""
-        unread = source.unread()
+        position = source.position
+        unread = [] if position.can_return else list(position.unread)  # resuming will fetch it again if it can return
         self._unread = (source.data, unread) if unread else None
 
     # While it lasts
@@ -237,7 +230,7 @@ class Session:
             raise RuntimeError(
                 "set_data() changes the data of a run under way, and there is none: pass the data to run()"
             )
-        self._loop.set_data(Source(adapted, self._logger, randomness=engine.randomness))
+        self._loop.set_data(Source(adapted, self._bus.logger, randomness=engine.randomness))
 
     def add_service(self, service: Service, on_error: str, name: str | None) -> RemovableEventHandle:
         """Add a service, as `Engine.add_service`; where a run is under way, it takes part from now on."""

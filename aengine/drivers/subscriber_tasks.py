@@ -8,6 +8,7 @@ import anyio
 from aengine.bus.bus import Bus
 from aengine.bus.dispatch import reading
 from aengine.bus.subscriber import Fail, Subscriber
+from aengine.errors import HandlerTimeout
 from aengine.threads.event_loop import EventLoopHandle, ThreadSafeEvent
 
 if TYPE_CHECKING:
@@ -81,7 +82,11 @@ class SubscriberTasks:
             while self._late:
                 await self.flush()
         if scope.cancelled_caught and (late := self._late):  # else an event came after the last look
-            raise self._bus.cancel_late(late, self._grace)
+            lost = "; ".join([one.cancel() for one in late])
+            raise HandlerTimeout(
+                f"after {self._grace} seconds of grace these subscribers of engine {self._bus.name!r} were still busy:"
+                f" {lost}"
+            )
 
     @property
     def _late(self) -> list[Subscriber]:

@@ -6,7 +6,6 @@ from typing import Any
 
 from anyio.lowlevel import current_token
 
-from aengine.bus.inbox import BackpressureWait
 from aengine.bus.subscriber import Subscriber
 from aengine.loop.effects import Effect, LoopGenerator
 from aengine.loop.requests import Request, Requests
@@ -24,6 +23,7 @@ class BlockingRunner:
     def __init__(self, generator: LoopGenerator, requests: Requests) -> None:
         self._generator = generator
         self._requests = requests
+        self.defer_backpressure = requests.defer_backpressure
         self._changed = threading.Event()
 
     def run(self, failures: list[BaseException]) -> Any:
@@ -56,10 +56,6 @@ class BlockingRunner:
     def start(self, subscriber: Subscriber) -> None:  # noqa: ARG002 -- a Runner's
         """A subscriber was added, which needs an event loop: leave this, to be continued on one."""
         self._requests.return_to_driver()
-
-    def defer_backpressure(self, waits: list[BackpressureWait]) -> None:
-        """Have the loop wait for room before its next step."""
-        self._requests.defer_backpressure(waits)
 
     async def flush(self) -> None:
         """There is no subscriber, so nothing to wait for."""

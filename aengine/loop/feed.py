@@ -33,7 +33,7 @@ class Feed:
         self.empty: DataExhausted | None = None
         self._state = state
         self._first = first  # iterations completed before this run
-        self._next_source: Source | None = None
+        self._next_source = source  # until there is another
         self._is_closed = False
 
     def fetch(self) -> Generator[Awaitable[Any] | Effect, Any, Any]:
@@ -93,7 +93,6 @@ class Feed:
             return
         self.in_hand = END
         yield from self._close()
-        self.source.forget()
         self.source.restart(completed)
 
     def replace(self, source: Source) -> None:
@@ -103,7 +102,6 @@ class Feed:
     def change(self, completed: int) -> LoopGenerator:
         """Have the next batch come from the source that was set."""
         old, new = self.source, self._next_source
-        assert new is not None, "set before it is requested"  # noqa: S101
         yield from self._close(is_last=True)
         new.attach(old.run)
         old.attach(None)
@@ -139,11 +137,6 @@ class Feed:
                 yield self.source.exit()
         else:
             self.source.close()
-
-    def abandon(self) -> None:
-        """Close the data where nothing can be awaited any more."""
-        self.unread_batch()
-        self.source.close()
 
     def exhaustion(self, completed: int) -> str:
         """Return the sentence that says that the data has ended too early, and what to pass instead."""

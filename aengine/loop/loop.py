@@ -19,9 +19,9 @@ from aengine.errors import DataExhaustedWarning
 from aengine.events import ALWAYS, NEVER
 from aengine.loop.effects import BUDGET, Effect, LoopGenerator, NextBatch, WaitCancelled
 from aengine.loop.feed import END, Exhausted, Feed
-from aengine.loop.progress import Progress, last_iteration
+from aengine.loop.progress import Progress
 from aengine.loop.requests import Phase, Request, Requests
-from aengine.state import State, StopReason
+from aengine.state import StopReason
 
 
 class Terminated(Exception):
@@ -52,18 +52,17 @@ class Loop:
         source: Source,
         progress: Progress,
         *,
-        state: State,
         bus: Bus,
         requests: Requests,
         restore_rng: Callable[[], object] | None = None,
     ) -> None:
         self.completed = progress.iteration
-        self.feed = Feed(source, state, progress.iteration)
+        self.feed = Feed(source, bus.state, progress.iteration)
         self.also_raised: list[BaseException] = []
         self.cancellations: tuple[type[BaseException], ...] = (KeyboardInterrupt, SystemExit)
         self._engine = engine
         self._step = step
-        self._state = state
+        self._state = bus.state
         self._bus = bus
         self._requests = requests
         # After STARTED and EPOCH_STARTED of a run that is resumed: the run before fired them, too, and their handlers
@@ -90,10 +89,6 @@ class Loop:
             self.cancellations += (cancelled,)
         self._others_had_a_turn = others_had_a_turn
 
-    def detach(self) -> None:
-        """That driver's run is over, or suspended."""
-        self.source.attach(None)
-
     @property
     def source(self) -> Source:
         """The data that batches come from."""
@@ -108,7 +103,8 @@ class Loop:
         state.times.update(EPOCH_COMPLETED=0.0, COMPLETED=0.0)
         try:
             try:
-                yield from self._fire("STARTED")
+                yield from self._dispatch("STARTED")
+                yield from self._serve_requests()
                 if self._epoch_is_complete or self._is_done:
                     self._restore_rng_once()
                 while not self._is_done:
@@ -126,7 +122,7 @@ class Loop:
             state.stop_reason = reason
             state.last_progress = self.progress()
             state.times["COMPLETED"] = perf_counter() - began
-            if not requests.skips_completed:
+            if not (Request.TERMINATE in requests.pending and requests.skip_completed):
                 yield from self._dispatch("COMPLETED")
                 yield from self._bus.topic("COMPLETED").dispatch_at_end(self._engine)
                 state.times["COMPLETED"] = perf_counter() - began
@@ -134,7 +130,8 @@ class Loop:
             yield Effect.FLUSH
             yield from self._close(gently=True)
         except GeneratorExit:  # an interrupted engine is given up: nothing can be awaited any more
-            self.feed.abandon()
+            self.feed.unread_batch()
+            self.source.close()
             raise
         except BaseException as error:
             yield from self._report(error)
@@ -155,7 +152,8 @@ class Loop:
         try:
             # Otherwise the epoch was resumed after its last iteration, and only EPOCH_COMPLETED is left to fire.
             if state.iteration < self._end_of_epoch:
-                yield from self._fire("EPOCH_STARTED")
+                yield from self._dispatch("EPOCH_STARTED")
+                yield from self._serve_requests()
             self._restore_rng_once()
             requests.enter(Phase.ITERATING)
             yield from self._iterations()
@@ -284,7 +282,7 @@ class Loop:
                             usual = kind
                 except Exception as error:
                     refuse_stop_iteration(error, "the step")
-                    self.note(error, "the step")
+                    bus.note(error, "the step")
                     raise
                 if is_timed:
                     watch.step += (perf_counter() - mark) * watch.weight
@@ -327,7 +325,7 @@ class Loop:
         if isinstance(error, WaitCancelled):
             yield from self._serve_requests()  # which ends the run: only `terminate()` cancels this wait
         elif isinstance(error, Exception) and not isinstance(error, Exhausted):
-            self.note(error, f"the data ({self.source.name}), fetching batch {self.completed + 1}")
+            self._bus.note(error, f"the data ({self.source.name}), fetching batch {self.completed + 1}")
 
     def _meet_end_of_data(self) -> Generator[Awaitable[Any] | Effect, Any, Any]:
         """Restart the data and return its first batch; END if it ends an epoch whose length was not known."""
@@ -348,13 +346,14 @@ class Loop:
 
     def can_use(self, fetched: int) -> bool:
         """Say whether this run can use another batch, when batches were fetched for so many of its iterations."""
-        return fetched < last_iteration(self._state)
+        state = self._state
+        if state.max_iters is not None:
+            return fetched < state.max_iters
+        if state.max_epochs is None or state.epoch_length is None:
+            return True
+        return fetched < state.epoch_start + state.epoch_length * (state.max_epochs - state.epoch + 1)
 
     # Events and requests
-
-    def _fire(self, name: str) -> LoopGenerator:
-        yield from self._dispatch(name)
-        yield from self._serve_requests()
 
     def _dispatch(self, name: str, *payload: Any) -> LoopGenerator:
         self._bus.stopwatch.weight = 1
@@ -469,7 +468,7 @@ class Loop:
         try:
             yield from self.feed.close(gently=gently)
         except Exception as error:
-            self.note(error, f"closing the data ({self.source.name})")
+            self._bus.note(error, f"closing the data ({self.source.name})")
             raise
 
     def progress(self) -> Progress:
@@ -488,10 +487,3 @@ class Loop:
         if type(output) is not GeneratorType:  # of those, some are and some are not
             self._plain_types.add(type(output))
         return False
-
-    def note(self, error: BaseException, where: str) -> None:
-        """Note on an error where it was raised, unless it came from beside the loop, where that was noted."""
-        state = self._state
-        if error is self._bus.reported:
-            return
-        error.add_note(f"in {where}, engine {self._bus.name!r}, epoch {state.epoch}, iteration {state.iteration}")

@@ -10,7 +10,6 @@ from typing import Any
 
 from aengine.arguments import check_whole
 from aengine.data.adapt import Adapted
-from aengine.events import NEVER
 from aengine.state import State
 
 
@@ -105,12 +104,3 @@ def _check_limit(name: str, given: int | None, state: State, other: str, done: i
             f"{name}={given} was given, but the engine has done {done} already: give more, or set engine.state.{name} ="
             " None first, which begins anew"
         )
-
-
-def last_iteration(state: State) -> int:
-    """Return the number of the last iteration of a run, NEVER if that is not known."""
-    if state.max_iters is not None:
-        return state.max_iters
-    if state.max_epochs is None or state.epoch_length is None:
-        return NEVER
-    return state.epoch_start + state.epoch_length * (state.max_epochs - state.epoch + 1)

@@ -95,11 +95,6 @@ class Requests:
             self.skip_epoch_completed = skip_epoch_completed
             self.request(Request.TERMINATE_EPOCH)
 
-    @property
-    def skips_completed(self) -> bool:
-        """Whether the run is to end without COMPLETED."""
-        return Request.TERMINATE in self.pending and self.skip_completed
-
     def interrupt(self) -> None:
         """Request that the run is suspended in its middle. Does nothing where none is under way."""
         if self.phase is not Phase.IDLE:
@@ -120,10 +115,10 @@ class Requests:
         self.request(Request.FIRE)
         return True
 
-    def defer_backpressure(self, rooms: list[BackpressureWait]) -> None:
+    def defer_backpressure(self, waits: list[BackpressureWait]) -> None:
         """Have the loop wait for room in these inboxes before its next step."""
-        if rooms and self.phase is not Phase.IDLE:
-            self.deferred_backpressure += rooms
+        if self.phase is not Phase.IDLE:
+            self.deferred_backpressure += waits
             self.request(Request.MAKE_ROOM)
 
     def enter(self, phase: Phase) -> None:

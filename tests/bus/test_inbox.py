@@ -4,7 +4,9 @@ import asyncio
 import logging
 import threading
 from collections import deque
+from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import anyio
 import anyio.abc
@@ -25,7 +27,7 @@ from aengine.bus.bus import Bus
 from aengine.bus.inbox import Inbox
 from aengine.bus.listeners import InboxListener
 from aengine.events import selectors
-from aengine.threads.event_loop import EventLoopHandle
+from aengine.threads.event_loop import EventLoopHandle, ThreadSafeEvent
 
 POLICIES = list(Overflow)
 
@@ -261,6 +263,90 @@ async def test_what_is_discarded_is_processed() -> None:
         group.start_soon(box.wait_processed, 1, loop_handle)
         await anyio.wait_all_tasks_blocked()
         box.close_nowait(discard=True)
+
+
+class Moving(Box):
+    """An inbox whose other side moves between two looks: what is looked at is there once, and then no longer."""
+
+    def __init__(self, capacity: int, overflow: Overflow, name: str) -> None:
+        super().__init__(capacity, overflow)
+        self.name_of_moving = name
+
+    def __getattribute__(self, name: str) -> Any:
+        value = super().__getattribute__(name)
+        if name in ("wakeup", "in_hand") and name == self.name_of_moving and value is not None:
+            setattr(self, name, None)
+        return value
+
+
+async def test_an_inbox_is_closed_while_its_reader_stops_waiting() -> None:
+    box = Moving(2, Overflow.WAIT, "wakeup")
+    wakeup = ThreadSafeEvent(EventLoopHandle())
+    box.wakeup = wakeup
+    box.close_nowait()
+    assert wakeup.is_set
+
+
+def test_an_event_is_dropped_while_the_reader_handles_another() -> None:
+    box = Moving(1, Overflow.DROP_OLDEST, "in_hand")
+    box.in_hand = event(0)
+    assert box._oldest == 0
+    assert box._oldest == float("inf")
+
+
+class Emptied(deque[Event]):
+    """A queue from which another thread takes the last event just after it was seen to be there."""
+
+    def __len__(self) -> int:
+        return 1
+
+
+async def test_the_last_event_is_taken_while_what_waits_is_looked_at() -> None:
+    box = inbox(1, Overflow.DROP_OLDEST)
+    box.waiting = Emptied()
+    await box.wait_processed(1, EventLoopHandle())
+
+
+async def test_an_inbox_is_closed_while_another_thread_wakes_emitters() -> None:
+    class Taken(list[ThreadSafeEvent]):
+        def __len__(self) -> int:
+            return 1
+
+    box = inbox()
+    box._room_waiters = Taken()
+    box.close_nowait()
+
+
+class ReadingHandle(EventLoopHandle):
+    """Has the reader take an event whenever something is woken, as another thread may."""
+
+    def __init__(self, box: Box) -> None:
+        super().__init__()
+        self.box = box
+
+    def call(self, function: Callable[[], object]) -> None:
+        take_all(self.box)
+        super().call(function)
+
+
+async def test_reader_and_writer_wake_the_same_waits_at_once() -> None:
+    box = inbox(2, Overflow.DROP_OLDEST)
+    box.put(event(1))
+    box.put(event(2))
+    async with anyio.create_task_group() as group:
+        for _ in range(3):
+            group.start_soon(box.wait_processed, 1, ReadingHandle(box))
+        await anyio.wait_all_tasks_blocked()
+        box.put(event(3))  # drops the first, which wakes; meanwhile the reader handles the second, which wakes too
+    assert take_all(box) == [3]
+
+
+async def test_a_wait_that_is_cancelled_leaves_nothing_behind() -> None:
+    box = inbox()
+    box.put(event(1))
+    with anyio.move_on_after(0):
+        await box.wait_processed(1, EventLoopHandle())
+    assert not box._processed_waiters
 
 
 async def test_events_put_by_a_thread_wake_the_reader_on_the_event_loop() -> None:

@@ -436,9 +436,9 @@ async def test_a_cancelled_run_still_handles_what_was_sent() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"buffer": 0}, ValueError, "buffer= is the number of events that may wait, at least 1"),
+        ({"buffer": 0}, ValueError, "buffer= is a whole number of events that may wait, 1 or more"),
         ({"overflow": "drop"}, ValueError, 'overflow= is one of "wait", "latest"'),
-        ({"on_error": "ignore"}, ValueError, 'on_error= is "raise"'),
+        ({"on_error": "ignore"}, ValueError, 'on_error= is one of "raise"'),
         ({"snapshot": 3}, TypeError, "snapshot= must be callable"),
     ],
 )
