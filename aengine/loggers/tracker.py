@@ -142,7 +142,7 @@ def track(
         linger: seconds that a sink may have at the end of a run, if it is slow or down. Less than the engine's `grace`.
         on_error: what an exception of the sink does: "warn" logs one warning, tries the same records again after 0.1
             seconds, with the first record that comes then, next after twice as long, up to a minute, and logs when it
-            works again; "raise" fails the run.
+            works again; "raise" fails the run, and closes the sink.
 
     Raises:
         TypeError, ValueError: an argument is wrong.

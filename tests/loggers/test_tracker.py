@@ -578,6 +578,29 @@ async def test_with_raise_the_error_of_the_sink_fails_the_run() -> None:
         await engine.run([1, 2, 3])
 
 
+@pytest.mark.parametrize("event", [Events.ITERATION_COMPLETED(once=1), Events.EXCEPTION_RAISED])
+@pytest.mark.parametrize("fails_to_close", [False, True])
+async def test_a_sink_whose_error_failed_the_run_is_closed(event: Any, *, fails_to_close: bool) -> None:
+    class Broken(Witnessed):
+        def close(self) -> None:
+            super().close()
+            if fails_to_close:
+                raise OSError("cannot close")
+
+    def step(engine: AnyEngine, batch: int) -> int:
+        if batch == 2:
+            raise Boom("the step")
+        return batch
+
+    sink, engine = Broken(), Engine(step, name="trainer")
+    sink.fails = 1
+    tracker = track(engine, sink, event, values=lambda _: {}, on_error="raise")
+    with pytest.raises(ExceptionGroup, match="several failures"):  # of the step, and of the sink
+        await engine.run([1, 2])
+    assert sink.told == ["trainer begins", "trainer failed", "close"]
+    assert tracker.statistics().failures == 1 + fails_to_close
+
+
 async def test_a_server_that_comes_up_late_gets_all_from_the_beginning() -> None:
     received: list[int] = []
 
