@@ -12,10 +12,12 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from time import perf_counter, time_ns
 from typing import Any, NamedTuple, TypeAlias
 
+from aengine.arguments import check_whole
 from aengine.bus.emitter import RemovableEventHandle
 from aengine.drivers.services import Service
 from aengine.engine import Engine
 from aengine.events import Event, EventEnum, Events, EventsList
+from aengine.extras import missing_package
 from aengine.loggers.sink import Record
 from aengine.state import StopReason
 from aengine.statistics import EngineStatistics
@@ -25,10 +27,7 @@ try:
     from opentelemetry.context import Context
     from opentelemetry.trace import Link, Span, Status, StatusCode
 except ImportError as error:
-    raise ImportError(
-        "aengine.loggers.opentelemetry needs the API of OpenTelemetry: pip install opentelemetry-api. The extra"
-        ' "opentelemetry" brings the SDK and an exporter as well: pip install -e ".[opentelemetry]"'
-    ) from error
+    raise missing_package(__name__, "opentelemetry-api>=1.30", "opentelemetry") from error
 
 AnyEngine: TypeAlias = Engine[Any, Any]
 Attributes: TypeAlias = dict[str, str | int | bool]
@@ -123,10 +122,9 @@ def instrument(
         iterations_every: one iteration in so many is a span.
 
     Raises:
-        ValueError: `iterations_every` is less than 1.
+        ValueError: `iterations_every` is no whole number, or less than 1.
     """
-    if iterations_every < 1:
-        raise ValueError(f"iterations_every= is a number of iterations, at least 1, got {iterations_every!r}")
+    check_whole(iterations_every, "iterations_every=", minimum=1, of="iterations")
     instrumentation = Instrumentation(tracer_provider, meter_provider, engine.name)
     instrumentation.attach(engine, iterations_every)
     return instrumentation
