@@ -56,7 +56,7 @@ class Display(Protocol):
 
     @property
     def is_quiet(self) -> bool:
-        """Whether there is no one to see it, as where the output goes to a file."""
+        """Whether it would not be seen, as where the output goes to a file."""
         ...
 
     def bar(self, unit: str) -> Bar:

@@ -32,7 +32,7 @@ class TqdmBars:
 
     @property
     def is_quiet(self) -> bool:
-        """Whether there is no one to see it."""
+        """Whether it would not be seen."""
         return not _IS_NOTEBOOK and not self.file.isatty()
 
     def bar(self, unit: str) -> "_Bar":

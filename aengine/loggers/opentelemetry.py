@@ -180,16 +180,16 @@ class Instrumentation:
     # Beside the step, in a thread
 
     def _end_iteration(self, event: Event) -> None:
-        left: _Left = event.snapshot
-        for opened in left.opened:
+        ended: _Ended = event.snapshot
+        for opened in ended.opened:
             self._costs.took(event.monotonic - opened.began)
         self._end(event)
 
     def _end(self, event: Event) -> None:
-        left: _Left = event.snapshot
-        for opened in left.opened:
+        ended: _Ended = event.snapshot
+        for opened in ended.opened:
             opened.end(event.monotonic)
-        self._costs.add(left.engine)
+        self._costs.add(ended.engine)
 
     # Inline, where the step runs
 
@@ -209,15 +209,15 @@ class Instrumentation:
         self._iteration = self._open("iteration", outside, attributes)
         context.attach(self._iteration.context)
 
-    def _leave_iteration(self, engine: AnyEngine) -> "_Left":
+    def _leave_iteration(self, engine: AnyEngine) -> "_Ended":
         run = self._ensure_run(engine)
         iteration, self._iteration = self._iteration, None
         context.attach(run if self._epoch is None else self._epoch.context)
-        return _Left(engine, () if iteration is None else (iteration,))
+        return _Ended(engine, () if iteration is None else (iteration,))
 
-    def _leave_epoch(self, engine: AnyEngine) -> Awaitable["_Left"]:
-        run, left = self._ensure_run(engine), self._take_epoch()
-        return _enter(run, _Left(engine, left))
+    def _leave_epoch(self, engine: AnyEngine) -> Awaitable["_Ended"]:
+        run = self._ensure_run(engine)
+        return _enter(run, _Ended(engine, self._take_epoch()))
 
     def _take_epoch(self) -> tuple["_Open", ...]:
         """Return the open spans of the epoch, the innermost first, and hold them no longer."""
@@ -340,7 +340,7 @@ class _Open:
         self.span.end(self._began + int((at - self.began) * 1e9))
 
 
-class _Left(NamedTuple):
+class _Ended(NamedTuple):
     """The spans that an event ends. With the engine, because the Instrumentation must not hold it: a cycle."""
 
     engine: AnyEngine

@@ -82,12 +82,12 @@ class RetryingSink:
         self._deadline, self.has_raised = math.inf, False
 
     async def write(self, batch: Sequence[Record]) -> bool:
-        """Write these records. Returns False if the sink failed, or has no time left: they are to be written later.
+        """Write these records. Returns False if the sink failed, or has no time any more: they are to be written later.
 
         During the run the sink is tried once. At the end of the run it is tried again until its time is over.
 
         Raises:
-            Exception: what the sink raised, where it was asked for that.
+            Exception: what the sink raised, where that is to fail the run.
         """
         self.called_at = perf_counter()
         while not self.is_late:
@@ -100,13 +100,13 @@ class RetryingSink:
             self._handle(error)
             if self._deadline == math.inf:
                 return False
-            left = self._deadline - perf_counter()
-            if left < _FIRST_PAUSE:
+            remaining = self._deadline - perf_counter()
+            if remaining < _FIRST_PAUSE:
                 # A call that begins just before the deadline is abandoned, and may succeed all the same, in its thread:
                 # the same records would then be written twice.
                 self._deadline = perf_counter()
             else:
-                await anyio.sleep(min(self._pause, left / 2))
+                await anyio.sleep(min(self._pause, remaining / 2))
         return False
 
     async def close(self) -> None:

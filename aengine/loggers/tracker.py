@@ -30,7 +30,7 @@ class TrackerStatistics:
         name: the sink.
         taken: records made.
         written: records that the sink has accepted.
-        dropped: records for which there was no room.
+        dropped: records given up because more than `spool` waited.
         waiting: records in the buffer, and those that the sink is just writing.
         failures: calls of the sink that raised, or outlived the run.
         busy: seconds in the sink.

@@ -47,7 +47,7 @@ SLACK = 1_000_000
 
 
 class Traces:
-    """What is traced, told as "run trainer > epoch trainer > iteration trainer"."""
+    """What is traced, written as "run trainer > epoch trainer > iteration trainer"."""
 
     def __init__(self) -> None:
         self.exporter = InMemorySpanExporter()
@@ -323,7 +323,7 @@ async def test_what_is_not_sampled_costs_no_span_and_fails_nothing(traces: Trace
 
 
 class Held(SpanProcessor):
-    """Whoever ends a span waits for the test."""
+    """What ends a span waits for the test."""
 
     def __init__(self) -> None:
         self.go_on = threading.Event()
