@@ -6,8 +6,8 @@ import math
 import os
 import threading
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from aengine.checkpoint.store.files import sync_directory
 from aengine.loggers.sink import Record
@@ -65,7 +65,7 @@ class JSONLines:
 
 
 def _line(record: Record) -> str:
-    fields = asdict(record)
+    fields: dict[str, Any] = {name: getattr(record, name) for name in Record.__slots__}  # asdict() takes thrice as long
     try:
         return json.dumps(fields, allow_nan=False) + "\n"
     except ValueError:  # rare, and looking for NaN first would cost as much as the dump

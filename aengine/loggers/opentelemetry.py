@@ -155,7 +155,7 @@ class Instrumentation:
         self._stopped_at: float | None = None
         self._interrupted: Span | None = None  # of the run that was interrupted, and may go on
         self._was_in_epoch = False  # when it was interrupted
-        self._until_resumed: RemovableEventHandle | None = None  # the handler of its next event
+        self._until_resumed = RemovableEventHandle(lambda: None)  # the handler of its next event
 
     def attach(self, engine: AnyEngine, iterations_every: int) -> None:
         """Listen to an engine, for `instrument`."""
@@ -245,9 +245,7 @@ class Instrumentation:
         """Return the context of the run. Begins its span if this is the first event of it that is seen."""
         if self._run is not None:
             return self._run.context
-        handle, self._until_resumed = self._until_resumed, None
-        if handle is not None:
-            handle.remove()
+        self._until_resumed.remove()
         state, interrupted = engine.state, self._interrupted
         attributes = {
             "aengine.engine": engine.name,
@@ -292,13 +290,11 @@ class Instrumentation:
             # No STARTED comes when it goes on: its span begins with its next event, whichever that is.
             self._until_resumed = engine.add_event_handler(_FIRST_OF_RESUMED, lambda *_: self._resume(engine))
         state, now = engine.state, perf_counter()
-        ends = [
-            *((one, now if self._stopped_at is None else self._stopped_at) for one in self._take_epoch()),
-            (run, now),
-        ]
+        stopped_at = now if self._stopped_at is None else self._stopped_at
+        ends = [*((opened, stopped_at) for opened in self._take_epoch()), (run, now)]
         if error is not None:
             run.span.record_exception(error)
-        run.span.set_attributes(_known({"aengine.epoch": state.epoch, "aengine.iteration": state.iteration}))
+        run.span.set_attributes({"aengine.epoch": state.epoch, "aengine.iteration": state.iteration})
         for opened, at in ends:
             opened.span.set_attribute("aengine.stop_reason", str(reason))
             if error is not None:
