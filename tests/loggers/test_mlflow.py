@@ -187,7 +187,8 @@ async def test_a_run_that_failed_by_the_sink_itself_is_failed_as_well(uri: str) 
             raise Boom
         return name
 
-    engine, sink = Engine(lambda engine, batch: batch, name="trainer"), MLflow(tracking_uri=uri, tag=tag)
+    engine: AnyEngine = Engine(lambda engine, batch: batch, name="trainer")
+    sink = MLflow(tracking_uri=uri, tag=tag)
     track(engine, sink, Events.ITERATION_COMPLETED, on_error="raise")
 
     @engine.on(Events.ITERATION_STARTED(once=2))
