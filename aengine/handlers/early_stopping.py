@@ -24,8 +24,8 @@ class EarlyStopping:
 
         EarlyStopping(patience=3, score="accuracy", mode="max").attach(trainer, evaluator)
 
-    A score of NaN is no improvement. A `Checkpoint` of the trainer saves the best score and the count without being
-    asked. A run that was stopped by this, and is loaded, is terminated as soon as it begins.
+    A score of NaN is no improvement. A `Checkpoint` of the trainer saves the best score and the count with it.
+    A run that was stopped by this, and is loaded, is terminated as soon as it begins.
 
     Args:
         patience: how many scores in a row may be no improvement; at the last of them the run is terminated.

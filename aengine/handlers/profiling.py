@@ -4,10 +4,8 @@ profile(trainer, "traces", Events.ITERATION_STARTED(once=(100, 1000)))
 profile(trainer, "traces", torch.profiler.schedule(wait=5, warmup=1, active=3, repeat=2))
 """
 
-import gzip
 import os
 import re
-import shutil
 import threading
 from collections.abc import Callable
 from itertools import count
@@ -79,7 +77,7 @@ def profile(
         engine: whose iterations.
         directory: where the traces go; made with the first of them.
         on: an ITERATION_STARTED with a filter, at each of which a window opens; or a schedule of `torch.profiler`,
-            which is asked for each iteration, so that it costs a call. In it the first iteration has the number 0.
+            which is called for each iteration. In it the first iteration has the number 0.
         iterations: how many are recorded, if `on` is an event. One that comes while a window is open opens no other.
         warmup: how many iterations go before these, in which the profiler is on already: its own beginning is slow.
         compress: write gzip, "trainer-101-103.pt.trace.json.gz", which is some ten times smaller.
@@ -142,13 +140,14 @@ class Profiling:
             name=f"traces of {engine.name}",
         )
 
-    # Inline, where the step runs: torch.profiler records the thread that it is started on, and is to be stopped there
+    # Inline, where the step runs: torch.profiler records the thread that starts it, and is to be stopped there
 
     def _open(self, engine: AnyEngine) -> None:
         if self._window is not None:
             return
         iteration = engine.state.iteration
-        self._window = _Window(engine, iteration, self._windows.schedule_at(iteration), self._options)
+        schedule, before = self._windows.schedule, iteration - 1 if self._windows.is_of_run else 0
+        self._window = _Window(engine, iteration, lambda step: schedule(before + step), self._options)
         for event, range_ in ((Events.GET_BATCH_STARTED, "data"), (Events.GET_BATCH_COMPLETED, "handlers")):
             self._handles.append(engine.add_event_handler(event, self._window.begin_range, range_))
         self._handles += [
@@ -186,9 +185,11 @@ class Profiling:
             return
         self._directory.mkdir(parents=True, exist_ok=True)
         name = f"{re.sub(r'[^-.0-9A-Za-z_]+', '_', event.engine)}-{recorded.first}-{recorded.last}"
+        suffix = "pt.trace.json.gz" if self._compress else "pt.trace.json"  # what TensorBoard's plugin looks for
         with TemporaryDirectory(prefix=".partial-", dir=self._directory) as partial:
-            trace = _export(recorded.profile, Path(partial), compress=self._compress)
-            path = _free_path(self._directory, name, trace.name)
+            trace = Path(partial, suffix)
+            recorded.profile.export_chrome_trace(str(trace))  # compressed, if it is to end in .gz
+            path = _free_path(self._directory, name, suffix)
             trace.replace(path)
         self.paths.append(path)
         if self._on_trace is not None:
@@ -202,10 +203,11 @@ class _Recorded(NamedTuple):
 
 
 class _Windows(NamedTuple):
-    """When windows open, and what is done in the one that opens at an iteration."""
+    """When windows open, and by which schedule: one that counts from the begin of the run, or of the window."""
 
     event: AnyEvent
-    schedule_at: Callable[[int], Schedule]
+    schedule: Schedule
+    is_of_run: bool
 
 
 class _Window:
@@ -220,17 +222,10 @@ class _Window:
             _in_use.release()
             raise
         self._schedule = schedule
-        self._opened_at = self._iteration = iteration
-        self._first: int | None = None
+        self._opened_at = iteration
         self._range: Any = None
         self._is_lost = False
-        self._begin_iteration()
         self.begin_range("step")
-
-    def _begin_iteration(self) -> None:
-        self._action = self._schedule(self._iteration - self._opened_at)
-        if self._first is None and self._action in _RECORDS:
-            self._first = self._iteration
 
     def begin_range(self, name: str) -> None:
         """End the range under way, and begin another."""
@@ -249,14 +244,12 @@ class _Window:
         Raises:
             RuntimeError: another profiler was started or stopped meanwhile.
         """
-        next_action = self._schedule(self._iteration + 1 - self._opened_at)
-        if self._action is ProfilerAction.RECORD_AND_SAVE or next_action is ProfilerAction.NONE:
+        now, next_ = self._schedule(self._profile.step_num), self._schedule(self._profile.step_num + 1)
+        if now is ProfilerAction.RECORD_AND_SAVE or next_ is ProfilerAction.NONE:
             return False
         self._end_range()
         self._refuse_if_disturbed()
         self._profile.step()
-        self._iteration += 1
-        self._begin_iteration()
         self.begin_range("handlers")
         return True
 
@@ -274,15 +267,18 @@ class _Window:
             self._profile.stop()
         finally:
             _in_use.release()
-        last = min(self._iteration, engine.state.iteration)
-        return None if self._first is None or self._first > last else _Recorded(self._profile, self._first, last)
+        begun = min(self._profile.step_num, engine.state.iteration - self._opened_at) + 1
+        recorded = [self._opened_at + step for step in range(begun) if self._schedule(step) in _RECORDS]
+        return _Recorded(self._profile, recorded[0], recorded[-1]) if recorded else None
 
     def _refuse_if_disturbed(self) -> None:
-        if _something_records() != (self._action in _RECORDS):
+        step = self._profile.step_num
+        if _something_records() != (self._schedule(step) in _RECORDS):
             self._is_lost = True  # stopping a profiler that is stopped already crashes the process
             raise RuntimeError(
-                f"another profiler was started or stopped while iterations {self._opened_at} to {self._iteration} were"
-                " profiled, and torch has one at a time: the trace is lost. Use one of them, or choose other iterations"
+                f"another profiler was started or stopped while iterations {self._opened_at} to"
+                f" {self._opened_at + step} were profiled, and torch has one at a time: the trace is lost. Use one of"
+                " them, or choose other iterations"
             )
 
 
@@ -315,40 +311,17 @@ def _windows(on: Any, iterations: int, warmup: int) -> _Windows:
                 "profile(on=) is an event such as Events.ITERATION_STARTED(once=100), or a"
                 f" torch.profiler.schedule(...), got {on!r}"
             ) from None
-        return _windows_of_schedule(cast(Schedule, on))
+        of_run = cast(Schedule, on)
+        event = Events.ITERATION_STARTED(event_filter=lambda _, at: of_run(at - 1) is not ProfilerAction.NONE)
+        return _Windows(event, of_run, is_of_run=True)
     if others := [str(one) for one in chosen if one.name != Events.ITERATION_STARTED.name]:
         raise ValueError(
             f"profile(on=) chooses iterations, by ITERATION_STARTED with a filter, got {', '.join(others)}"
         )
-    schedule: Schedule = torch.profiler.schedule(wait=0, warmup=warmup, active=iterations, repeat=1)
-
-    def schedule_at(_: int) -> Schedule:
-        return schedule
-
-    return _Windows(on, schedule_at)
-
-
-def _windows_of_schedule(schedule: Schedule) -> _Windows:
-    def acts(_: Any, iteration: int) -> bool:
-        return schedule(iteration - 1) is not ProfilerAction.NONE
-
-    def schedule_at(opened_at: int) -> Schedule:
-        return lambda step: schedule(opened_at - 1 + step)
-
-    return _Windows(Events.ITERATION_STARTED(event_filter=acts), schedule_at)
+    schedule = torch.profiler.schedule(wait=0, warmup=warmup, active=iterations, repeat=1)
+    return _Windows(on, schedule, is_of_run=False)
 
 
 def _free_path(directory: Path, name: str, suffix: str) -> Path:
     paths = (directory / f"{name}{'' if number == 1 else f'.{number}'}.{suffix}" for number in count(1))
     return next(path for path in paths if not path.exists())
-
-
-def _export(recorded: torch.profiler.profile, directory: Path, *, compress: bool) -> Path:
-    path = directory / "pt.trace.json"  # what TensorBoard's plugin looks for
-    recorded.export_chrome_trace(str(path))
-    if not compress:
-        return path
-    compressed = path.with_name(f"{path.name}.gz")
-    with path.open("rb") as source, gzip.open(compressed, "wb") as target:
-        shutil.copyfileobj(source, target)
-    return compressed

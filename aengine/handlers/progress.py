@@ -56,21 +56,12 @@ class Display(Protocol):
 
     @property
     def is_quiet(self) -> bool:
-        """Whether there is no one to see it, as where the output goes to a file."""
+        """Whether it would not be seen, as where the output goes to a file."""
         ...
 
     def bar(self, unit: str) -> Bar:
         """Return a new bar, not shown yet, for what is counted in this unit."""
         ...
-
-
-class _Position(NamedTuple):
-    """Where a run is, read between two steps."""
-
-    iteration: int
-    iteration_of_epoch: int
-    max_iters: int | None
-    values: Mapping[str, Any]
 
 
 def values_of(engine: AnyEngine) -> dict[str, Any]:
@@ -108,15 +99,14 @@ def show_progress(
     if display.is_quiet:
         return RemovableEventHandle(lambda: None)
 
-    def position(engine: AnyEngine) -> _Position:
-        state = engine.state
-        return _Position(state.iteration, state.iteration - state.epoch_start, state.max_iters, values(engine))
-
-    events = Events.STARTED | Events.EPOCH_STARTED | Events.EPOCH_COMPLETED | _ENDS
     return engine.subscribe(
-        Events.ITERATION_COMPLETED(every=every) | events,
+        Events.ITERATION_COMPLETED(every=every)
+        | Events.STARTED
+        | Events.EPOCH_STARTED
+        | Events.EPOCH_COMPLETED
+        | _ENDS,
         _Bars(display).draw,
-        snapshot=position,
+        snapshot=lambda engine: (engine.state.epoch_start, engine.state.max_iters, values(engine)),
         overflow="latest",
         name=f"progress of {engine.name}",
     )
@@ -154,7 +144,7 @@ class _Bars:
         is_end = event.name in _END_NAMES
         if is_end and not self._open:  # a second event of the end, such as COMPLETED after TERMINATE
             return
-        for line in _lines(event, event.snapshot):
+        for line in _lines(event):
             bar = self._bars.get(line.unit)
             if bar is None:
                 bar = self._bars[line.unit] = self._display.bar(line.unit)
@@ -179,11 +169,12 @@ class _Line(NamedTuple):
     text: str
 
 
-def _lines(event: Event, position: _Position) -> list[_Line]:
-    text = ", ".join(_formatted(position.values))
-    name, epochs, done = event.engine, event.max_epochs, position.iteration_of_epoch
+def _lines(event: Event) -> list[_Line]:
+    epoch_start, max_iters, values = event.snapshot
+    text = ", ".join(_formatted(values))
+    name, epochs, done = event.engine, event.max_epochs, event.iteration - epoch_start
     if epochs is None:  # the run is limited by its iterations alone
-        return [_Line("it", name, 0, position.iteration, position.max_iters, text)]
+        return [_Line("it", name, 0, event.iteration, max_iters, text)]
     if epochs == 1:
         return [_Line("it", name, 0, done, event.epoch_length, text)]
     is_complete = event.name in _EPOCH_ENDS or (

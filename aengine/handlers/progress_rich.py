@@ -36,7 +36,7 @@ class RichBars:
 
     @property
     def is_quiet(self) -> bool:
-        """Whether there is no one to see it."""
+        """Whether it would not be seen."""
         return not (self._console.is_terminal or self._console.is_jupyter)
 
     def bar(self, unit: str) -> "_Bar":  # noqa: ARG002 -- no column shows it

@@ -32,7 +32,7 @@ class TqdmBars:
 
     @property
     def is_quiet(self) -> bool:
-        """Whether there is no one to see it."""
+        """Whether it would not be seen."""
         return not _IS_NOTEBOOK and not self.file.isatty()
 
     def bar(self, unit: str) -> "_Bar":
@@ -44,7 +44,6 @@ class TqdmBars:
         self._open.add(bar)
         if bar not in self._shown:
             self._shown.append(bar)
-            bar.add()
 
     def close(self, bar: "_Bar") -> None:
         """Leave a bar as it is; with the last one, all of them, so that what is printed next is below."""
@@ -73,6 +72,8 @@ class _Bar:
 
     def begin(self, name: str, count: int, total: int | None) -> None:
         self._bars.open(self)
+        if self._bar is None:
+            self._bar = _Tqdm(unit=self._unit, file=self._bars.file, leave=True, dynamic_ncols=True)
         bar = self._bar
         bar.ended = None
         bar.set_description(name, refresh=False)
@@ -90,9 +91,6 @@ class _Bar:
         self._bar.ended = self._bar.format_dict
         self._bar.refresh()
         self._bars.close(self)
-
-    def add(self) -> None:
-        self._bar = _Tqdm(unit=self._unit, file=self._bars.file, leave=True, dynamic_ncols=True)
 
     def leave(self) -> None:
         self._bar.close()  # draws it once more, on its own line, where the cursor is, and moves to the next line

@@ -5,7 +5,7 @@ print(table(trainer.statistics()))
 
 from collections.abc import Sequence
 
-from aengine.statistics import EngineStatistics, ListenerStatistics
+from aengine.statistics import EngineStatistics
 
 
 def table(statistics: EngineStatistics) -> str:
@@ -33,15 +33,14 @@ def table(statistics: EngineStatistics) -> str:
         fired = [[name, _seconds(seconds)] for name, seconds in s.handlers_of_fired.items()]
         parts += ["", *_rows(["of events that were fired", "seconds"], fired)]
     if s.listeners:
-        beside = [_listener(one, s.total) for one in s.listeners]
+        beside = [
+            [one.name, _seconds(one.busy), _share(one.busy, s.total)]
+            + [str(count) for count in (one.handled, one.depth, one.dropped, one.discarded, one.errors)]
+            for one in s.listeners
+        ]
         columns = ["beside it", "busy", "of all", "handled", "waiting", "dropped", "discarded", "errors"]
         parts += ["", *_rows(columns, beside)]
     return "\n".join(parts)
-
-
-def _listener(one: ListenerStatistics, total: float) -> list[str]:
-    counts = one.handled, one.depth, one.dropped, one.discarded, one.errors
-    return [one.name, _seconds(one.busy), _share(one.busy, total), *map(str, counts)]
 
 
 def _rows(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

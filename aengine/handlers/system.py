@@ -22,14 +22,12 @@ from aengine.arguments import check_interval
 from aengine.drivers.services import Service
 from aengine.engine import Engine
 from aengine.events import EventEnum, Events
+from aengine.extras import missing_package
 
 try:
     import psutil  # type: ignore[import-untyped]  # its stubs are a distribution of their own
 except ImportError as error:
-    raise ImportError(
-        'aengine.handlers.system needs psutil: pip install "psutil>=6", which the extra "system" brings, with'
-        ' nvidia-ml-py for GPUs: pip install -e ".[system]"'
-    ) from error
+    raise missing_package(__name__, "psutil>=6", "system") from error
 
 try:
     import pynvml  # type: ignore[import-untyped]  # it has none
@@ -119,7 +117,11 @@ class _Sampler(Service):
         machine = _Machine()
         try:
             while not self._is_ending:
-                self.values = await _in_thread(machine.read)
+                # Abandoned at the end of the run, which must not wait for a GPU's driver that hangs; with a limiter of
+                # its own, so that such a driver takes none of the application's threads.
+                self.values = await anyio.to_thread.run_sync(
+                    machine.read, abandon_on_cancel=True, limiter=anyio.CapacityLimiter(1)
+                )
                 if not self._is_ending:
                     await engine.emit(SystemEvents.SAMPLED)
                 await anyio.sleep(self._seconds)
@@ -130,12 +132,6 @@ class _Sampler(Service):
             machine.close()
 
 
-async def _in_thread(function: Callable[[], dict[str, float]]) -> dict[str, float]:
-    # A limiter of its own: a GPU's driver that hangs takes none of the application's threads. Abandoned at the end of
-    # the run, which must not wait for such a driver.
-    return await anyio.to_thread.run_sync(function, abandon_on_cancel=True, limiter=anyio.CapacityLimiter(1))
-
-
 class _Machine:
     """Reads the numbers, and keeps the counters of the time before. For one thread at a time."""
 
@@ -144,15 +140,14 @@ class _Machine:
         self._children: dict[int, psutil.Process] = {}
         self._gpus: list[Any] | None = None
         self._has_opened = False
-        self._counted: tuple[float, dict[str, int]] | None = None
-        self._is_first = True
+        self._counted: tuple[float, dict[str, int]] | None = None  # None before the first reading
 
     def read(self) -> dict[str, float]:
+        is_first = self._counted is None
         values: dict[str, float] = {}
         for part in (self._of_process, self._of_children, self._of_system, self._of_gpus, _of_torch):
             values |= part()
-        if self._is_first:  # psutil counts these since its last call, and there was none
-            self._is_first = False
+        if is_first:  # psutil counts these since its last call, and there was none
             values = {name: value for name, value in values.items() if not name.endswith("cpu_percent")}
         return values
 
@@ -184,11 +179,7 @@ class _Machine:
             with suppress(psutil.Error):  # it has just ended
                 cpu += child.cpu_percent()
                 memory += child.memory_info().rss
-        return {
-            "children/count": len(self._children),
-            "children/cpu_percent": cpu,
-            "children/memory_bytes": memory,
-        }
+        return {"children/count": len(self._children), "children/cpu_percent": cpu, "children/memory_bytes": memory}
 
     def _of_system(self) -> dict[str, float]:
         values: dict[str, float] = {
@@ -211,8 +202,7 @@ class _Machine:
             with suppress(_nvml.NVMLError):  # there is no GPU of NVIDIA's, or no driver
                 _nvml.nvmlInit()
                 self._gpus = []
-                for index in range(_nvml.nvmlDeviceGetCount()):
-                    self._gpus.append(_nvml.nvmlDeviceGetHandleByIndex(index))
+                self._gpus += map(_nvml.nvmlDeviceGetHandleByIndex, range(_nvml.nvmlDeviceGetCount()))
         values: dict[str, float] = {}
         for index, gpu in enumerate(self._gpus or ()):
             for reading in _READINGS:

@@ -79,9 +79,9 @@ class _Clock:
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._check)
 
     def _begin(self, engine: Engine[Any, Any]) -> None:
-        left = self._seconds_left()
-        self._end = perf_counter() + left
-        if left <= 0:  # of a deadline: before the first step
+        seconds = self._seconds_left()
+        self._end = perf_counter() + seconds
+        if seconds <= 0:  # of a deadline: before the first step
             self._check(engine)
 
     def _check(self, engine: Engine[Any, Any]) -> None:

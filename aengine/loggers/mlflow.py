@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from aengine.extras import missing_package
-from aengine.loggers.runs import RecentRecords, SharedRun, check_reachable
+from aengine.loggers.runs import RecentRecords, SharedRun, check_mappings, check_reachable, check_texts
 from aengine.loggers.sink import Record, engine_and_name
 from aengine.state import StopReason
 
@@ -36,7 +36,7 @@ class MLflow:
         track(trainer, MLflow("digits", params={"lr": 0.01}, tracking_uri="http://127.0.0.1:5000"))
 
     The run begins with the first record, or the first end. It ends as FINISHED where the engine's run was completed or
-    terminated, FAILED where it raised and KILLED where it was cancelled; it is left RUNNING where that was interrupted.
+    terminated, FAILED where it raised and KILLED where it was cancelled; it stays RUNNING where that was interrupted.
     Several engines may share one: the run then lasts until all of them have ended, and ends as the first of them did.
     What is written after the end is written to the same run, which is RUNNING again.
 
@@ -72,14 +72,8 @@ class MLflow:
         tags: Mapping[str, Any] | None = None,
         tag: Callable[[Record, str], str] = engine_and_name,
     ) -> None:
-        texts: dict[str, Any] = {"experiment": experiment, "name": name, "run_id": run_id, "tracking_uri": tracking_uri}
-        for argument, text in texts.items():
-            if text is not None and (not isinstance(text, str) or not text):
-                raise TypeError(f"MLflow({argument}=) is a text that is not empty, got {text!r}")
-        mappings: dict[str, Any] = {"params": params, "tags": tags}
-        for argument, mapping in mappings.items():
-            if mapping is not None and not isinstance(mapping, Mapping):
-                raise TypeError(f"MLflow({argument}=) is a mapping of names to values, got {mapping!r}")
+        check_texts("MLflow", experiment=experiment, name=name, run_id=run_id, tracking_uri=tracking_uri)
+        check_mappings("MLflow", params=params, tags=tags)
         if run_id is not None and (experiment is not None or name is not None):
             raise ValueError("MLflow(run_id=) has its experiment and its name already: leave experiment and name= out")
         self._experiment = experiment or "Default"
@@ -165,11 +159,8 @@ class MLflow:
         if self._client is None:
             self._client = MlflowClient(self._uri)
         if self._run_id is None:
-            run = self._client.create_run(
-                self._experiment_id(),
-                start_time=None if began is None else _milliseconds(began),
-                run_name=self._name,
-            )
+            start = None if began is None else _milliseconds(began)
+            run = self._client.create_run(self._experiment_id(), start_time=start, run_name=self._name)
             self._run_id = run.info.run_id
         else:
             run = self._client.get_run(self._run_id)
@@ -229,12 +220,12 @@ def _chunks(records: Sequence[Record]) -> list[list[Record]]:
     A record that has more numbers than that is a chunk by itself: mlflow makes several requests of it.
     """
     chunks: list[list[Record]] = []
-    room = 0
+    count = _METRICS
     for record in records:
-        room -= len(record.values)
-        if not chunks or room < 0:
+        count += len(record.values)
+        if count > _METRICS:
             chunks.append([])
-            room = _METRICS - len(record.values)
+            count = len(record.values)
         chunks[-1].append(record)
     return chunks
 

@@ -12,10 +12,12 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from time import perf_counter, time_ns
 from typing import Any, NamedTuple, TypeAlias
 
+from aengine.arguments import check_whole
 from aengine.bus.emitter import RemovableEventHandle
 from aengine.drivers.services import Service
 from aengine.engine import Engine
 from aengine.events import Event, EventEnum, Events, EventsList
+from aengine.extras import missing_package
 from aengine.loggers.sink import Record
 from aengine.state import StopReason
 from aengine.statistics import EngineStatistics
@@ -25,10 +27,7 @@ try:
     from opentelemetry.context import Context
     from opentelemetry.trace import Link, Span, Status, StatusCode
 except ImportError as error:
-    raise ImportError(
-        "aengine.loggers.opentelemetry needs the API of OpenTelemetry: pip install opentelemetry-api. The extra"
-        ' "opentelemetry" brings the SDK and an exporter as well: pip install -e ".[opentelemetry]"'
-    ) from error
+    raise missing_package(__name__, "opentelemetry-api>=1.30", "opentelemetry") from error
 
 AnyEngine: TypeAlias = Engine[Any, Any]
 Attributes: TypeAlias = dict[str, str | int | bool]
@@ -123,10 +122,9 @@ def instrument(
         iterations_every: one iteration in so many is a span.
 
     Raises:
-        ValueError: `iterations_every` is less than 1.
+        ValueError: `iterations_every` is no whole number, or less than 1.
     """
-    if iterations_every < 1:
-        raise ValueError(f"iterations_every= is a number of iterations, at least 1, got {iterations_every!r}")
+    check_whole(iterations_every, "iterations_every=", minimum=1, of="iterations")
     instrumentation = Instrumentation(tracer_provider, meter_provider, engine.name)
     instrumentation.attach(engine, iterations_every)
     return instrumentation
@@ -157,7 +155,7 @@ class Instrumentation:
         self._stopped_at: float | None = None
         self._interrupted: Span | None = None  # of the run that was interrupted, and may go on
         self._was_in_epoch = False  # when it was interrupted
-        self._until_resumed: RemovableEventHandle | None = None  # the handler of its next event
+        self._until_resumed = RemovableEventHandle(lambda: None)  # the handler of its next event
 
     def attach(self, engine: AnyEngine, iterations_every: int) -> None:
         """Listen to an engine, for `instrument`."""
@@ -182,16 +180,16 @@ class Instrumentation:
     # Beside the step, in a thread
 
     def _end_iteration(self, event: Event) -> None:
-        left: _Left = event.snapshot
-        for opened in left.opened:
+        ended: _Ended = event.snapshot
+        for opened in ended.opened:
             self._costs.took(event.monotonic - opened.began)
         self._end(event)
 
     def _end(self, event: Event) -> None:
-        left: _Left = event.snapshot
-        for opened in left.opened:
+        ended: _Ended = event.snapshot
+        for opened in ended.opened:
             opened.end(event.monotonic)
-        self._costs.add(left.engine)
+        self._costs.add(ended.engine)
 
     # Inline, where the step runs
 
@@ -211,15 +209,15 @@ class Instrumentation:
         self._iteration = self._open("iteration", outside, attributes)
         context.attach(self._iteration.context)
 
-    def _leave_iteration(self, engine: AnyEngine) -> "_Left":
+    def _leave_iteration(self, engine: AnyEngine) -> "_Ended":
         run = self._ensure_run(engine)
         iteration, self._iteration = self._iteration, None
         context.attach(run if self._epoch is None else self._epoch.context)
-        return _Left(engine, () if iteration is None else (iteration,))
+        return _Ended(engine, () if iteration is None else (iteration,))
 
-    def _leave_epoch(self, engine: AnyEngine) -> Awaitable["_Left"]:
-        run, left = self._ensure_run(engine), self._take_epoch()
-        return _enter(run, _Left(engine, left))
+    def _leave_epoch(self, engine: AnyEngine) -> Awaitable["_Ended"]:
+        run = self._ensure_run(engine)
+        return _enter(run, _Ended(engine, self._take_epoch()))
 
     def _take_epoch(self) -> tuple["_Open", ...]:
         """Return the open spans of the epoch, the innermost first, and hold them no longer."""
@@ -247,9 +245,7 @@ class Instrumentation:
         """Return the context of the run. Begins its span if this is the first event of it that is seen."""
         if self._run is not None:
             return self._run.context
-        handle, self._until_resumed = self._until_resumed, None
-        if handle is not None:
-            handle.remove()
+        self._until_resumed.remove()
         state, interrupted = engine.state, self._interrupted
         attributes = {
             "aengine.engine": engine.name,
@@ -294,13 +290,11 @@ class Instrumentation:
             # No STARTED comes when it goes on: its span begins with its next event, whichever that is.
             self._until_resumed = engine.add_event_handler(_FIRST_OF_RESUMED, lambda *_: self._resume(engine))
         state, now = engine.state, perf_counter()
-        ends = [
-            *((one, now if self._stopped_at is None else self._stopped_at) for one in self._take_epoch()),
-            (run, now),
-        ]
+        stopped_at = now if self._stopped_at is None else self._stopped_at
+        ends = [*((opened, stopped_at) for opened in self._take_epoch()), (run, now)]
         if error is not None:
             run.span.record_exception(error)
-        run.span.set_attributes(_known({"aengine.epoch": state.epoch, "aengine.iteration": state.iteration}))
+        run.span.set_attributes({"aengine.epoch": state.epoch, "aengine.iteration": state.iteration})
         for opened, at in ends:
             opened.span.set_attribute("aengine.stop_reason", str(reason))
             if error is not None:
@@ -342,7 +336,7 @@ class _Open:
         self.span.end(self._began + int((at - self.began) * 1e9))
 
 
-class _Left(NamedTuple):
+class _Ended(NamedTuple):
     """The spans that an event ends. With the engine, because the Instrumentation must not hold it: a cycle."""
 
     engine: AnyEngine

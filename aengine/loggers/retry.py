@@ -39,6 +39,7 @@ class RetryingSink:
         name: the sink's, for people.
         failures: calls that raised, or outlived the run.
         busy: seconds in the sink.
+        has_raised: whether an error of it has failed the run.
         called_at: when it was last called to write.
         retry_at: when a sink that has failed may be called again; long ago, if it did not fail.
     """
@@ -48,6 +49,7 @@ class RetryingSink:
         self.name = name_of(sink) if hasattr(sink, "__qualname__") else repr(sink)
         self.failures = 0
         self.busy = 0.0
+        self.has_raised = False
         self.called_at = self.retry_at = -math.inf
         self._thread = DedicatedThread(f"aengine sink {self.name}")
         self._write = self._writer(sink.write if isinstance(sink, Sink) else sink)
@@ -75,17 +77,17 @@ class RetryingSink:
         if self._scope is not None:
             self._scope.deadline = _in_time_of_event_loop(self._deadline)
 
-    def unlimit_time(self) -> None:
-        """A run begins, or goes on."""
-        self._deadline = math.inf
+    def begin(self) -> None:
+        """A run begins, or goes on: the time is unlimited again."""
+        self._deadline, self.has_raised = math.inf, False
 
     async def write(self, batch: Sequence[Record]) -> bool:
-        """Write these records. Returns False if the sink failed, or has no time left: they are to be written later.
+        """Write these records. Returns False if the sink failed, or has no time any more: they are to be written later.
 
         During the run the sink is tried once. At the end of the run it is tried again until its time is over.
 
         Raises:
-            Exception: what the sink raised, where it was asked for that.
+            Exception: what the sink raised, where that is to fail the run.
         """
         self.called_at = perf_counter()
         while not self.is_late:
@@ -98,13 +100,13 @@ class RetryingSink:
             self._handle(error)
             if self._deadline == math.inf:
                 return False
-            left = self._deadline - perf_counter()
-            if left < _FIRST_PAUSE:
+            remaining = self._deadline - perf_counter()
+            if remaining < _FIRST_PAUSE:
                 # A call that begins just before the deadline is abandoned, and may succeed all the same, in its thread:
                 # the same records would then be written twice.
                 self._deadline = perf_counter()
             else:
-                await anyio.sleep(min(self._pause, left / 2))
+                await anyio.sleep(min(self._pause, remaining / 2))
         return False
 
     async def close(self) -> None:
@@ -136,7 +138,8 @@ class RetryingSink:
 
     def _handle(self, error: Exception) -> None:
         self.failures += 1
-        if self._must_raise:
+        if self._must_raise and not self.has_raised:  # one error is enough to fail the run: a second one is logged
+            self.has_raised = True
             raise error
         now = perf_counter()
         if not self._pause:

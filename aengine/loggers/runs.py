@@ -3,7 +3,7 @@
 import socket
 import threading
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -92,6 +92,20 @@ class RecentRecords:
         self._keys[_key(record)] = None
         if len(self._keys) > _REMEMBERED:
             del self._keys[next(iter(self._keys))]
+
+
+def check_texts(sink: str, **texts: Any) -> None:
+    """Raise TypeError for an argument of a sink that is given, and is no text, or an empty one."""
+    for name, text in texts.items():
+        if text is not None and (not isinstance(text, str) or not text):
+            raise TypeError(f"{sink}({name}=) is a text that is not empty, got {text!r}")
+
+
+def check_mappings(sink: str, **mappings: Any) -> None:
+    """Raise TypeError for an argument of a sink that is given, and is no mapping."""
+    for name, mapping in mappings.items():
+        if mapping is not None and not isinstance(mapping, Mapping):
+            raise TypeError(f"{sink}({name}=) is a mapping of names to values, got {mapping!r}")
 
 
 def check_reachable(uri: str) -> None:

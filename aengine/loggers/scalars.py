@@ -60,8 +60,8 @@ def snapshot(values: Any) -> dict[str, Any]:
             raise TypeError(
                 f"track(values=) must give single numbers, but {name!r} is {value!r}: leave it out, or give its mean"
             )
-        elif isinstance(value, torch.Tensor):
-            kept[str(name)] = value.item() if value.device.type == "cpu" else _OnDevice(value)
+        elif isinstance(value, torch.Tensor) and value.device.type != "cpu":
+            kept[str(name)] = _OnDevice(value)
         else:
             kept[str(name)] = value.item() if hasattr(value, "item") else value
     return kept

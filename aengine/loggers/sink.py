@@ -49,7 +49,7 @@ class Sink(Protocol):
 
 @runtime_checkable
 class Closable(Protocol):
-    """A sink that is also told when a run is over, to make safe what was written and to close its files.
+    """A sink that is also called when a run is over, to make safe what was written and to close its files.
 
     It may be written to again afterwards: by the next run, or by another engine that shares it.
     """
@@ -61,11 +61,11 @@ class Closable(Protocol):
 
 @runtime_checkable
 class Witness(Protocol):
-    """A sink that is also told when a run begins, and when and why it ends.
+    """A sink to which is also reported when a run begins, and when and why it ends.
 
     Both methods only take note: they are plain, and must not wait, for they are called on the event loop. Of each run
-    that begins, the end is told once, after its last records were written or abandoned, and before `close`; a record
-    that is taken after that begins and ends the run once more. A run that was interrupted has not ended. Several
+    that begins, the end is reported once, after its last records were written or abandoned, and before `close`; a
+    record that is taken after that begins and ends the run once more. A run that was interrupted has not ended. Several
     engines may share the sink, so that their runs overlap.
     """
 

@@ -30,7 +30,7 @@ class TrackerStatistics:
         name: the sink.
         taken: records made.
         written: records that the sink has accepted.
-        dropped: records for which there was no room.
+        dropped: records given up because more than `spool` waited.
         waiting: records in the buffer, and those that the sink is just writing.
         failures: calls of the sink that raised, or outlived the run.
         busy: seconds in the sink.
@@ -142,7 +142,7 @@ def track(
         linger: seconds that a sink may have at the end of a run, if it is slow or down. Less than the engine's `grace`.
         on_error: what an exception of the sink does: "warn" logs one warning, tries the same records again after 0.1
             seconds, with the first record that comes then, next after twice as long, up to a minute, and logs when it
-            works again; "raise" fails the run.
+            works again; "raise" fails the run, and closes the sink.
 
     Raises:
         TypeError, ValueError: an argument is wrong.

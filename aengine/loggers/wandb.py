@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from aengine.arguments import check_choice
 from aengine.extras import missing_package
-from aengine.loggers.runs import BAD, RecentRecords, SharedRun, check_reachable
+from aengine.loggers.runs import BAD, RecentRecords, SharedRun, check_mappings, check_reachable, check_texts
 from aengine.loggers.sink import Record
 from aengine.state import StopReason
 
@@ -67,18 +67,13 @@ class WandB:
         directory: str | os.PathLike[str] | None = None,
         run: "wandb.Run | None" = None,
     ) -> None:
-        texts: dict[str, Any] = {"project": project, "name": name, "run_id": run_id}
-        for argument, text in texts.items():
-            if text is not None and (not isinstance(text, str) or not text):
-                raise TypeError(f"WandB({argument}=) is a text that is not empty, got {text!r}")
-        anything: Any = config
-        if config is not None and not isinstance(anything, Mapping):
-            raise TypeError(f"WandB(config=) is a mapping of names to values, got {config!r}")
+        check_texts("WandB", project=project, name=name, run_id=run_id)
+        check_mappings("WandB", config=config)
         if mode is not None:
             check_choice(mode, "WandB(mode=)", ("online", "offline", "disabled"))
         if run_id is not None and (bad := set(run_id) & set("/\\#?%:")):
             raise ValueError(f"WandB(run_id=) may have none of the characters {' '.join(sorted(bad))}, got {run_id!r}")
-        anything = run
+        anything: Any = run
         if run is not None and not isinstance(anything, wandb.Run):
             raise TypeError(f"WandB(run=) is what wandb.init() returned, got {run!r}")
         if run is not None and any(one is not None for one in (project, name, run_id, config, mode, directory)):
@@ -88,7 +83,7 @@ class WandB:
         self._run_id = _new_id() if run_id is None else run_id
         self._arguments: dict[str, Any] = {"project": project, "name": name, "config": dict(config or {}), "mode": mode}
         self._directory = None if directory is None else Path(directory)
-        self._groups: set[str] = set()  # of values, one for each engine, whose step W&B has been told of
+        self._groups: set[str] = set()  # of values, one for each engine, whose step W&B knows
         self._runs = SharedRun()
         self._written = RecentRecords()
         self._lock = threading.Lock()  # each engine that shares this calls it from a thread of its own

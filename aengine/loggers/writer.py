@@ -33,7 +33,7 @@ class _Phase(Enum):
     IDLE = "no run is under way: records wait for the next one"
     RUNNING = "serve() writes, at its pace"
     ENDING = "the run is ending: serve() writes all that waits, and has `linger` seconds for that"
-    CLOSING = "serve() returns, for run_ended() writes the rest and closes the sink, in the time that is left"
+    CLOSING = "serve() returns, for run_ended() writes the rest and closes the sink, in the time that remains"
     FAILED = "the run fails by an error of the sink: nothing more is written in it"
 
 
@@ -121,11 +121,11 @@ class RecordWriter(Service):
     # Beside the step, on the event loop's thread
 
     def run_started(self, engine: Any) -> None:
-        """Tell the sink, and be ready to be flushed, although the task has not taken its first step."""
+        """Report it to the sink, and be ready to be flushed, although the task has not taken its first step."""
         self._round, self._returned = anyio.Event(), None
         self._loop_handle = EventLoopHandle()
         self._engine_name, self._ended_at = engine.name, None
-        self.sink.unlimit_time()
+        self.sink.begin()
         with self.lock:
             self._phase = _Phase.RUNNING
         self._report_begin()
@@ -161,7 +161,10 @@ class RecordWriter(Service):
             await end_of_round.wait()
 
     async def run_ended(self, engine: Any, reason: StopReason, error: BaseException | None) -> None:  # noqa: ARG002 -- as Service has it
-        """Write what is left, tell the sink of the end, and close it: within `linger` seconds, and one for closing."""
+        """Write what still waits, report the end to the sink, and close it: in `linger` seconds, and one for closing.
+
+        A sink whose error failed the run is closed as well: what it wrote before that error is to be made safe.
+        """
         if self._phase is _Phase.RUNNING:  # a run that found no data ends without an event
             self.end()
         with self.lock:
@@ -170,21 +173,30 @@ class RecordWriter(Service):
         self._wake()
         if self._returned is not None:
             await self._returned.wait()  # one call of the sink at a time
-        while self._phase is _Phase.CLOSING:
-            await self._write(math.inf)
+        if self.sink.has_raised:
+            await self._close(reason)
+        while self._phase is _Phase.CLOSING and not self.sink.has_raised:
+            try:
+                await self._write(math.inf)
+            except Exception:
+                await self._close(reason)
+                raise
             self._warn_of_loss()
-            self._report_end(reason)
-            await self.sink.close()
+            await self._close(reason)
             with self.lock:
                 if not self.buffer.waiting or self.sink.is_late:
                     self._phase = _Phase.IDLE
-            if self._phase is _Phase.CLOSING:  # a record came after the sink was told of the end
+            if self._phase is _Phase.CLOSING:  # a record came after the end was reported
                 self._report_begin()
         self._finish(reason)
 
     def run_abandoned(self, engine: Any, reason: StopReason, error: BaseException | None) -> None:  # noqa: ARG002 -- as Service has it
         """Do not wait for the call of the sink that is under way. What is not written waits for the next run."""
         self._finish(reason)
+
+    async def _close(self, reason: StopReason) -> None:
+        self._report_end(reason)
+        await self.sink.close()
 
     def _finish(self, reason: StopReason) -> None:
         with self.lock:

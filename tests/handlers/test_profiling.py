@@ -252,11 +252,11 @@ def test_run_sync_is_profiled_as_well(tmp_path: Path) -> None:
 
 @WAYS
 async def test_the_table_is_had_when_the_trace_is_written(tmp_path: Path, *, thread: bool | None) -> None:
-    told: list[Any] = []
+    reports: list[Any] = []
 
     def tell(recorded: torch.profiler.profile, path: Path) -> None:
         table = recorded.key_averages().table(sort_by="self_cpu_time_total", row_limit=10)
-        told.append((path.name, path.exists(), "aten::mm" in table, threading.current_thread()))
+        reports.append((path.name, path.exists(), "aten::mm" in table, threading.current_thread()))
 
     step_threads: set[Any] = set()
 
@@ -267,7 +267,7 @@ async def test_the_table_is_had_when_the_trace_is_written(tmp_path: Path, *, thr
     engine: AnyEngine = Engine(step, name="trainer", thread=thread)
     profile(engine, tmp_path, Events.ITERATION_STARTED(once=1), iterations=1, on_trace=tell, **ON_CPU)
     await engine.run(range(3))
-    ((name, exists, has_mm, written_by),) = told
+    ((name, exists, has_mm, written_by),) = reports
     assert (name, exists, has_mm) == ("trainer-2-2.pt.trace.json", True, True)
     assert written_by not in step_threads
     assert written_by is not threading.main_thread()
@@ -323,10 +323,11 @@ async def test_a_trace_that_cannot_be_written_is_logged_and_the_run_goes_on(
 async def test_nothing_is_left_of_a_trace_that_fails_half_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def full(*_: object) -> None:
+    def fill(_: object, path: str) -> None:
+        Path(path).write_bytes(b"half of it")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("shutil.copyfileobj", full)
+    monkeypatch.setattr("torch.profiler.profile.export_chrome_trace", fill)
     engine: AnyEngine = Engine(multiply, name="trainer")
     profile(engine, tmp_path, Events.ITERATION_STARTED(once=1), iterations=1, compress=True, **ON_CPU)
     await engine.run(range(3))

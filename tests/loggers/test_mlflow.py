@@ -181,6 +181,26 @@ async def test_a_run_that_raises_is_failed_even_before_its_first_record(uri: str
     assert (history(sink, uri, "trainer/output") if expected else []) == expected
 
 
+async def test_a_run_that_failed_by_the_sink_itself_is_failed_as_well(uri: str) -> None:
+    def tag(record: Record, name: str) -> str:
+        if record.step == 2:
+            raise Boom
+        return name
+
+    engine: AnyEngine = Engine(lambda engine, batch: batch, name="trainer")
+    sink = MLflow(tracking_uri=uri, tag=tag)
+    track(engine, sink, Events.ITERATION_COMPLETED, on_error="raise")
+
+    @engine.on(Events.ITERATION_STARTED(once=2))
+    async def write_the_first(engine: AnyEngine) -> None:
+        await engine.flush()
+
+    with pytest.raises(Boom):
+        await engine.run([1, 2, 3])
+    assert status_of(sink, uri) == "FAILED"
+    assert history(sink, uri, "output") == [(1, 1.0)]
+
+
 async def test_a_run_that_is_cancelled_is_killed(uri: str) -> None:
     engine: AnyEngine = Engine(lambda engine, batch: batch)
     sink = MLflow(tracking_uri=uri)

@@ -6,7 +6,7 @@ from aengine import StopReason
 from aengine.loggers.runs import SharedRun
 
 
-def test_the_first_that_began_decides_even_if_it_is_told_of_later() -> None:
+def test_the_first_that_began_decides_even_if_it_is_reported_later() -> None:
     runs = SharedRun()
     runs.begin("evaluator", 11.0)
     runs.begin("trainer", 10.0)

@@ -78,7 +78,7 @@ async def test_an_evaluator_in_the_run_of_a_trainer_writes_into_its_file(tmp_pat
 
     @trainer.on(Events.EPOCH_COMPLETED)
     async def evaluate() -> None:
-        await trainer.flush()  # the trainer's begin is told
+        await trainer.flush()  # the trainer's begin is reported
         await evaluator.run([7])
 
     await trainer.run([1, 2], max_epochs=3)

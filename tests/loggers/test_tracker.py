@@ -531,7 +531,7 @@ async def test_a_sink_that_is_down_is_left_alone_between_two_tries() -> None:
     assert sink.tries < 20  # of two thousand records; the pauses grow from 0.1 s
 
 
-async def test_what_a_dead_sink_did_not_get_is_told_and_waits_for_the_next_run(
+async def test_what_a_dead_sink_did_not_get_is_logged_and_waits_for_the_next_run(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     class Dead(Memory):
@@ -576,6 +576,29 @@ async def test_with_raise_the_error_of_the_sink_fails_the_run() -> None:
     track(engine, sink, on_error="raise")
     with pytest.raises(Boom):
         await engine.run([1, 2, 3])
+
+
+@pytest.mark.parametrize("event", [Events.ITERATION_COMPLETED(once=1), Events.EXCEPTION_RAISED])
+@pytest.mark.parametrize("fails_to_close", [False, True])
+async def test_a_sink_whose_error_failed_the_run_is_closed(event: Any, *, fails_to_close: bool) -> None:
+    class Broken(Witnessed):
+        def close(self) -> None:
+            super().close()
+            if fails_to_close:
+                raise OSError("cannot close")
+
+    def step(engine: AnyEngine, batch: int) -> int:
+        if batch == 2:
+            raise Boom("the step")
+        return batch
+
+    sink, engine = Broken(), Engine(step, name="trainer")
+    sink.fails = 1
+    tracker = track(engine, sink, event, values=lambda _: {}, on_error="raise")
+    with pytest.raises(ExceptionGroup, match="several failures"):  # of the step, and of the sink
+        await engine.run([1, 2])
+    assert sink.reports == ["trainer begins", "trainer failed", "close"]
+    assert tracker.statistics().failures == 1 + fails_to_close
 
 
 async def test_a_server_that_comes_up_late_gets_all_from_the_beginning() -> None:
@@ -650,32 +673,32 @@ def test_a_sink_that_hangs_does_not_keep_the_process_from_ending(backend: str) -
 
 
 async def test_an_async_sink_is_closed_by_awaiting_it_after_the_last_record() -> None:
-    told: list[str] = []
+    reports: list[str] = []
 
     class Async:
         async def write(self, records: Sequence[Record]) -> None:
-            told.extend(record.event for record in records)
+            reports.extend(record.event for record in records)
 
         async def close(self) -> None:
             await anyio.lowlevel.checkpoint()
-            told.append("closed")
+            reports.append("closed")
 
     engine = Engine(tenfold)
     track(engine, Async(), Events.EPOCH_COMPLETED)
     await engine.run([1], max_epochs=2)
-    assert told == ["EPOCH_COMPLETED", "EPOCH_COMPLETED", "closed"]
+    assert reports == ["EPOCH_COMPLETED", "EPOCH_COMPLETED", "closed"]
 
 
 async def test_a_sink_is_not_closed_before_the_last_record_is_written() -> None:
-    told: list[str] = []
+    reports: list[str] = []
 
-    class Told:
+    class Reporting:
         async def write(self, records: Sequence[Record]) -> None:
-            told.extend("written" for _ in records)
+            reports.extend("written" for _ in records)
 
         async def close(self) -> None:
             await anyio.lowlevel.checkpoint()
-            told.append("closed")
+            reports.append("closed")
 
     class Breathing:
         def __init__(self, times: int) -> None:
@@ -690,10 +713,10 @@ async def test_a_sink_is_not_closed_before_the_last_record_is_written() -> None:
     ] * 3:  # the tasks meet in one order, and in the other
         engine: AnyEngine = Engine(Breathing(in_step))
         engine.add_event_handler(Events.EPOCH_STARTED, Breathing(before_it))
-        track(engine, Told(), Events.EPOCH_COMPLETED)
-        told.clear()
+        track(engine, Reporting(), Events.EPOCH_COMPLETED)
+        reports.clear()
         await engine.run([1], max_epochs=2)
-        assert told == ["written", "written", "closed"]
+        assert reports == ["written", "written", "closed"]
 
 
 async def test_a_sink_that_cannot_be_closed_is_warned_of_and_the_run_is_none_the_worse(
@@ -835,7 +858,7 @@ async def test_an_event_before_the_next_run_has_begun_has_nothing_of_the_end_of_
     await engine.run([1])
     await anyio.sleep(0.01)  # the deadline of the last run, whose linger is 0, is over
     engine.state.max_epochs = None
-    sink.told.clear()
+    sink.reports.clear()
     if moment == "between runs":
         await engine.emit("mine")
     else:
@@ -850,7 +873,7 @@ async def test_an_event_before_the_next_run_has_begun_has_nothing_of_the_end_of_
         await engine.flush()
 
     await engine.run([1])
-    assert sink.told == ["trainer begins", "mine", "trainer completed", "close"]
+    assert sink.reports == ["trainer begins", "mine", "trainer completed", "close"]
     assert account(tracker) == (1, 1, 0, 0)
 
 
@@ -894,48 +917,48 @@ def test_run_sync_writes_as_well() -> None:
 
 
 class Witnessed(Memory):
-    """A sink that notes what it is told of runs, and in which order with its records."""
+    """A sink that notes what is reported to it of runs, and in which order with its records."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.told: list[str] = []
+        self.reports: list[str] = []
 
     def begin(self, engine: str, time: float) -> None:
-        self.told.append(f"{engine} begins")
+        self.reports.append(f"{engine} begins")
 
     def write(self, records: Sequence[Record]) -> None:
         super().write(records)
-        self.told.extend(record.event for record in records)
+        self.reports.extend(record.event for record in records)
 
     def end(self, engine: str, time: float, reason: StopReason) -> None:
-        self.told.append(f"{engine} {reason}")
+        self.reports.append(f"{engine} {reason}")
 
     def close(self) -> None:
         super().close()
-        self.told.append("close")
+        self.reports.append("close")
 
 
-async def test_a_witness_is_told_when_a_run_begins_and_why_it_ended() -> None:
+async def test_a_witness_gets_the_begin_of_a_run_and_why_it_ended() -> None:
     sink, engine = Witnessed(), Engine(tenfold, name="trainer")
     track(engine, sink, Events.EPOCH_COMPLETED)
     for _ in range(2):
         await engine.run([1])
-    assert sink.told == ["trainer begins", "EPOCH_COMPLETED", "trainer completed", "close"] * 2
+    assert sink.reports == ["trainer begins", "EPOCH_COMPLETED", "trainer completed", "close"] * 2
 
 
 @pytest.mark.parametrize("skip", [False, True])
-async def test_a_witness_is_told_of_a_termination_once(*, skip: bool) -> None:
+async def test_a_witness_gets_a_termination_once(*, skip: bool) -> None:
     sink, engine = Witnessed(), Engine(tenfold, name="trainer")
     track(engine, sink, Events.COMPLETED | Events.TERMINATE)
     engine.add_event_handler(Events.ITERATION_COMPLETED(once=1), engine.terminate, skip_completed=skip)
     await engine.run([1, 2])
-    closed = [one for one in sink.told if one != "close"]
+    closed = [one for one in sink.reports if one != "close"]
     last = [] if skip else ["COMPLETED"]
     assert closed == ["trainer begins", "TERMINATE", *last, "trainer terminated"]
-    assert sink.told[-1] == "close"
+    assert sink.reports[-1] == "close"
 
 
-async def test_a_witness_is_told_of_a_failure() -> None:
+async def test_a_witness_gets_a_failure() -> None:
     def fail(engine: AnyEngine, batch: int) -> int:
         raise Boom
 
@@ -943,10 +966,10 @@ async def test_a_witness_is_told_of_a_failure() -> None:
     track(engine, sink)
     with pytest.raises(Boom):
         await engine.run([1])
-    assert sink.told == ["trainer begins", "trainer failed", "close"]
+    assert sink.reports == ["trainer begins", "trainer failed", "close"]
 
 
-async def test_a_witness_is_told_of_a_cancellation() -> None:
+async def test_a_witness_gets_a_cancellation() -> None:
     sink, engine = Witnessed(), Engine(tenfold, name="trainer")
     track(engine, sink, Events.STARTED)
     with anyio.CancelScope() as scope:
@@ -956,10 +979,10 @@ async def test_a_witness_is_told_of_a_cancellation() -> None:
             scope.cancel()
 
         await engine.run(iter(int, 1), epoch_length=10**9)
-    assert sink.told == ["trainer begins", "STARTED", "trainer cancelled", "close"]
+    assert sink.reports == ["trainer begins", "STARTED", "trainer cancelled", "close"]
 
 
-async def test_a_witness_is_told_of_a_run_that_fails_when_it_was_completed() -> None:
+async def test_a_witness_gets_the_failure_of_a_run_that_was_completed() -> None:
     sink, engine = Witnessed(), Engine(tenfold, name="trainer")
     track(engine, sink, Events.EPOCH_COMPLETED)
 
@@ -969,7 +992,7 @@ async def test_a_witness_is_told_of_a_run_that_fails_when_it_was_completed() -> 
 
     with pytest.raises(Boom):
         await engine.run([1])
-    assert sink.told[-2:] == ["trainer failed", "close"]
+    assert sink.reports[-2:] == ["trainer failed", "close"]
 
 
 async def test_a_run_that_is_interrupted_has_not_ended_for_a_witness() -> None:
@@ -977,16 +1000,18 @@ async def test_a_run_that_is_interrupted_has_not_ended_for_a_witness() -> None:
     track(engine, sink, Events.EPOCH_COMPLETED)
     engine.add_event_handler(Events.ITERATION_COMPLETED(once=2), engine.interrupt)
     await engine.run([1, 2, 3])
-    assert sink.told == ["trainer begins", "close"]
+    assert sink.reports == ["trainer begins", "close"]
     await engine.run()
-    assert sink.told == ["trainer begins", "close", "EPOCH_COMPLETED", "trainer completed", "close"]
+    assert sink.reports == ["trainer begins", "close", "EPOCH_COMPLETED", "trainer completed", "close"]
 
 
 @pytest.mark.parametrize(
     "event", [Events.ITERATION_COMPLETED(every=10, at_end=True), Events.COMPLETED(every=2, at_end=True)]
 )
 @pytest.mark.parametrize("skip", [False, True])
-async def test_a_record_that_comes_at_the_very_end_is_written_before_the_end_is_told(event: Any, *, skip: bool) -> None:
+async def test_a_record_that_comes_at_the_very_end_is_written_before_the_end_is_reported(
+    event: Any, *, skip: bool
+) -> None:
     sink, engine = Witnessed(), Engine(tenfold, name="trainer")
 
     def look(_: object) -> dict[str, int]:
@@ -999,10 +1024,10 @@ async def test_a_record_that_comes_at_the_very_end_is_written_before_the_end_is_
     await engine.run(range(5))
     last = [] if skip and event == Events.COMPLETED else [event.name]
     reason = "terminated" if skip else "completed"
-    assert sink.told == ["trainer begins", *last, f"trainer {reason}", "close"]
+    assert sink.reports == ["trainer begins", *last, f"trainer {reason}", "close"]
 
 
-async def test_a_record_after_the_end_was_told_is_of_a_run_that_is_told_of_again() -> None:
+async def test_a_record_after_the_end_was_reported_is_of_a_run_that_is_reported_again() -> None:
     class EmitsLate(Witnessed):
         async def close(self) -> None:  # type: ignore[override]
             super().close()
@@ -1014,10 +1039,10 @@ async def test_a_record_after_the_end_was_told_is_of_a_run_that_is_told_of_again
     track(engine, sink, "mine")
     await engine.run([1])
     once = ["trainer begins", "trainer completed", "close"]
-    assert sink.told == [*once, "trainer begins", "mine", *once[1:]]
+    assert sink.reports == [*once, "trainer begins", "mine", *once[1:]]
 
 
-async def test_the_end_of_a_run_whose_sink_was_given_up_is_not_told_of_the_next() -> None:
+async def test_the_end_of_a_run_whose_sink_was_given_up_is_not_reported_of_the_next() -> None:
     class Hanging(Witnessed):
         async def write(self, records: Sequence[Record]) -> None:  # type: ignore[override]
             if engine.state.max_epochs == 1:
@@ -1028,10 +1053,10 @@ async def test_the_end_of_a_run_whose_sink_was_given_up_is_not_told_of_the_next(
     track(engine, sink, Events.EPOCH_COMPLETED)
     with pytest.raises(HandlerTimeout):
         await engine.run([1])
-    assert sink.told == ["trainer begins", "trainer failed"]
+    assert sink.reports == ["trainer begins", "trainer failed"]
     engine.add_event_handler(Events.ITERATION_COMPLETED(once=2), engine.interrupt)
     await engine.run([1], max_epochs=2)
-    assert sink.told[2:] == ["trainer begins", "EPOCH_COMPLETED", "close"]
+    assert sink.reports[2:] == ["trainer begins", "EPOCH_COMPLETED", "close"]
 
 
 @pytest.mark.parametrize("thread", [None, False])
@@ -1042,8 +1067,8 @@ async def test_what_was_taken_of_a_run_without_data_is_written_and_the_sink_clos
     for _ in range(2):
         with pytest.raises(DataExhausted):
             await engine.run(lambda: iter(()))
-        assert sink.told == ["trainer begins", "STARTED", "trainer failed", "close"]
-        sink.told.clear()
+        assert sink.reports == ["trainer begins", "STARTED", "trainer failed", "close"]
+        sink.reports.clear()
     assert account(tracker) == (2, 2, 0, 0)
 
 

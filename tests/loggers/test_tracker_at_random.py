@@ -1,4 +1,4 @@
-"""Trackers under random runs: whatever happens, each record is written once, in order, and each end is told."""
+"""Trackers under random runs: whatever happens, each record is written once, in order, and each end is reported."""
 
 import random
 import time
@@ -31,7 +31,7 @@ class Moody:
     """A sink that is slow now and then, and fails before it has written anything."""
 
     def __init__(self, rng: random.Random) -> None:
-        self.told: list[str] = []
+        self.reports: list[str] = []
         self.written: list[int] = []
         self._rng = rng
         self._failing = rng.choice([0.0, 0.0, 0.3])
@@ -41,13 +41,13 @@ class Moody:
         if self._rng.random() < self._failing:
             raise Boom
         self.written += [int(record.values["number"]) for record in records]
-        self.told.append("write")
+        self.reports.append("write")
 
     def begin(self, engine: str, time: float) -> None:
-        self.told.append("begin")
+        self.reports.append("begin")
 
     def end(self, engine: str, time: float, reason: StopReason) -> None:
-        self.told.append(f"end: {reason}")
+        self.reports.append(f"end: {reason}")
 
     def be_well(self) -> None:
         self._failing = self._slow = 0.0
@@ -60,7 +60,7 @@ class MoodyThread(Moody):
         self._take(records)
 
     def close(self) -> None:
-        self.told.append("close")
+        self.reports.append("close")
 
 
 class MoodyTask(Moody):
@@ -71,7 +71,7 @@ class MoodyTask(Moody):
 
     async def close(self) -> None:
         await anyio.lowlevel.checkpoint()
-        self.told.append("close")
+        self.reports.append("close")
 
 
 class Tracked:
@@ -95,16 +95,16 @@ class Tracked:
 
     def check(self, reason: StopReason | None) -> None:
         """Check what holds between two runs."""
-        now, told = self.tracker.statistics(), self.sink.told
+        now, reports = self.tracker.statistics(), self.sink.reports
         assert now.taken == now.written + now.dropped + now.waiting == self.taken
         assert len(self.sink.written) == now.written
         assert self.sink.written == sorted(set(self.sink.written))
-        marks = [one.partition(":")[0] for one in told if not one.startswith(("write", "close"))]
+        marks = [one.partition(":")[0] for one in reports if not one.startswith(("write", "close"))]
         assert marks == ["begin", "end"] * (len(marks) // 2) + ["begin"] * (len(marks) % 2)
-        if told and reason is not StopReason.INTERRUPTED:
+        if reports and reason is not StopReason.INTERRUPTED:
             assert not now.waiting
-            assert told[-1] == "close"
-            assert [one for one in told if one.startswith("end")][-1] == f"end: {reason}"
+            assert reports[-1] == "close"
+            assert [one for one in reports if one.startswith("end")][-1] == f"end: {reason}"
 
     def check_all(self) -> None:
         now = self.tracker.statistics()
@@ -209,7 +209,7 @@ def no_long_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retry, "_LONGEST_PAUSE", 1e-3)
 
 
-async def test_nothing_is_lost_written_twice_or_left_untold() -> None:
+async def test_nothing_is_lost_written_twice_or_never_reported() -> None:
     for seed in range(SEEDS):
         with anyio.fail_after(60):
             await run_at_random(seed)
