@@ -22,6 +22,7 @@ from typing import Any, cast
 import torch
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
+from aengine.callables import type_name
 from aengine.errors import NotSerializable
 
 _IMMUTABLE: frozenset[type] = frozenset(
@@ -178,7 +179,7 @@ class Survey:
         elif kind in _IMMUTABLE:
             self._look_at_immutable(key, kind)
         else:
-            raise self._refusal(f"is a key of type {_name(kind)}", _advice(key))
+            raise self._refusal(f"is a key of type {type_name(kind)}", _advice(key))
 
     def _look_at_tensor(self, value: torch.Tensor, kind: type) -> None:
         if id(value) in self.tensors or id(value) in self.substitutes or id(value) in self.shards:
@@ -212,14 +213,14 @@ class Survey:
         kind = type(value)
         allowed = _allowed_by_user()
         if not any(each is kind or each is value for each in allowed):
-            raise self._refusal(f"is of type {_name(kind)}: {reprlib.repr(value)}", _advice(value))
+            raise self._refusal(f"is of type {type_name(kind)}: {reprlib.repr(value)}", _advice(value))
         if id(value) in self.substitutes:
             return
         try:
             self.substitutes[id(value)] = _copy_by_saving(value)
         except Exception as error:
             raise self._refusal(
-                f"is of type {_name(kind)}, which was allowed, but does not load: {why_not_loaded(error)}",
+                f"is of type {type_name(kind)}, which was allowed, but does not load: {why_not_loaded(error)}",
                 "allow the types that it consists of as well, or write what it consists of instead",
             ) from error
 
@@ -255,10 +256,6 @@ def _copy_by_saving(value: Any) -> Any:
     return torch.load(file, map_location="cpu", weights_only=True)
 
 
-def _name(kind: type) -> str:
-    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
-
-
 _LEAVE_OUT = "leave it out of the state, and give it again when the run is built"
 
 # In this order: an IntEnum is an int, a datetime is a date, a namedtuple is a tuple.
@@ -292,7 +289,7 @@ def _advice(value: Any) -> str:
     if numpy is not None and isinstance(value, numpy.ndarray):
         return "write torch.from_numpy(x) instead, or x.tolist()"
     if numpy is not None and isinstance(value, numpy.generic):
-        return f"write {_name(type(value.item()))}(x) instead"
+        return f"write {type_name(type(value.item()))}(x) instead"
     general = (
         "write what it consists of, in numbers, strings, lists and dictionaries; or allow its type with "
         f"torch.serialization.add_safe_globals([{type(value).__qualname__}]), where it is loaded as well"
