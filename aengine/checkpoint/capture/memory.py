@@ -9,6 +9,7 @@ import os
 import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -89,11 +90,7 @@ class SharedMemory:
 
     def regions(self, sizes: Sequence[int], *, pinned: bool) -> list[torch.Tensor]:
         """Do as `PrivateMemory` does, all in one arena. A larger one is made only if they do not fit."""
-        starts: list[int] = []
-        end = 0
-        for size in sizes:
-            starts.append(end)
-            end += -(-size // _ALIGNMENT) * _ALIGNMENT
+        *starts, end = accumulate((-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes), initial=0)
         if self.arena is None or self.arena.size < end:
             self.close()  # before more is asked for
             self.arena = Arena(max(end, _ALIGNMENT))

@@ -54,9 +54,9 @@ def parts_of(state: Any, path: str = "state") -> Parts:
             raise TypeError(f"the names in {path} must be strings, got {wrong[0]!r}")
         return {name: parts_of(one, f"{path}[{name!r}]") for name, one in named.items()}
     raise TypeError(
-        f"{path} is {type_name(type(state))}, which has no state_dict() and load_state_dict(): pass a module, an optimizer, a"
-        ' scheduler, anything that has both, or a dictionary of them, such as {"model": model, "optimizer": optimizer},'
-        " or a list"
+        f"{path} is {type_name(type(state))}, which has no state_dict() and load_state_dict(): pass a module, an"
+        " optimizer, a scheduler, anything that has both, or a dictionary of them, such as"
+        ' {"model": model, "optimizer": optimizer}, or a list'
     )
 
 
@@ -169,7 +169,9 @@ def _load(parts: Parts, saved: Any, path: str, *, strict: bool) -> None:
         try:
             parts.load_state_dict(saved)
         except Exception as error:
-            raise CheckpointMismatch(f"{path} ({type_name(type(parts))}) does not take what was saved of it: {error}") from error
+            raise CheckpointMismatch(
+                f"{path} ({type_name(type(parts))}) does not take what was saved of it: {error}"
+            ) from error
         return
     absent = [name for name in parts if name not in saved]
     unknown = [name for name in saved if name not in parts]

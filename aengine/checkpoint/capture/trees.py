@@ -119,7 +119,8 @@ class Survey:
         self._path: list[Any] = []
         self._open: set[int] = set()
         self._seen: set[int] = set()
-        self._distributed_tensor = _distributed_tensor_type()
+        # None where it is not loaded, and so there can be no DTensor: importing it takes a while.
+        self._distributed_tensor = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
         self._look(tree)
 
     def _look(self, value: Any) -> None:
@@ -184,7 +185,7 @@ class Survey:
     def _look_at_tensor(self, value: torch.Tensor, kind: type) -> None:
         if id(value) in self.tensors or id(value) in self.substitutes or id(value) in self.shards:
             return
-        if self._distributed_tensor is not None and kind is self._distributed_tensor:
+        if kind is self._distributed_tensor:
             local: torch.Tensor = cast(Any, value).to_local()
             self._path.append(Attribute("to_local()"))
             self._look_at_tensor(local, type(local))
@@ -206,8 +207,8 @@ class Survey:
             self.tensors[id(value)] = value
         elif value.layout is torch._mkldnn:  # type: ignore[attr-defined]  # noqa: SLF001 -- it has no other name
             raise self._refusal("is a tensor in the layout of mkldnn", "write x.to_dense() instead")
-        else:
-            self.substitutes[id(value)] = _clone(value)
+        else:  # a layout that is rare, and consists of more than one piece of memory
+            self.substitutes[id(value)] = value.detach().to("cpu", copy=True).requires_grad_(value.requires_grad)
 
     def _look_at_other(self, value: Any) -> None:
         kind = type(value)
@@ -231,21 +232,9 @@ class Survey:
         )
 
 
-def _distributed_tensor_type() -> type | None:
-    """Return DTensor if it is loaded, else there can be none: importing it takes a while."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return getattr(module, "DTensor", None)
-
-
 def _allowed_by_user() -> list[Any]:
     """Return what was given to `torch.serialization.add_safe_globals()`."""
     return [each[0] if isinstance(each, tuple) else each for each in torch.serialization.get_safe_globals()]
-
-
-def _clone(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a copy on the CPU. For layouts that are rare, and consist of more than one piece of memory."""
-    copy = tensor.detach().to("cpu", copy=True)
-    return copy.requires_grad_(tensor.requires_grad)
 
 
 def _copy_by_saving(value: Any) -> Any:
@@ -268,12 +257,7 @@ _ADVICE: tuple[tuple[type | tuple[type, ...], str], ...] = (
     ((dt.date, dt.time), "write x.isoformat() instead"),
     (dt.timedelta, "write x.total_seconds() instead"),
     ((Decimal, Fraction), "write str(x) instead"),
-    (str, "write str(x) instead"),
-    (bytes, "write bytes(x) instead"),
-    (bytearray, "write bytearray(x) instead"),
-    (int, "write int(x) instead"),
-    (float, "write float(x) instead"),
-    (complex, "write complex(x) instead"),
+    *((kind, f"write {kind.__name__}(x) instead") for kind in (str, bytes, bytearray, int, float, complex)),
     (Mapping, "write dict(x) instead"),
     (frozenset, "write set(x) or sorted(x) instead"),
     (AbstractSet, "write set(x) instead"),
