@@ -7,6 +7,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -166,14 +167,11 @@ class Checkpoint:
         for index, one in enumerate(chosen):
             if one in (*self._handles.values(), *chosen[:index]):
                 raise RuntimeError(f"this Checkpoint is attached to {one} already, and would save twice there")
-        handles = [self._subscribe(engine, FilteredEvent(one.name, one.filter), one, f"at {one}") for one in chosen]
-
-        def remove() -> None:
-            for handle in handles:
-                handle.remove()
-                self._handles.pop(handle, None)
-
-        return RemovableEventHandle(remove)
+        with ExitStack() as subscribed:  # to all of them, or to none
+            for one in chosen:
+                handle = self._subscribe(engine, FilteredEvent(one.name, one.filter), one, f"at {one}")
+                subscribed.callback(self._unsubscribe, handle)
+            return RemovableEventHandle(subscribed.pop_all().close)
 
     async def save_now(self) -> CheckpointInfo:
         """Save before the next step, or at once if no run is under way, and return when it is committed.
@@ -256,6 +254,10 @@ class Checkpoint:
         )
         self._handles[handle] = where
         return handle
+
+    def _unsubscribe(self, handle: RemovableEventHandle) -> None:
+        handle.remove()
+        self._handles.pop(handle, None)
 
     def _served(self) -> AnyEngine:
         if self._engine is None:
