@@ -193,9 +193,11 @@ def _listeners(parts: Parts, engine: Engine[Any, Any]) -> dict[str, Stateful]:
 
     Those of the engine, and those of the engines among the parts.
     """
-    known = set(_ids(parts))
+    all_parts = list(_each(parts))
+    known = {id(part.metric if isinstance(part, MetricPart) else part) for _, part in all_parts}
+    nested = [(f" of {path}", part.engine) for path, part in all_parts if isinstance(part, _NestedEngine)]
     found: dict[str, Stateful] = {}
-    for owner, its_engine in (("", engine), *_engines_in(parts)):
+    for owner, its_engine in (("", engine), *nested):
         kinds: Counter[str] = Counter()
         for one in its_engine.stateful_listeners():
             if id(_unwrap(one)) not in known and not isinstance(one, Engine):
@@ -205,18 +207,12 @@ def _listeners(parts: Parts, engine: Engine[Any, Any]) -> dict[str, Stateful]:
     return found
 
 
-def _engines_in(parts: Parts, path: str = "state") -> Iterator[tuple[str, Engine[Any, Any]]]:
+def _each(parts: Parts, path: str = "state") -> Iterator[tuple[str, Stateful]]:
     if isinstance(parts, dict):
         for name, one in parts.items():
-            yield from _engines_in(one, f"{path}[{name!r}]")
-    elif isinstance(parts, _NestedEngine):
-        yield f" of {path}", parts.engine
-
-
-def _ids(parts: Parts) -> list[int]:
-    if isinstance(parts, dict):
-        return [one for part in parts.values() for one in _ids(part)]
-    return [id(parts.metric if isinstance(parts, MetricPart) else parts)]
+            yield from _each(one, f"{path}[{name!r}]")
+    else:
+        yield path, parts
 
 
 class _NestedEngine:
