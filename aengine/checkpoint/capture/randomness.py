@@ -75,9 +75,9 @@ class RandomStates:
             torch.cuda.set_rng_state_all(on_devices[: torch.cuda.device_count()])
         if data is not None:
             _restore_data(captured.get("data", []), data)
-        if has_workers is False and _keeps_workers(data) and _has_workers(data):
-            # It drew this as it started them, and does not start them again.
-            torch.empty((), dtype=torch.int64).random_(generator=data.generator)
+            if has_workers is False and _keeps_workers(data) and _has_workers(data):
+                # It drew this as it started them, and does not start them again.
+                torch.empty((), dtype=torch.int64).random_(generator=data.generator)
 
     def has_own(self, data: Any) -> bool:
         """Say whether the data has generators of its own."""

@@ -281,8 +281,7 @@ def steps(checkpoints: list[CheckpointInfo]) -> str:
 
 def size_words(count: int) -> str:
     """Return a size as people say it: 12 bytes, 1.2 MB."""
-    for power, unit in enumerate(("TB", "GB", "MB", "kB")):
-        size = count / 1000 ** (4 - power)
-        if size >= 1:
-            return f"{size:.1f} {unit}"
+    for unit, size in {"TB": 10**12, "GB": 10**9, "MB": 10**6, "kB": 10**3}.items():
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
     return f"{count} bytes"
