@@ -3,30 +3,37 @@
 The snapshot is taken inline, between two steps, where the step runs; the write goes on beside the steps.
 """
 
+import logging
 import os
+import warnings
 from collections.abc import Iterable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import anyio
+from anyio.to_thread import run_sync as in_thread
 
 from aengine.arguments import check_choice
 from aengine.bus.emitter import RemovableEventHandle
-from aengine.checkpoint.capture.parts import parts_of
+from aengine.callables import named
+from aengine.checkpoint.capture.parts import Choice, capture, parts_of, restore
 from aengine.checkpoint.capture.randomness import RandomStates
 from aengine.checkpoint.events import REQUESTED, AnyEngine, CheckpointEvents
 from aengine.checkpoint.formats.contents import Contents
 from aengine.checkpoint.formats.serializers import Serializer, TorchFile, check_serializer
-from aengine.checkpoint.restore import Restorer
 from aengine.checkpoint.save import Saver
-from aengine.checkpoint.store.find import Which, check_which
+from aengine.checkpoint.store.find import Finder, Found, Which, check_which
 from aengine.checkpoint.store.manifest import CheckpointInfo
 from aengine.checkpoint.store.retention import Keep
 from aengine.checkpoint.store.store import Store
 from aengine.checkpoint.writer import Writer
 from aengine.engine import Engine
+from aengine.errors import CheckpointWarning, EngineBusy
 from aengine.events import AnyEvent, Events, FilteredEvent, Selector, selectors
+
+_logger = logging.getLogger("aengine.checkpoint")
 
 
 class Checkpoint:
@@ -89,13 +96,13 @@ class Checkpoint:
         check_choice(when_busy, "when_busy=", ["wait", "skip"])
         check_choice(on_error, "on_error=", ["raise", "warn"])
         check_choice(write_in, "write_in=", ["thread", "process"])
-        parts = parts_of(state)
-        contents = Contents(serializer, in_process=write_in == "process")
+        self._parts = parts_of(state)
+        self._contents = Contents(serializer, in_process=write_in == "process")
         self._name = os.fspath(directory)
         self._store = Store(directory, keep)
-        self._writer = Writer(parts, self._store, contents)
+        self._writer = Writer(self._parts, self._store, self._contents)
         self._saver = Saver(self._writer, when_busy, on_error)
-        self._restorer = Restorer(parts, self._store, contents, self._saver.flush)
+        self._damaged: tuple[Path, ...] = ()
         self._engine: AnyEngine | None = None
         self._handles: dict[RemovableEventHandle, Selector | None] = {}  # of each, where it saves, if it does
 
@@ -122,7 +129,7 @@ class Checkpoint:
     @property
     def damaged(self) -> tuple[Path, ...]:
         """What `restore` and `load` found damaged: where it is now."""
-        return self._restorer.damaged
+        return self._damaged
 
     def list(self) -> list[CheckpointInfo]:
         """Return the committed checkpoints, oldest first. Not verified: see `restore`."""
@@ -160,14 +167,11 @@ class Checkpoint:
         for index, one in enumerate(chosen):
             if one in (*self._handles.values(), *chosen[:index]):
                 raise RuntimeError(f"this Checkpoint is attached to {one} already, and would save twice there")
-        handles = [self._subscribe(engine, FilteredEvent(one.name, one.filter), one, f"at {one}") for one in chosen]
-
-        def remove() -> None:
-            for handle in handles:
-                handle.remove()
-                self._handles.pop(handle, None)
-
-        return RemovableEventHandle(remove)
+        with ExitStack() as subscribed:  # to all of them, or to none
+            for one in chosen:
+                handle = self._subscribe(engine, FilteredEvent(one.name, one.filter), one, f"at {one}")
+                subscribed.callback(self._unsubscribe, handle)
+            return RemovableEventHandle(subscribed.pop_all().close)
 
     async def save_now(self) -> CheckpointInfo:
         """Save before the next step, or at once if no run is under way, and return when it is committed.
@@ -229,11 +233,7 @@ class Checkpoint:
         if engine.randomness is None:
             engine.randomness = RandomStates()
         engine.register_events(*CheckpointEvents)
-
-        async def lock_directory() -> None:
-            await self._saver.open()
-
-        lock_directory.__qualname__ = f"checkpoint: lock ({self._name})"  # shown by statistics()
+        lock_directory = named(self._saver.open, f"checkpoint: lock ({self._name})")  # as statistics() shows it
         self._handles[engine.add_event_handler(Events.STARTED, lock_directory)] = None
         self._handles[engine.add_service(self._saver, name=f"checkpoint ({self._name})")] = None
         # Also where the run fails or is cancelled: the loop may have been about to serve a request, and waiting for the
@@ -254,6 +254,10 @@ class Checkpoint:
         )
         self._handles[handle] = where
         return handle
+
+    def _unsubscribe(self, handle: RemovableEventHandle) -> None:
+        handle.remove()
+        self._handles.pop(handle, None)
 
     def _served(self) -> AnyEngine:
         if self._engine is None:
@@ -290,9 +294,14 @@ class Checkpoint:
         check_which(which, self._store)
         _check_engine(engine, "restore(engine, which)")
         self._serve(engine)
-        info = await self._restorer.restore(engine, which, strict=strict)
-        if info is not None:
-            self._writer.go_on_from(info, is_newest=which is None or which == "must")
+        read = partial(self._contents.read, live=partial(capture, self._parts, engine))
+        found = await self._find(which, Finder(self._store, read), engine, "restore")
+        if found is None:
+            return None
+        restore(found.tree, self._parts, engine, strict=strict)
+        info = found.info
+        _logger.info("restored step %d, epoch %d, from %s", info.step, info.epoch, info.path)
+        self._writer.go_on_from(info, is_newest=which is None or which == "must")
         return info
 
     async def load(self, which: Which = "must", *, only: Iterable[str] | None = None) -> CheckpointInfo:
@@ -320,9 +329,46 @@ class Checkpoint:
         Cancellable while it reads; nothing is changed then.
         """
         check_which(which, self._store)
-        return await self._restorer.load(self._engine, which, only)
+        choice = Choice(self._parts, only)
+        read = partial(self._contents.read, live=choice.capture, places=choice.places)
+        which = "must" if which is None else which
+        found = await self._find(which, Finder(self._store, read, sets_aside=False), self._engine, "load")
+        assert found is not None, "it must be there"  # noqa: S101
+        choice.restore(found.tree)
+        _logger.info("loaded %s of step %d from %s", only or "the state", found.info.step, found.info.path)
+        return found.info
+
+    async def _find(self, which: Which, finder: Finder, engine: AnyEngine | None, caller: str) -> Found | None:
+        _refuse_running(engine, caller)
+        await self._saver.flush()  # what is being written may be the one
+        try:
+            found = await in_thread(finder.find, which)
+        finally:
+            for problem in finder.problems:
+                self._damaged += (problem.path,)
+                _warn(f"a checkpoint is damaged, and was not used ({problem.path}): {problem.why}")
+                if engine is not None:
+                    await engine.emit(CheckpointEvents.CHECKPOINT_DAMAGED)
+        _refuse_running(engine, caller)  # once more: a run may have begun while this was awaited
+        if found is not None and found.info.is_mid_step and (which is None or which == "must"):
+            step, path = found.info.step, found.info.path
+            _warn(
+                f"there is no checkpoint but of the middle of a step: the one after step {step} had begun, and what"
+                f" that had changed is in it ({path})"
+            )
+        return found
 
 
 def _check_engine(engine: Any, call: str) -> None:
     if not isinstance(engine, Engine):
         raise TypeError(f"{call} takes an Engine first, got {type(engine).__qualname__}")
+
+
+def _refuse_running(engine: AnyEngine | None, caller: str) -> None:
+    if engine is not None and engine.is_running:
+        raise EngineBusy(f"engine {engine.name!r} is running: {caller}() comes before run(), or after it")
+
+
+def _warn(message: str) -> None:
+    _logger.warning(message)
+    warnings.warn(message, CheckpointWarning, stacklevel=4)  # at the call of the Checkpoint's method

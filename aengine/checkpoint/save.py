@@ -348,6 +348,7 @@ class Saver(Service):
                     self._stop(saving)
                     await saving.wait()
                 await in_thread(self._writer.close)
-            if self._saving is not None:
-                self._saving.error = None  # its traceback would hold the engine
-                self._saving = None
+            if (saving := self._saving) is not None and saving.error is not None:
+                # For what still follows it. The traceback of the error itself would hold the engine.
+                saving.error = CheckpointNotWritten(str(saving.error))
+            self._saving = None

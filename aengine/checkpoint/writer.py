@@ -91,18 +91,16 @@ class Writer:
             "event": event,
             "metrics": _numbers(tree["metrics"]),
             "versions": _VERSIONS,
+            "extra": {"mid_step": True} if is_mid_step else {},
         }
-        extra = {"mid_step": True} if is_mid_step else {}
         metric = self._store.keep.metric
         if metric is not None and metric not in about["metrics"]:
             _logger.warning(
                 "checkpoint of step %d: engine.state.metrics has no number %r, by which the best are kept", step, metric
             )
-        return partial(self._write, staged, about, extra)
+        return partial(self._write, staged, about)
 
-    def _write(
-        self, staged: Any, about: dict[str, Any], extra: dict[str, Any], is_stopped: Callable[[], bool]
-    ) -> CheckpointInfo:
+    def _write(self, staged: Any, about: dict[str, Any], is_stopped: Callable[[], bool]) -> CheckpointInfo:
         """In the thread of a save: write, commit, and only then remove what is not to be kept."""
         if self._went_back_to is not None:
             abandoned, self._went_back_to = self._store.abandon_after(self._went_back_to), None
@@ -114,8 +112,8 @@ class Writer:
                 )
         try:
             with self._store.begin(about["step"]) as draft:
-                extra = {**extra, **self._contents.write(staged, draft, is_stopped)}
-                info = draft.commit(**about, extra=extra)
+                about["extra"] |= self._contents.write(staged, draft, is_stopped)
+                info = draft.commit(**about)
         except Stopped as error:
             raise CheckpointNotWritten(
                 f"the checkpoint of step {about['step']} was not written: it was given up with the run, whose grace was"

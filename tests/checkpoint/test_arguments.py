@@ -7,7 +7,7 @@ import pytest
 import torch
 from support.saving_run import saving
 
-from aengine import Engine, Events
+from aengine import Engine, EventEnum, Events
 from aengine.checkpoint import Checkpoint, TorchFile
 
 
@@ -45,6 +45,21 @@ async def test_what_is_no_engine_is_neither_attached_nor_restored(tmp_path: Path
     with pytest.raises(TypeError, match="expected an event"):
         checkpoint.attach(engine, model)
     checkpoint.attach(Engine(lambda engine, batch: None), Events.COMPLETED)  # it serves none of those
+
+
+async def test_attaching_that_is_refused_attaches_nothing(tmp_path: Path) -> None:
+    class Unknown(EventEnum):
+        HERE = "here"
+
+    engine: Engine[int, None] = Engine(lambda engine, batch: None)
+    async with Checkpoint(tmp_path, torch.nn.Linear(1, 1)) as checkpoint:
+        with pytest.raises(ValueError, match="has no event 'HERE'"):
+            checkpoint.attach(engine, Events.COMPLETED | Unknown.HERE)
+        await engine.run([1])
+        assert checkpoint.list() == []
+        checkpoint.attach(engine, Events.COMPLETED)
+        await engine.run([1])
+        assert [info.step for info in checkpoint.list()] == [1]
 
 
 async def test_it_is_attached_to_an_event_once_and_to_others_as_well(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import asyncio
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import anyio
 import pytest
@@ -13,7 +13,7 @@ from support.record import AnyEngine, Boom
 from support.saving_run import Run, Valve, endless, saving, until
 
 from aengine import Engine, Event, Events, HandlerTimeout
-from aengine.checkpoint import Checkpoint, CheckpointEvents, Keep
+from aengine.checkpoint import Checkpoint, CheckpointEvents, Keep, TorchFile
 from aengine.drivers.services import ServiceTasks
 from aengine.errors import CheckpointNotWritten, StrayCancellation
 
@@ -432,3 +432,42 @@ async def test_two_checkpoints_of_one_engine_serve_their_own_requests(tmp_path: 
             assert (await other.save_now()).step == 1
             run.engine.resume()
         assert (run.saved, [info.step for info in other.list()]) == ([2], [1])
+
+
+class FailsAtThird(TorchFile):
+    written = 0
+
+    def write(self, tree: Any, file: BinaryIO) -> None:
+        self.written += 1
+        if self.written == 3:
+            raise OSError(*DISK_FULL.args)
+        super().write(tree, file)
+
+
+async def test_save_that_failed_is_not_said_to_be_committed_where_the_checkpoint_is_closed_meanwhile(
+    tmp_path: Path,
+) -> None:
+    engine: AnyEngine = Engine(lambda engine, batch: None)
+    serializer = FailsAtThird()
+    checkpoint = Checkpoint(tmp_path, torch.nn.Linear(1, 1), serializer=serializer)
+    checkpoint.attach(engine, Events.ITERATION_COMPLETED)
+    is_closed = anyio.Event()
+    committed: list[Event] = []
+
+    async def wait_until_closed(_: object) -> None:
+        await is_closed.wait()
+
+    engine.subscribe(CheckpointEvents.CHECKPOINT_STAGED, wait_until_closed, buffer=1)  # is full at the third
+    engine.subscribe(CheckpointEvents.CHECKPOINT_COMMITTED, committed.append)
+
+    async def run() -> None:
+        with pytest.raises(CheckpointNotWritten):
+            await engine.run(range(4))
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(run)
+        await until(lambda: serializer.written == 3 and checkpoint._saver.under_way is None)
+        with pytest.raises(CheckpointNotWritten):
+            await checkpoint.close()
+        is_closed.set()
+    assert len(committed) == len(checkpoint.list()) == 2

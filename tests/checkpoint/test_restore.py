@@ -110,8 +110,9 @@ async def test_what_another_writes_is_read_and_nothing_of_it_set_aside(tmp_path:
         writer.checkpoint.attach(writer.engine, Events.EXCEPTION_RAISED)
         await writer.checkpoint._saver.open()
         reader = Run(tmp_path)
-        with pytest.warns(CheckpointWarning):
+        with pytest.warns(CheckpointWarning) as warned:
             await reader.checkpoint.restore(reader.engine)
+        assert warned[0].filename == __file__
         assert reader.steps == 3
         assert checkpoints(tmp_path)[-1] == "step-0000000004"
         reader.checkpoint.attach(reader.engine, Events.COMPLETED)

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any, TypeAlias
 from unittest.mock import patch
 
+from aengine.checkpoint.store.draft import Draft
 from aengine.checkpoint.store.manifest import CheckpointInfo
 from aengine.checkpoint.store.retention import Keep
-from aengine.checkpoint.store.store import Draft, Store
+from aengine.checkpoint.store.store import Store
 
 CALLS = ["open", "write", "fsync", "close", "mkdir", "rename", "unlink", "rmdir"]
 

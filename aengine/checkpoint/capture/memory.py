@@ -9,6 +9,7 @@ import os
 import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -86,35 +87,29 @@ class SharedMemory:
 
     def __init__(self) -> None:
         self.arena: Arena | None = None
-        self._starts: dict[int, tuple[int, int]] = {}  # of each region: its address, then its offset and size
 
     def regions(self, sizes: Sequence[int], *, pinned: bool) -> list[torch.Tensor]:
         """Do as `PrivateMemory` does, all in one arena. A larger one is made only if they do not fit."""
-        starts: list[int] = []
-        end = 0
-        for size in sizes:
-            starts.append(end)
-            end += -(-size // _ALIGNMENT) * _ALIGNMENT
+        *starts, end = accumulate((-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes), initial=0)
         if self.arena is None or self.arena.size < end:
             self.close()  # before more is asked for
             self.arena = Arena(max(end, _ALIGNMENT))
         if pinned:
             self.arena.pin()
-        places = list(zip(starts, sizes, strict=True))
-        self._starts = {self.arena.address + start: (start, size) for start, size in places if size}
-        return [self.arena.region(start, size) for start, size in places]
+        return [self.arena.region(start, size) for start, size in zip(starts, sizes, strict=True)]
 
     def find(self, storage: torch.UntypedStorage) -> tuple[int, int] | None:
-        """Return offset and size, in bytes, of the region that has this storage; None if it is not of here."""
-        place = self._starts.get(storage.data_ptr())
-        return place if place is not None and place[1] == storage.nbytes() else None
+        """Return where this storage begins in the memory and its size, in bytes; None if it is not in it."""
+        if self.arena is None or not (size := storage.nbytes()):
+            return None
+        start = storage.data_ptr() - self.arena.address
+        return (start, size) if 0 <= start < self.arena.size else None
 
     def close(self) -> None:
         """Give the memory up. Tensors that were staged in it can still be read."""
         if self.arena is not None:
             self.arena.close()
         self.arena = None
-        self._starts = {}
 
 
 def _create_file(size: int) -> int:

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias, cast
 import torch
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from aengine.callables import type_name
 from aengine.checkpoint.capture.metrics import MetricPart, is_metric
 from aengine.checkpoint.capture.randomness import PythonGenerator
 from aengine.checkpoint.capture.trees import path_text
@@ -53,9 +54,9 @@ def parts_of(state: Any, path: str = "state") -> Parts:
             raise TypeError(f"the names in {path} must be strings, got {wrong[0]!r}")
         return {name: parts_of(one, f"{path}[{name!r}]") for name, one in named.items()}
     raise TypeError(
-        f"{path} is {_shown(state)}, which has no state_dict() and load_state_dict(): pass a module, an optimizer, a"
-        ' scheduler, anything that has both, or a dictionary of them, such as {"model": model, "optimizer": optimizer},'
-        " or a list"
+        f"{path} is {type_name(type(state))}, which has no state_dict() and load_state_dict(): pass a module, an"
+        " optimizer, a scheduler, anything that has both, or a dictionary of them, such as"
+        ' {"model": model, "optimizer": optimizer}, or a list'
     )
 
 
@@ -133,7 +134,7 @@ def _names_among(parts: Parts, only: Iterable[str]) -> list[str]:
         raise TypeError(f'only= takes the names of parts, such as only=["model"], got {only!r}')
     if not isinstance(parts, dict):
         raise ValueError(  # noqa: TRY004 -- the state is as it may be
-            f"the state is one thing ({_shown(parts)}), and its parts have no names: leave only= out"
+            f"the state is one thing ({type_name(type(parts))}), and its parts have no names: leave only= out"
         )
     if unknown := [name for name in names if name not in parts]:
         raise ValueError(f"only= names {unknown}, which the state has not: it has {list(parts)}")
@@ -159,7 +160,7 @@ def _read(parts: Parts, path: str = "state") -> Any:
     try:
         return parts.state_dict()
     except Exception as error:
-        error.add_note(f"in the state_dict() of {path} ({_shown(parts)})")
+        error.add_note(f"in the state_dict() of {path} ({type_name(type(parts))})")
         raise
 
 
@@ -168,7 +169,9 @@ def _load(parts: Parts, saved: Any, path: str, *, strict: bool) -> None:
         try:
             parts.load_state_dict(saved)
         except Exception as error:
-            raise CheckpointMismatch(f"{path} ({_shown(parts)}) does not take what was saved of it: {error}") from error
+            raise CheckpointMismatch(
+                f"{path} ({type_name(type(parts))}) does not take what was saved of it: {error}"
+            ) from error
         return
     absent = [name for name in parts if name not in saved]
     unknown = [name for name in saved if name not in parts]
@@ -190,9 +193,11 @@ def _listeners(parts: Parts, engine: Engine[Any, Any]) -> dict[str, Stateful]:
 
     Those of the engine, and those of the engines among the parts.
     """
-    known = set(_ids(parts))
+    all_parts = list(_each(parts))
+    known = {id(part.metric if isinstance(part, MetricPart) else part) for _, part in all_parts}
+    nested = [(f" of {path}", part.engine) for path, part in all_parts if isinstance(part, _NestedEngine)]
     found: dict[str, Stateful] = {}
-    for owner, its_engine in (("", engine), *_engines_in(parts)):
+    for owner, its_engine in (("", engine), *nested):
         kinds: Counter[str] = Counter()
         for one in its_engine.stateful_listeners():
             if id(_unwrap(one)) not in known and not isinstance(one, Engine):
@@ -202,23 +207,12 @@ def _listeners(parts: Parts, engine: Engine[Any, Any]) -> dict[str, Stateful]:
     return found
 
 
-def _engines_in(parts: Parts, path: str = "state") -> Iterator[tuple[str, Engine[Any, Any]]]:
+def _each(parts: Parts, path: str = "state") -> Iterator[tuple[str, Stateful]]:
     if isinstance(parts, dict):
         for name, one in parts.items():
-            yield from _engines_in(one, f"{path}[{name!r}]")
-    elif isinstance(parts, _NestedEngine):
-        yield f" of {path}", parts.engine
-
-
-def _ids(parts: Parts) -> list[int]:
-    if isinstance(parts, dict):
-        return [one for part in parts.values() for one in _ids(part)]
-    return [id(parts.metric if isinstance(parts, MetricPart) else parts)]
-
-
-def _shown(value: Any) -> str:
-    kind = type(value)
-    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+            yield from _each(one, f"{path}[{name!r}]")
+    else:
+        yield path, parts
 
 
 class _NestedEngine:

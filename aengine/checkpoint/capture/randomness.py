@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from aengine.callables import type_name
+
 
 class PythonGenerator:
     """The state of a generator of python's, or of the module `random`, as a tensor and plain numbers."""
@@ -63,16 +65,6 @@ class RandomStates:
         has_workers = captured.get("has_workers")
         if has_workers and _keeps_workers(data) and not _has_workers(data):
             iter(data)  # starts them, as was done before; what they fetch now is given up by the next
-        self._put_back(captured, data)
-        if has_workers is False and _keeps_workers(data) and _has_workers(data):
-            # It drew this as it started them, and does not start them again.
-            torch.empty((), dtype=torch.int64).random_(generator=data.generator)
-
-    def has_own(self, data: Any) -> bool:
-        """Say whether the data has generators of its own."""
-        return any(True for _ in _generators_of(data))
-
-    def _put_back(self, captured: Mapping[str, Any], data: Any) -> None:
         PythonGenerator(random).load_state_dict(captured["python"])
         torch.set_rng_state(captured["torch"])
         numpy = sys.modules.get("numpy")
@@ -82,17 +74,25 @@ class RandomStates:
         if torch.cuda.is_initialized() and (on_devices := captured.get("cuda")):
             torch.cuda.set_rng_state_all(on_devices[: torch.cuda.device_count()])
         if data is not None:
-            self._restore_data(captured.get("data", []), data)
+            _restore_data(captured.get("data", []), data)
+            if has_workers is False and _keeps_workers(data) and _has_workers(data):
+                # It drew this as it started them, and does not start them again.
+                torch.empty((), dtype=torch.int64).random_(generator=data.generator)
 
-    def _restore_data(self, states: list[torch.Tensor], data: Any) -> None:
-        generators = list(_generators_of(data))
-        if len(generators) != len(states):
-            raise ValueError(
-                f"the data ({type(data).__qualname__}) has {len(generators)} generators of its own, and had"
-                f" {len(states)} when its position was saved: build it as it was built then"
-            )
-        for generator, state in zip(generators, states, strict=True):
-            generator.set_state(state)
+    def has_own(self, data: Any) -> bool:
+        """Say whether the data has generators of its own."""
+        return any(True for _ in _generators_of(data))
+
+
+def _restore_data(states: list[torch.Tensor], data: Any) -> None:
+    generators = list(_generators_of(data))
+    if len(generators) != len(states):
+        raise ValueError(
+            f"the data ({type_name(type(data))}) has {len(generators)} generators of its own, and had"
+            f" {len(states)} when its position was saved: build it as it was built then"
+        )
+    for generator, state in zip(generators, states, strict=True):
+        generator.set_state(state)
 
 
 def _keeps_workers(data: Any) -> bool:

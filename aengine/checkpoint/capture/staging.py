@@ -184,7 +184,7 @@ class _Plan:
         first = stretch.members[0]
         for index in stretch.members:
             strided = self.layout[index]
-            stride = strided.stride if stretch.start is not None else _contiguous(strided.size)
+            stride = strided.stride if stretch.start is not None else torch.empty(strided.size, device="meta").stride()
             offset = strided.offset - stretch.start if stretch.start is not None else 0
             empty = torch.empty(0, dtype=strided.dtype, device="cpu")
             self.results[index] = empty.set_(storage, offset, strided.size, stride)
@@ -280,15 +280,6 @@ def _pieces(
             yield from zip(target.view(-1).split(length), source.view(-1).split(length), strict=True)
         else:
             yield target, source
-
-
-def _contiguous(size: torch.Size) -> tuple[int, ...]:
-    strides: list[int] = []
-    step = 1
-    for length in reversed(size):
-        strides.append(step)
-        step *= max(length, 1)
-    return tuple(reversed(strides))
 
 
 def _distribute(like: Any, local: torch.Tensor) -> Any:

@@ -22,6 +22,7 @@ from typing import Any, cast
 import torch
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
+from aengine.callables import type_name
 from aengine.errors import NotSerializable
 
 _IMMUTABLE: frozenset[type] = frozenset(
@@ -118,7 +119,8 @@ class Survey:
         self._path: list[Any] = []
         self._open: set[int] = set()
         self._seen: set[int] = set()
-        self._distributed_tensor = _distributed_tensor_type()
+        # None where it is not loaded, and so there can be no DTensor: importing it takes a while.
+        self._distributed_tensor = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
         self._look(tree)
 
     def _look(self, value: Any) -> None:
@@ -178,12 +180,12 @@ class Survey:
         elif kind in _IMMUTABLE:
             self._look_at_immutable(key, kind)
         else:
-            raise self._refusal(f"is a key of type {_name(kind)}", _advice(key))
+            raise self._refusal(f"is a key of type {type_name(kind)}", _advice(key))
 
     def _look_at_tensor(self, value: torch.Tensor, kind: type) -> None:
         if id(value) in self.tensors or id(value) in self.substitutes or id(value) in self.shards:
             return
-        if self._distributed_tensor is not None and kind is self._distributed_tensor:
+        if kind is self._distributed_tensor:
             local: torch.Tensor = cast(Any, value).to_local()
             self._path.append(Attribute("to_local()"))
             self._look_at_tensor(local, type(local))
@@ -205,21 +207,21 @@ class Survey:
             self.tensors[id(value)] = value
         elif value.layout is torch._mkldnn:  # type: ignore[attr-defined]  # noqa: SLF001 -- it has no other name
             raise self._refusal("is a tensor in the layout of mkldnn", "write x.to_dense() instead")
-        else:
-            self.substitutes[id(value)] = _clone(value)
+        else:  # a layout that is rare, and consists of more than one piece of memory
+            self.substitutes[id(value)] = value.detach().to("cpu", copy=True).requires_grad_(value.requires_grad)
 
     def _look_at_other(self, value: Any) -> None:
         kind = type(value)
         allowed = _allowed_by_user()
         if not any(each is kind or each is value for each in allowed):
-            raise self._refusal(f"is of type {_name(kind)}: {reprlib.repr(value)}", _advice(value))
+            raise self._refusal(f"is of type {type_name(kind)}: {reprlib.repr(value)}", _advice(value))
         if id(value) in self.substitutes:
             return
         try:
             self.substitutes[id(value)] = _copy_by_saving(value)
         except Exception as error:
             raise self._refusal(
-                f"is of type {_name(kind)}, which was allowed, but does not load: {why_not_loaded(error)}",
+                f"is of type {type_name(kind)}, which was allowed, but does not load: {why_not_loaded(error)}",
                 "allow the types that it consists of as well, or write what it consists of instead",
             ) from error
 
@@ -230,21 +232,9 @@ class Survey:
         )
 
 
-def _distributed_tensor_type() -> type | None:
-    """Return DTensor if it is loaded, else there can be none: importing it takes a while."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return getattr(module, "DTensor", None)
-
-
 def _allowed_by_user() -> list[Any]:
     """Return what was given to `torch.serialization.add_safe_globals()`."""
     return [each[0] if isinstance(each, tuple) else each for each in torch.serialization.get_safe_globals()]
-
-
-def _clone(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a copy on the CPU. For layouts that are rare, and consist of more than one piece of memory."""
-    copy = tensor.detach().to("cpu", copy=True)
-    return copy.requires_grad_(tensor.requires_grad)
 
 
 def _copy_by_saving(value: Any) -> Any:
@@ -253,10 +243,6 @@ def _copy_by_saving(value: Any) -> Any:
     torch.save(value, file)
     file.seek(0)
     return torch.load(file, map_location="cpu", weights_only=True)
-
-
-def _name(kind: type) -> str:
-    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
 
 
 _LEAVE_OUT = "leave it out of the state, and give it again when the run is built"
@@ -271,12 +257,7 @@ _ADVICE: tuple[tuple[type | tuple[type, ...], str], ...] = (
     ((dt.date, dt.time), "write x.isoformat() instead"),
     (dt.timedelta, "write x.total_seconds() instead"),
     ((Decimal, Fraction), "write str(x) instead"),
-    (str, "write str(x) instead"),
-    (bytes, "write bytes(x) instead"),
-    (bytearray, "write bytearray(x) instead"),
-    (int, "write int(x) instead"),
-    (float, "write float(x) instead"),
-    (complex, "write complex(x) instead"),
+    *((kind, f"write {kind.__name__}(x) instead") for kind in (str, bytes, bytearray, int, float, complex)),
     (Mapping, "write dict(x) instead"),
     (frozenset, "write set(x) or sorted(x) instead"),
     (AbstractSet, "write set(x) instead"),
@@ -292,7 +273,7 @@ def _advice(value: Any) -> str:
     if numpy is not None and isinstance(value, numpy.ndarray):
         return "write torch.from_numpy(x) instead, or x.tolist()"
     if numpy is not None and isinstance(value, numpy.generic):
-        return f"write {_name(type(value.item()))}(x) instead"
+        return f"write {type_name(type(value.item()))}(x) instead"
     general = (
         "write what it consists of, in numbers, strings, lists and dictionaries; or allow its type with "
         f"torch.serialization.add_safe_globals([{type(value).__qualname__}]), where it is loaded as well"

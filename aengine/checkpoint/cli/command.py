@@ -11,6 +11,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -74,15 +75,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise CheckpointNotFound(
                 f"{directory} is one checkpoint: give the directory that it is in, which is {directory.parent}"
             )
-        return int(_ACTIONS[options.action](directory, options))
-    except CheckpointDamaged as error:
-        return _fail(str(error), DAMAGED)
-    except CheckpointError as error:
-        return _fail(str(error), WRONG)
+        return int(options.action(directory, options))
+    except (CheckpointError, ImportError) as error:  # that of safetensors says how to install it
+        _warn(str(error))
+        return DAMAGED if isinstance(error, CheckpointDamaged) else WRONG
     except OSError as error:
-        return _fail(words(error), WRONG)
-    except ImportError as error:  # of safetensors: says how to install it
-        return _fail(str(error), WRONG)
+        _warn(words(error))
+        return WRONG
 
 
 def _parser() -> _Parser:
@@ -98,25 +97,27 @@ def _parser() -> _Parser:
     checkpoints.add_argument("directory", metavar="DIR", help="what Checkpoint(...) was given")
     checkpoints.add_argument("--json", action="store_true", help=_JSON)
     checkpoints.add_argument("--no-verify", action="store_true", help="read the manifests only, which is quick")
-    checkpoints.set_defaults(action="list")
+    checkpoints.set_defaults(action=_list)
     actions = checkpoints.add_subparsers(metavar="[ACTION]", title="actions, instead of the list")
 
-    def add(name: str, about: str) -> _Parser:
+    def add(name: str, do: Callable[[Path, argparse.Namespace], int], about: str) -> _Parser:
         action = actions.add_parser(name, help=about, description=f"{about[0].upper()}{about[1:]}.")
         action.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help=_JSON)  # here or before
-        action.set_defaults(action=name)
+        action.set_defaults(action=do)
         return action
 
-    verify = add("verify", "read all files and compare them with their checksums")
+    verify = add("verify", _verify, "read all files and compare them with their checksums")
     verify.add_argument("step", metavar="STEP", type=_step, nargs="?", help="only this one (default: all)")
-    export = add("export", "write the tensors of one part, such as a model's weights, to a file")
+    export = add("export", _export, "write the tensors of one part, such as a model's weights, to a file")
     export.add_argument("--safetensors", metavar="FILE", type=Path, required=True, help="the file to write")
     export.add_argument(
         "--step", metavar="N", type=_step, help="of this step (default: the one a run would resume from)"
     )
     export.add_argument("--part", metavar="NAME", help="which part (default: model, or the only module)")
-    add("pin", "keep a checkpoint for good").add_argument("step", metavar="STEP", type=_step)
-    add("unpin", "leave a pinned checkpoint to the rules again").add_argument("step", metavar="STEP", type=_step)
+    pin = add("pin", partial(_pin, is_pinned=True), "keep a checkpoint for good")
+    pin.add_argument("step", metavar="STEP", type=_step)
+    unpin = add("unpin", partial(_pin, is_pinned=False), "leave a pinned checkpoint to the rules again")
+    unpin.add_argument("step", metavar="STEP", type=_step)
     return parser
 
 
@@ -173,9 +174,8 @@ def _export(directory: Path, options: argparse.Namespace) -> int:
     return FINE
 
 
-def _pin(directory: Path, options: argparse.Namespace) -> int:
+def _pin(directory: Path, options: argparse.Namespace, *, is_pinned: bool) -> int:
     store = Store(directory)
-    is_pinned = options.action == "pin"
     info = store.find(options.step)
     (store.pin if is_pinned else store.unpin)(info)
     if options.json:
@@ -183,15 +183,6 @@ def _pin(directory: Path, options: argparse.Namespace) -> int:
     else:
         _say([f"step {info.step}: {'pinned' if is_pinned else 'not pinned'}"])
     return FINE
-
-
-_ACTIONS: dict[str, Callable[[Path, argparse.Namespace], int]] = {
-    "list": _list,
-    "verify": _verify,
-    "export": _export,
-    "pin": _pin,
-    "unpin": _pin,
-}
 
 
 def _page(directory: Path) -> Page:
@@ -222,8 +213,3 @@ def _say_json(value: dict[str, Any]) -> None:
 
 def _warn(why: str) -> None:
     sys.stderr.write(f"python -m aengine: {plain(why)}\n")
-
-
-def _fail(why: str, status: int) -> int:
-    _warn(why)
-    return status

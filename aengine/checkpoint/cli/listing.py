@@ -44,11 +44,9 @@ class Condition(Enum):
 _BOLD = "1"
 _COLOURS = {
     Condition.WHOLE: "32",
-    Condition.UNVERIFIED: "",
     Condition.DAMAGED: "31",
     Condition.UNREADABLE: "33",
     Condition.SET_ASIDE: "31",
-    Condition.ABANDONED: "",
 }
 
 
@@ -143,25 +141,21 @@ def outlook(directory: Path, found: list[Entry]) -> tuple[CheckpointInfo | None,
 def record(entry: Entry) -> dict[str, Any]:
     """Return an entry as plain JSON: every key always there, null for what is not known."""
     info = entry.info
-    numbers = step_and_revision(entry.path.name)
+    step, revision = step_and_revision(entry.path.name) or (None, None)
     return {
         "path": os.fspath(entry.path),
         "condition": entry.condition.value,
         "why": entry.why,
-        "step": numbers[0] if numbers else None,
-        "revision": numbers[1] if numbers else None,
+        "step": step,
+        "revision": revision,
         "epoch": info and info.epoch,
         "event": info and info.event,
         "mid_step": info and info.is_mid_step,
-        "metrics": info and {name: _strict(value) for name, value in info.metrics.items()},
+        "metrics": info and {name: one if math.isfinite(one) else str(one) for name, one in info.metrics.items()},
         "created": info and info.created,
         "size": info and info.size,
         "pinned": info and info.pinned,
     }
-
-
-def _strict(value: float) -> float | str:
-    return value if math.isfinite(value) else str(value)
 
 
 class Page:
@@ -186,7 +180,7 @@ class Page:
 
     def verdict(self, entry: Entry, indent: str = "") -> Iterator[str]:
         """Yield the lines that say of one entry whether it is whole, or why it cannot be used."""
-        condition = self._colour(entry.condition.value, _COLOURS[entry.condition])
+        condition = self._colour(entry.condition.value, _COLOURS.get(entry.condition))
         size = f" ({_size(entry.info.size)})" if entry.info is not None else ""
         yield f"{indent}{plain(entry.path.name)}: {condition}{size}"
         why = (entry.why or "").replace(self._prefix, "")
@@ -220,7 +214,7 @@ class Page:
         yield self._colour(_GAP.join(heads).rstrip(), _BOLD)
         for row, (entry, _), its_metrics in zip(rows, readable, metrics, strict=True):
             cells = _padded(row, widths)
-            cells[_FILES] = self._colour(cells[_FILES], _COLOURS[entry.condition])
+            cells[_FILES] = self._colour(cells[_FILES], _COLOURS.get(entry.condition))
             lines = self._filled(" ".join(its_metrics), " " * taken if is_beside else _INDENT * 4)
             first = lines.pop(0).lstrip() if is_beside and lines else ""
             yield _GAP.join([*cells, first]).rstrip()
@@ -237,7 +231,7 @@ class Page:
         )
         return [line.replace(_NO_BREAK, " ") for line in lines]
 
-    def _colour(self, text: str, code: str) -> str:
+    def _colour(self, text: str, code: str | None) -> str:
         return f"\033[{code}m{text}\033[0m" if self._is_coloured and code else text
 
 

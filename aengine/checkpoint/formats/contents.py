@@ -47,10 +47,7 @@ class Contents:
             if divided.shards:
                 tree, shards = divided
         write = partial(self._serializer.write, tree)
-        if self._process is None:
-            draft.write(STATE, write, is_stopped)
-        else:
-            draft.write(STATE, write, elsewhere=self._process.call)
+        draft.write(STATE, write, is_stopped, elsewhere=None if self._process is None else self._process.call)
         if shards:
             directory = draft.path / SUBDIRECTORY
             directory.mkdir(mode=0o700)

@@ -123,10 +123,6 @@ class ShardStore:
             rank, cause = _first_failure(error)
             raise CheckpointDamaged(f"rank {rank} could not read its shards: {cause}") from cause
 
-    def close(self) -> None:
-        """Give the process group up. All ranks, at the same point."""
-        torch.distributed.destroy_process_group(self._group)
-
 
 class _Reader(filesystem.FileSystemReader):
     """Reads the index as carefully as we do."""

@@ -22,7 +22,7 @@ import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from queue import SimpleQueue
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import torch
 
@@ -50,9 +50,10 @@ serve(descriptor, parent)
 class WriterProcess:
     """Calls functions in one other process, which is started when it is first needed and kept from call to call.
 
-        with WriterProcess() as process:
-            staging = Staging(process.memory)
-            process.call(write, path, staging.stage(state))  # `write` of some module: scripts are not imported there
+        process = WriterProcess()
+        staging = Staging(process.memory)
+        process.call(write, path, staging.stage(state))  # `write` of some module: scripts are not imported there
+        process.close()
 
     Ctrl-C does not reach it. It ends with this process, however that ends.
 
@@ -64,12 +65,6 @@ class WriterProcess:
         self.memory = SharedMemory()
         self._calling = threading.Lock()
         self._child: _Child | None = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def start(self) -> None:
         """Start the process if there is none, and return before it has imported torch, which takes two seconds."""
@@ -86,10 +81,11 @@ class WriterProcess:
                 in a new one.
         """
         with self._calling:
-            request = _dump((function, arguments), self.memory)
+            request = io.BytesIO()
+            _Pickler(request, self.memory).dump((function, arguments))
             child = self._started()
             try:
-                child.send(request, self.memory)
+                child.send(request.getvalue(), self.memory)
                 succeeded, outcome = child.receive()
             except (ConnectionError, EOFError):
                 self._child = None
@@ -259,12 +255,6 @@ def _attach(
     if kind is torch.nn.Parameter:
         return torch.nn.Parameter(tensor, requires_grad)
     return tensor.requires_grad_(requires_grad)
-
-
-def _dump(value: Any, memory: SharedMemory) -> bytes:
-    file = io.BytesIO()
-    _Pickler(file, memory).dump(value)
-    return file.getvalue()
 
 
 def serve(descriptor: int, parent: int) -> None:

@@ -67,20 +67,11 @@ class Draft:
         path: the directory to write into, made when the block is entered; after `commit()`, the checkpoint's own.
     """
 
-    def __init__(
-        self,
-        directory: Path,
-        lock: DirectoryLock,
-        step: int,
-        size: int | None,
-        on_commit: Callable[[CheckpointInfo], object],
-    ) -> None:
+    def __init__(self, directory: Path, lock: DirectoryLock, step: int) -> None:
         self.path = directory / f"{TEMPORARY}{directory_name(step)}-{secrets.token_hex(4)}"
         self._directory = directory
         self._lock = lock
         self._step = step
-        self._size = size
-        self._on_commit = on_commit
         self._entries: dict[str, FileEntry] = {}
         self._doing = "making its directory"
         self._is_committed = False
@@ -202,13 +193,11 @@ class Draft:
         if (self.path / SUBDIRECTORY).is_dir():
             files.sync_directory(self.path / SUBDIRECTORY)
         files.sync_directory(self.path)
-        files.rename(self.path, info.path)
+        self.path.rename(info.path)
         self.path = info.path
         files.sync_directory(self._directory)
         self._is_committed = True
-        info = decode(manifest, info.path, pinned=False)  # as any reader would see it
-        self._on_commit(info)
-        return info
+        return decode(manifest, info.path, pinned=False)  # as any reader would see it
 
     def _revision_and_number(self) -> tuple[int, int]:
         """Above all revisions that are there, also those that cannot be read: no name is ever used for two."""
@@ -224,10 +213,9 @@ class Draft:
             remove_all([self.path])
 
     def _explain(self, error: OSError) -> str:
-        total = "" if self._size is None else f" of {size_words(self._size)}"
         try:
             written = sum(path.lstat().st_size for path in self.path.rglob("*") if not path.is_dir())
-            space = f"{size_words(written)}{total} had been written, {size_words(free_space(self._directory))} are free"
+            space = f"{size_words(written)} had been written, {size_words(free_space(self._directory))} are free"
             kept = f"Kept are {steps(committed(self._directory))}."
         except OSError as another:
             space, kept = "how much space is free is not known", f"Which are kept is not known: {words(another)}."
@@ -240,7 +228,7 @@ class Draft:
 def to_trash(path: Path) -> Path:
     """Rename a checkpoint so that it is none any more, and return where it is now."""
     trash = path.with_name(f"{TRASH}{path.name}-{secrets.token_hex(4)}")
-    files.rename(path, trash)
+    path.rename(trash)
     return trash
 
 
@@ -293,8 +281,7 @@ def steps(checkpoints: list[CheckpointInfo]) -> str:
 
 def size_words(count: int) -> str:
     """Return a size as people say it: 12 bytes, 1.2 MB."""
-    for power, unit in enumerate(("TB", "GB", "MB", "kB")):
-        size = count / 1000 ** (4 - power)
-        if size >= 1:
-            return f"{size:.1f} {unit}"
+    for unit, size in {"TB": 10**12, "GB": 10**9, "MB": 10**6, "kB": 10**3}.items():
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
     return f"{count} bytes"

@@ -177,11 +177,6 @@ def make_directory(path: Path) -> None:
     sync_directory(path.parent)
 
 
-def rename(source: Path, target: Path) -> None:
-    """Give a directory another name within its parent, at one instant. Durable when the parent is synced."""
-    source.rename(target)
-
-
 def remove_tree(path: Path) -> None:
     """Remove whatever is there, and never what a link in it points to."""
     if path.is_dir() and not path.is_symlink():

@@ -9,8 +9,9 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from aengine.callables import type_name
 from aengine.checkpoint.store.manifest import CheckpointInfo
-from aengine.checkpoint.store.verify import Problem
+from aengine.checkpoint.store.verify import Problem, problems, read, verify
 from aengine.errors import CheckpointDamaged, CheckpointLocked, CheckpointNotFound, CheckpointNotWritten
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ Which: TypeAlias = int | str | PathLike[str] | None
 def check_which(which: Any, store: "Store") -> None:
     """Raise what is wrong with asking for this one."""
     if not isinstance(which, int | str | PathLike | None) or isinstance(which, bool):
-        raise TypeError(f'which= is a step, a path, "best", "must" or None, got {type(which).__qualname__}')
+        raise TypeError(f'which= is a step, a path, "best", "must" or None, got {type_name(type(which))}')
     if which == "best" and store.keep.metric is None:
         raise ValueError(
             'which checkpoint is the "best" is for keep= to say: make the Checkpoint with a metric, such as'
@@ -51,7 +52,7 @@ class Finder:
         store: where they are.
         read: returns what is in one that verifies.
         sets_aside: whether one that is found damaged is renamed, if no other process writes there.
-        verify: raises CheckpointDamaged for one whose files are not whole; by default `store.verify`.
+        verify: raises CheckpointDamaged for one whose files are not whole; by default `verify.verify`.
 
     Attributes:
         problems: what was found damaged on the way: where it is now, and why.
@@ -63,13 +64,13 @@ class Finder:
         read: Callable[[CheckpointInfo], Mapping[str, Any]],
         *,
         sets_aside: bool = True,
-        verify: Callable[[CheckpointInfo], object] | None = None,
+        verify: Callable[[CheckpointInfo], object] = verify,
     ) -> None:
         self.problems: list[Problem] = []
         self._store = store
         self._read_contents = read
         self._sets_aside = sets_aside
-        self._verify = verify or store.verify
+        self._verify = verify
 
     def find(self, which: Which) -> Found | None:
         """Read the one that is meant; None if that is the newest, and there has never been any.
@@ -87,7 +88,7 @@ class Finder:
         if isinstance(which, int):
             return self._read(self._store.find(which))
         if which is not None and which != "must":
-            return self._read(self._store.open(which))
+            return self._read(read(Path(which).absolute()))
         found = self._first_of(newest_first)
         if found is None and (causes := self._causes()):  # to begin anew in their place would lose them
             raise CheckpointDamaged(
@@ -112,8 +113,8 @@ class Finder:
     def _first_of(self, order: Callable[[list[CheckpointInfo]], list[CheckpointInfo]]) -> Found | None:
         if not self._store.directory.exists():
             return None
-        may_set_aside = self._sets_aside and self._may_set_aside()
-        self._pass_over_unreadable(may_set_aside=may_set_aside)
+        self._sets_aside = self._sets_aside and self._may_set_aside()
+        self._pass_over_unreadable()
         while True:  # looked up anew each time: a writer may commit and remove some meanwhile
             passed = {problem.path for problem in self.problems}
             candidates = order([info for info in self._store.list() if info.path not in passed])
@@ -126,27 +127,27 @@ class Finder:
                 continue
             except CheckpointDamaged as error:
                 if info.path.exists():
-                    self._pass_over(info.path, str(error), may_set_aside=may_set_aside)
+                    self._pass_over(info.path, str(error))
 
     def _causes(self) -> str:
         """Return what is wrong with those that are there and not whole, "" if there are none."""
-        seen = {problem.path: problem for problem in [*self.problems, *self._store.problems()]}
+        seen = {problem.path: problem for problem in [*self.problems, *problems(self._store.directory)]}
         return "; ".join(f"{problem.path.name}: {problem.why}" for problem in seen.values())
 
     def _read(self, info: CheckpointInfo) -> Found:
         self._verify(info)
         return Found(info, self._read_contents(info))
 
-    def _pass_over_unreadable(self, *, may_set_aside: bool) -> None:
-        for problem in self._store.problems():
+    def _pass_over_unreadable(self) -> None:
+        for problem in problems(self._store.directory):
             if problem.path.name.startswith("step-"):
                 try:
-                    self._store.open(problem.path)  # again: an OSError says nothing of what it holds, and is raised
+                    read(problem.path)  # again: an OSError says nothing of what it holds, and is raised
                 except (CheckpointDamaged, CheckpointNotFound) as error:
-                    self._pass_over(problem.path, str(error), may_set_aside=may_set_aside)
+                    self._pass_over(problem.path, str(error))
 
-    def _pass_over(self, path: Path, why: str, *, may_set_aside: bool) -> None:
-        self.problems.append(Problem(self._store.set_aside(path, why) if may_set_aside else path, why))
+    def _pass_over(self, path: Path, why: str) -> None:
+        self.problems.append(Problem(self._store.set_aside(path, why) if self._sets_aside else path, why))
 
     def _may_set_aside(self) -> bool:
         """Say whether damaged ones can be renamed: not in what another writes, nor in what is read-only."""

@@ -66,9 +66,8 @@ class DirectoryLock:
     def release(self) -> None:
         """Give the lock up, if it is held."""
         if self._file is not None:
-            fcntl.flock(
-                self._file, fcntl.LOCK_UN
-            )  # a child that was forked in C has the file open: closing is not enough
+            # Closing is not enough: a child that was forked in C has the file open.
+            fcntl.flock(self._file, fcntl.LOCK_UN)
             self.drop()
 
     def check(self) -> None:

@@ -101,12 +101,6 @@ def file_name(path: Path) -> str:
     return f"{SUBDIRECTORY}/{path.name}" if path.parent.name == SUBDIRECTORY else path.name
 
 
-def check_step(step: object) -> None:
-    """Raise ValueError if that is no number of iterations."""
-    if not isinstance(step, int) or isinstance(step, bool) or step < 0:
-        raise ValueError(f"step must be a whole number from 0 on, got {step!r}")
-
-
 def check_name(name: str) -> None:
     """Raise ValueError if a file of a checkpoint cannot be called that.
 
@@ -163,7 +157,8 @@ def _parse(data: bytes, path: Path, *, pinned: bool) -> CheckpointInfo:
     numbers = step_and_revision(path.name)
     if numbers is None:
         raise ValueError(f"it lies in {path.name!r}, which is no name of a checkpoint, such as {directory_name(500)!r}")
-    record = _mapping(json.loads(data, object_pairs_hook=_without_duplicates, parse_constant=_no_number), "it")
+    value = json.loads(data, object_pairs_hook=_without_duplicates, parse_constant=_no_number)
+    record: dict[str, Any] = _typed(value, dict, "an object", "it")
     format_number = record.pop("format", None)
     if type(format_number) is not int or format_number != _FORMAT:
         raise ValueError(
@@ -171,7 +166,8 @@ def _parse(data: bytes, path: Path, *, pinned: bool) -> CheckpointInfo:
             " it, load it with that"
         )
     files = tuple(_file(one) for one in _take(record, "files", list, "a list"))
-    metrics, versions = _take_mapping(record, "metrics"), _take_mapping(record, "versions")
+    metrics: dict[str, Any] = _take(record, "metrics", dict, "an object")
+    versions: dict[str, Any] = _take(record, "versions", dict, "an object")
     info = CheckpointInfo(
         step=_take_whole(record, "step", 0),
         revision=numbers[1],
@@ -188,7 +184,7 @@ def _parse(data: bytes, path: Path, *, pinned: bool) -> CheckpointInfo:
             {name: _typed(value, str, "text", f"versions[{name!r}]") for name, value in versions.items()}
         ),
         world_size=_take_whole(record, "world_size", 1),
-        extra=MappingProxyType(_take_mapping(record, "extra")),
+        extra=MappingProxyType(_take(record, "extra", dict, "an object")),
     )
     if record:
         raise ValueError(f"it has {sorted(record)}, which do not belong there")
@@ -213,12 +209,8 @@ def _take_whole(record: dict[str, Any], name: str, least: int) -> int:
     return value
 
 
-def _take_mapping(record: dict[str, Any], name: str) -> dict[str, Any]:
-    return _mapping(_take(record, name, dict, "an object"), repr(name))
-
-
 def _file(value: Any) -> FileEntry:
-    record = _mapping(value, "an entry of 'files'")
+    record: dict[str, Any] = _typed(value, dict, "an object", "an entry of 'files'")
     name, size = _take(record, "name", str, "text"), _take_whole(record, "size", 0)
     sha256: str = _take(record, "sha256", str, "text")
     check_name(name)
@@ -248,11 +240,6 @@ def _typed(value: Any, kind: Any, words: str, name: str) -> Any:
     if not isinstance(value, kind) or isinstance(value, bool):
         raise ValueError(f"{name} must be {words}, and is {_shown(value)}")  # noqa: TRY004 -- no argument is wrong
     return value
-
-
-def _mapping(value: Any, name: str) -> dict[str, Any]:
-    mapping: dict[str, Any] = _typed(value, dict, "an object", name)
-    return mapping
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -21,25 +21,15 @@ from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 
-from aengine.checkpoint.store import files, verify as reading
-from aengine.checkpoint.store.draft import (
-    TEMPORARY,
-    TRASH,
-    Draft,
-    advice,
-    remove_all,
-    steps,
-    to_trash,
-    words,
-)
+from aengine.arguments import check_whole
+from aengine.checkpoint.store import files, verify
+from aengine.checkpoint.store.draft import TEMPORARY, TRASH, Draft, advice, remove_all, steps, to_trash, words
 from aengine.checkpoint.store.find import newest_first
 from aengine.checkpoint.store.lock import DirectoryLock
-from aengine.checkpoint.store.manifest import PINNED, CheckpointInfo, check_step
+from aengine.checkpoint.store.manifest import PINNED, CheckpointInfo
 from aengine.checkpoint.store.retention import Keep
-from aengine.checkpoint.store.verify import ABANDONED, DAMAGED, WHY, Problem
+from aengine.checkpoint.store.verify import ABANDONED, DAMAGED, WHY
 from aengine.errors import CheckpointNotFound, CheckpointNotWritten
-
-__all__ = ["Draft", "Problem", "Store"]
 
 
 class Store:
@@ -62,7 +52,6 @@ class Store:
         self.directory = Path(directory).absolute()  # wherever the process goes later
         self.keep = keep
         self._lock = DirectoryLock(self.directory / ".lock")
-        self._last_committed: Path | None = None
 
     def lock(self) -> None:
         """Become the one writer, making the directory if need be, and sweep what dead writers left. Idempotent.
@@ -74,7 +63,7 @@ class Store:
         try:
             files.make_directory(self.directory)
             is_new = self._lock.acquire()
-            there_are = reading.entries(self.directory)
+            there_are = verify.entries(self.directory)
         except OSError as error:
             raise CheckpointNotWritten(
                 f"no checkpoint can be written to {self.directory}: {words(error)}. {advice(error)}"
@@ -88,7 +77,7 @@ class Store:
 
     def list(self) -> list[CheckpointInfo]:
         """Return what is committed and has a manifest that can be read, oldest first: see `verify.committed`."""
-        return reading.committed(self.directory)
+        return verify.committed(self.directory)
 
     def find(self, step: int) -> CheckpointInfo:
         """Return the checkpoint of a step, the last revision of it; one of a completed step, if there is any.
@@ -100,18 +89,6 @@ class Store:
         for info in newest_first([one for one in there_are if one.step == step]):
             return info
         raise CheckpointNotFound(f"{self.directory} has no checkpoint of step {step}; it has {steps(there_are)}")
-
-    def open(self, path: str | os.PathLike[str]) -> CheckpointInfo:
-        """Return what the checkpoint at `path` says it is, in this directory or elsewhere: see `verify.read`."""
-        return reading.read(Path(path).absolute())
-
-    def problems(self) -> builtins.list[Problem]:
-        """Return what should be a checkpoint and cannot be read as one, and what was set aside, with the reasons."""
-        return reading.problems(self.directory)
-
-    def verify(self, info: CheckpointInfo) -> None:
-        """Read every file of a checkpoint and compare it with the manifest: see `verify.verify`."""
-        reading.verify(info)
 
     def set_aside(self, path: Path, why: str) -> Path:
         """Rename a damaged checkpoint so that it is none any more, and return where it is now. Removes nothing.
@@ -139,41 +116,38 @@ class Store:
         self._lock.check()
         names = itertools.chain([f"{prefix}{path.name}"], (f"{prefix}{path.name}-{n}" for n in itertools.count(2)))
         target = next(free for name in names if not os.path.lexists(free := path.with_name(name)))
-        files.rename(path, target)
+        path.rename(target)
         files.sync_directory(path.parent)
         if not target.is_symlink():
             with suppress(OSError):
                 files.write_file(target / WHY, lambda file: file.write(f"{why}\n".encode()))
         return target
 
-    def begin(self, step: int, *, size: int | None = None) -> Draft:
-        """Return a draft of a checkpoint, to be entered with `with`.
-
-        Args:
-            step: iterations completed.
-            size: bytes that are to be written, as far as that is known: said when they do not fit.
-        """
-        check_step(step)
-        return Draft(self.directory, self._lock, step, size, self._remember)
+    def begin(self, step: int) -> Draft:
+        """Return a draft of a checkpoint of so many completed iterations, to be entered with `with`."""
+        check_whole(step, "step", minimum=0, of="iterations")
+        return Draft(self.directory, self._lock, step)
 
     def retain(self, protected: Collection[Path] = ()) -> builtins.list[CheckpointInfo]:
         """Remove what `keep` does not keep, and return it. To be called after a commit, never before.
-
-        What was committed last stays, even where it is not the newest step: a run that went back to an older checkpoint
-        writes below those that it left behind.
 
         What cannot be removed is a CheckpointWarning, after everything else was done: it takes up space, and does no
         harm.
 
         Args:
-            protected: checkpoints that stay whatever the rule says: the one that was resumed from.
+            protected: checkpoints that stay whatever the rule says: the one that was resumed from, and the one that was
+                just committed, even where it is not the newest step: a run that went back to an older checkpoint
+                writes below those that it goes on without.
         """
         removed: list[CheckpointInfo] = []
         trash: list[Path] = []
         troubles: list[str] = []
         try:
             self._lock.check()
-            for info in self._removable(protected):
+            checkpoints = self.list()
+            resolved = {path.resolve() for path in protected}  # the directory may be known by several names
+            stays = [info.path for info in checkpoints if info.path.resolve() in resolved]
+            for info in self.keep.removable(checkpoints, stays):
                 try:
                     trash.append(to_trash(info.path))
                 except OSError as error:
@@ -209,14 +183,3 @@ class Store:
         with suppress(FileNotFoundError):
             (info.path / PINNED).unlink()
             files.sync_directory(info.path)
-
-    def _remember(self, info: CheckpointInfo) -> None:
-        self._last_committed = info.path
-
-    def _removable(self, protected: Collection[Path]) -> builtins.list[CheckpointInfo]:
-        checkpoints = self.list()
-        resolved = {path.resolve() for path in protected}  # the directory may be known by several names
-        stays = [each.path for each in checkpoints if each.path.resolve() in resolved]
-        if self._last_committed is not None:
-            stays.append(self._last_committed)
-        return self.keep.removable(checkpoints, stays)

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
@@ -22,7 +22,7 @@ from aengine.errors import CheckpointNotWritten
 
 @pytest.fixture(scope="module")
 def process() -> Iterator[WriterProcess]:
-    with WriterProcess() as process:
+    with closing(WriterProcess()) as process:
         process.start()
         yield process
 
@@ -119,7 +119,7 @@ def test_own_modules_are_found_and_errors_that_cannot_be_made_again_are_shown(
     )
     monkeypatch.syspath_prepend(tmp_path)
     odd = importlib.import_module("odd")
-    with WriterProcess() as process:
+    with closing(WriterProcess()) as process:
         with pytest.raises(CheckpointNotWritten, match=r"(?s)Traceback.*odd\.Odd: nothing"):
             process.call(odd.fail)
         tensor = torch.quantize_per_tensor(torch.ones(2), 1.0, 0, torch.qint8)

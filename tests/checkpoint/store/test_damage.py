@@ -13,6 +13,7 @@ from support.disk_log import locked, save
 from aengine.checkpoint.store.manifest import CheckpointInfo, decode
 from aengine.checkpoint.store.retention import Keep
 from aengine.checkpoint.store.store import Store
+from aengine.checkpoint.store.verify import problems, read, verify
 from aengine.errors import CheckpointDamaged
 
 
@@ -86,11 +87,11 @@ def test_damaged_file_is_found_out_and_named(
     store: Store, damage: Callable[[CheckpointInfo], None], words: str
 ) -> None:
     info = save(store, 500)
-    store.verify(info)
+    verify(info)
     damage(info)
 
     with pytest.raises(CheckpointDamaged, match=words):
-        store.verify(info)
+        verify(info)
 
 
 def test_empty_file_that_became_a_pipe_is_found_out_without_waiting_for_it(store: Store) -> None:
@@ -98,7 +99,7 @@ def test_empty_file_that_became_a_pipe_is_found_out_without_waiting_for_it(store
     replace_by_a_pipe(info)
 
     with pytest.raises(CheckpointDamaged, match=r"state\.pt is not a regular file"):
-        store.verify(info)
+        verify(info)
 
 
 def test_what_the_manifest_does_not_name_is_no_damage(store: Store) -> None:
@@ -106,7 +107,7 @@ def test_what_the_manifest_does_not_name_is_no_damage(store: Store) -> None:
     (info.path / "notes.txt").write_text("the good one")
     (info.path / ".nfs0001").touch()
 
-    store.verify(info)
+    verify(info)
 
 
 def rewrite(info: CheckpointInfo, key: str, value: Any) -> None:
@@ -192,9 +193,9 @@ def test_damaged_manifest_is_found_and_reported_and_the_one_before_is_still_ther
     damage(info)
 
     with pytest.raises(CheckpointDamaged, match=words):
-        store.open(info.path)
+        read(info.path)
     assert steps(store) == [400]
-    [problem] = store.problems()
+    [problem] = problems(store.directory)
     assert problem.path == info.path
     with pytest.raises(CheckpointDamaged, match=words):
         raise CheckpointDamaged(problem.why)
@@ -237,7 +238,7 @@ def test_damaged_checkpoint_is_set_aside_with_the_reason(store: Store) -> None:
     ]
     assert store.list() == []
     assert (first / "state.pt").exists()
-    assert [problem.why for problem in store.problems()] == [
+    assert [problem.why for problem in problems(store.directory)] == [
         "it was set aside: state.pt was cut",
         "it was set aside: again",
         "it was set aside: and again",
@@ -251,4 +252,4 @@ def test_link_that_is_set_aside_is_not_written_through(store: Store, tmp_path: P
 
     assert aside.is_symlink()
     assert not (aside / "why.txt").exists()
-    assert [problem.why for problem in store.problems()] == ["it was set aside"]
+    assert [problem.why for problem in problems(store.directory)] == ["it was set aside"]

@@ -19,6 +19,7 @@ from support.disk_log import locked, save
 from aengine.checkpoint.store import files
 from aengine.checkpoint.store.retention import Keep
 from aengine.checkpoint.store.store import Store
+from aengine.checkpoint.store.verify import problems
 from aengine.errors import CheckpointNotWritten, CheckpointWarning
 
 TESTS = Path(__file__).parents[2]
@@ -31,6 +32,7 @@ sys.path[:0] = [{str(TESTS)!r}, {str(TESTS.parent)!r}]
 from support.disk_log import save
 from aengine.checkpoint.store.retention import Keep
 from aengine.checkpoint.store.store import Store
+from aengine.checkpoint.store.verify import verify
 from aengine.errors import CheckpointError
 
 root = Path(sys.argv[1])
@@ -49,7 +51,7 @@ def make_read_only():
 
 def tell(store):
     for info in store.list():
-        store.verify(info)
+        verify(info)
     told["steps"] = [info.step for info in store.list()]
     told["names"] = sorted(path.name for path in store.directory.iterdir())
     print(json.dumps(told))
@@ -91,11 +93,7 @@ store.lock()
 save(store, 100, bytes(1_500_000))
 save(store, 200, bytes(1_500_000))
 
-def save_with_size():
-    with store.begin(300, size=1_500_000) as draft:
-        draft.write("state.pt", lambda file: file.write(bytes(1_500_000)))
-
-attempt("full", save_with_size)
+attempt("full", lambda: save(store, 300, bytes(1_500_000)))
 store.pin(store.find(100))
 save(store, 400, bytes(400_000))
 tell(store)
@@ -112,8 +110,7 @@ def test_full_disk_is_reported_with_what_is_free_and_what_is_kept_and_a_smaller_
     assert words.startswith("the checkpoint of step 300 was not written: No space left on device (")
     assert f"state.pt), while writing state.pt in {tmp_path}; 1." in words
     assert words.endswith(
-        " MB of 1.5 MB had been written, 0 bytes are free. Make room, or keep fewer checkpoints. Kept are those of step"
-        " 100, 200."
+        " MB had been written, 0 bytes are free. Make room, or keep fewer checkpoints. Kept are those of step 100, 200."
     )
     assert told["steps"] == [100, 200, 400]
     assert told["names"] == [".lock", "step-0000000100", "step-0000000200", "step-0000000400"]
@@ -493,4 +490,4 @@ def test_reason_cannot_be_written_and_the_damaged_one_is_set_aside_all_the_same(
 
     monkeypatch.setattr(files, "create", create)
     assert store.set_aside(info.path, "state.pt was cut").name == "damaged-step-0000000100"
-    assert [problem.why for problem in store.problems()] == ["it was set aside"]
+    assert [problem.why for problem in problems(store.directory)] == ["it was set aside"]
