@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from aengine.checkpoint.store.files import sync_directory
 from aengine.loggers.sink import Record
 
 _logger = logging.getLogger("aengine.loggers")
@@ -56,7 +55,7 @@ class JSONLines:
             if file is not None:
                 try:
                     os.fsync(file)
-                    sync_directory(self.path.parent)  # a new file's name is in there, and might be lost without
+                    _sync_directory(self.path.parent)  # a new file's name is in there, and might be lost without
                 finally:
                     os.close(file)
 
@@ -115,3 +114,11 @@ def _repair(file: int, path: Path) -> None:
         _logger.warning("%s ended in the middle of a line, of which %d bytes were removed", path, len(line))
     else:
         os.write(file, b"\n")
+
+
+def _sync_directory(path: Path) -> None:
+    directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
