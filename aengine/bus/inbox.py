@@ -36,10 +36,11 @@ class Inbox:
     Many threads write, each holding the bus's lock: they append to `waiting`, count `accepted` and, by the policy,
     `dropped`, and wake the reader. One task reads, without the lock: it takes from the left of `waiting`, writes
     `in_hand` and `handled`, and makes and removes `wakeup`. That is sound because
-    - each of its steps is one atomic operation on the deque, and a writer that takes from it too expects to be late;
+    - whatever the reader does to the deque is one atomic operation, and a writer that drops an event from it can handle
+      that the event is gone already;
     - the reader, having made its `wakeup`, looks once more before it waits, and writers append before they look for a
       `wakeup`: at least one of the two sees the other. The same holds for emitters that wait for room;
-    - `wakeup` may vanish between two looks, so that a writer reads it once.
+    - the reader may remove `wakeup` between two looks of a writer, so a writer reads it once.
 
     Always `accepted == handled + dropped + discarded + len(inbox) (+ 1 while one is in hand)`.
 
@@ -67,7 +68,7 @@ class Inbox:
         self._capacity = capacity
         self._overflow = overflow
         self._lock = lock  # the bus's own, so that all its inboxes see events in one order
-        self._blocked_on: list[Inbox] = []  # where this inbox's reader waits for room, to see a circle
+        self._blocked_on: list[Inbox] = []  # where this inbox's reader waits for room, to find a cycle
         self._room_waiters: list[ThreadSafeEvent] = []
         self._processed_waiters: list[tuple[int, ThreadSafeEvent]] = []
         self._at_limit: Callable[[Inbox, Event], bool]
@@ -194,7 +195,7 @@ class Inbox:
             self.wakeup = None
 
     async def wait_as_reader(self, wait: "BackpressureWait") -> None:
-        """Wait, as the reader of this inbox, for room in another, unless that waits for room in this one."""
+        """Wait, as the reader of this inbox, for room in another one. Return at once where the waits would be a cycle."""
         if not wait.inbox._is_blocked_on(self):  # noqa: SLF001 -- another of this class
             self._blocked_on.append(wait.inbox)
             try:
@@ -256,7 +257,7 @@ class Inbox:
     async def wait_for_room(
         self, loop_handle: EventLoopHandle, is_abandoned: Callable[[], bool] = lambda: False
     ) -> None:
-        """Wait until an event put now would not have to wait, nothing is read any more, or the wait is abandoned."""
+        """Return when there is room for another event, when nothing is read any more, or when the wait is abandoned."""
 
         def must_wait() -> bool:
             return len(self.waiting) > self._capacity and not self.is_at_end and not is_abandoned()

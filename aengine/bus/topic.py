@@ -1,7 +1,8 @@
 """Topic: one event of one engine, the counter that its filters look at, and its dispatch to all that listens.
 
-A listener knows the next count at which it is due, a topic the least of its listeners': so an event that nothing waits
-for yet costs the loop the comparison of two numbers. What is called in the loop was checked and bound at registration.
+A listener knows the next count at which it is due, and a topic knows the smallest of them. So an event for which no
+listener is due costs the loop the comparison of two numbers. What is called in the loop was checked and bound at
+registration.
 """
 
 from collections.abc import Awaitable, Callable, Generator, Iterable, Mapping
@@ -39,8 +40,8 @@ class Topic:
             driven. There are three, exchanged as listeners come and go.
         last_count: its counter at the last firing in this run, None before the first. The loop's hot path does not
             keep it: it is recorded at the end of the run.
-        is_fired_by_loop: so that its handlers' time is the loop's. Otherwise it is part of the time of what fires it: a
-            step, or a task beside the loop.
+        is_fired_by_loop: whether the loop fires it. Then the time of its handlers counts as the loop's, otherwise as
+            that of the step or the task that fires it.
     """
 
     __slots__ = (
@@ -145,8 +146,8 @@ class Topic:
         self.next_count = min(next_counts, default=NEVER)
         self._bus.next_count = ALWAYS
 
-    # Dispatch. `_deliver` does it all. Apart from it stands what the loop may call at every iteration, in
-    # `_dispatch_to_all` and `_send`: they ask no listener whether it is due, time none, and make no generator.
+    # Dispatch. `_deliver` is the general case. `_dispatch_to_all` and `_send` are what the loop may call at every
+    # iteration: they ask no listener whether it is due, time no handler, and make no generator.
 
     def _dispatch_to_due(self, engine: Any, count: int, payload: tuple[Any, ...] = ()) -> Dispatch:
         return self._deliver(engine, count, payload, self._hot[2])

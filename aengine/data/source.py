@@ -260,8 +260,8 @@ class Source:
     async def aclose(self, *, gently: bool = False) -> None:
         """Stop pulling ahead, and close the iterator if the engine opened it. The caller shields and bounds this.
 
-        `gently` lets the fetch under way end if cancelling it would end an async generator of the user's, which may be
-        iterated further; it is given half of the grace.
+        With `gently`, a fetch from an async generator of the user's may end by itself, within half of the grace: to
+        cancel it would end the generator, which the user may iterate further.
         """
         prefetcher = self._prefetcher
         if isinstance(prefetcher, TaskPrefetcher):

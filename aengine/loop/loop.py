@@ -68,7 +68,7 @@ class Loop:
         # After STARTED and EPOCH_STARTED of a run that is resumed: the run before fired them, too, and their handlers
         # may draw random numbers.
         self._restore_rng = restore_rng
-        self._has_other_data = False  # than when the epoch began: its events may be fired now, or no longer
+        self._has_other_data = False  # the data was replaced during the epoch: there may now be events of it, or none
         self._epoch_is_complete = progress.epoch_is_complete
         self._first = progress.iteration
         self._others_had_a_turn: Callable[[], bool] | None = None
@@ -204,7 +204,7 @@ class Loop:
     # One function: as several, the calls between them would cost more than they do. It writes into `state`, `bus` and
     # its stopwatch, and `feed` directly, for the same reason.
     def _iterations(self) -> LoopGenerator:  # noqa: C901, PLR0912, PLR0915
-        """The hot path: fetch, step, next. One number says whether an iteration is busy: whether anything listens."""
+        """The hot path: fetch, step, next. `bus.next_count` is the next iteration in which there is more to do."""
         engine, state, step, requests, bus = self._engine, self._state, self._step, self._requests, self._bus
         feed, watch, plain_types, coroutine = self.feed, bus.stopwatch, self._plain_types, CoroutineType
         getting, got, started, completed = self._topics_of_an_iteration()

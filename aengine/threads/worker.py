@@ -73,9 +73,9 @@ class WorkItem:
     async def wait(self, on_cancel: Callable[[], None]) -> None:
         """Wait for the end of the call, and await meanwhile what it asks for. On the event loop's thread.
 
-        A cancellation (or Ctrl-C, also one that comes out of what is awaited here) calls `on_cancel`, which is to make
-        the call end soon, then is raised in the call if that waits for something, and goes on from here when the call
-        has ended, not before. A second one goes on at once, and leaves the call to itself.
+        On a cancellation (or Ctrl-C, also one that is raised by what is awaited here) `on_cancel` is called: it is to
+        make the call end soon. If the call waits for something, the cancellation is raised in it. It is raised here only
+        when the call has ended. A second cancellation is raised at once, and abandons the call.
         """
         cancellation: BaseException | None = None
         try:
