@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from contextvars import ContextVar
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -70,8 +71,8 @@ class Service:
     def run_abandoned(self, engine: Any, reason: StopReason, error: BaseException | None) -> None:
         """Called in place of `run_ended` where that was not awaited to its end.
 
-        So it is after the grace is over, after a second Ctrl-C, and where a run was cancelled before its first step. It
-        must not wait; what it raises is logged.
+        So it is after the grace is over, after a second Ctrl-C, where a run was cancelled before its first step, and
+        where the service was removed during the run. It must not wait; what it raises is logged.
         """
 
 
@@ -130,7 +131,7 @@ class ServiceTasks:
         entry.is_running = True
         try:
             entry.service.run_started(self._engine)
-        except Exception as error:  # noqa: BLE001 -- handed over, or logged
+        except (Exception, KeyboardInterrupt, SystemExit) as error:  # noqa: BLE001 -- handed over, or logged
             self._handle(entry, error, "run_started")
 
     def start(self, group: "TaskGroup", loop_handle: EventLoopHandle) -> None:
@@ -149,7 +150,10 @@ class ServiceTasks:
     def remove(self, entry: ServiceEntry) -> None:
         """Have one that was removed during the run take no more part in it: what it does is cancelled."""
         if entry in self._open and entry not in self._ending:  # its end, which is bounded, it may still meet
-            self._abandon(entry, None)
+            try:
+                self._abandon(entry, None)
+            except (KeyboardInterrupt, SystemExit) as error:  # not into the event loop, which may be calling this
+                self._fail(error)
 
     def _start_task(self, entry: ServiceEntry) -> None:
         if self._start is None or type(entry.service).serve is Service.serve:  # too early, or it has no use for a task
@@ -237,10 +241,13 @@ class ServiceTasks:
     ) -> list[ServiceEntry]:
         """Await a method of all at once, so that one that hangs keeps no other from its end. Returns the late ones."""
         late: list[ServiceEntry] = []
+        cancelled = anyio.get_cancelled_exc_class()
 
         async def call(entry: ServiceEntry) -> None:
             _caller.set(entry.service)
-            with anyio.CancelScope(deadline=deadline) as scope:  # also cancelled when its part in the run is over
+            # A cancellation of the run is raised in the task that waits for this one, too. Let out of this one, on
+            # asyncio, anyio would keep it in a cycle, and with it the engine.
+            with suppress(cancelled), anyio.CancelScope(deadline=deadline) as scope:
                 self._under_way[scope] = entry
                 try:
                     await method(entry)
@@ -296,7 +303,7 @@ class ServiceTasks:
     def _abandon(self, entry: ServiceEntry, error: BaseException | None) -> None:
         has_started = entry.is_running
         self._close(entry)
-        if not has_started:  # it was removed by the `run_started` of another, or Ctrl-C came in that
+        if not has_started:  # it was removed by the `run_started` of another
             return
         try:
             entry.service.run_abandoned(self._engine, self._reason, error)

@@ -1,5 +1,6 @@
 """Background services: what lives beside the runs of an engine, from the begin of each to its end."""
 
+import contextlib
 import gc
 import logging
 import weakref
@@ -11,6 +12,7 @@ import anyio
 import pytest
 from support.backends import Backend
 from support.record import AnyEngine, Boom
+from support.ways_to_end import is_freed
 
 from aengine import Engine, Events, HandlerTimeout, RemovableEventHandle, Service, StopReason, StrayCancellation
 
@@ -331,6 +333,8 @@ def test_a_run_whose_task_is_cancelled_natively_before_its_first_step_is_abandon
     engine = engine_with(service)
 
     async def main() -> None:
+        await engine.run([1])  # whose reason is not that of the next
+        service.calls.clear()
         run = asyncio.ensure_future(engine.run([1]))
         while "run_started" not in service.calls:  # noqa: ASYNC110 -- a turn, and not one more
             await asyncio.sleep(0)
@@ -463,35 +467,41 @@ async def test_the_run_abandoned_of_one_may_remove_another() -> None:
 
 async def test_ctrl_c_in_a_run_abandoned_keeps_no_other_and_no_run_from_its_end() -> None:
     interrupt = KeyboardInterrupt()
-
-    def interrupted() -> None:
-        raise interrupt
-
-    first, second = Hooked(run_abandoned=interrupted), Hooked(run_started=interrupted)
-    engine = engine_with(first)
-    handle = engine.add_service(second)
+    first, second = Hooked(run_ended=anyio.sleep_forever), Hooked(run_ended=anyio.sleep_forever)
+    first.hooks["run_abandoned"] = partial(throw, interrupt)
+    engine: AnyEngine = Engine(lambda engine, batch: batch, grace=0.05)
+    engine.add_service(first, on_error="log")
+    engine.add_service(second, on_error="log")
     with pytest.raises(KeyboardInterrupt) as caught:
         await engine.run([1])
     assert caught.value is interrupt
-    assert first.ends == second.ends == [("run_abandoned", StopReason.CANCELLED, interrupt)]
-    handle.remove()
-    first.calls.clear()
-    assert (await engine.run([1])).iteration == 1
-    assert first.ends == [("run_ended", StopReason.COMPLETED, None)]
-
-
-async def test_is_not_given_the_reason_of_the_run_before() -> None:
-    def interrupted() -> None:
-        raise KeyboardInterrupt
-
-    service = Hooked()
-    engine = engine_with(service)
+    assert first.ends == second.ends == [("run_abandoned", StopReason.COMPLETED, None)]
+    first.hooks = second.hooks = {}
     await engine.run([1])
-    service.calls.clear()
-    engine.add_service(Hooked(run_started=interrupted))
-    with pytest.raises(KeyboardInterrupt):
-        await engine.run([1])
-    assert [end[:2] for end in service.ends] == [("run_abandoned", StopReason.CANCELLED)]
+    assert first.ends[1:] == second.ends[1:] == [("run_ended", StopReason.COMPLETED, None)]
+
+
+def throw(error: BaseException) -> None:
+    raise error
+
+
+@pytest.mark.parametrize("where", ["run_started", "run_abandoned"])
+def test_ctrl_c_in_one_that_comes_or_goes_in_a_step_on_the_worker_ends_the_run(
+    where: str, anyio_backend: Backend
+) -> None:
+    interrupt = KeyboardInterrupt()
+    service = Hooked(**{where: partial(throw, interrupt)})
+
+    def step(engine: AnyEngine, batch: int) -> None:
+        if engine.state.iteration == 2:
+            engine.add_service(service).remove()
+
+    engine: AnyEngine = Engine(step)
+    backend, options = anyio_backend
+    with pytest.raises(KeyboardInterrupt) as caught:
+        anyio.run(engine.run, forever(), backend=backend, backend_options=options)
+    assert caught.value is interrupt
+    assert service.ends == [("run_abandoned", StopReason.CANCELLED, None)]
 
 
 @pytest.mark.parametrize("where", ["flush", "run_ended"])
@@ -623,3 +633,38 @@ async def test_does_not_begin_to_serve_when_the_run_has_ended_for_it() -> None:
         engine.add_service(service)
         await engine.run([1])
         assert service.calls[-1] == "run_ended"
+
+
+async def test_a_run_that_fails_while_it_is_flushed_keeps_no_engine() -> None:
+    class Flushing(Service):
+        def __init__(self) -> None:
+            self.is_flushing = anyio.Event()
+
+        async def flush(self) -> None:
+            self.is_flushing.set()
+            await anyio.Event().wait()
+
+    class FailsThen(Service):
+        def __init__(self, other: Flushing) -> None:
+            self.other = other
+
+        async def serve(self, engine: AnyEngine) -> None:
+            await self.other.is_flushing.wait()
+            raise Boom
+
+    async def step(engine: AnyEngine, batch: int) -> None:
+        await engine.flush()
+
+    async def run_and_forget() -> "weakref.ref[AnyEngine]":
+        engine, service = Engine(step), Flushing()
+        engine.add_service(service)
+        engine.add_service(FailsThen(service))
+        with contextlib.suppress(Boom):
+            await engine.run([1])
+        return weakref.ref(engine)
+
+    gc.disable()
+    try:
+        assert await is_freed(await run_and_forget())
+    finally:
+        gc.enable()
