@@ -132,7 +132,7 @@ class ServiceTasks:
         try:
             entry.service.run_started(self._engine)
         except (Exception, KeyboardInterrupt, SystemExit) as error:  # noqa: BLE001 -- handed over, or logged
-            self._handle(entry, error, "run_started")
+            self._handle(entry, "run_started", error)
 
     def start(self, group: "TaskGroup", loop_handle: EventLoopHandle) -> None:
         """Start their tasks in the group of the run."""
@@ -161,6 +161,7 @@ class ServiceTasks:
         scope = anyio.CancelScope(shield=True)  # what cancels the run does not cancel this: see `Service.serve`
         self._under_way[scope] = entry
         ended = self._serving[entry] = anyio.Event()
+        fail = partial(self._handle, entry, "serve")
 
         async def serve() -> None:
             with scope:
@@ -176,16 +177,13 @@ class ServiceTasks:
             fail(_stray(entry, "serve"))
             end()
 
-        def fail(error: BaseException) -> None:
-            self._handle(entry, error, "serve")
-
         def end() -> None:  # a run may last for days, and see many come and go
             del self._under_way[scope], self._serving[entry]
             ended.set()
 
         self._start(run, never_started, name=entry.name)
 
-    def _handle(self, entry: ServiceEntry, error: BaseException, where: str) -> None:
+    def _handle(self, entry: ServiceEntry, where: str, error: BaseException) -> None:
         if not isinstance(error, Exception) or entry.count(error, where, self._engine.name):
             self._fail(error)
 
@@ -252,7 +250,7 @@ class ServiceTasks:
                 try:
                     await method(entry)
                 except (Exception, KeyboardInterrupt, SystemExit) as error:  # noqa: BLE001 -- handed over, or logged
-                    self._handle(entry, error, where)
+                    self._handle(entry, where, error)
                 except BaseException as error:
                     if anyio.current_effective_deadline() == -math.inf:
                         raise
@@ -260,7 +258,7 @@ class ServiceTasks:
                     # one. Let out, it would have the task group cancel the others.
                     lost = _stray(entry, where)
                     lost.__cause__ = error
-                    self._handle(entry, lost, where)
+                    self._handle(entry, where, lost)
                     del lost  # the cancellation's traceback holds this frame: no cycle may hold the engine
                 finally:
                     del self._under_way[scope]
