@@ -306,7 +306,7 @@ class Engine(Generic[Batch, Output]):
 
         Args:
             service: an object of a subclass of `Service`. One that several engines are given has to know them apart.
-            on_error: "raise" fails the run with what `serve`, `flush` or `run_ended` raised; "log" logs and counts it.
+            on_error: "raise" fails the run with what the service raised, or for being late; "log" logs and counts it.
             name: shown in notes, logs and statistics; by default its class.
 
         Raises:

@@ -110,7 +110,7 @@ class Driver:
         self._connect()
         ending: BaseException | None = None
         try:
-            self._services.run_started()
+            self._services.run_started(self.fail)
             async with anyio.create_task_group() as self._group:
                 self._loop_handle.start(self._group, self._main, self._never_started, name=f"aengine {bus.name}")
             if self._outcome.cancellation is not None:
@@ -155,8 +155,12 @@ class Driver:
 
     def start(self, subscriber: Subscriber) -> None:
         """Have a subscriber handle what it is sent, from now to the end of the run. From any thread."""
-        start = partial(self._subscribers.start, subscriber, self._group, self.fail)
-        self._loop_handle.call(lambda: None if self._is_over else start())
+
+        def start() -> None:
+            if self._task is not None and not self._is_over:  # before its first step that task starts all there are
+                self._subscribers.start(subscriber, self._group, self.fail)
+
+        self._loop_handle.call(start)
 
     def add_service(self, entry: ServiceEntry) -> None:
         """Have a service take part in this run, from now to its end. From any thread."""
@@ -223,7 +227,7 @@ class Driver:
         _current.set(self)
         for subscriber in self._bus.subscribers:
             self.start(subscriber)
-        self._services.start(self._group, self._loop_handle, self.fail)
+        self._services.start(self._group, self._loop_handle)
         try:
             if self._worker is not None:
                 await self._worker.start(None if self._parent is None else self._parent.worker_for(self._caller))

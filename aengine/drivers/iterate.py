@@ -115,5 +115,8 @@ class IterationStream:
 
     def _raise_error(self) -> None:
         error, self._error = self._error, None
-        if error is not None:
-            raise error
+        try:
+            if error is not None:
+                raise error
+        finally:
+            del error  # whose traceback holds this frame: no cycle may hold the engine

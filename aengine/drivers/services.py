@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from contextvars import ContextVar
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ import anyio
 from aengine.errors import HandlerTimeout, StrayCancellation
 from aengine.state import StopReason
 from aengine.statistics import ServiceStatistics
-from aengine.threads.event_loop import EventLoopHandle, ThreadSafeEvent
+from aengine.threads.event_loop import EventLoopHandle
 from aengine.threads.guarded import guarded
 
 if TYPE_CHECKING:
@@ -70,8 +71,8 @@ class Service:
     def run_abandoned(self, engine: Any, reason: StopReason, error: BaseException | None) -> None:
         """Called in place of `run_ended` where that was not awaited to its end.
 
-        So it is after the grace is over, after a second Ctrl-C, and where a run was cancelled before its first step. It
-        must not wait; what it raises is logged.
+        So it is after the grace is over, after a second Ctrl-C, where a run was cancelled before its first step, and
+        where the service was removed during the run. It must not wait; what it raises is logged.
         """
 
 
@@ -95,7 +96,7 @@ class ServiceEntry:
         self.errors += 1
         error.add_note(f"in {where}() of service {self.name!r}, engine {engine_name!r}")
         if not self._raises:
-            _logger.error("service %r of engine %r failed, going on without it", self.name, engine_name, exc_info=error)
+            _logger.error("service %r of engine %r failed, and the run goes on", self.name, engine_name, exc_info=error)
         return self._raises
 
     def statistics(self) -> ServiceStatistics:
@@ -104,37 +105,38 @@ class ServiceEntry:
 
 
 class ServiceTasks:
-    """The services of one run. All but `close` is called on the event loop's thread."""
+    """The services of one run. All of it is called on the event loop's thread, but `close` where none runs any more."""
 
     def __init__(self, engine: Any, entries: tuple[ServiceEntry, ...], grace: float) -> None:
         self._engine = engine
         self._grace = grace
-        self._open = list(entries)  # those that have not been told of the end of the run
+        self._open = list(entries)  # those whose `run_ended` or `run_abandoned` is still to come
         self._ending: set[ServiceEntry] = set()  # those whose `run_ended` was called, or is not to be: flush() was late
-        self._failures: list[BaseException] = []  # of those that were called before the run could be told
-        self._tasks: dict[ServiceEntry, _Task] = {}
-        self._group: TaskGroup | None = None
-        self._loop_handle: EventLoopHandle | None = None
-        self._fail: Callable[[BaseException], None] = self._failures.append
+        self._under_way: dict[anyio.CancelScope, ServiceEntry] = {}  # calls of `serve`, `flush` and `run_ended`
+        self._serving: dict[ServiceEntry, anyio.Event] = {}  # set when the task has ended
+        self._start: Callable[..., None] | None = None
+        self._fail: Callable[[BaseException], None] = _log_unheard
 
-    def run_started(self) -> None:
-        """Tell them that the run begins. In the task that called `run()`, so that each is told of the end, too."""
+    def run_started(self, fail: Callable[[BaseException], None]) -> None:
+        """Call `run_started` of each, in the task that called `run()`. Errors go to `fail`, now and later.
+
+        Not in the task of the run: if that never takes its first step, each is to hear of the end all the same.
+        """
+        self._fail = fail
         for entry in tuple(self._open):
-            self._call_started(entry)
+            if entry in self._open:  # otherwise the `run_started` of another has removed it
+                self._call_started(entry)
 
     def _call_started(self, entry: ServiceEntry) -> None:
         entry.is_running = True
         try:
             entry.service.run_started(self._engine)
-        except Exception as error:  # noqa: BLE001 -- handed over, or logged
-            self._handle(entry, error, "run_started")
+        except (Exception, KeyboardInterrupt, SystemExit) as error:  # noqa: BLE001 -- handed over, or logged
+            self._handle(entry, "run_started", error)
 
-    def start(self, group: "TaskGroup", loop_handle: EventLoopHandle, fail: Callable[[BaseException], None]) -> None:
-        """Start their tasks in the group of the run. Errors go to `fail`."""
-        self._group, self._loop_handle, self._fail = group, loop_handle, fail
-        for error in self._failures:
-            fail(error)
-        self._failures.clear()
+    def start(self, group: "TaskGroup", loop_handle: EventLoopHandle) -> None:
+        """Start their tasks in the group of the run."""
+        self._start = partial(loop_handle.start, group)
         for entry in self._open:
             self._start_task(entry)
 
@@ -142,22 +144,46 @@ class ServiceTasks:
         """Have one that was added during the run take part in it."""
         self._open.append(entry)
         self._call_started(entry)
-        if self._group is not None:
+        if entry in self._open:  # otherwise it has removed itself
             self._start_task(entry)
 
     def remove(self, entry: ServiceEntry) -> None:
-        """Have one that was removed during the run take no more part in it: its task is cancelled."""
-        if entry in self._open:
-            self._abandon(entry, None)
+        """Have one that was removed during the run take no more part in it: what it does is cancelled."""
+        if entry in self._open and entry not in self._ending:  # its end, which is bounded, it may still meet
+            try:
+                self._abandon(entry, None)
+            except (KeyboardInterrupt, SystemExit) as error:  # not into the event loop, which may be calling this
+                self._fail(error)
 
     def _start_task(self, entry: ServiceEntry) -> None:
-        assert self._group is not None and self._loop_handle is not None, "started before"  # noqa: PT018, S101
-        if type(entry.service).serve is Service.serve:  # it has no use for a task
+        if self._start is None or type(entry.service).serve is Service.serve:  # too early, or it has no use for a task
             return
-        task = self._tasks[entry] = _Task(entry, self._engine, self._loop_handle, self._handle)
-        self._loop_handle.start(self._group, task.run, task.never_started, name=entry.name)
+        scope = anyio.CancelScope(shield=True)  # what cancels the run does not cancel this: see `Service.serve`
+        self._under_way[scope] = entry
+        ended = self._serving[entry] = anyio.Event()
+        fail = partial(self._handle, entry, "serve")
 
-    def _handle(self, entry: ServiceEntry, error: BaseException, where: str) -> None:
+        async def serve() -> None:
+            with scope:
+                if not scope.cancel_called:  # the run may have ended before this task's first step
+                    await entry.service.serve(self._engine)
+
+        async def run() -> None:
+            _caller.set(entry.service)
+            await guarded(serve, fail, partial(_stray, entry, "serve"))
+            end()
+
+        def never_started() -> None:  # its task was cancelled natively before its first step
+            fail(_stray(entry, "serve"))
+            end()
+
+        def end() -> None:  # a run may last for days, and see many come and go
+            del self._under_way[scope], self._serving[entry]
+            ended.set()
+
+        self._start(run, never_started, name=entry.name)
+
+    def _handle(self, entry: ServiceEntry, where: str, error: BaseException) -> None:
         if not isinstance(error, Exception) or entry.count(error, where, self._engine.name):
             self._fail(error)
 
@@ -181,12 +207,11 @@ class ServiceTasks:
         late = await self._for_each(flushable, lambda entry: entry.service.flush(), "flush", deadline)
         for entry in late:  # `run_abandoned` is called when the run has ended: it is this that fails it
             self._ending.add(entry)
-            if entry in self._tasks:
-                self._tasks[entry].cancel()
-        self._raise_timeout(late)
+            self._cancel(entry)
+        self._raise_timeout(late, "flush")
 
     async def run_ended(self, error: BaseException | None, deadline: float) -> None:
-        """Tell them that the run has ended, and wait for them; then cancel their tasks, and wait for these.
+        """Await `run_ended` of each; then cancel their tasks, and wait for these.
 
         Raises:
             HandlerTimeout: some were not done at the deadline. They have been abandoned.
@@ -201,11 +226,9 @@ class ServiceTasks:
         self._ending.update(ending)
         late = await self._for_each(ending, end, "run_ended", deadline)
         self._abandon_all(error)  # those that are late, and those that failed
-        for task in self._tasks.values():
-            task.cancel()
-        for task in self._tasks.values():
-            await task.ended.wait()
-        self._raise_timeout(late)
+        for ended in tuple(self._serving.values()):
+            await ended.wait()
+        self._raise_timeout(late, "run_ended")
 
     async def _for_each(
         self,
@@ -215,45 +238,71 @@ class ServiceTasks:
         deadline: float,
     ) -> list[ServiceEntry]:
         """Await a method of all at once, so that one that hangs keeps no other from its end. Returns the late ones."""
-        late = list(entries)
+        late: list[ServiceEntry] = []
+        cancelled = anyio.get_cancelled_exc_class()
 
         async def call(entry: ServiceEntry) -> None:
             _caller.set(entry.service)
-            try:
-                await method(entry)
-            except (Exception, KeyboardInterrupt, SystemExit) as error:  # noqa: BLE001 -- handed over, or logged
-                self._handle(entry, error, where)
-            late.remove(entry)
+            # A cancellation of the run is raised in the task that waits for this one, too. Let out of this one, on
+            # asyncio, anyio would keep it in a cycle, and with it the engine.
+            with suppress(cancelled), anyio.CancelScope(deadline=deadline) as scope:
+                self._under_way[scope] = entry
+                try:
+                    await method(entry)
+                except (Exception, KeyboardInterrupt, SystemExit) as error:  # noqa: BLE001 -- handed over, or logged
+                    self._handle(entry, where, error)
+                except BaseException as error:
+                    if anyio.current_effective_deadline() == -math.inf:
+                        raise
+                    # No scope around this is cancelled: it is that of something which the service awaited, or a native
+                    # one. Let out, it would have the task group cancel the others.
+                    lost = _stray(entry, where)
+                    lost.__cause__ = error
+                    self._handle(entry, where, lost)
+                    del lost  # the cancellation's traceback holds this frame: no cycle may hold the engine
+                finally:
+                    del self._under_way[scope]
+            if scope.cancelled_caught and entry in self._open:
+                late.append(entry)
 
         if entries:
-            with anyio.CancelScope(deadline=deadline):
-                async with anyio.create_task_group() as group:
-                    for entry in entries:
-                        group.start_soon(call, entry)
+            async with anyio.create_task_group() as group:
+                for entry in entries:
+                    group.start_soon(call, entry)
         return late
 
-    def _raise_timeout(self, late: list[ServiceEntry]) -> None:
-        if late:
-            names = ", ".join(repr(entry.name) for entry in late)
-            raise HandlerTimeout(
-                f"after {self._grace} seconds of grace these services of engine {self._engine.name!r} were still busy"
-                f" with the end of the run: {names}"
-            )
+    def _raise_timeout(self, late: list[ServiceEntry], where: str) -> None:
+        names = ", ".join(repr(entry.name) for entry in late)
+        timeout = HandlerTimeout(
+            f"after {self._grace} seconds of grace these services of engine {self._engine.name!r} were still busy"
+            f" with the end of the run: {names}"
+        )
+        try:
+            if [entry for entry in late if entry.count(timeout, where, self._engine.name)]:
+                raise timeout
+        finally:
+            del timeout  # whose traceback holds this frame: no cycle may hold the engine
 
     def close(self, error: BaseException | None) -> None:
-        """The run is over, however that came: those that have not been told of its end are, without waiting."""
-        self._abandon_all(error)
-        self._tasks.clear()  # which refer to this: no cycle may hold the engine
-        self._group, self._fail = None, self._failures.append
+        """The run is over, however that came: those that have not heard of its end do so, without waiting."""
+        try:
+            self._abandon_all(error)
+        finally:
+            self._start, self._fail = None, _log_unheard  # which refer to this: no cycle may hold the engine
 
     def _abandon_all(self, error: BaseException | None) -> None:
-        for entry in tuple(self._open):
-            self._abandon(entry, error)
+        try:
+            while self._open:
+                self._abandon(self._open[0], error)
+        finally:
+            if self._open:  # Ctrl-C came in the `run_abandoned` of one: the others are called all the same
+                self._abandon_all(error)
 
     def _abandon(self, entry: ServiceEntry, error: BaseException | None) -> None:
-        if entry in self._tasks:
-            self._tasks[entry].cancel()
+        has_started = entry.is_running
         self._close(entry)
+        if not has_started:  # it was removed by the `run_started` of another
+            return
         try:
             entry.service.run_abandoned(self._engine, self._reason, error)
         except Exception:
@@ -268,41 +317,17 @@ class ServiceTasks:
     def _close(self, entry: ServiceEntry) -> None:
         entry.is_running = False
         self._open.remove(entry)
+        self._cancel(entry)
+
+    def _cancel(self, entry: ServiceEntry) -> None:
+        for scope, owner in self._under_way.items():
+            if owner is entry:
+                scope.cancel()
 
 
-class _Task:
-    """The task in which a service serves."""
+def _stray(entry: ServiceEntry, where: str) -> StrayCancellation:
+    return StrayCancellation(f"{where}() of service {entry.name!r} was cancelled from outside the run")
 
-    def __init__(
-        self,
-        entry: ServiceEntry,
-        engine: Any,
-        loop_handle: EventLoopHandle,
-        on_error: Callable[[ServiceEntry, BaseException, str], None],
-    ) -> None:
-        self.ended = ThreadSafeEvent(loop_handle)
-        self._service = entry.service
-        self._name = entry.name
-        self._serve = partial(entry.service.serve, engine)
-        self._on_error: Callable[[BaseException], None] = lambda error: on_error(entry, error, "serve")
-        self._scope = anyio.CancelScope(shield=True)  # what cancels the run does not cancel this: see `Service.serve`
 
-    async def run(self) -> None:
-        _caller.set(self._service)
-        await guarded(self._serve_in_scope, self._on_error, self._stray)
-        self.ended.set()
-
-    async def _serve_in_scope(self) -> None:
-        with self._scope:
-            await self._serve()
-
-    def never_started(self) -> None:
-        """Its task was cancelled natively before its first step."""
-        self._on_error(self._stray())
-        self.ended.set()
-
-    def _stray(self) -> StrayCancellation:
-        return StrayCancellation(f"the task of service {self._name!r} was cancelled from outside the run")
-
-    def cancel(self) -> None:
-        self._scope.cancel()
+def _log_unheard(error: BaseException) -> None:
+    _logger.error("a service failed when its run was over", exc_info=error)

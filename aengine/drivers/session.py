@@ -131,6 +131,8 @@ class Session:
             self._give_up()
         if self._loop is not None and self._generator is not None:
             self._refuse_other_arguments(data, limits)
+            state.stop_reason = None
+            self._requests.go_on()
             self._bus.start_clock()
             return self._loop, self._generator
         progress = begin(state, self._progress, adapted, *limits)
@@ -139,6 +141,7 @@ class Session:
         if progress.position is not None:
             source.resume_at(progress.position, progress.iteration)
         state.dataloader = data
+        state.stop_reason = None
         self._requests.begin()
         self._bus.reset()
         rng, self._rng_to_restore = self._rng_to_restore, None
@@ -200,10 +203,12 @@ class Session:
             raise
         finally:
             self._driver = self._emitter.runner = None
-            services.close(failure)
-            del failure  # whose traceback holds this frame
-            if not driver.has_abandoned:  # else the step still runs, and the generator with it
-                self._end(loop, generator, is_suspended=driver.is_suspended)
+            try:
+                services.close(failure)
+            finally:  # Ctrl-C may have come in it
+                del failure  # whose traceback holds this frame
+                if not driver.has_abandoned:  # else the step still runs, and the generator with it
+                    self._end(loop, generator, is_suspended=driver.is_suspended)
 
     def _end(self, loop: Loop, generator: LoopGenerator, *, is_suspended: bool) -> None:
         self._bus.stopwatch.stop()

@@ -36,7 +36,8 @@ class BlockingRunner:
             for wanted in self._generator:  # nothing is sent: nothing has been awaited
                 if wanted is Effect.SUSPEND:
                     return SUSPENDED
-                if wanted is Effect.RAISE_FAILURE:  # a subscriber or a service was added, which needs an event loop
+                # A subscriber or a service was added, which needs an event loop; at COMPLETED, it was not yet served.
+                if wanted is Effect.RAISE_FAILURE or Request.RAISE_FAILURE in self._requests.pending:
                     return wanted
                 if wanted is Effect.PAUSE:
                     self._wait_while_paused()

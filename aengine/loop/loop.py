@@ -99,7 +99,6 @@ class Loop:
     def run(self) -> LoopGenerator:  # noqa: PLR0915 -- the whole run, from its first event to its last
         """Run from STARTED to COMPLETED. Yields what must be awaited; raises what fails the run."""
         state, requests, began = self._state, self._requests, perf_counter()
-        state.stop_reason = None
         state.times.update(EPOCH_COMPLETED=0.0, COMPLETED=0.0)
         try:
             try:
@@ -415,7 +414,6 @@ class Loop:
         state.stop_reason = StopReason.INTERRUPTED
         yield Effect.SUSPEND
         requests.enter(phase)
-        state.stop_reason = None
 
     def _topics_of_an_iteration(self) -> tuple[Topic, Topic, Topic, Topic]:
         bus = self._bus

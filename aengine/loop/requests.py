@@ -131,6 +131,10 @@ class Requests:
         self.phase = Phase.BETWEEN_EPOCHS
         self.deferred_backpressure.clear()
 
+    def go_on(self) -> None:
+        """A run that was suspended goes on: it may be asked to end before the loop takes its first step."""
+        self.phase = Phase.ITERATING
+
     def end(self) -> None:
         """A run is over or suspended, however that came: also where the loop has not run at all."""
         self.phase = Phase.IDLE

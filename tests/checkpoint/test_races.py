@@ -65,7 +65,7 @@ async def test_a_request_to_a_run_that_is_abandoned_is_refused(tmp_path: Path) -
         services = ServiceTasks(run.engine, run.engine._session.services, 0)
         with run.engine._session.busy():
             run.engine._requests.begin()
-            services.run_started()  # and from here on the loop is not advanced
+            services.run_started(lambda error: None)  # and from here on the loop is not advanced
             async with anyio.create_task_group() as group:
 
                 async def ask() -> None:

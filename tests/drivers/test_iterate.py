@@ -2,6 +2,8 @@
 # ruff: noqa: PERF401, PT012 -- an `async for`, or a block with its `async with`, is what is under test
 
 import asyncio
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -9,6 +11,7 @@ import anyio
 import pytest
 from anyio.lowlevel import checkpoint
 from support.record import Boom
+from support.ways_to_end import is_freed
 
 from aengine import Engine, EngineBusy, Event, Events, StopReason
 
@@ -345,3 +348,24 @@ async def test_iterations_are_read_inside_their_block() -> None:
     with pytest.raises(RuntimeError, match=r"async with engine\.iterate\(\.\.\.\) as iterations: async for"):
         async for _ in iterations:
             pass
+
+
+async def test_an_error_that_it_raises_keeps_no_engine() -> None:
+    def fail(engine: Engine[int, int], batch: int) -> int:
+        raise Boom
+
+    async def run_and_forget() -> "weakref.ref[Engine[int, int]]":
+        engine = Engine(fail)
+        try:
+            async with engine.iterate([1]) as iterations:
+                async for _ in iterations:
+                    pass
+        except Boom:
+            pass
+        return weakref.ref(engine)
+
+    gc.disable()
+    try:
+        assert await is_freed(await run_and_forget())
+    finally:
+        gc.enable()
