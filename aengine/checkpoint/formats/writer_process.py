@@ -144,6 +144,8 @@ class _Child:
             raise
         finally:
             theirs.close()
+        # No __del__: where garbage is collected, the socket or the Popen could be finalized first, which both warn.
+        weakref.finalize(self, _end, self._socket, self._process)
 
     def send(self, request: bytes, memory: SharedMemory) -> None:
         arena = memory.arena
@@ -174,17 +176,6 @@ class _Child:
             self._process.kill()
             self._process.wait()
 
-    def __del__(self) -> None:
-        # Dropped without a close(): it has nothing to do, for a thread that waits for an answer holds this.
-        self._socket.close()
-        if not hasattr(self, "_process") or self._process.returncode is not None:  # it could not be started, or is over
-            return
-        if sys.is_finalizing():  # kill() may not work any more; the process ends because the socket is closed
-            self._process.returncode = 0  # or Popen would warn that it still runs
-            return
-        self._process.kill()
-        self._process.wait()
-
     def reap(self) -> str:
         """Wait for the end of a process that is dead or dying, and return why it ended."""
         self.close()
@@ -196,6 +187,14 @@ class _Child:
         if status < 0:
             return f"the process that wrote the checkpoint was ended by {signal.Signals(-status).name}"
         return f"the process that wrote the checkpoint ended with status {status}: its last words are on stderr"
+
+
+def _end(connection: socket.socket, process: "subprocess.Popen[bytes]") -> None:
+    """End what was dropped without a close(): it has nothing to do, for a thread that waits for an answer holds it."""
+    connection.close()
+    if process.returncode is None:
+        process.kill()
+        process.wait()
 
 
 class _Region(NamedTuple):

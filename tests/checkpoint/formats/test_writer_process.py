@@ -320,3 +320,26 @@ def test_interrupt_in_the_middle_of_a_call_ends_the_process_and_no_answer_is_mix
     interrupter.join()
     assert not Path(f"/proc/{there}").exists()
     assert process.call(divmod, 17, 5) == (3, 2)
+
+
+def test_dropped_in_a_cycle_it_ends_without_a_warning_whatever_is_finalized_first() -> None:
+    script = """
+import gc, subprocess, warnings
+warnings.simplefilter("error")
+from aengine.checkpoint.formats.writer_process import WriterProcess
+
+class YoungerGeneration(subprocess.Popen):
+    def __new__(cls, *arguments, **keywords):
+        gc.collect(0)  # what was made before is of an older generation, which is finalized later
+        return super().__new__(cls)
+
+subprocess.Popen = YoungerGeneration
+gc.disable()
+process = WriterProcess()
+process.start()
+process.itself = process
+del process
+gc.collect()
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")
