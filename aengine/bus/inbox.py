@@ -195,7 +195,7 @@ class Inbox:
             self.wakeup = None
 
     async def wait_as_reader(self, wait: "BackpressureWait") -> None:
-        """Wait, as the reader of this inbox, for room in another one. Return at once where the waits would be a cycle."""
+        """Wait, as the reader of this inbox, for room in another one. Return at once where that would be a cycle."""
         if not wait.inbox._is_blocked_on(self):  # noqa: SLF001 -- another of this class
             self._blocked_on.append(wait.inbox)
             try:

@@ -74,8 +74,8 @@ class WorkItem:
         """Wait for the end of the call, and await meanwhile what it asks for. On the event loop's thread.
 
         On a cancellation (or Ctrl-C, also one that is raised by what is awaited here) `on_cancel` is called: it is to
-        make the call end soon. If the call waits for something, the cancellation is raised in it. It is raised here only
-        when the call has ended. A second cancellation is raised at once, and abandons the call.
+        make the call end soon. If the call waits for something, the cancellation is raised in it. It is raised here
+        only when the call has ended. A second cancellation is raised at once, and abandons the call.
         """
         cancellation: BaseException | None = None
         try:
