@@ -97,14 +97,12 @@ class Driver:
     async def run(self, wanted: Any = None) -> None:
         """Drive the loop to its end or its interruption, and end all that was started for it.
 
-        Args:
-            wanted: what the loop has yielded already, where it was begun without an event loop.
+        `wanted` is what the loop has yielded already, where it was begun without an event loop.
 
         Raises:
             BaseException: what failed the run, as the very object that was raised; several as an ExceptionGroup.
                 A cancellation, when the step in flight and the clean-up have ended.
         """
-        loop, bus = self._loop, self._bus
         if wanted is not None:
             self._next = (lambda _: wanted, None)
         self._connect()
@@ -112,7 +110,7 @@ class Driver:
         try:
             self._services.run_started(self.fail)
             async with anyio.create_task_group() as self._group:
-                self._loop_handle.start(self._group, self._main, self._never_started, name=f"aengine {bus.name}")
+                self._loop_handle.start(self._group, self._main, self._never_started, name=f"aengine {self._bus.name}")
             if self._outcome.cancellation is not None:
                 # The cancellation reached the loop's task. If the caller's scope is cancelled too, a fresh one is
                 # raised here: a trio Cancelled is only valid inside the scope it was raised for. A native asyncio
@@ -121,9 +119,11 @@ class Driver:
         except BaseException as error:  # noqa: BLE001 -- raised below, unless something worse was
             ending = error
         finally:
-            self._disconnect()
+            self._requests.wake_by(None)
+            self._loop.source.attach(None)
+            self._bus.attach(None)
         try:
-            self._outcome.raise_all(ending, loop.also_raised)
+            self._outcome.raise_all(ending, self._loop.also_raised)
         finally:
             del ending
             self._outcome.clear()
@@ -141,11 +141,6 @@ class Driver:
         # Posted even from the loop's own thread: a signal handler interrupts select(), which sleeps again unless woken.
         # A weak reference: the scheduled callback lives one more turn of the event loop, and would keep the engine.
         self._requests.wake_by(partial(handle.post, partial(_call_if_alive, WeakMethod(self._on_request))))
-
-    def _disconnect(self) -> None:
-        self._requests.wake_by(None)
-        self._loop.source.attach(None)
-        self._bus.attach(None)
 
     # What the run owns
 
@@ -250,8 +245,6 @@ class Driver:
         await self._run_cleanup(partial(self._services.run_ended, error, deadline))
         await self._run_cleanup(self._subscribers.end)
         del error
-        for subscriber in self._bus.subscribers:  # what is emitted between runs waits for the next one
-            subscriber.inbox.reopen_nowait()
         if not self.is_suspended:
             self._bus.end_streams()
             if not self.has_abandoned:  # the loop has done so itself, unless it was cancelled in its clean-up
@@ -330,7 +323,7 @@ class Driver:
         resume, value = self._next
         while True:
             try:
-                wanted = resume(value)
+                wanted: Any = resume(value)
             except StopIteration:
                 self._is_over = True
                 return
@@ -339,7 +332,7 @@ class Driver:
                 return
             resume = send
             try:
-                kind = type(wanted)
+                kind: Any = type(wanted)  # of no type to narrow by
                 if kind is CoroutineType:
                     value = await wanted
                 elif kind is NextBatch and Request.TERMINATE not in pending:

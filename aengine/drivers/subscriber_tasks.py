@@ -100,3 +100,5 @@ class SubscriberTasks:
         for end in ends.values():
             await end.wait()
         self._are_over = True
+        for subscriber in self._bus.subscribers:
+            subscriber.inbox.reopen_nowait()
