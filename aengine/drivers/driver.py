@@ -150,12 +150,9 @@ class Driver:
 
     def start(self, subscriber: Subscriber) -> None:
         """Have a subscriber handle what it is sent, from now to the end of the run. From any thread."""
-
-        def start() -> None:
-            if self._task is not None and not self._is_over:  # before its first step that task starts all there are
-                self._subscribers.start(subscriber, self._group, self.fail)
-
-        self._loop_handle.call(start)
+        start = partial(self._subscribers.start, subscriber)
+        # Before its first step, the task of the run starts all there are.
+        self._loop_handle.call(lambda: None if self._is_over or self._task is None else start(self._group, self.fail))
 
     def add_service(self, entry: ServiceEntry) -> None:
         """Have a service take part in this run, from now to its end. From any thread."""

@@ -64,8 +64,8 @@ class Service:
 
         Args:
             engine: whose run it is.
-            reason: why it ended.
-            error: what failed it, if something did.
+            reason: why the loop ended.
+            error: what failed the run, if something did. Beside a reason like COMPLETED, it came as the loop had ended.
         """
 
     def run_abandoned(self, engine: Any, reason: StopReason, error: BaseException | None) -> None:
