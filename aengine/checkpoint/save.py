@@ -103,7 +103,7 @@ class Saver(Service):
     """Saves the runs of one engine: says when, takes the snapshot, and follows the write to its end.
 
     `take` is the snapshot of its subscribers, and `follow` their handler: so it is taken after all inline handlers of
-    the event, where the step runs, and an error fails the run at its next boundary. As a service it is awaited by
+    the event, where the step runs, and an error fails the run before its next step. As a service it is awaited by
     `flush()` and at the end of a run, and refuses what was asked for in vain, however the run ends.
 
     Attributes:
@@ -207,8 +207,8 @@ class Saver(Service):
     def _is_deferred(self, event: str, engine: AnyEngine) -> bool:
         """Put the save off if a run is under way that could not be resumed from here to the same results, bit by bit.
 
-        So it is also at events of the user's, which may be fired anywhere, and where the epoch is to be ended, which a
-        run that is restored would not know.
+        It is put off also at the user's own events, which may be fired within a step, and when the epoch is about to be
+        terminated, which a restored run would not know.
         """
         if event in Events.__members__ or event == REQUESTED:
             ends_epoch = event == Events.ITERATION_COMPLETED.name and engine.should_terminate_single_epoch
@@ -220,7 +220,7 @@ class Saver(Service):
         return engine.fire_between_steps(CheckpointEvents.CHECKPOINT_REQUESTED)
 
     def _on_end(self, saving: Saving) -> None:
-        """In the thread of a save of a run: at its next boundary the run is over, if this failed."""
+        """In the thread of a save of a run: if it failed, the run fails before its next step."""
         if saving.error is not None and not saving.is_reported and self._on_error == "raise":
             self._has_failed = True
 

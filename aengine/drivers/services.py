@@ -38,9 +38,9 @@ class Service:
             await post(url, json={"stopped": str(reason)})
 
     Every run of the engine, and every part of one that was interrupted, calls `run_started` first, has `serve` as one
-    of its tasks, and ends with `run_ended`, or with `run_abandoned` where that could not be awaited to its end. All of
-    them are called on the event loop's thread, but `run_abandoned`, which may be called where no event loop runs any
-    more. What `serve`, `flush` and `run_ended` raise fails the run, or is logged, as `on_error=` of `add_service` says.
+    of its tasks, and ends with `run_ended`, or with `run_abandoned` where that could not be awaited to its end. All but
+    `run_abandoned` are called on the event loop's thread; that one may be called when no event loop runs any more. What
+    `serve`, `flush` and `run_ended` raise fails the run, or is logged, as `on_error=` of `add_service` says.
     """
 
     def run_started(self, engine: Any) -> None:
@@ -55,12 +55,12 @@ class Service:
     async def flush(self) -> None:
         """Deal with all that was handed over so far: awaited by `engine.flush()`, and before a clean end of a run.
 
-        A run that ends cleanly awaits it when all handlers are done, so that an error still fails the run as any other
-        does. Where the run fails or is cancelled there is `run_ended` alone.
+        A run that ends cleanly, or is interrupted, awaits it after its last handler and before it counts as ended, so
+        an error still fails the run as any other does. A run that fails or is cancelled calls `run_ended` only.
         """
 
     async def run_ended(self, engine: Any, reason: StopReason, error: BaseException | None) -> None:
-        """The run has ended, or was interrupted. At most `grace` seconds; a cancellation of the run is not felt.
+        """The run has ended, or was interrupted. It has `grace` seconds; a cancellation of the run does not reach it.
 
         Args:
             engine: whose run it is.
@@ -71,8 +71,8 @@ class Service:
     def run_abandoned(self, engine: Any, reason: StopReason, error: BaseException | None) -> None:
         """Called in place of `run_ended` where that was not awaited to its end.
 
-        So it is after the grace is over, after a second Ctrl-C, where a run was cancelled before its first step, and
-        where the service was removed during the run. It must not wait; what it raises is logged.
+        This happens when the grace is over, after a second Ctrl-C, when a run was cancelled before its first step, and
+        when the service was removed during the run. It must not wait; what it raises is logged.
         """
 
 
@@ -111,7 +111,7 @@ class ServiceTasks:
         self._engine = engine
         self._grace = grace
         self._open = list(entries)  # those whose `run_ended` or `run_abandoned` is still to come
-        self._ending: set[ServiceEntry] = set()  # those whose `run_ended` was called, or is not to be: flush() was late
+        self._ending: set[ServiceEntry] = set()  # `run_ended` was called, or is not to be, since their flush() was late
         self._under_way: dict[anyio.CancelScope, ServiceEntry] = {}  # calls of `serve`, `flush` and `run_ended`
         self._serving: dict[ServiceEntry, anyio.Event] = {}  # set when the task has ended
         self._start: Callable[..., None] | None = None
