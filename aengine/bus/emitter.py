@@ -80,6 +80,10 @@ class EventEmitter:
         self.runner: Runner | None = None
         self.registered: dict[str, Any] = {event.name: event for event in Events}
 
+    def attach(self, runner: Runner | None) -> None:
+        """A runner begins to advance a run; with None, no run is under way any more."""
+        self.runner = runner
+
     # Listening
 
     def select(self, event: AnyEvent) -> tuple[Selector, ...]:

@@ -90,12 +90,13 @@ class Session:
             return
         with self.busy():
             loop, generator = self._begin(engine, data, limits)
-            runner = self._emitter.runner = BlockingRunner(generator, self._requests)
+            runner = BlockingRunner(generator, self._requests)
+            self._emitter.attach(runner)
             failures: list[BaseException] = []
             try:
                 wanted = runner.run(failures)
             finally:
-                self._emitter.runner = None
+                self._emitter.attach(None)
             if wanted is not DONE and wanted is not SUSPENDED:
                 try:
                     anyio.run(partial(self._drive, engine, loop, generator, 0, wanted))
@@ -185,7 +186,7 @@ class Session:
         self, engine: Any, loop: Loop, generator: LoopGenerator, prefetch: int, wanted: Any = None
     ) -> None:
         services = ServiceTasks(engine, self.services, self._grace)
-        driver = self._driver = self._emitter.runner = Driver(
+        driver = self._driver = Driver(
             loop,
             generator,
             self._bus,
@@ -195,6 +196,7 @@ class Session:
             grace=self._grace,
             prefetch=prefetch,
         )
+        self._emitter.attach(driver)
         failure: BaseException | None = None
         try:
             await driver.run(wanted)
@@ -202,7 +204,8 @@ class Session:
             failure = error
             raise
         finally:
-            self._driver = self._emitter.runner = None
+            self._driver = None
+            self._emitter.attach(None)
             try:
                 services.close(failure)
             finally:  # Ctrl-C may have come in it
