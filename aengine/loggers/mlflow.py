@@ -220,10 +220,10 @@ def _chunks(records: Sequence[Record]) -> list[list[Record]]:
     A record that has more numbers than that is a chunk by itself: mlflow makes several requests of it.
     """
     chunks: list[list[Record]] = []
-    count = _METRICS
+    count = 0
     for record in records:
         count += len(record.values)
-        if count > _METRICS:
+        if not chunks or count > _METRICS:  # the first may have no numbers at all
             chunks.append([])
             count = len(record.values)
         chunks[-1].append(record)

@@ -201,6 +201,16 @@ async def test_a_run_that_failed_by_the_sink_itself_is_failed_as_well(uri: str) 
     assert history(sink, uri, "output") == [(1, 1.0)]
 
 
+async def test_records_without_numbers_are_written_too(uri: str) -> None:
+    engine: AnyEngine = Engine(lambda engine, batch: "no number")
+    sink = MLflow(tracking_uri=uri)
+    tracker = track(engine, sink, Events.STARTED | Events.ITERATION_COMPLETED)
+    await engine.run([1, 2])
+    written = tracker.statistics()
+    assert (written.written, written.failures) == (3, 0)
+    assert status_of(sink, uri) == "FINISHED"
+
+
 async def test_a_run_that_is_cancelled_is_killed(uri: str) -> None:
     engine: AnyEngine = Engine(lambda engine, batch: batch)
     sink = MLflow(tracking_uri=uri)
