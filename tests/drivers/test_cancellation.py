@@ -924,10 +924,12 @@ async def test_a_step_that_fails_while_a_cancellation_waits_for_it_is_not_silent
 # Ctrl-C: in a process of its own, whose main thread runs the loop
 
 CTRL_C = """
-import json, os, signal, sys, threading
+import json, logging, os, signal, sys, threading
 import anyio
 sys.path[:0] = [sys.argv[1], os.path.dirname(sys.argv[1])]
 from test_cancellation import Case, Rig
+
+logging.getLogger("aengine.engine").setLevel(logging.ERROR)  # not the warning that a stream may give its batches again
 
 case, times, way, backend, options = json.loads(sys.argv[2])
 reports = []
