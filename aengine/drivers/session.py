@@ -24,6 +24,7 @@ from aengine.loop.loop import Loop
 from aengine.loop.progress import Progress, begin
 from aengine.loop.requests import Requests
 from aengine.loop.state_dict import from_state_dict, to_state_dict
+from aengine.state import set_dataloader
 from aengine.statistics import EngineStatistics
 from aengine.threads.worker import close_unawaited
 
@@ -141,7 +142,7 @@ class Session:
         source = Source(adapted, self._bus.logger, randomness, unread=unread, completed=progress.iteration)
         if progress.position is not None:
             source.resume_at(progress.position, progress.iteration)
-        state.dataloader = data
+        set_dataloader(state, data)
         state.stop_reason = None
         self._requests.begin()
         self._bus.reset()
