@@ -248,9 +248,25 @@ class Driver:
             self._bus.end_streams()
             if not self.has_abandoned:  # the loop has done so itself, unless it was cancelled in its clean-up
                 await self._run_cleanup(source.aclose, deadline)
+                await self._run_cleanup(self._close_data)
         await self._run_cleanup(source.exit, deadline)
         if self._worker is not None:
             await self._run_cleanup(self._worker.stop)
+
+    async def _close_data(self) -> None:
+        """Close plain data on the thread that has pulled it."""
+        source, worker = self._loop.source, self._worker
+        if worker is None or worker.thread is None or not source.is_open:
+            source.close()
+            return
+        item = worker.submit(lambda _: source.close(), None)
+        try:
+            await item.wait(lambda: None)
+        finally:
+            if item.done:
+                worker.finish()
+        if item.error is not None:
+            raise item.error
 
     async def _run_cleanup(self, part: Callable[[], Awaitable[None]], deadline: float = math.inf) -> None:
         """Run one part of the clean-up to its end: again if a native cancellation, which no shield holds off, cut it.

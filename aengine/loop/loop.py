@@ -130,7 +130,7 @@ class Loop:
             yield from self._close(gently=True)
         except GeneratorExit:  # an interrupted engine is given up: nothing can be awaited any more
             self.feed.unread_batch()
-            self.source.close()
+            self.source.give_up()
             raise
         except BaseException as error:
             yield from self._report(error)
@@ -240,6 +240,8 @@ class Loop:
                         feed.is_awaited = True
                         batch = yield NextBatch(feed.source.arrival())
                         feed.is_awaited = False
+                        if batch is PENDING:
+                            batch = yield from feed.fetch()
                 except (StopIteration, StopAsyncIteration):
                     batch = END
                 except BaseException as error:

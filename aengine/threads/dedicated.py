@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import nullcontext
+from contextvars import Context
 from functools import partial
 from queue import SimpleQueue
 from typing import Any, TypeAlias, TypeVar
@@ -32,12 +33,13 @@ class DedicatedThread:
         thread.stop()
     """
 
-    __slots__ = ("_calls", "_ident", "_name", "_settings", "_thread")
+    __slots__ = ("_calls", "_context", "_ident", "_name", "_settings", "_thread")
 
-    def __init__(self, name: str, settings: ThreadState | None = None) -> None:
-        """Give the thread a name, and the torch settings that it is to have."""
+    def __init__(self, name: str, settings: ThreadState | None = None, context: Context | None = None) -> None:
+        """Give the thread a name, the torch settings that it is to have, and the context, if all calls have one."""
         self._name = name
         self._settings = settings
+        self._context = context
         self._calls: _Calls | None = None
         self._thread: threading.Thread | None = None
         self._ident: int | None = None
@@ -61,7 +63,8 @@ class DedicatedThread:
     def submit(self, function: Callable[..., T], *arguments: Any) -> "Future[T]":
         """Have this called on the thread after the calls before it, in the caller's context. Does not wait."""
         future: Future[T] = Future()
-        self.post(partial(_run, future, partial(context_for_thread().run, function, *arguments)))
+        context = context_for_thread() if self._context is None else self._context
+        self.post(partial(_run, future, partial(context.run, function, *arguments)))
         return future
 
     def post(self, call: Callable[[], object]) -> None:
