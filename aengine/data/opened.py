@@ -97,4 +97,10 @@ class OpenedData:
         """Close an async iterator, if the engine has opened it."""
         is_ours, iterator, self.iterator = self.is_ours, self.iterator, None
         if is_ours and hasattr(iterator, "aclose"):
-            await iterator.aclose()
+            try:
+                await iterator.aclose()
+            except BaseExceptionGroup as group:
+                # A task group that an async generator holds open wraps what closes the generator.
+                rest = group.split(GeneratorExit)[1]
+                if rest is not None:
+                    raise rest from None

@@ -288,9 +288,8 @@ class ThreadPrefetcher:
         self._begin = begin
         self._state = state
         self._thread = thread
-        self._report = report  # what nothing waits for any more
-        self._is_reported = False
-        self._closed: Future[None] | None = None
+        self._report = report
+        self._closing: ClosingInThread | None = None
         self._ended = thread.submit(self._pull)
 
     def _pull(self) -> None:
@@ -318,49 +317,68 @@ class ThreadPrefetcher:
             await wait_until_done(self._ended)
 
     async def close(self, deadline: float) -> None:  # noqa: ARG002 -- nothing ends what a thread does
-        """Have the data closed after the fetch under way, and wait for that. Cancellable, as `close_soon()` says.
+        """Have the data closed after the fetch under way, and wait for that.
+
+        Cancellable: the data is then closed whenever the fetch returns, and the errors of both are logged.
 
         Raises:
             BaseException: what closing it raised.
         """
-        closed = self._submit_close()
-        try:
-            await wait_until_done(closed)
-            if not self._is_reported:
-                closed.result()
-        except BaseException:
-            if not closed.done():
-                self.close_soon()
-            raise
-        finally:
-            del closed  # holds the error, whose traceback holds this frame
+        self.buffer.close_nowait()
+        self._closing = self._closing or ClosingInThread(self._thread, self._opened, self._report, self.buffer)
+        await self._closing.wait()
 
     def close_soon(self) -> None:
-        """Have the data closed whenever the fetch under way returns, and the errors of both logged. Does not wait."""
-        closed = self._submit_close()
-        if not self._is_reported:
-            self._is_reported = True
-            # Not a method: the future, which keeps its callbacks, is this one's.
-            closed.add_done_callback(partial(_report, self.buffer, self._report))
-
-    def _submit_close(self) -> "Future[None]":
+        """Have the data closed after the fetch under way, and the errors of both logged. Does not wait."""
         self.buffer.close_nowait()
-        if self._closed is None:
-            self._closed = self._thread.submit(self._opened.close)
-        return self._closed
+        self._closing = self._closing or ClosingInThread(self._thread, self._opened, self._report, self.buffer)
+        self._closing.leave()
 
     @property
-    def is_fetching(self) -> bool:
+    def is_busy(self) -> bool:
         """Whether the thread is in a fetch, or closes the data; neither may ever return."""
-        return not self._ended.done() or not (self._closed is None or self._closed.done())
+        return not self._ended.done() or (self._closing is not None and self._closing.is_busy)
 
 
-def close_in_thread(thread: DedicatedThread, opened: "OpenedData", report: Callable[[BaseException], None]) -> None:
-    """Have plain data closed in the thread that has opened it, and an error of that logged. Does not wait."""
-    thread.submit(opened.close).add_done_callback(partial(_report, None, report))
+class ClosingInThread:
+    """Plain data is closed in the thread that has opened it, after what that thread does now."""
+
+    def __init__(
+        self,
+        thread: DedicatedThread,
+        opened: "OpenedData",
+        report: Callable[[BaseException], None],
+        buffer: Buffer | None = None,
+    ) -> None:
+        self._report = report  # an error for which nothing waits any more
+        self._buffer = buffer  # which may get one
+        self._is_left = False
+        self._closed = thread.submit(opened.close)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether it is not closed yet."""
+        return not self._closed.done()
+
+    async def wait(self) -> None:
+        """Wait until it is closed, and raise what that raised. A cancellation leaves it to be closed later."""
+        try:
+            await wait_until_done(self._closed)
+        except BaseException:
+            self.leave()
+            raise
+        if not self._is_left:
+            self._closed.result()
+
+    def leave(self) -> None:
+        """Have errors logged: nothing waits for it any more."""
+        if not self._is_left:
+            self._is_left = True
+            # Not a method: the future keeps its callbacks, and this keeps the future.
+            self._closed.add_done_callback(partial(_report_errors, self._report, self._buffer))
 
 
-def _report(buffer: Buffer | None, report: Callable[[BaseException], None], closed: "Future[None]") -> None:
+def _report_errors(report: Callable[[BaseException], None], buffer: Buffer | None, closed: "Future[None]") -> None:
     for error in (None if buffer is None else buffer.unreported(), closed.exception()):
         if error is not None:
             report(error)

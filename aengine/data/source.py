@@ -19,7 +19,7 @@ from aengine.data.adapt import Adapted, is_stateful
 from aengine.data.managed import ManagedData, RunContext
 from aengine.data.opened import OpenedData
 from aengine.data.position import DataPosition
-from aengine.data.prefetch import Buffer, Fetched, Prefetcher, TaskPrefetcher, ThreadPrefetcher, close_in_thread
+from aengine.data.prefetch import Buffer, ClosingInThread, Fetched, Prefetcher, TaskPrefetcher, ThreadPrefetcher
 from aengine.errors import StrayCancellation
 from aengine.state import Randomness
 from aengine.threads.dedicated import DedicatedThread, wait_until_done
@@ -352,6 +352,8 @@ class Source:
             self._keep_what_was_pulled()
         elif opened is not None and opened.is_async:
             await opened.aclose()
+        elif opened is not None and self._thread is not None:  # it was left open by an interruption
+            await ClosingInThread(self._thread, opened, _reporter(self._logger, self.name)).wait()
 
     def close(self) -> None:
         """Close what takes no await, on the thread that has pulled it. Does nothing a second time."""
@@ -367,7 +369,7 @@ class Source:
         if isinstance(prefetcher, ThreadPrefetcher):
             prefetcher.close_soon()
         elif thread is not None and opened is not None:
-            close_in_thread(thread, opened, _reporter(self._logger, self.name))
+            ClosingInThread(thread, opened, _reporter(self._logger, self.name)).leave()
         is_busy = self._is_thread_busy
         self.close()
         self._prefetcher = self._thread = None
@@ -390,7 +392,7 @@ class Source:
     def _is_thread_busy(self) -> bool:
         prefetcher, making = self._prefetcher, self._making
         is_making = making is not None and not making.done()
-        return is_making or (isinstance(prefetcher, ThreadPrefetcher) and prefetcher.is_fetching)
+        return is_making or (isinstance(prefetcher, ThreadPrefetcher) and prefetcher.is_busy)
 
     @property
     def can_be_woken(self) -> bool:
