@@ -334,6 +334,7 @@ class Engine(Generic[Batch, Output]):
 
         Raises:
             TypeError: something that is no event.
+            ValueError: the engine has another event of this name. pytorch-ignite's of the same name will do.
         """
         self._emitter.register(events, event_to_attr)
 
