@@ -408,18 +408,24 @@ class Engine(Generic[Batch, Output]):
 
     # Stopping
 
-    def terminate(self, *, skip_completed: bool = False) -> None:
+    def terminate(self, *, skip_completed: bool = False) -> bool:
         """End the run before its next step: TERMINATE and COMPLETED are fired, and `run()` returns.
 
-        From any thread or task. A later `run()` resumes. Without a run under way it does nothing.
+        From any thread or task. A later `run()` resumes. Returns whether a run is under way that ends by this. Without
+        one only `should_terminate` is set, until the next run begins: a job that is not running yet is stopped by
+        whatever is about to call `run()`, which looks at `should_terminate` first, or by cancelling the scope or task
+        around it.
 
         Args:
             skip_completed: fire no COMPLETED.
         """
-        self._requests.terminate(skip_completed=skip_completed)
+        return self._requests.terminate(skip_completed=skip_completed)
 
-    def terminate_epoch(self, *, skip_epoch_completed: bool = False) -> None:
+    def terminate_epoch(self, *, skip_epoch_completed: bool = False) -> bool:
         """End the epoch before its next step: the data begins again with the next epoch. From any thread or task.
+
+        Returns whether an epoch is under way that ends by this. Without a run only `should_terminate_single_epoch` is
+        set, until the next run begins.
 
         Args:
             skip_epoch_completed: fire no EPOCH_COMPLETED.
@@ -427,11 +433,15 @@ class Engine(Generic[Batch, Output]):
         Raises:
             RuntimeError: called at STARTED or EPOCH_STARTED, where no iteration has begun.
         """
-        self._requests.terminate_epoch(skip_epoch_completed=skip_epoch_completed)
+        return self._requests.terminate_epoch(skip_epoch_completed=skip_epoch_completed)
 
-    def interrupt(self) -> None:
-        """Leave the run before its next step, to go on with the very next event at the next `run()`."""
-        self._requests.interrupt()
+    def interrupt(self) -> bool:
+        """Leave the run before its next step, to go on with the very next event at the next `run()`.
+
+        Returns whether a run is under way that is left by this. Without one only `should_interrupt` is set, until the
+        next run begins.
+        """
+        return self._requests.interrupt()
 
     def pause(self) -> None:
         """Have the loop wait before its next step, inside `run()`, until `resume()`. From any thread or task."""
@@ -456,17 +466,17 @@ class Engine(Generic[Batch, Output]):
 
     @property
     def should_terminate(self) -> bool:
-        """Whether `terminate()` was called of the run under way, or of the last one."""
+        """Whether `terminate()` was called since the last run began. The next one clears it."""
         return Request.TERMINATE in self._requests.pending
 
     @property
     def should_terminate_single_epoch(self) -> bool:
-        """Whether `terminate_epoch()` was called and is yet to take effect."""
+        """Whether `terminate_epoch()` was called and is yet to take effect. The next run clears it."""
         return Request.TERMINATE_EPOCH in self._requests.pending
 
     @property
     def should_interrupt(self) -> bool:
-        """Whether `interrupt()` was called and is yet to take effect."""
+        """Whether `interrupt()` was called and is yet to take effect. The next run clears it."""
         return Request.INTERRUPT in self._requests.pending
 
     # Saving and looking
