@@ -12,7 +12,7 @@ from typing import Any, NoReturn, cast
 
 import anyio
 
-from aengine.data.adapt import Adapted, has, is_factory, is_iterable
+from aengine.data.adapt import Adapted, has, is_async_iterable, is_factory, is_iterable
 from aengine.data.managed import ManagedData, RunContext
 from aengine.data.position import DataPosition
 from aengine.data.prefetch import Buffer, Fetched, Prefetcher, TaskPrefetcher, ThreadPrefetcher
@@ -110,7 +110,7 @@ class Source:
             self.take = lambda: None
             return None
         made: Any = data() if is_factory(data) else data
-        if has(made, "__aiter__"):
+        if is_async_iterable(made):
             position.rewind(made)
             self._iterator = aiter(cast(AsyncIterable[Any], made))
             if not position.to_skip:

@@ -202,6 +202,8 @@ class Driver:
             self._scope.cancel()
 
     def _fail_of_data(self, error: BaseException) -> None:
+        if isinstance(error, Exception) and self._loop.log_error_of_data(error):
+            return
         self._bus.note(error, f"the data ({self._loop.source.name})")
         self.fail(error)
 

@@ -25,7 +25,7 @@ from aengine.loop.loop import Loop
 from aengine.loop.progress import Progress, begin
 from aengine.loop.requests import Requests
 from aengine.loop.state_dict import from_state_dict, to_state_dict
-from aengine.state import ErrorInfo, StopReason
+from aengine.state import ErrorInfo, StopReason, set_dataloader
 from aengine.statistics import EngineStatistics
 from aengine.threads.worker import close_unawaited
 
@@ -178,7 +178,7 @@ class Session:
         source = Source(adapted, self._bus.logger, randomness, unread=unread, completed=progress.iteration)
         if progress.position is not None:
             source.resume_at(progress.position, progress.iteration)
-        state.dataloader = data
+        set_dataloader(state, data)
         self._requests.begin()
         self._bus.reset()
         rng, self._rng_to_restore = self._rng_to_restore, None
