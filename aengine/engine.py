@@ -6,8 +6,6 @@ from contextlib import AbstractAsyncContextManager
 from functools import partial
 from typing import Any, Generic, TypeVar, overload
 
-from anyio.lowlevel import checkpoint_if_cancelled
-
 from aengine.arguments import check_seconds
 from aengine.bus.emitter import EventEmitter, RemovableEventHandle
 from aengine.bus.inbox import Overflow
@@ -123,7 +121,6 @@ class Engine(Generic[Batch, Output]):
         Cancellation waits for the step in flight, fires CANCELLED within `grace` seconds, and goes on. The run can then
         be resumed.
         """
-        await checkpoint_if_cancelled()
         await self._session.run(self, data, (max_epochs, max_iters, epoch_length), prefetch)
         return self.state
 
@@ -293,13 +290,24 @@ class Engine(Generic[Batch, Output]):
         buffer: int = 64,
         overflow: Overflow | str = "drop_oldest",
         snapshot: Snapshot | None = None,
+        wait_for_run: bool = True,
     ) -> Stream:
         """Return events to be read, as in the class `Stream`.
 
-        It ends with the run. The arguments are those of `subscribe`. A slow reader loses the oldest events, which are
+        It ends with the run under way, or else with the next one, however that ends. `state.stop_reason` and
+        `state.error` say how. The arguments are those of `subscribe`. A slow reader loses the oldest events, which are
         counted, and never slows the loop, unless it asks for that by `overflow="wait"`.
+
+        Args:
+            event: what to read; several with `|` share one stream.
+            buffer: how many events may wait.
+            overflow: what happens when more come.
+            snapshot: what travels in `event.snapshot`.
+            wait_for_run: False has the stream be over at once where no run is under way, as the reader of an engine
+                that may be done wants it.
         """
-        return Stream(self._emitter.bus, self._emitter.select(event), None, buffer, overflow, snapshot)
+        bus, selected = self._emitter.bus, self._emitter.select(event)
+        return Stream(bus, selected, None, buffer, overflow, snapshot, wait_for_run=wait_for_run)
 
     def add_service(
         self, service: Service, *, on_error: str = "raise", name: str | None = None
@@ -328,6 +336,7 @@ class Engine(Generic[Batch, Output]):
 
         Raises:
             TypeError: something that is no event.
+            ValueError: the engine has another event of this name. pytorch-ignite's of the same name will do.
         """
         self._emitter.register(events, event_to_attr)
 

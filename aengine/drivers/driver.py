@@ -242,10 +242,9 @@ class Driver:
         await self._run_cleanup(partial(self._services.run_ended, error, deadline))
         await self._run_cleanup(self._subscribers.end)
         del error
-        if not self.is_suspended:
-            self._bus.end_streams()
-            if not self.has_abandoned:  # the loop has done so itself, unless it was cancelled in its clean-up
-                await self._run_cleanup(source.aclose, deadline)
+        if not self.is_suspended and not self.has_abandoned:
+            # The loop has done so itself, unless it was cancelled in its clean-up.
+            await self._run_cleanup(source.aclose, deadline)
         await self._run_cleanup(source.exit, deadline)
         if self._worker is not None:
             await self._run_cleanup(self._worker.stop)

@@ -37,7 +37,7 @@ does this lock. It is held while a window is open, which torch itself does not s
 class ProfilingEvents(EventEnum):
     """What a Profiling fires on its engine, to be sent what it has recorded."""
 
-    TRACE_RECORDED = "trace_recorded"
+    PROFILER_TRACE_RECORDED = "profiler_trace_recorded"
 
 
 def profile(
@@ -133,7 +133,7 @@ class Profiling:
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._end_step)
         engine.add_event_handler(self._windows.event, self._open)
         engine.subscribe(
-            ProfilingEvents.TRACE_RECORDED,
+            ProfilingEvents.PROFILER_TRACE_RECORDED,
             self._write,
             snapshot=self._take,
             on_error="log",
@@ -171,7 +171,7 @@ class Profiling:
             self._handles.pop().remove()
         self._recorded = window.close(engine)
         if self._recorded is not None:
-            engine.fire_event(ProfilingEvents.TRACE_RECORDED)
+            engine.fire_event(ProfilingEvents.PROFILER_TRACE_RECORDED)
 
     def _take(self, _: AnyEngine) -> "_Recorded | None":
         recorded, self._recorded = self._recorded, None

@@ -2,7 +2,7 @@
 
     system = SystemStatistics(every=timedelta(seconds=10))
     system.attach(trainer)
-    track(trainer, JSONLines("system.jsonl"), SystemEvents.SAMPLED, values=system.values)
+    track(trainer, JSONLines("system.jsonl"), SystemEvents.SYSTEM_SAMPLED, values=system.values)
 
 The process and the machine are read by psutil, the GPUs by nvidia-ml-py (extra `system`), and what torch has allocated
 on them by torch, if it is in use. What is not installed or not there gives no numbers.
@@ -43,11 +43,11 @@ class SystemEvents(EventEnum):
     """What an engine with SystemStatistics fires.
 
     Attributes:
-        SAMPLED: there are new numbers. Fired on the event loop, beside the step: for its handlers the engine may be in
-            the middle of a step.
+        SYSTEM_SAMPLED: there are new numbers. Fired on the event loop, beside the step: for its handlers the engine may
+            be in the middle of a step.
     """
 
-    SAMPLED = "system_sampled"
+    SYSTEM_SAMPLED = "system_sampled"
 
 
 class SystemStatistics:
@@ -123,7 +123,7 @@ class _Sampler(Service):
                     machine.read, abandon_on_cancel=True, limiter=anyio.CapacityLimiter(1)
                 )
                 if not self._is_ending:
-                    await engine.emit(SystemEvents.SAMPLED)
+                    await engine.emit(SystemEvents.SYSTEM_SAMPLED)
                 await anyio.sleep(self._seconds)
         except Exception as error:
             error.add_note(f"in the system statistics of engine {engine.name!r}")

@@ -42,9 +42,9 @@ _BUCKETS = (1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
 
 
 class InstrumentationEvents(EventEnum):
-    """What an Instrumentation fires on its engine: RUN_BEGAN, before the next step after the span of a run began."""
+    """What an Instrumentation fires on its engine, before the next step after the span of a run began."""
 
-    RUN_BEGAN = "run_began"
+    OPENTELEMETRY_RUN_BEGAN = "opentelemetry_run_began"
 
 
 class OpenTelemetry:
@@ -259,7 +259,7 @@ class Instrumentation:
         self.context = self._run.context
         self._costs.begin(engine.statistics())
         self._stopped_at = None
-        engine.fire_between_steps(InstrumentationEvents.RUN_BEGAN)
+        engine.fire_between_steps(InstrumentationEvents.OPENTELEMETRY_RUN_BEGAN)
         if interrupted is not None and self._was_in_epoch:
             self._open_epoch(engine, self.context)
         self._interrupted, self._was_in_epoch = None, False

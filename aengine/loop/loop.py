@@ -21,7 +21,7 @@ from aengine.loop.effects import BUDGET, Effect, LoopGenerator, NextBatch, WaitC
 from aengine.loop.feed import END, Exhausted, Feed
 from aengine.loop.progress import Progress
 from aengine.loop.requests import Phase, Request, Requests
-from aengine.state import StopReason
+from aengine.state import ErrorInfo, StopReason
 
 
 class Terminated(Exception):
@@ -442,6 +442,8 @@ class Loop:
         """Fire CANCELLED or EXCEPTION_RAISED, as clean-up."""
         is_cancellation = isinstance(error, self.cancellations)
         self._state.stop_reason = StopReason.CANCELLED if is_cancellation else StopReason.FAILED
+        if not is_cancellation:
+            self._state.error = ErrorInfo.of(error)
         self._requests.enter(Phase.ENDING_EPOCH)
         if error is self.feed.empty:
             yield from self._accept_no_more()

@@ -2,7 +2,7 @@
 
     gradients = GradientStatistics(model, optimizer, every=100)
     gradients.attach(trainer)
-    track(trainer, JSONLines("gradients.jsonl"), GradientEvents.MEASURED, values=gradients.values)
+    track(trainer, JSONLines("gradients.jsonl"), GradientEvents.GRADIENTS_MEASURED, values=gradients.values)
 
 Nothing is read from a device here: the results stay there, as tensors of one number, until they are used.
 """
@@ -28,11 +28,11 @@ class GradientEvents(EventEnum):
     """What an engine with GradientStatistics fires.
 
     Attributes:
-        MEASURED: in the iteration just completed a step of the optimizer was measured. Its handlers run before those of
-            ITERATION_COMPLETED that were added after the statistics were attached.
+        GRADIENTS_MEASURED: in the iteration just completed a step of the optimizer was measured. Its handlers run
+            before those of ITERATION_COMPLETED that were added after the statistics were attached.
     """
 
-    MEASURED = "gradients_measured"
+    GRADIENTS_MEASURED = "gradients_measured"
 
 
 class GradientStatistics:
@@ -86,10 +86,10 @@ class GradientStatistics:
         self._values: dict[str, torch.Tensor] = {}
         self._before: list[torch.Tensor] | None = None  # the parameters before the step, during a measured one
         self._is_measured = False  # the current step
-        self._is_new = False  # the last measurement: MEASURED was not fired for it yet
+        self._is_new = False  # the last measurement: GRADIENTS_MEASURED was not fired for it yet
 
     def attach(self, engine: Engine[Any, Any]) -> RemovableEventHandle:
-        """Measure from now on, and fire MEASURED on this engine. Returns a handle that ends it.
+        """Measure from now on, and fire GRADIENTS_MEASURED on this engine. Returns a handle that ends it.
 
         Raises:
             RuntimeError: this is attached already.
@@ -179,7 +179,7 @@ class GradientStatistics:
     def _report(self, engine: Engine[Any, Any]) -> None:
         if self._is_new:
             self._is_new = False
-            engine.fire_event(GradientEvents.MEASURED)
+            engine.fire_event(GradientEvents.GRADIENTS_MEASURED)
 
 
 class _Measures(NamedTuple):

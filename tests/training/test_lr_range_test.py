@@ -469,7 +469,7 @@ async def test_gradient_statistics_show_nothing_of_the_test() -> None:
     gradients = GradientStatistics(model, optimizer, every=2)
     gradients.attach(trainer)
     measured: list[int] = []
-    trainer.add_event_handler(GradientEvents.MEASURED, lambda engine: measured.append(engine.state.iteration))
+    trainer.add_event_handler(GradientEvents.GRADIENTS_MEASURED, lambda engine: measured.append(engine.state.iteration))
     await lr_range_test(trainer, model, optimizer, batches(), RATES)
     assert gradients.values() == {}
     trainer.add_event_handler(Events.ITERATION_COMPLETED(once=3), trainer.terminate)
