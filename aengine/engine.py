@@ -33,8 +33,9 @@ class Engine(Generic[Batch, Output]):
         step: `step(engine, batch)` returns the output, or an awaitable of it. A plain `def` runs on the engine's own
             worker thread, an `async def` on the event loop.
         name: shown in logs, notes, events and statistics; by default the step's name.
-        thread: None for where the step belongs; False to run a plain step on the event loop's own thread; True to
-            insist on the worker.
+        thread: None for where the step belongs: a plain one on the worker, unless a mode or profiler of torch is on
+            where the engine is run, which sees that thread only; False to run a plain step on the event loop's own
+            thread; True to insist on the worker.
         grace: seconds that clean-up may take: handlers of CANCELLED and EXCEPTION_RAISED, subscribers that are behind,
             services, closing the data.
 
@@ -82,6 +83,7 @@ class Engine(Generic[Batch, Output]):
             self._requests,
             is_async=is_async,
             threaded=not is_async and thread is not False,
+            insists=thread is True,
             grace=grace,
         )
 

@@ -187,10 +187,13 @@ class Source:
 
     # Ahead of the step
 
-    def _pull_ahead(self, run: RunContext) -> Prefetcher:
+    def _pull_ahead(self, run: RunContext) -> Prefetcher | None:
+        is_plain = not has(self._iterator, "__anext__")
+        if is_plain and run.settings.bound is not None:  # a thread of its own would not have what is in force here
+            return None
         fetched, state = self.position.fetched, self.position.state
         buffer = Buffer(run.prefetch, run.loop_handle, lambda more: run.can_use(fetched + more))
-        if not has(self._iterator, "__anext__"):
+        if is_plain:
             return ThreadPrefetcher(buffer, state, self._iterator, run.settings)
         prefetcher = TaskPrefetcher(buffer, state, self._iterator)
         run.spawn(prefetcher.pull, prefetcher.never_started)
