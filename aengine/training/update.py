@@ -24,6 +24,7 @@ from torch.nn.utils import clip_grad_norm_
 from aengine.arguments import check_whole
 from aengine.engine import Engine
 from aengine.events import EventEnum, Events
+from aengine.handlers.attachment import Attachment
 
 Clip: TypeAlias = Callable[[Iterable[torch.nn.Parameter]], object]
 
@@ -95,16 +96,16 @@ class Update:
         self._is_firing = False  # OPTIMIZER_STEPPED
         self._is_adding = False  # gradients: from backward() to ITERATION_COMPLETED; longer, if the step has failed
         # Weak, for the engine refers to this through its handlers: a cycle would keep the engine after its last use.
+        self._attachment = Attachment()
         self._engine: weakref.ref[Engine[Any, Any]] | None = None
 
     def attach(self, engine: Engine[Any, Any]) -> None:
         """Fire the event on an engine, complete its epochs, be saved with it. Call it before other handlers are added.
 
         Raises:
-            ValueError: this is attached already.
+            RuntimeError: this is attached already.
         """
-        if self._engine is not None:
-            raise ValueError("this Update is attached already: make another one, with an optimizer of its own")
+        self._attachment.begin(self, engine, ", with an optimizer of its own")
         self._engine = weakref.ref(engine)
         engine.register_events(*UpdateEvents)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._report)

@@ -636,5 +636,5 @@ def test_update_that_is_attached_to_no_engine_says_so() -> None:
     with pytest.raises(RuntimeError, match=r"is not attached to engine 'own': call  update.attach"):
         trainer.run_sync(batches())
     update.attach(trainer)
-    with pytest.raises(ValueError, match="is attached already"):
+    with pytest.raises(RuntimeError, match="already.*make another one, with an optimizer of its own"):
         update.attach(trainer)
