@@ -354,11 +354,11 @@ class Loop:
 
     # Events and requests
 
-    def _dispatch(self, name: str, *payload: Any) -> LoopGenerator:
+    def _dispatch(self, name: str, payload: Any = None) -> LoopGenerator:
         self._bus.stopwatch.weight = 1
         topic = self._bus.topic(name)
         topic.mark_fired_by_loop()
-        count = topic.count_firing()
+        count = topic.count_firing(payload)
         if count >= topic.next_count:
             yield from topic.dispatch(self._engine, count, payload) or ()
 
@@ -395,7 +395,8 @@ class Loop:
 
     def _fire_requested(self) -> LoopGenerator:
         while self._requests.to_fire:
-            yield from self._dispatch(self._requests.to_fire.popleft())
+            firing = self._requests.to_fire.popleft()
+            yield from self._dispatch(firing.event, firing.payload)
 
     def _accept_no_more(self) -> LoopGenerator:
         """Accept no more requests, then fire what was requested in time: in this order, or one in between is lost."""
@@ -449,7 +450,7 @@ class Loop:
         yield Effect.SHIELD
         self._bus.stopwatch.weight = 1
         topic = self._bus.topic("CANCELLED" if is_cancellation else "EXCEPTION_RAISED")
-        payload = () if is_cancellation else (error,)
+        payload = None if is_cancellation else error
         for dispatch in topic.dispatch_to_each(self._engine, topic.count_firing(), payload):
             try:
                 yield from dispatch
