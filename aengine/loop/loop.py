@@ -127,7 +127,7 @@ class Loop:
                 state.times["COMPLETED"] = perf_counter() - began
             yield from self._accept_no_more()
             yield Effect.FLUSH
-            yield from self._close(gently=True)
+            yield from self._close(gently=True, exits=True)
         except GeneratorExit:  # an interrupted engine is given up: nothing can be awaited any more
             self.feed.unread_batch()
             self.source.close()
@@ -135,7 +135,8 @@ class Loop:
         except BaseException as error:
             yield from self._report(error)
             try:
-                yield from self._close(gently=not isinstance(error, self.cancellations))
+                # Subscribers are still at work, and may need the data: to acknowledge what they have written.
+                yield from self._close(gently=not isinstance(error, self.cancellations), exits=False)
             except Exception as another:  # noqa: BLE001 -- raised with the first
                 self.also_raised.append(another)
             raise
@@ -462,10 +463,10 @@ class Loop:
         except Exception as another:  # noqa: BLE001 -- likewise
             self.also_raised.append(another)
 
-    def _close(self, *, gently: bool) -> LoopGenerator:
+    def _close(self, *, gently: bool, exits: bool) -> LoopGenerator:
         self._requests.enter(Phase.IDLE)
         try:
-            yield from self.feed.close(gently=gently)
+            yield from self.feed.close(gently=gently, exits=exits)
         except Exception as error:
             self._bus.note(error, f"closing the data ({self.source.name})")
             raise
