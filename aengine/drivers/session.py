@@ -177,7 +177,12 @@ class Session:
             yield
         finally:
             self.is_running = False
-            self._requests.end()
+            if left := self._requests.end():  # cancelled before its first event, or given up by a second Ctrl-C
+                self._bus.logger.warning(
+                    "the run of engine %r ended before it could fire what fire_event_soon() had accepted: %s",
+                    self._bus.name,
+                    ", ".join(left),
+                )
 
     def refuse_running(self, advice: str) -> None:
         """Raise EngineBusy while a run is under way."""
@@ -295,6 +300,11 @@ class Session:
 
     # While it lasts
 
+    def data_in_use(self) -> list[Any]:
+        """Return what batches come from now: what is iterated, which data may have made, and the data itself."""
+        opened = [] if self._loop is None else [self._loop.source.opened]
+        return [*opened, self._state.dataloader]
+
     def set_data(self, engine: Any, data: Any) -> None:
         """Have the next batch come from other data, as `Engine.set_data`."""
         adapted = adapt(data)
@@ -394,8 +404,10 @@ class Session:
             state.epoch,
             state.epoch_length,
             state.max_epochs,
+            state.max_iters,
             state.output,
             dict(state.metrics),
             perf_counter(),
+            None,
             None,
         )
