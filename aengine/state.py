@@ -1,8 +1,10 @@
 """State: what the loop knows, and whatever users put beside it."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol, runtime_checkable
+from traceback import format_exception
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, Self, runtime_checkable
 
 if TYPE_CHECKING:
     from aengine.loop.progress import Progress
@@ -20,6 +22,30 @@ class StopReason(Enum):
 
     def __str__(self) -> str:
         return self.value
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorInfo:
+    """What ended a run, as three texts. It holds no frame, and so neither the engine nor a tensor.
+
+    Attributes:
+        type: the name of the exception's class.
+        message: what `str()` says of it.
+        traceback: as Python prints it, with its notes and causes.
+    """
+
+    type: str
+    message: str
+    traceback: str
+
+    @classmethod
+    def of(cls, error: BaseException) -> Self:
+        """Describe an exception. What the exception cannot say of itself is left out."""
+        try:
+            message = str(error)
+        except Exception:  # noqa: BLE001 -- a user's own `__str__`: the end of the run is told all the same
+            message = ""
+        return cls(type(error).__name__, message, "".join(format_exception(error)))
 
 
 # The counters that filters of these events look at. Any other event counts its own firings.
@@ -52,7 +78,10 @@ class State:
         dataloader: the data as it was given to `run()` or `set_data()`. Read only.
         seed: free for users, as in pytorch-ignite; the loop does not read it.
         times: seconds the last epoch and the last run took, under "EPOCH_COMPLETED" and "COMPLETED".
-        stop_reason: why the last run ended; None before the first end and while running.
+        stop_reason: why the last call of `run()` ended, also one that was refused; None before the first end and while
+            running.
+        error: what the last call of `run()` raised, as text; None while running, and where it raised nothing or a
+            cancellation.
         event_to_attr: which attribute counts which event (by name), for filters.
 
     Any other attribute can be set; it survives from run to run. Those named in `engine.state_dict_user_keys`
@@ -73,6 +102,7 @@ class State:
         self.seed: int | None = None
         self.times: dict[str, float | None] = {"EPOCH_COMPLETED": None, "COMPLETED": None}
         self.stop_reason: StopReason | None = None
+        self.error: ErrorInfo | None = None
         self.event_to_attr: dict[str, str] = dict(COUNTERS)
         # Set by the loop and the engine: what is completed where no run is under way; None while one is.
         self.last_progress: Progress | None = None

@@ -42,6 +42,7 @@ class Source:
         arrival: returns an awaitable of the next batch, which raises StopAsyncIteration at the end. It may return
             PENDING: then the data was entered, and `take()` is called again, on the thread of the loop.
         has_ended: whether the end was met, so that only a restart gives more.
+        opened: what is iterated: the data itself, or what it made or gave when it was called or entered.
         run: the run on an event loop that reads this; without one nothing is awaited.
     """
 
@@ -59,13 +60,14 @@ class Source:
         self.is_one_shot = data.is_one_shot
         self.position = DataPosition(data, logger, randomness, unread, completed)
         self.has_ended = False
+        self.opened: Any = None
         self.run: RunContext | None = None
         self._logger = logger
         self._is_manager = data.is_manager
         self._managed: ManagedData | None = None  # while it is entered
         self._is_put_back = False  # the context manager was, before it was entered
         self._entered: Any = _NOT_ENTERED if data.is_manager else data.data  # what is opened
-        self._opened: OpenedData | None = None
+        self._pass: OpenedData | None = None
         self._prefetcher: Prefetcher | None = None
         self._thread: DedicatedThread | None = None  # that pulls plain data ahead, pass after pass, across interruptions
         self._making: Future[bool] | None = None  # the call of a function that makes the data, in that thread
@@ -119,8 +121,10 @@ class Source:
         if data is None:
             self.take = lambda: None
             return None
-        opened = self._opened = OpenedData(data, self.data, self.position, self._rewind)
-        if self.run is not None and self.run.prefetch:
+        opened = self._pass = OpenedData(data, self.data, self.position, self._rewind)
+        run = self.run
+        # Where a thread of its own would not have what is in force here, plain data is pulled here.
+        if run is not None and run.prefetch and (run.settings.bound is None or opened.make()):
             self.take, self.arrival = _take_later, self._open_ahead
             return PENDING
         if opened.make():
@@ -134,7 +138,7 @@ class Source:
         if self._entered is _NOT_ENTERED:
             await self._enter()
             return PENDING
-        opened = self._opened
+        opened = self._pass
         assert opened is not None, "made by take()"  # noqa: S101
         await opened.open_async()
         self._choose()
@@ -155,13 +159,14 @@ class Source:
         self._managed = managed
 
     def _rewind(self, made: Any) -> None:
+        self.opened = made
         if not self._is_put_back:
             self.position.rewind(self.data if self._is_manager and is_stateful(self.data) else made)
         self._is_put_back = False
 
     def _choose(self) -> None:
         """The data stands where it should: choose how to take from it."""
-        position, opened = self.position, self._opened
+        position, opened = self.position, self._pass
         has_state = position.stateful is not None
         if position.unread:
             self.take = self._take_unread
@@ -191,14 +196,14 @@ class Source:
 
     @property
     def _iterator(self) -> Any:
-        return None if self._opened is None else self._opened.iterator
+        return None if self._pass is None else self._pass.iterator
 
     # Ahead of the step
 
     async def _open_ahead(self) -> Any:
-        opened, run = self._opened, self.run
+        opened, run = self._pass, self.run
         assert opened is not None and run is not None, "opened by take(), awaited by a run"  # noqa: S101, PT018
-        if opened.is_made_by_plain_code:
+        if opened.is_async is None and opened.is_made_by_plain_code:
             making = self._making = self._thread_of(run).submit(opened.make)
             try:
                 await wait_until_done(making)
@@ -261,7 +266,7 @@ class Source:
     @property
     def is_open(self) -> bool:
         """Whether `close()` is still to be called."""
-        return self._opened is not None
+        return self._pass is not None
 
     def suspend(self, completed: int) -> Generator[Awaitable[None], Any, None]:
         """Stop pulling ahead, but stay where the data stands. Yields what must be awaited; each is cancellable."""
@@ -292,9 +297,9 @@ class Source:
             self._entered = _NOT_ENTERED
             self.take, self.arrival = self._open_and_take, self._open_and_wait
             if is_ahead or self.has_ended:  # it goes on with what was pulled, then the end; a restart enters it again
-                self._opened = OpenedData(_end_of_data(error), None, self.position, lambda _: None)
-                self._opened.make()
-                self._opened.open()
+                self._pass = OpenedData(_end_of_data(error), None, self.position, lambda _: None)
+                self._pass.make()
+                self._pass.open()
                 self._choose()
 
     def _take_after_suspension(self) -> Any:
@@ -302,7 +307,7 @@ class Source:
         return PENDING
 
     async def _arrival_after_suspension(self) -> Any:
-        opened, run = self._opened, self.run
+        opened, run = self._pass, self.run
         assert opened is not None and run is not None, "left open, awaited by a run"  # noqa: S101, PT018
         if run.prefetch or self._thread is not None:
             self._pull_ahead(opened, run)
@@ -336,7 +341,7 @@ class Source:
         With `gently`, a fetch from an async generator of the user's may end by itself, within half of the grace: to
         cancel it would end the generator, which the user may iterate further.
         """
-        prefetcher, opened = self._prefetcher, self._opened
+        prefetcher, opened = self._prefetcher, self._pass
         if prefetcher is not None:
             grace = math.inf if self.run is None else self.run.grace
             if gently and self._is_generator_of_users:
@@ -357,7 +362,7 @@ class Source:
 
     def close(self) -> None:
         """Close what takes no await, on the thread that has pulled it. Does nothing a second time."""
-        opened, self._opened = self._opened, None
+        opened, self._pass = self._pass, None
         # Bound methods of its own would keep this alive until the collector runs, and a DataLoader's workers with it.
         self.take, self.arrival = _raise_stop, _arrive_never
         if opened is not None and not opened.is_async and self._prefetcher is None and self._thread is None:
@@ -365,7 +370,7 @@ class Source:
 
     def give_up(self) -> None:
         """Close what an interrupted run has left open, where nothing can be awaited any more. An error is logged."""
-        prefetcher, thread, opened = self._prefetcher, self._thread, self._opened
+        prefetcher, thread, opened = self._prefetcher, self._thread, self._pass
         if isinstance(prefetcher, ThreadPrefetcher):
             prefetcher.close_soon()
         elif thread is not None and opened is not None:
@@ -384,7 +389,7 @@ class Source:
                 await managed.exit()
         finally:
             thread = self._thread
-            if thread is not None and self._opened is None:  # else the next run goes on with it
+            if thread is not None and self._pass is None:  # else the next run goes on with it
                 thread.abandon() if self._is_thread_busy else thread.stop()
                 self._prefetcher = self._thread = None
 
@@ -401,12 +406,12 @@ class Source:
 
     @property
     def _is_async_of_ours(self) -> bool:
-        opened = self._opened
+        opened = self._pass
         return opened is not None and opened.is_ours and hasattr(opened.iterator, "aclose")
 
     @property
     def _is_generator_of_users(self) -> bool:
-        opened = self._opened
+        opened = self._pass
         return opened is not None and not opened.is_ours and isinstance(opened.iterator, AsyncGeneratorType)
 
 

@@ -118,15 +118,18 @@ class Feed:
         if batch is not END:
             self.source.unread_batch(batch)
 
-    def close(self, *, gently: bool) -> LoopGenerator:
-        """Close the data at the end of a run. A second time does nothing: then closing it is what failed."""
+    def close(self, *, gently: bool, exits: bool) -> LoopGenerator:
+        """Close the data at the end of a run. A second time does nothing: then closing it is what failed.
+
+        Without `exits`, an async context manager is left to the driver to be exited, when nothing needs it any more.
+        """
         if self._is_closed:
             return
         self._is_closed = True
         self.unread_batch()
         if self.source.must_be_awaited:
             yield Effect.SHIELD
-        yield from self._close(gently=gently, is_last=True)
+        yield from self._close(gently=gently, is_last=exits)
 
     def _close(self, *, gently: bool = False, is_last: bool = False) -> LoopGenerator:
         yield from self.source.close_pass(gently=gently)

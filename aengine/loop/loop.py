@@ -21,7 +21,7 @@ from aengine.loop.effects import BUDGET, Effect, LoopGenerator, NextBatch, WaitC
 from aengine.loop.feed import END, Exhausted, Feed
 from aengine.loop.progress import Progress
 from aengine.loop.requests import Phase, Request, Requests
-from aengine.state import StopReason
+from aengine.state import ErrorInfo, StopReason
 
 
 class Terminated(Exception):
@@ -127,7 +127,7 @@ class Loop:
                 state.times["COMPLETED"] = perf_counter() - began
             yield from self._accept_no_more()
             yield Effect.FLUSH
-            yield from self._close(gently=True)
+            yield from self._close(gently=True, exits=True)
         except GeneratorExit:  # an interrupted engine is given up: nothing can be awaited any more
             self.feed.unread_batch()
             self.source.give_up()
@@ -135,7 +135,8 @@ class Loop:
         except BaseException as error:
             yield from self._report(error)
             try:
-                yield from self._close(gently=not isinstance(error, self.cancellations))
+                # Subscribers are still at work, and may need the data: to acknowledge what they have written.
+                yield from self._close(gently=not isinstance(error, self.cancellations), exits=False)
             except Exception as another:  # noqa: BLE001 -- raised with the first
                 self.also_raised.append(another)
             raise
@@ -378,11 +379,11 @@ class Loop:
 
     # Events and requests
 
-    def _dispatch(self, name: str, *payload: Any) -> LoopGenerator:
+    def _dispatch(self, name: str, payload: Any = None) -> LoopGenerator:
         self._bus.stopwatch.weight = 1
         topic = self._bus.topic(name)
         topic.mark_fired_by_loop()
-        count = topic.count_firing()
+        count = topic.count_firing(payload)
         if count >= topic.next_count:
             yield from topic.dispatch(self._engine, count, payload) or ()
 
@@ -419,7 +420,8 @@ class Loop:
 
     def _fire_requested(self) -> LoopGenerator:
         while self._requests.to_fire:
-            yield from self._dispatch(self._requests.to_fire.popleft())
+            firing = self._requests.to_fire.popleft()
+            yield from self._dispatch(firing.event, firing.payload)
 
     def _accept_no_more(self) -> LoopGenerator:
         """Accept no more requests, then fire what was requested in time: in this order, or one in between is lost."""
@@ -466,6 +468,8 @@ class Loop:
         """Fire CANCELLED or EXCEPTION_RAISED, as clean-up."""
         is_cancellation = isinstance(error, self.cancellations)
         self._state.stop_reason = StopReason.CANCELLED if is_cancellation else StopReason.FAILED
+        if not is_cancellation:
+            self._state.error = ErrorInfo.of(error)
         self._requests.enter(Phase.ENDING_EPOCH)
         if error is self.feed.empty:
             yield from self._accept_no_more()
@@ -473,7 +477,7 @@ class Loop:
         yield Effect.SHIELD
         self._bus.stopwatch.weight = 1
         topic = self._bus.topic("CANCELLED" if is_cancellation else "EXCEPTION_RAISED")
-        payload = () if is_cancellation else (error,)
+        payload = None if is_cancellation else error
         for dispatch in topic.dispatch_to_each(self._engine, topic.count_firing(), payload):
             try:
                 yield from dispatch
@@ -485,10 +489,10 @@ class Loop:
         except Exception as another:  # noqa: BLE001 -- likewise
             self.also_raised.append(another)
 
-    def _close(self, *, gently: bool) -> LoopGenerator:
+    def _close(self, *, gently: bool, exits: bool) -> LoopGenerator:
         self._requests.enter(Phase.IDLE)
         try:
-            yield from self.feed.close(gently=gently)
+            yield from self.feed.close(gently=gently, exits=exits)
         except Exception as error:
             is_clean = self._state.stop_reason not in (StopReason.FAILED, StopReason.CANCELLED)
             # That it was not closed in time is not the data's error but ours.
