@@ -10,7 +10,7 @@ import math
 from collections.abc import Awaitable, Callable, Generator, Iterable, Mapping
 from concurrent.futures import Future
 from functools import partial
-from types import AsyncGeneratorType
+from types import AsyncGeneratorType, GeneratorType
 from typing import Any, NoReturn
 
 import anyio
@@ -68,8 +68,10 @@ class Source:
         self._is_put_back = False  # the context manager was, before it was entered
         self._entered: Any = _NOT_ENTERED if data.is_manager else data.data  # what is opened
         self._pass: OpenedData | None = None
+        self._is_closed = False
         self._prefetcher: Prefetcher | None = None
         self._thread: DedicatedThread | None = None  # that pulls plain data ahead, pass after pass, across interruptions
+        self._worker: DedicatedThread | None = None  # that of an interrupted run, which has pulled what is open
         self._making: Future[bool] | None = None  # the call of a function that makes the data, in that thread
         self._begun_in: EventLoopHandle | None = None  # where an async iterator was begun that outlives a run
         self.arrival: Callable[[], Awaitable[Any]] = self._open_and_wait
@@ -103,7 +105,7 @@ class Source:
 
     def restart(self, completed: int) -> None:
         """Begin the data again at the next fetch. What is open has been closed; what is unread is dropped."""
-        self.has_ended = False
+        self.has_ended = self._is_closed = False
         self.take, self.arrival = self._open_and_take, self._open_and_wait
         self.position.restart(completed)
 
@@ -294,13 +296,34 @@ class Source:
             is_ahead = self._prefetcher is not None and self._buffer.has_ended
             error = self._buffer.unreported() if is_ahead else None
             yield from self.close_pass()
-            self._entered = _NOT_ENTERED
+            self._entered, self._is_closed = _NOT_ENTERED, False
             self.take, self.arrival = self._open_and_take, self._open_and_wait
             if is_ahead or self.has_ended:  # it goes on with what was pulled, then the end; a restart enters it again
                 self._pass = OpenedData(_end_of_data(error), None, self.position, lambda _: None)
                 self._pass.make()
                 self._pass.open()
                 self._choose()
+
+    @property
+    def belongs_to_thread(self) -> bool:
+        """Whether plain data that was left open by an interruption may belong to the thread of the loop."""
+        iterator = None if self._thread is not None or self._pass is None or self._pass.is_async else self._iterator
+        # What Python itself makes, as of a list, belongs to none: no thread need be kept for it.
+        return isinstance(iterator, GeneratorType) or type(iterator).__module__ != "builtins"
+
+    def keep_thread(self, thread: DedicatedThread | None) -> None:
+        """Keep the thread of the loop, which is idle, for the next run, or to close in it what is open."""
+        self._worker = thread
+
+    def take_thread(self) -> DedicatedThread | None:
+        """Return the thread that was kept, if there is one, and keep it no longer."""
+        thread, self._worker = self._worker, None
+        return thread
+
+    @property
+    def has_kept_thread(self) -> bool:
+        """Whether the next run must go on in the thread of the run before."""
+        return self._worker is not None
 
     def _take_after_suspension(self) -> Any:
         self.take, self.arrival = _take_later, self._arrival_after_suspension
@@ -362,22 +385,25 @@ class Source:
 
     def close(self) -> None:
         """Close what takes no await, on the thread that has pulled it. Does nothing a second time."""
-        opened, self._pass = self._pass, None
         # Bound methods of its own would keep this alive until the collector runs, and a DataLoader's workers with it.
         self.take, self.arrival = _raise_stop, _arrive_never
-        if opened is not None and not opened.is_async and self._prefetcher is None and self._thread is None:
+        self._is_closed = True
+        opened, is_elsewhere = self._pass, self._thread is not None or self._worker is not None
+        if opened is not None and not opened.is_async and not is_elsewhere:
             opened.close()
+        if opened is None or opened.iterator is None:  # else `aclose()` was cut off, and is called again
+            self._pass = None
 
     def give_up(self) -> None:
         """Close what an interrupted run has left open, where nothing can be awaited any more. An error is logged."""
-        prefetcher, thread, opened = self._prefetcher, self._thread, self._pass
+        prefetcher, thread, opened = self._prefetcher, self._thread or self._worker, self._pass
         if isinstance(prefetcher, ThreadPrefetcher):
             prefetcher.close_soon()
         elif thread is not None and opened is not None:
             ClosingInThread(thread, opened, _reporter(self._logger, self.name)).leave()
         is_busy = self._is_thread_busy
         self.close()
-        self._prefetcher = self._thread = None
+        self._pass = self._prefetcher = self._thread = self._worker = None
         if thread is not None:
             thread.abandon() if is_busy or thread.is_here else thread.stop()
 
@@ -389,7 +415,7 @@ class Source:
                 await managed.exit()
         finally:
             thread = self._thread
-            if thread is not None and self._pass is None:  # else the next run goes on with it
+            if thread is not None and self._is_closed:  # else the next run goes on with it
                 thread.abandon() if self._is_thread_busy else thread.stop()
                 self._prefetcher = self._thread = None
 

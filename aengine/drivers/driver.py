@@ -244,7 +244,8 @@ class Driver:
         self._services.start(self._group, self._loop_handle)
         try:
             if self._worker is not None:
-                await self._worker.start(None if self._parent is None else self._parent.worker_for(self._caller))
+                parent = None if self._parent is None else self._parent.worker_for(self._caller)
+                await self._worker.start(parent, self._loop.source.take_thread())
             await self._drive()
         except self._loop.cancellations as error:
             self._outcome.add_cancellation(error)
@@ -274,7 +275,15 @@ class Driver:
             await self._run_cleanup(self._close_data)
         await self._run_cleanup(source.exit, deadline)
         if self._worker is not None:
-            await self._run_cleanup(self._worker.stop)
+            await self._run_cleanup(self._stop_worker)
+
+    async def _stop_worker(self) -> None:
+        worker, source = self._worker, self._loop.source
+        if worker is not None:
+            if self.is_suspended and source.belongs_to_thread:
+                source.keep_thread(await worker.keep())
+            else:
+                await worker.stop()
 
     async def _close_data(self) -> None:
         """Close plain data on the thread that has pulled it."""

@@ -17,7 +17,8 @@ class RunWorker:
     """A thread with the context and the torch settings of the caller of `run()`. Made in the caller's task.
 
     A run that an inline handler of another run waits for shares the thread of that one, which is idle meanwhile: OpenMP
-    keeps a team of threads for each thread that has computed, and one team more than there are processors is slow.
+    keeps a team of threads for each thread that has computed, and one team more than there are processors is slow. A
+    run that was interrupted goes on in the thread that it had, where that was kept: its data may belong to it.
 
     Attributes:
         item: what the run under way does on the thread now.
@@ -32,6 +33,7 @@ class RunWorker:
         self._loop_handle = loop_handle
         self._context = context_for_thread()
         self._shared: ExitStack | None = None  # what puts the settings of the other run back
+        self._is_own = True  # the thread, not that of another run under way
 
     @property
     def is_idle(self) -> bool:
@@ -43,13 +45,14 @@ class RunWorker:
         """Whether the caller runs on the thread, inside this run."""
         return self.item is not None and self.thread is not None and self.thread.is_here
 
-    async def start(self, parent: "RunWorker | None") -> None:
-        """Start a thread, or share that of a parent, which must be idle until this is stopped."""
-        if parent is None:
+    async def start(self, parent: "RunWorker | None", kept: DedicatedThread | None) -> None:
+        """Start a thread, or take one that was kept, or share that of a parent, which must be idle until this stops."""
+        if parent is None and kept is None:
             release_idle_threads()
-            self.thread = DedicatedThread(self._name, self._settings)
+            self.thread = DedicatedThread(self._name, self._settings, self._context)
             return
-        self.thread = parent.thread
+        self._is_own = kept is not None
+        self.thread = kept or (None if parent is None else parent.thread)
         self._shared = ExitStack()
         await self._call(self._shared.enter_context, self._settings.entered())
 
@@ -76,7 +79,14 @@ class RunWorker:
 
     async def stop(self) -> None:
         """End the thread, or give it back. Where a step still runs on it, it is abandoned."""
-        if self._shared is not None:
-            await self._call(self._shared.close)
-        elif self.thread is not None:
-            self.thread.stop() if self.item is None else self.thread.abandon()
+        thread = await self.keep()
+        if thread is not None:
+            thread.stop() if self.item is None else thread.abandon()
+
+    async def keep(self) -> DedicatedThread | None:
+        """Leave the thread as it was found, and return it, if it is this run's own. A later run may take it."""
+        shared, self._shared = self._shared, None
+        if shared is not None and self.item is None:
+            await self._call(shared.close)
+        thread, self.thread = self.thread, None
+        return thread if self._is_own else None
