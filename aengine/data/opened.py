@@ -1,6 +1,8 @@
 """One pass over the data, from opening it to closing it, all of it where its batches are pulled."""
 
 import inspect
+import threading
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, cast
 
@@ -67,6 +69,7 @@ class OpenedData:
         self._rewind(self._made)
         try:
             iterator = self.iterator = iter(cast(Iterable[Any], self._made))
+            _look_after_workers(iterator)
             for fetched in range(position.to_skip):
                 if next(iterator, _END) is _END:
                     raise position.too_short(fetched)
@@ -104,3 +107,20 @@ class OpenedData:
                 rest = group.split(GeneratorExit)[1]
                 if rest is not None:
                     raise rest from None
+
+
+def _look_after_workers(iterator: Any) -> None:
+    """Have torch's DataLoader look twice a second, not every five seconds, whether its worker processes are alive.
+
+    In the main thread the signal of a child's end tells it at once that one was killed, as when memory has run out. On
+    other threads it looks only where it has waited for its usual time.
+    """
+    look = getattr(type(iterator), "_try_get_data", None)
+    if look is None or threading.current_thread() is threading.main_thread():
+        return
+    weak = weakref.ref(iterator)  # for the iterator, whose workers end with it, holds this function
+
+    def look_often(timeout: float = 0.5) -> Any:
+        return look(weak(), timeout)
+
+    iterator._try_get_data = look_often  # noqa: SLF001 -- torch has no public name for it, nor an argument
