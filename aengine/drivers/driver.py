@@ -30,7 +30,7 @@ from aengine.errors import HandlerTimeout, StrayCancellation
 from aengine.loop.effects import Effect, LoopGenerator, NextBatch, WaitCancelled
 from aengine.loop.loop import Loop
 from aengine.loop.requests import Request, Requests
-from aengine.threads.event_loop import CancelOnceScope, EventLoopHandle, ThreadSafeEvent, TickCounter
+from aengine.threads.event_loop import CancelOnceScope, EventLoopHandle, ThreadSafeEvent, TickCounter, Wakeups
 from aengine.threads.thread_state import ThreadState
 from aengine.threads.worker import close_unawaited
 
@@ -245,6 +245,8 @@ class Driver:
         for subscriber in self._bus.subscribers:
             self.start(subscriber)
         self._services.start(self._group, self._loop_handle)
+        wakeups = Wakeups.here(self._loop_handle)
+        wakeups.start()
         try:
             if self._worker is not None:
                 await self._worker.start(None if self._parent is None else self._parent.worker_for(self._caller.id))
@@ -257,6 +259,7 @@ class Driver:
                 with anyio.CancelScope(shield=True):
                     await self._close()
             finally:
+                wakeups.stop()
                 self._has_ended.set()
 
     def _never_started(self) -> None:

@@ -76,6 +76,12 @@ class EventLoopHandle:
         else:
             self._post(function)
 
+    @property
+    def call_later_if_deaf_to_signals(self) -> Callable[..., object] | None:
+        """Return asyncio's `call_later()`, where signals are handled and do not wake the event loop."""
+        is_deaf = self._is_asyncio and self.thread == threading.main_thread().ident
+        return self._native.call_later if is_deaf else None
+
     def start(
         self,
         group: "anyio.abc.TaskGroup",  # whose module loads others when it is asked for it
@@ -184,6 +190,55 @@ class TickCounter:
 
 
 _tick_counter: RunVar[TickCounter] = RunVar("aengine_tick_counter")
+
+
+class Wakeups:
+    """Has an event loop take a turn every now and then, as long as runs are under way on it.
+
+    A signal handler that calls `loop.call_soon(task.cancel)`, as the stop button of a notebook does, does not wake
+    asyncio: Python resumes `select()` after it. With a plain step nothing else may wake it before the end of the run.
+    Signals are handled in the main thread, and trio is woken by each. So elsewhere this does nothing.
+
+    One for each event loop, shared by its engines. All of it is called on the event loop's thread.
+    """
+
+    SECONDS = 0.25
+    """From one turn to the next."""
+
+    @classmethod
+    def here(cls, loop_handle: EventLoopHandle) -> Self:
+        """Return that of the event loop that runs here."""
+        try:
+            return cast(Self, _wakeups.get())
+        except LookupError:
+            wakeups = cls(loop_handle)
+            _wakeups.set(wakeups)
+            return wakeups
+
+    def __init__(self, loop_handle: EventLoopHandle) -> None:
+        self._call_later = loop_handle.call_later_if_deaf_to_signals
+        self._runs = 0
+        self._is_scheduled = False
+
+    def start(self) -> None:
+        """A run begins."""
+        self._runs += 1
+        if not self._is_scheduled and self._call_later is not None:
+            self._is_scheduled = True
+            self._call_later(self.SECONDS, self._wake)
+
+    def stop(self) -> None:
+        """A run has ended."""
+        self._runs -= 1
+
+    def _wake(self) -> None:
+        self._is_scheduled = False
+        if self._runs and self._call_later is not None:
+            self._is_scheduled = True
+            self._call_later(self.SECONDS, self._wake)
+
+
+_wakeups: RunVar[Wakeups] = RunVar("aengine_wakeups")
 
 
 class ThreadSafeEvent:
