@@ -160,7 +160,7 @@ class Driver:
         context = RunContext(
             handle, self.spawn, self._fail_of_data, self._settings, self._prefetch, loop.can_use, self._grace
         )
-        others_had_a_turn = TickCounter.here().watch() if self._worker is None else None
+        others_had_a_turn = None if self._worker is not None else _watch_turns(self._caller)
         loop.attach(context, self._cancelled, self._explain, others_had_a_turn)
         self._bus.attach(handle)
         # Posted even from the loop's own thread: a signal handler interrupts select(), which sleeps again unless woken.
@@ -547,6 +547,12 @@ class Driver:
         ):
             self._is_woken = True
             self._scope.cancel()
+
+
+def _watch_turns(caller: anyio.TaskInfo) -> Callable[[], bool]:
+    """Return what says whether others have had a turn since it was called before, and the caller is not cancelled."""
+    has_ticked = TickCounter.here().watch()
+    return lambda: has_ticked() and not caller.has_pending_cancellation()  # else it needs a turn, to see that
 
 
 def _call_if_alive(method: "WeakMethod[Callable[[], None]]") -> None:
