@@ -262,7 +262,7 @@ class Instrumentation:
         self.context = self._run.context
         self._costs.begin(engine.statistics())
         self._stopped_at = None
-        engine.fire_between_steps(InstrumentationEvents.OPENTELEMETRY_RUN_BEGAN)
+        engine.fire_event_soon(InstrumentationEvents.OPENTELEMETRY_RUN_BEGAN)
         if interrupted is not None and self._was_in_epoch:
             self._open_epoch(engine, self.context)
         self._interrupted, self._was_in_epoch = None, False
