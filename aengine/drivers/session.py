@@ -334,6 +334,16 @@ class Session:
         if self._driver is not None:
             self._driver.remove_service(entry)
 
+    @property
+    def must_prepare_commit(self) -> bool:
+        """Whether a service of the run under way is to be awaited before a checkpoint of it is committed."""
+        return self._driver is not None and self._driver.services.must_prepare_commit
+
+    async def before_commit(self) -> None:
+        """Have the services of the run under way make safe what belongs to the steps so far. Cancellable."""
+        if self._driver is not None:
+            await self._driver.services.before_commit()
+
     def wait_for_body(self, task: int | None) -> None:
         """The loop waits for this task, with the body of an `iterate()`; None where it waits no longer."""
         self.body_task = task

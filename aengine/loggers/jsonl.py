@@ -19,6 +19,8 @@ _CHUNK = 1 << 16
 class JSONLines:
     """Appends a line for each record to a file, and has it on the disk, by fsync, when the run is over.
 
+    Before a `Checkpoint` of the engine commits, the lines of the steps that it covers are on the disk.
+
         {"step": 10, "epoch": 1, "time": 1764000000.5, "event": "ITERATION_COMPLETED", "engine": "trainer",
          "values": {"loss": 0.25}}
 
@@ -48,16 +50,25 @@ class JSONLines:
                 self._file = _open(self.path)
             _append(self._file, lines)
 
+    def sync_to_disk(self) -> None:
+        """Have all of it on the disk, by fsync: a checkpoint that is committed next does not know more than this."""
+        with self._lock:
+            if self._file is not None:
+                self._sync(self._file)
+
     def close(self) -> None:
         """Flush all of it to the disk by fsync, and close the file until the next write."""
         with self._lock:
             file, self._file = self._file, None
             if file is not None:
                 try:
-                    os.fsync(file)
-                    _sync_directory(self.path.parent)  # a new file's name is in there, and might be lost without
+                    self._sync(file)
                 finally:
                     os.close(file)
+
+    def _sync(self, file: int) -> None:
+        os.fsync(file)
+        _sync_directory(self.path.parent)  # a new file's name is in there, and might be lost without
 
     def __repr__(self) -> str:
         return f"JSONLines({str(self.path)!r})"

@@ -1,4 +1,4 @@
-"""Record: what is written of a run; Sink, Closable, Witness: what writes it."""
+"""Record: what is written of a run; Sink, and what else it may be: what writes it."""
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -56,6 +56,18 @@ class Closable(Protocol):
 
     def close(self) -> Awaitable[None] | None:
         """Make safe what was written, and close files until the next write."""
+        ...
+
+
+@runtime_checkable
+class Durable(Protocol):
+    """A sink that is also called before a checkpoint of the engine is committed, when its records are written.
+
+    It is called in a thread of its own, perhaps while another one writes.
+    """
+
+    def sync_to_disk(self) -> object:
+        """Have what was written so far survive a crash of the machine, as by fsync."""
         ...
 
 

@@ -54,6 +54,7 @@ class RecordWriter(Service):
         anything: Any = sink
         self.sink = RetryingSink(sink, linger, must_raise=must_raise)
         self.buffer: RecordBuffer[Record] = RecordBuffer(size)
+        self._linger = linger
         self.lock = RLock()
         self._enough = min(_BATCH, size // 2)  # records for which the sink is called at once
         self._listener = anything if isinstance(anything, Witness) else None
@@ -159,6 +160,18 @@ class RecordWriter(Service):
             end_of_round = self._round
             self._wake()
             await end_of_round.wait()
+
+    async def before_commit(self) -> None:
+        """Have what was taken so far written, and safe on the disk, in the time that a sink has at the end of a run."""
+        with anyio.move_on_after(self._linger) as scope:
+            await self.flush()
+            await self.sink.sync_to_disk()
+        if scope.cancelled_caught:
+            _logger.warning(
+                "a checkpoint is committed before all records of its steps are written: %s has taken longer than the"
+                " %s seconds of linger= for them",
+                self.sink.name, self._linger,
+            )  # fmt: skip
 
     async def run_ended(self, engine: Any, reason: StopReason, error: BaseException | None) -> None:  # noqa: ARG002 -- as Service has it
         """Write what still waits, report the end to the sink, and close it: in `linger` seconds, and one for closing.
