@@ -47,7 +47,7 @@ class RetryingSink:
 
     def __init__(self, sink: Sink | Write, linger: float, *, must_raise: bool) -> None:
         anything: Any = sink
-        self.name = name_of(sink) if hasattr(sink, "__qualname__") else repr(sink)
+        self.name = name_of_sink(sink)
         self.failures = 0
         self.busy = 0.0
         self.has_raised = False
@@ -185,6 +185,11 @@ class RetryingSink:
                 await result
 
         return call
+
+
+def name_of_sink(sink: Any) -> str:
+    """Return a name of a sink for people."""
+    return name_of(sink) if hasattr(sink, "__qualname__") else repr(sink)
 
 
 def _in_time_of_event_loop(deadline: float) -> float:

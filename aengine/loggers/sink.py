@@ -72,6 +72,25 @@ class Durable(Protocol):
 
 
 @runtime_checkable
+class Rewindable(Protocol):
+    """A sink to which is also reported that a run goes on from a `state_dict`: what it wrote of later steps comes again.
+
+    It only takes note: this is plain, and must not wait, for it is called on the event loop, before the first event of
+    the run. What is to be done about it is done at the next `write`, of whichever engine.
+    """
+
+    def run_went_back(self, engine: str, standing: Mapping[str, int], /) -> None:
+        """A run of the engine of this name went back.
+
+        Args:
+            engine: its name.
+            standing: by the names of events, up to which step the records of that event stand. Those of later steps, if
+                there are any, were written by a run that did not get any further, and come again.
+        """
+        ...
+
+
+@runtime_checkable
 class Witness(Protocol):
     """A sink to which is also reported when a run begins, and when and why it ends.
 

@@ -85,6 +85,7 @@ def capture(parts: Parts, engine: Engine[Any, Any]) -> dict[str, Any]:
         "state": _read(parts),
         "engine": engine.state_dict(),
         "metrics": _plain_numbers(engine.state.metrics),
+        "output": _numbers_only(engine.state.output),
         "handlers": _read(cast(Parts, _listeners(parts, engine)), "handlers"),
     }
 
@@ -99,6 +100,23 @@ def _plain_numbers(metrics: Any) -> Any:
         return metrics
     number = metrics.item()
     return number if type(number).__module__ != "numpy" else float(number)  # of a long double
+
+
+def _numbers_only(output: Any) -> Any:
+    """Return an output that is numbers, and tensors of one, at any depth; None for any other, which may be large.
+
+    At the end of an epoch whose last step was completed before the save, handlers and loggers look at it.
+    """
+
+    def is_of_numbers(value: Any) -> bool:
+        if isinstance(value, torch.Tensor):
+            return value.numel() == 1
+        if type(value) in (dict, list, tuple):
+            return all(map(is_of_numbers, value.values() if type(value) is dict else value))
+        return type(value) in (bool, int, float)
+
+    plain = _plain_numbers(output)
+    return plain if is_of_numbers(plain) else None
 
 
 class Choice:
@@ -161,6 +179,7 @@ def restore(tree: Mapping[str, Any], parts: Parts, engine: Engine[Any, Any], *, 
     _load(handlers, tree["handlers"], "handlers", strict=strict)
     _load(engine, tree["engine"], "engine", strict=strict)
     engine.state.metrics.update(tree["metrics"])
+    engine.state.output = tree["output"]
 
 
 def _read(parts: Parts, path: str = "state") -> Any:
