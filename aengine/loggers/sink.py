@@ -73,7 +73,7 @@ class Durable(Protocol):
 
 @runtime_checkable
 class Rewindable(Protocol):
-    """A sink to which is also reported that a run goes on from a `state_dict`: what it wrote of later steps comes again.
+    """A sink to which is also reported that a run goes on from a `state_dict`: what it wrote of later steps is void.
 
     It only takes note: this is plain, and must not wait, for it is called on the event loop, before the first event of
     the run. What is to be done about it is done at the next `write`, of whichever engine.
