@@ -247,7 +247,7 @@ def _is_same(there: Any, event: Any) -> bool:
 
 
 def _definition(event: Any) -> tuple[str, str, Any]:
-    """Where an event was defined, and as what: a class that is executed anew, as in a notebook, defines the same one."""
+    """Return where an event was defined, and as what. A class that a notebook executes anew defines the same one."""
     kind = type(event)
     return kind.__module__, kind.__qualname__, getattr(event, "value", event)
 

@@ -97,6 +97,11 @@ class Driver:
         self._services = services
         self._group: anyio.abc.TaskGroup
 
+    @property
+    def services(self) -> ServiceTasks:
+        """Those that take part in this run."""
+        return self._services
+
     async def run(self, wanted: Any = None) -> None:
         """Drive the loop to its end or its interruption, and end all that was started for it.
 
