@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from enum import Enum, auto
 
-from aengine.bus.inbox import BackpressureWait
+from aengine.bus.inbox import BackpressureWait, Inbox
 
 
 class Request(Enum):
@@ -41,7 +41,7 @@ class Requests:
         self.phase = Phase.IDLE
         self.skip_completed = False
         self.skip_epoch_completed = False
-        self.deferred_backpressure: list[BackpressureWait] = []
+        self.deferred_backpressure: dict[Inbox, BackpressureWait] = {}  # the last one says it for those before
         self.to_fire: deque[str] = deque()
         self.at_end: set[Callable[[], object]] = set()
         self._wake: Callable[[], object] | None = None
@@ -69,6 +69,10 @@ class Requests:
         is_pending = request in self.pending
         self.pending.discard(request)
         return is_pending
+
+    def put_off(self, requests: set[Request]) -> None:
+        """For the loop: it has taken these, and is to find them again after its next step."""
+        self.pending |= requests
 
     def _changed(self) -> None:
         if (wake := self._wake) is not None:  # read once: the driver's thread may set it to None
@@ -127,7 +131,7 @@ class Requests:
     def defer_backpressure(self, waits: list[BackpressureWait]) -> None:
         """Have the loop wait for room in these inboxes before its next step."""
         if self.phase is not Phase.IDLE:
-            self.deferred_backpressure += waits
+            self.deferred_backpressure |= {wait.inbox: wait for wait in waits}
             self.request(Request.MAKE_ROOM)
 
     def enter(self, phase: Phase) -> None:
