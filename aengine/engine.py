@@ -33,8 +33,9 @@ class Engine(Generic[Batch, Output]):
         step: `step(engine, batch)` returns the output, or an awaitable of it. A plain `def` runs on the engine's own
             worker thread, an `async def` on the event loop.
         name: shown in logs, notes, events and statistics; by default the step's name.
-        thread: None for where the step belongs; False to run a plain step on the event loop's own thread; True to
-            insist on the worker.
+        thread: None for where the step belongs: a plain one on the worker, unless a mode or profiler of torch is on
+            where the engine is run, which sees that thread only; False to run a plain step on the event loop's own
+            thread; True to insist on the worker.
         grace: seconds that clean-up may take: handlers of CANCELLED and EXCEPTION_RAISED, subscribers that are behind,
             services, closing the data.
 
@@ -82,6 +83,7 @@ class Engine(Generic[Batch, Output]):
             self._requests,
             is_async=is_async,
             threaded=not is_async and thread is not False,
+            insists=thread is True,
             grace=grace,
         )
 
@@ -185,11 +187,12 @@ class Engine(Generic[Batch, Output]):
     ) -> RemovableEventHandle:
         """Add an inline handler: it runs between two steps, in order of registration, and the loop waits for it.
 
-        It is called as `handler(engine, *args, **kwargs)`, without the engine if it does not take it; for
-        EXCEPTION_RAISED with the exception after the engine; for TERMINATE_SINGLE_EPOCH with `iter_counter=` if it
-        takes that. A plain `def` runs where the step runs, an `async def` is awaited on the event loop; so is whatever
-        else it returns that can be awaited, such as the handle of a task. What it raises fails the run. Inline handlers
-        run before the event is sent to subscribers and streams.
+        It is called as `handler(engine, *args, **kwargs)`, without the engine if it does not take it; and as
+        `handler(engine, payload, *args, **kwargs)` if the event may have a payload, as events of one's own and
+        EXCEPTION_RAISED, and the handler takes it: by a second parameter that has no default, or the default None.
+        TERMINATE_SINGLE_EPOCH gives its payload as `iter_counter=`. A plain `def` runs where the step runs, an `async
+        def` is awaited on the event loop; so is whatever else it returns that can be awaited, such as the handle of a
+        task. What it raises fails the run. Inline handlers run before the event is sent to subscribers and streams.
 
         Raises:
             TypeError: the handler cannot be called so.
@@ -334,6 +337,7 @@ class Engine(Generic[Batch, Output]):
 
         Raises:
             TypeError: something that is no event.
+            ValueError: the engine has another event of this name. pytorch-ignite's of the same name will do.
         """
         self._emitter.register(events, event_to_attr)
 
@@ -341,50 +345,60 @@ class Engine(Generic[Batch, Output]):
         """Say whether all of these can be listened to here."""
         return self._emitter.has_registered(event)
 
-    def fire_event(self, event: AnyEvent) -> None:
+    def fire_event(self, event: AnyEvent, payload: Any = None) -> None:
         """Fire an event, from a step or a plain handler: inline handlers run at once, then the inboxes are filled.
 
         On the worker thread it waits for async handlers and for room in inboxes. Elsewhere it never waits: events over
         an inbox's bound are accepted, and the loop waits for room before its next step.
+
+        Args:
+            event: the event.
+            payload: what it is about: `event.payload` of subscribers and streams, the argument after the engine of
+                inline handlers that take it. Not copied. None for nothing.
 
         Raises:
             RuntimeError: the event has an async inline handler, which cannot be awaited here; or an inbox is full, and
                 no run is under way in which it could be emptied.
             ValueError: the event is not registered.
         """
-        self._emitter.fire(self, event)
+        self._emitter.fire(self, event, payload)
 
-    def fire_between_steps(self, event: AnyEvent, *, at_end: Callable[[], object] | None = None) -> bool:
+    def fire_event_soon(self, event: AnyEvent, payload: Any = None) -> bool:
         """Have the loop fire an event before its next step, where the state is that of a completed one.
 
         From any thread or task, without waiting. Where the loop is paused, it is fired there. Returns False, and does
-        nothing, if no run is under way.
+        nothing, if no run is under way. What was accepted is also fired in a run that fails; one that was cancelled
+        before its first event, or given up by a second Ctrl-C, fires nothing any more, and a warning is logged. To be
+        notified of the end of a run, however it came, add a `Service`.
 
         Args:
             event: the event.
-            at_end: called when `run()` is about to return or raise, however it came to that: a run that is cancelled
-                before its first event, or given up by a second Ctrl-C, fires nothing any more.
+            payload: what it is about, as for `fire_event`.
 
         Raises:
             ValueError: the event is not registered.
         """
-        return self._requests.fire(self._emitter.name_to_fire(event), at_end)
+        return self._requests.fire(self._emitter.name_to_fire(event), payload)
 
     def stateful_listeners(self) -> list[Any]:
         """Return the listeners (of a bound method: its object) that have a state to save, each once, event by event."""
         return self._emitter.stateful_listeners(self)
 
-    async def emit(self, event: AnyEvent) -> None:
+    async def emit(self, event: AnyEvent, payload: Any = None) -> None:
         """Fire an event from async code: awaits its inline handlers, and room in the inboxes of its subscribers.
 
         Cancellable; an event that has been sent stays sent. From a subscriber's own handler it never deadlocks: where
         waiting for room would be waiting for itself, the event is accepted over the inbox's bound.
 
+        Args:
+            event: the event.
+            payload: what it is about, as for `fire_event`.
+
         Raises:
             RuntimeError: an inbox is full, and no run is under way that could empty it.
             ValueError: the event is not registered.
         """
-        await self._emitter.emit(self, event)
+        await self._emitter.emit(self, event, payload)
 
     async def flush(self) -> None:
         """Wait until every event fired before this call has been handled, and all services are flushed. Cancellable.

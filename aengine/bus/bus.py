@@ -23,7 +23,7 @@ class Bus:
         lock: held while listeners come and go, and while an event is sent: so all inboxes see one order of events.
             Re-entrant, since a signal handler may emit while its own thread does.
         sequence: the number of the last event that was sent.
-        last_of_subscribers: what `sequence` was when a subscriber's handler last fired. Written by the emitter.
+        last_of_subscribers: `sequence` when a subscriber's handler last fired. Written by the emitter.
         own_counts: how often each event was fired that no attribute of the state counts. Written by the topics.
         next_count: the least count of iterations at which the loop has to look closer; found anew by the loop.
         loop_handle: the event loop of the run under way, None where none is.

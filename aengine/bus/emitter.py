@@ -163,11 +163,18 @@ class EventEmitter:
 
     def register(self, events: tuple[str | EventEnum, ...], event_to_attr: Mapping[Any, str] | None) -> None:
         """Register events, and the attributes of the state that count them."""
+        wanted: dict[str, Any] = {}
         for event in events:
             name = event_name(event)
             if name is None or isinstance(event, Event):
                 raise TypeError(f"register_events() takes names and members of a subclass of EventEnum, got {event!r}")
-            self.registered[name] = event
+            there = wanted.setdefault(name, self.registered.get(name, event))
+            if not _is_same(there, event):
+                raise ValueError(
+                    f"engine {self.bus.name!r} has an event {name!r} already, {_shown(there)}, and events are equal by"
+                    f" name: handlers of one would run at the other. Give {_shown(event)} another name"
+                )
+        self.registered.update(wanted)
         for event, attribute in (event_to_attr or {}).items():
             self.bus.state.event_to_attr[cast(str, event_name(event))] = attribute
             if not hasattr(self.bus.state, attribute):
@@ -177,9 +184,9 @@ class EventEmitter:
         """Say whether all of these can be listened to here."""
         return all(selector.name in self.registered for selector in selectors(event))
 
-    def fire(self, engine: Any, event: AnyEvent) -> None:
+    def fire(self, engine: Any, event: AnyEvent, payload: Any) -> None:
         """Fire an event from plain code, as `Engine.fire_event`."""
-        topic, count = self._topic_to_fire(event)
+        topic, count = self._topic_to_fire(event, payload)
         runner = self.runner
         wait_for = None if runner is None else runner.wait_blocking
         if wait_for is None and any(handler.is_async for handler in topic.inline):
@@ -193,7 +200,7 @@ class EventEmitter:
             deferred.append(wanted)
 
         try:
-            drive_blocking(topic.dispatch(engine, count), wait_for or defer)
+            drive_blocking(topic.dispatch(engine, count, payload), wait_for or defer)
         finally:
             if (reader := reading.get()) is not None:
                 self._fired_by(reader)
@@ -202,12 +209,12 @@ class EventEmitter:
         if deferred and runner is not None:
             runner.defer_backpressure(deferred)
 
-    async def emit(self, engine: Any, event: AnyEvent) -> None:
+    async def emit(self, engine: Any, event: AnyEvent, payload: Any) -> None:
         """Fire an event from async code, as `Engine.emit`."""
-        topic, count = self._topic_to_fire(event)
+        topic, count = self._topic_to_fire(event, payload)
         runner = self.runner
         try:
-            await drive(topic.dispatch(engine, count), can_wait=runner is not None and runner.can_wait)
+            await drive(topic.dispatch(engine, count, payload), can_wait=runner is not None and runner.can_wait)
         finally:
             if (reader := reading.get()) is not None:
                 self._fired_by(reader)
@@ -235,12 +242,28 @@ class EventEmitter:
             raise ValueError(f"one event is fired at a time, got {event!r}")
         return chosen[0].name
 
-    def _topic_to_fire(self, event: AnyEvent) -> tuple[Topic, int]:
+    def _topic_to_fire(self, event: AnyEvent, payload: Any) -> tuple[Topic, int]:
         topic = self.bus.topic(self.name_to_fire(event))
-        return topic, topic.count_firing()
+        return topic, topic.count_firing(payload)
 
     @property
     def last_event(self) -> Any:
         """The event, as it was registered, that was last dispatched to any listener; None before the first."""
         name = self.bus.last_event_name
         return None if name is None else self.registered[name]
+
+
+def _is_same(there: Any, event: Any) -> bool:
+    """Say whether two events of one name are one and the same, or one of them is pytorch-ignite's of that name."""
+    definitions = [_definition(one) for one in (there, event)]
+    return definitions[0] == definitions[1] or any(module.partition(".")[0] == "ignite" for module, *_ in definitions)
+
+
+def _definition(event: Any) -> tuple[str, str, Any]:
+    """Where an event was defined, and as what: a class that is executed anew, as in a notebook, defines the same one."""
+    kind = type(event)
+    return kind.__module__, kind.__qualname__, getattr(event, "value", event)
+
+
+def _shown(event: Any) -> str:
+    return f"the name {event!r}" if isinstance(event, str) else f"{type(event).__qualname__}.{event.name}"

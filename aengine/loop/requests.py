@@ -7,6 +7,7 @@ event and between steps. That takes no lock: adding to a set is one atomic opera
 from collections import deque
 from collections.abc import Callable
 from enum import Enum, auto
+from typing import Any
 
 from aengine.bus.inbox import BackpressureWait, Inbox
 
@@ -22,6 +23,16 @@ class Request(Enum):
     CHANGE_DATA = auto()
     FIRE = auto()  # an event of the user's, between two steps
     MAKE_ROOM = auto()  # an event that could not wait was put into a full inbox: wait for room in its place
+
+
+class Firing:
+    """An event that is to be fired between two steps. Equal to nothing but itself: a payload may be a tensor."""
+
+    __slots__ = ("event", "payload")
+
+    def __init__(self, event: str, payload: Any) -> None:
+        self.event = event
+        self.payload = payload
 
 
 class Phase(Enum):
@@ -42,8 +53,7 @@ class Requests:
         self.skip_completed = False
         self.skip_epoch_completed = False
         self.deferred_backpressure: dict[Inbox, BackpressureWait] = {}  # the last one says it for those before
-        self.to_fire: deque[str] = deque()
-        self.at_end: set[Callable[[], object]] = set()
+        self.to_fire: deque[Firing] = deque()
         self._wake: Callable[[], object] | None = None
 
     def wake_by(self, wake: Callable[[], object] | None) -> None:
@@ -113,16 +123,15 @@ class Requests:
         self.request(request)
         return True
 
-    def fire(self, event: str, at_end: Callable[[], object] | None = None) -> bool:
+    def fire(self, event: str, payload: Any) -> bool:
         """Request that an event is fired between two steps. Returns False where no run is under way that would."""
-        if at_end is not None:
-            self.at_end.add(at_end)
+        firing = Firing(event, payload)
         # Append, then read the phase. The loop does it in the opposite order, so at least one side sees the event.
-        self.to_fire.append(event)
+        self.to_fire.append(firing)
         if self.phase is Phase.IDLE:
             try:
-                self.to_fire.remove(event)
-            except ValueError:  # the loop has just fired it after all; or the run is over, and `at_end` is called
+                self.to_fire.remove(firing)
+            except ValueError:  # the loop has just fired it after all; or the run is over, which has taken it
                 return True
             return False
         self.request(Request.FIRE)
@@ -152,9 +161,12 @@ class Requests:
         self.pending -= {Request.TERMINATE, Request.TERMINATE_EPOCH, Request.INTERRUPT}
         self.phase = Phase.ITERATING
 
-    def end(self) -> None:
-        """A run is over or suspended, however that came: also where the loop has not run at all."""
+    def end(self) -> list[str]:
+        """A run is over or suspended, however that came: also where the loop has not run at all.
+
+        Returns the events that it was requested to fire, and did not.
+        """
         self.phase = Phase.IDLE
+        left = [firing.event for firing in self.to_fire]
         self.to_fire.clear()
-        while self.at_end:
-            self.at_end.pop()()
+        return left

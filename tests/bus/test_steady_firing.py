@@ -82,7 +82,7 @@ async def test_requested_events_leave_the_steps_their_turn(make: Callable[..., A
     engine = make()
     engine.register_events("tick")
     engine.add_event_handler("tick", lambda: None)
-    with calling_steadily(lambda: engine.fire_between_steps("tick")), anyio.fail_after(20):
+    with calling_steadily(lambda: engine.fire_event_soon("tick")), anyio.fail_after(20):
         await engine.run(range(20))
     assert engine.state.iteration == 20
 
