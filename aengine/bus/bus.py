@@ -31,8 +31,9 @@ class Bus:
     """
 
     __slots__ = (
-        "_are_waits_over", "_reported", "_subscriptions", "_topics", "has_run", "last_event_name", "last_of_subscribers",
-        "lock", "logger", "loop_handle", "name", "next_count", "own_counts", "sequence", "state", "stopwatch",
+        "_are_waits_over", "_reported", "_subscriptions", "_topics", "has_run", "last_event_name",
+        "last_of_subscribers", "lock", "logger", "loop_handle", "name", "next_count", "own_counts", "sequence", "state",
+        "stopwatch",
     )  # fmt: skip
 
     def __init__(self, name: str, logger: logging.Logger, state: State) -> None:
