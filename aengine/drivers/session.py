@@ -25,7 +25,7 @@ from aengine.loop.loop import Loop
 from aengine.loop.progress import Progress, begin
 from aengine.loop.requests import Requests
 from aengine.loop.state_dict import from_state_dict, to_state_dict
-from aengine.state import ErrorInfo, StopReason
+from aengine.state import ErrorInfo, StopReason, set_dataloader
 from aengine.statistics import EngineStatistics
 from aengine.threads.thread_state import bound_to_this_thread
 from aengine.threads.worker import close_unawaited
@@ -177,7 +177,12 @@ class Session:
             yield
         finally:
             self.is_running = False
-            self._requests.end()
+            if left := self._requests.end():  # cancelled before its first event, or given up by a second Ctrl-C
+                self._bus.logger.warning(
+                    "the run of engine %r ended before it could fire what fire_event_soon() had accepted: %s",
+                    self._bus.name,
+                    ", ".join(left),
+                )
 
     def refuse_running(self, advice: str) -> None:
         """Raise EngineBusy while a run is under way."""
@@ -199,7 +204,7 @@ class Session:
         source = Source(adapted, self._bus.logger, randomness, unread=unread, completed=progress.iteration)
         if progress.position is not None:
             source.resume_at(progress.position, progress.iteration)
-        state.dataloader = data
+        set_dataloader(state, data)
         self._requests.begin()
         self._bus.reset()
         rng, self._rng_to_restore = self._rng_to_restore, None
@@ -294,6 +299,11 @@ class Session:
         self._unread = (source.data, unread) if unread else None
 
     # While it lasts
+
+    def data_in_use(self) -> list[Any]:
+        """Return what batches come from now: what is iterated, which data may have made, and the data itself."""
+        opened = [] if self._loop is None else [self._loop.source.opened]
+        return [*opened, self._state.dataloader]
 
     def set_data(self, engine: Any, data: Any) -> None:
         """Have the next batch come from other data, as `Engine.set_data`."""
@@ -394,8 +404,10 @@ class Session:
             state.epoch,
             state.epoch_length,
             state.max_epochs,
+            state.max_iters,
             state.output,
             dict(state.metrics),
             perf_counter(),
+            None,
             None,
         )
