@@ -60,6 +60,7 @@ class Loop:
         self.feed = Feed(source, bus.state, progress.iteration)
         self.also_raised: list[BaseException] = []
         self.cancellations: tuple[type[BaseException], ...] = (KeyboardInterrupt, SystemExit)
+        self._explain: Callable[[BaseException], BaseException] | None = None
         self._engine = engine
         self._step = step
         self._state = bus.state
@@ -77,17 +78,28 @@ class Loop:
         self._plain_types: set[type] = set()
 
     def attach(
-        self, run: RunContext, cancelled: type[BaseException], others_had_a_turn: Callable[[], bool] | None
+        self,
+        run: RunContext,
+        cancelled: type[BaseException],
+        explain: Callable[[BaseException], BaseException],
+        others_had_a_turn: Callable[[], bool] | None,
     ) -> None:
         """A driver on an event loop begins to advance this. Raises as `Source.attach` does.
 
-        `cancelled` is what a cancellation raises there. `others_had_a_turn` returns whether other tasks had a turn
+        `cancelled` is what a cancellation raises there, and `explain` returns the failure to report for an error: for
+        a cancellation of something else, which the user's code has let out, another. `others_had_a_turn` returns whether other tasks had a turn
         since it was called before; it is None where the loop does not run on the event loop's own thread.
         """
         self.source.attach(run)
         if cancelled not in self.cancellations:
             self.cancellations += (cancelled,)
+        self._explain = explain
         self._others_had_a_turn = others_had_a_turn
+
+    def detach(self) -> None:
+        """The driver is at its end."""
+        self.source.attach(None)
+        self._explain = None  # which refers to the driver: no cycle may hold the engine
 
     @property
     def source(self) -> Source:
@@ -133,13 +145,19 @@ class Loop:
             self.source.close()
             raise
         except BaseException as error:
-            yield from self._report(error)
+            failure = self._failure_of(error)
             try:
-                # Subscribers are still at work, and may need the data: to acknowledge what they have written.
-                yield from self._close(gently=not isinstance(error, self.cancellations), exits=False)
-            except Exception as another:  # noqa: BLE001 -- raised with the first
-                self.also_raised.append(another)
-            raise
+                yield from self._report(failure)
+                try:
+                    # Subscribers are still at work, and may need the data: to acknowledge what they have written.
+                    yield from self._close(gently=not isinstance(failure, self.cancellations), exits=False)
+                except Exception as another:  # noqa: BLE001 -- raised with the first
+                    self.also_raised.append(another)
+                if failure is not error:
+                    raise failure
+                raise
+            finally:
+                del failure  # whose traceback holds this frame
 
     def _epoch(self) -> LoopGenerator:
         state, requests, began = self._state, self._requests, perf_counter()
@@ -486,6 +504,13 @@ class Loop:
             yield from self._accept_no_more()
         except Exception as another:  # noqa: BLE001 -- likewise
             self.also_raised.append(another)
+
+    def _failure_of(self, error: BaseException) -> BaseException:
+        """Return what the run fails with: the error that was raised; for a cancellation that is not its own, a reason."""
+        failure = error if self._explain is None else self._explain(error)
+        if failure is not error:
+            self._bus.note(failure, "the step, or a handler")
+        return failure
 
     def _close(self, *, gently: bool, exits: bool) -> LoopGenerator:
         self._requests.enter(Phase.IDLE)

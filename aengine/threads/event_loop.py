@@ -1,13 +1,15 @@
 """An event loop as seen from any thread. The only file that knows that there are two backends."""
 
+import math
 import os
 import signal
 import sys
 import threading
 from collections.abc import Awaitable, Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import copy_context
 from functools import partial, wraps
+from types import TracebackType
 from typing import Any, Self, cast
 
 import anyio
@@ -75,6 +77,12 @@ class EventLoopHandle:
             self._native.call_soon(function, context=self._context)
         else:
             self._post(function)
+
+    @property
+    def call_later_if_deaf_to_signals(self) -> Callable[..., object] | None:
+        """Return asyncio's `call_later()`, where signals are handled and do not wake the event loop."""
+        is_deaf = self._is_asyncio and self.thread == threading.main_thread().ident
+        return self._native.call_later if is_deaf else None
 
     def start(
         self,
@@ -186,6 +194,55 @@ class TickCounter:
 _tick_counter: RunVar[TickCounter] = RunVar("aengine_tick_counter")
 
 
+class Wakeups:
+    """Has an event loop take a turn every now and then, as long as runs are under way on it.
+
+    A signal handler that calls `loop.call_soon(task.cancel)`, as the stop button of a notebook does, does not wake
+    asyncio: Python resumes `select()` after it. With a plain step nothing else may wake it before the end of the run.
+    Signals are handled in the main thread, and trio is woken by each. So elsewhere this does nothing.
+
+    One for each event loop, shared by its engines. All of it is called on the event loop's thread.
+    """
+
+    SECONDS = 0.25
+    """From one turn to the next."""
+
+    @classmethod
+    def here(cls, loop_handle: EventLoopHandle) -> Self:
+        """Return that of the event loop that runs here."""
+        try:
+            return cast(Self, _wakeups.get())
+        except LookupError:
+            wakeups = cls(loop_handle)
+            _wakeups.set(wakeups)
+            return wakeups
+
+    def __init__(self, loop_handle: EventLoopHandle) -> None:
+        self._call_later = loop_handle.call_later_if_deaf_to_signals
+        self._runs = 0
+        self._is_scheduled = False
+
+    def start(self) -> None:
+        """A run begins."""
+        self._runs += 1
+        if not self._is_scheduled and self._call_later is not None:
+            self._is_scheduled = True
+            self._call_later(self.SECONDS, self._wake)
+
+    def stop(self) -> None:
+        """A run has ended."""
+        self._runs -= 1
+
+    def _wake(self) -> None:
+        self._is_scheduled = False
+        if self._runs and self._call_later is not None:
+            self._is_scheduled = True
+            self._call_later(self.SECONDS, self._wake)
+
+
+_wakeups: RunVar[Wakeups] = RunVar("aengine_wakeups")
+
+
 class ThreadSafeEvent:
     """A one-shot event: set from any thread, waited for on the event loop on which it was made.
 
@@ -216,3 +273,108 @@ class ThreadSafeEvent:
     async def wait(self) -> None:
         """Wait until it is set; at once if it is already. Cancellable; nothing is lost by that."""
         await self._event.wait()
+
+
+class CancelOnceScope:
+    """A cancel scope of a task that runs the user's code. On asyncio its cancellation is raised there once.
+
+    anyio raises a cancellation again at each await until its scope is left. Code that was written for asyncio, where it
+    comes once, would not get through its `finally: await connection.close()`. So this scope is two: the outer one, or
+    one around it, is cancelled, and once that has reached the task the inner one is a shield, for `grace` seconds.
+    After those it is none, and each await is cancelled. On trio code expects that, and shields its clean-up itself.
+
+    All of it is called on the event loop's thread, `with` in the task itself, and only once.
+    """
+
+    __slots__ = ("_grace", "_info", "_inner", "_outer", "_task", "_timer")
+
+    def __init__(self, grace: float, *, shield: bool = False) -> None:
+        self._grace = grace
+        self._outer = anyio.CancelScope(shield=shield)
+        self._inner = anyio.CancelScope()
+        self._info: Any = None  # anyio's view of the task
+        self._task: Any = None  # asyncio's, while the scope is entered
+        self._timer: Any = None  # of what is to be done next with the inner scope
+
+    def __enter__(self) -> Self:
+        self._outer.__enter__()
+        self._inner.__enter__()
+        if asyncio := sys.modules.get("asyncio"):
+            with suppress(RuntimeError):  # no asyncio event loop runs here
+                self._task = asyncio.current_task()
+        self._info = anyio.get_current_task()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool:
+        self._task = None
+        self._stop_timer()
+        if self._inner.__exit__(kind, error, traceback):
+            kind = error = traceback = None
+        return bool(self._outer.__exit__(kind, error, traceback)) or error is None
+
+    @property
+    def is_late(self) -> bool:
+        """Whether the deadline that was given to `hold()` has passed."""
+        return self._inner.cancel_called
+
+    def cancel(self) -> None:
+        """Cancel what is awaited inside, or is awaited next."""
+        requests = self._requests
+        self._outer.cancel()
+        self._hold_when_reached(requests)
+
+    def cancel_by(self, around: anyio.CancelScope) -> None:
+        """Cancel what is awaited inside, or is awaited next, by a scope around this one."""
+        requests = self._requests
+        around.cancel()
+        self._hold_when_reached(requests)
+
+    def hold(self, deadline: float = math.inf) -> None:
+        """Let what is inside go on, cancelled or not, until `release()`; or until a deadline, which is for good."""
+        self._stop_timer()
+        self._inner.deadline = deadline
+        self._inner.shield = True
+
+    def release(self) -> None:
+        """Cancel each await inside, if a scope around it was cancelled."""
+        self._stop_timer()
+        self._inner.shield = False
+
+    def take_requests(self) -> bool:
+        """Say whether the task has been cancelled, by asyncio's `Task.cancel()`, since this was called before."""
+        is_requested = bool(self._requests)
+        while self._requests:
+            self._task.uncancel()
+        return is_requested
+
+    @property
+    def _requests(self) -> int:
+        """How often the task was cancelled, by scopes too; 0 on trio."""
+        return 0 if self._task is None else self._task.cancelling()
+
+    def _hold_when_reached(self, requests: int) -> None:
+        """Wait until the cancellation has been raised in the task. anyio tries once in each turn of the event loop."""
+        self.release()  # which has anyio try at once
+        if self._task is None:  # on trio; or the scope has been left, or is not entered yet
+            return
+        loop = self._task.get_loop()
+        if self._requests > requests:
+            self._inner.shield = True
+            if self._grace < math.inf:
+                self._timer = loop.call_later(self._grace, self.release)
+        elif self._info.has_pending_cancellation():  # what it waits for has come: it is cancelled in its next wait
+            self._timer = loop.call_soon(self._hold_when_reached, requests)
+        else:  # it is inside a shield of the user's. At the end of that, the cancellation would be raised at each await
+            self._inner.shield = True
+            self._timer = loop.call_later(_SHIELD_POLL, self._hold_when_reached, requests)
+
+    def _stop_timer(self) -> None:
+        timer, self._timer = self._timer, None
+        if timer is not None:
+            timer.cancel()
+
+
+_SHIELD_POLL = 0.01
+"""Seconds from one look to the next whether the user's code has left its own shield, and can be cancelled."""

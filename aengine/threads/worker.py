@@ -85,12 +85,17 @@ class WorkItem:
         if (cancellation := self._cancellation) is not None:
             raise cancellation
 
-    async def wait(self, on_cancel: Callable[[], None]) -> None:
+    async def wait(
+        self, on_cancel: Callable[[], None], explain: Callable[[BaseException], BaseException] = lambda error: error
+    ) -> None:
         """Wait for the end of the call, and await meanwhile what it asks for. On the event loop's thread.
 
         On a cancellation (or Ctrl-C, also one that is raised by what is awaited here) `on_cancel` is called: it is to
         make the call end soon. If the call waits for something, the cancellation is raised in it. It is raised here
         only when the call has ended. A second cancellation is raised at once, and abandons the call.
+
+        `explain` returns what is to be raised in the call for a cancellation that is raised by what is awaited here:
+        another error, if that is not the cancellation of this task.
         """
         cancellation: BaseException | None = None
         try:
@@ -109,14 +114,19 @@ class WorkItem:
                     self._contexts.of_task.follow(self._of_worker)
                 if self.done:
                     break
-                cancellation = await self._answer(cancellation, on_cancel)
+                cancellation = await self._answer(cancellation, on_cancel, explain)
             if cancellation is not None:
                 raise cancellation
         finally:
             self._cancellation = None
             del cancellation  # whose traceback holds this frame
 
-    async def _answer(self, cancellation: BaseException | None, on_cancel: Callable[[], None]) -> BaseException | None:
+    async def _answer(
+        self,
+        cancellation: BaseException | None,
+        on_cancel: Callable[[], None],
+        explain: Callable[[BaseException], BaseException],
+    ) -> BaseException | None:
         """Await what the call asks for, and let it go on. Returns the cancellation, if there has been one by now."""
         wanted, answers = self._wanted, self._answers
         assert wanted is not None and answers is not None, "set without being done"  # noqa: PT018, S101
@@ -132,6 +142,9 @@ class WorkItem:
         except Exception as error:  # noqa: BLE001 -- raised again where it was awaited, inside the call
             answers.put((None, error))
         except BaseException as error:  # noqa: BLE001 -- likewise; and it goes on here when the call has ended
+            if isinstance(reason := explain(error), Exception):
+                answers.put((None, reason))
+                return None
             on_cancel()  # before the answer: a step that catches what it is answered must not be followed by another
             answers.put((None, error))
             return error
