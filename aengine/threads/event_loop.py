@@ -22,13 +22,15 @@ class EventLoopHandle:
 
     Attributes:
         thread: the identifier of the event loop's thread.
+        token: anyio's name of the event loop.
         turn: `await turn()` gives other tasks one turn. Cancellable.
     """
 
-    __slots__ = ("_context", "_is_asyncio", "_native", "_post", "thread", "turn")
+    __slots__ = ("_context", "_is_asyncio", "_native", "_post", "thread", "token", "turn")
 
     def __init__(self) -> None:
-        native: Any = current_token().native_token
+        self.token = current_token()
+        native: Any = self.token.native_token
         self._native = native
         self._is_asyncio = hasattr(native, "call_soon_threadsafe")
         self._post: Callable[..., object] = native.call_soon_threadsafe if self._is_asyncio else native.run_sync_soon
