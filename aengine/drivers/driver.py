@@ -37,6 +37,9 @@ from aengine.threads.worker import close_unawaited
 _TICKS = 4
 """Turns of the event loop to give away in a row: one is not enough for a socket to be served."""
 
+_ENDING: Final = frozenset({Request.TERMINATE, Request.INTERRUPT})
+"""Requests with which the run ends or is suspended."""
+
 _RETURN: Final = object()
 """In place of the result of what was awaited: leave the scope. `_next` says how the loop is to be continued."""
 
@@ -92,7 +95,6 @@ class Driver:
         self._outcome = Outcome(bus.name, bus.logger)
         self._reported: BaseException | None = None  # a failure beside the loop that is to be thrown into it
         self._changed: ThreadSafeEvent | None = None  # set when a request comes, while the loop is paused
-        self._backpressure: BackpressureWait | None = None  # what the loop waits for
         self._subscribers = SubscriberTasks(bus, self._loop_handle, grace)
         self._services = services
         self._group: anyio.abc.TaskGroup
@@ -171,6 +173,8 @@ class Driver:
         # Posted even from the loop's own thread: a signal handler interrupts select(), which sleeps again unless woken.
         # A weak reference: the scheduled callback lives one more turn of the event loop, and would keep the engine.
         self._requests.wake_by(partial(handle.post, partial(_call_if_alive, WeakMethod(self._on_request))))
+        if not self._requests.pending.isdisjoint(_ENDING):  # requested before this could hear it
+            self._bus.end_waits()
 
     # What the run owns
 
@@ -182,7 +186,7 @@ class Driver:
         """Have a subscriber handle what it is sent, from now to the end of the run. From any thread."""
         start = partial(self._subscribers.start, subscriber)
         # Before its first step, the task of the run starts all there are.
-        self._loop_handle.call(lambda: None if self._is_over or self._task is None else start(self._group, self.fail))
+        self._loop_handle.call(lambda: None if self._task is None else start(self._group, self.fail))
 
     def add_service(self, entry: ServiceEntry) -> None:
         """Have a service take part in this run, from now to its end. From any thread."""
@@ -262,6 +266,7 @@ class Driver:
             self._outcome.add_cancellation(error)
         finally:
             self._is_over = True
+            self._subscribers.start_no_more()
             try:
                 with anyio.CancelScope(shield=True):
                     await self._close()
@@ -523,12 +528,9 @@ class Driver:
 
     async def _wait_for_room(self, wait: BackpressureWait) -> None:
         began = perf_counter()
-        self._backpressure = wait
-        self._on_request()  # one that came before this would not be heard
         try:
             await wait
         finally:
-            self._backpressure = None
             self._bus.stopwatch.back_pressure += perf_counter() - began
 
     async def _until_resumed(self) -> None:
@@ -543,8 +545,8 @@ class Driver:
         pending = self._requests.pending
         if self._changed is not None:
             self._changed.set()
-        if self._backpressure is not None and not pending.isdisjoint({Request.TERMINATE, Request.INTERRUPT}):
-            self._backpressure.abandon()
+        if not pending.isdisjoint(_ENDING):
+            self._bus.end_waits()
         if (
             Request.TERMINATE in pending
             and self._loop.feed.is_awaited

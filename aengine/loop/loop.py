@@ -405,8 +405,12 @@ class Loop:
             yield from topic.dispatch(self._engine, count, payload) or ()
 
     def _serve_requests(self, *, between_steps: bool = True) -> LoopGenerator:  # noqa: C901, PLR0912 -- a branch a request
-        """Serve what was requested, until nothing is pending that keeps the loop from going on."""
-        requests, is_put_off = self._requests, False
+        """Serve what was requested, until nothing is pending that keeps the loop from going on.
+
+        What may be requested without end, by threads that fire steadily, is served once: then the loop goes on.
+        """
+        requests, put_off = self._requests, set[Request]()
+        has_fired = has_waited = False
         if requests.to_fire:
             requests.request(Request.FIRE)
         while requests.pending:
@@ -423,22 +427,28 @@ class Loop:
             elif requests.take(Request.INTERRUPT):
                 yield from self._suspend()
             elif requests.take(Request.FIRE):
-                if between_steps:
+                if between_steps and (not has_fired or Request.PAUSE in requests.pending):
+                    has_fired = True
                     yield from self._fire_requested()
                 else:
-                    is_put_off = True
+                    put_off.add(Request.FIRE)
+            elif requests.take(Request.MAKE_ROOM):
+                if not has_waited or Request.PAUSE in requests.pending:
+                    has_waited = True
+                    for _ in range(len(requests.deferred_backpressure)):
+                        yield requests.deferred_backpressure.popitem()[1]
+                else:
+                    put_off.add(Request.MAKE_ROOM)
             elif Request.PAUSE in requests.pending:
                 yield Effect.PAUSE
-            elif requests.take(Request.MAKE_ROOM):
-                while requests.deferred_backpressure:
-                    yield requests.deferred_backpressure.pop()
-        if is_put_off:
-            requests.request(Request.FIRE)
+        requests.put_off(put_off)
 
     def _fire_requested(self) -> LoopGenerator:
-        while self._requests.to_fire:
-            firing = self._requests.to_fire.popleft()
-            yield from self._dispatch(firing.event, firing.payload)
+        to_fire = self._requests.to_fire
+        for _ in range(len(to_fire)):  # not those that are requested meanwhile, which may have no end
+            if to_fire:
+                firing = to_fire.popleft()
+                yield from self._dispatch(firing.event, firing.payload)
 
     def _accept_no_more(self) -> LoopGenerator:
         """Accept no more requests, then fire what was requested in time: in this order, or one in between is lost."""

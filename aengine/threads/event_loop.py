@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Generator
 from contextlib import contextmanager, suppress
 from contextvars import copy_context
 from functools import partial, wraps
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any, Self, cast
 
 import anyio
@@ -22,13 +22,15 @@ class EventLoopHandle:
 
     Attributes:
         thread: the identifier of the event loop's thread.
+        token: anyio's name of the event loop.
         turn: `await turn()` gives other tasks one turn. Cancellable.
     """
 
-    __slots__ = ("_context", "_is_asyncio", "_native", "_post", "thread", "turn")
+    __slots__ = ("_context", "_is_asyncio", "_native", "_post", "thread", "token", "turn")
 
     def __init__(self) -> None:
-        native: Any = current_token().native_token
+        self.token = current_token()
+        native: Any = self.token.native_token
         self._native = native
         self._is_asyncio = hasattr(native, "call_soon_threadsafe")
         self._post: Callable[..., object] = native.call_soon_threadsafe if self._is_asyncio else native.run_sync_soon
@@ -40,6 +42,11 @@ class EventLoopHandle:
         # sniffio says that no event loop runs, so that anyio's calls would fail in them.
         self._context = copy_context()
         self.thread = threading.get_ident()
+
+    @property
+    def is_of_asyncio(self) -> bool:
+        """Whether this is asyncio's, or one like it, and not trio's."""
+        return self._is_asyncio
 
     def is_same(self, other: "EventLoopHandle") -> bool:
         """Whether the other one is of the same event loop."""
@@ -239,6 +246,61 @@ class Wakeups:
 
 
 _wakeups: RunVar[Wakeups] = RunVar("aengine_wakeups")
+
+
+class Interrupts:
+    """Tells those that wait for something which cannot be stopped that the user no longer wants to wait: by Ctrl-C.
+
+    At a second Ctrl-C `asyncio.run()` cancels every task once more, natively, which no shield holds off. trio raises
+    it in its main task only, which waits for the others. So there SIGINT is handled here, too, as long as something
+    waits, and then handed on. `stop_on_signals` calls `notify()` by itself.
+
+    One for each event loop, shared by its engines. All of it is called on the event loop's thread.
+    """
+
+    @classmethod
+    def here(cls) -> Self:
+        """Return that of the event loop that runs here."""
+        try:
+            return cast(Self, _interrupts.get())
+        except LookupError:
+            interrupts = cls()
+            _interrupts.set(interrupts)
+            return interrupts
+
+    def __init__(self) -> None:
+        self._loop_handle = EventLoopHandle()
+        self._waiting: list[Callable[[], object]] = []
+        self._handler = self._handle  # the very object, by which it is found again
+        self._before: Any = None
+        self._must_handle = (
+            not self._loop_handle.is_of_asyncio and threading.current_thread() is threading.main_thread()
+        )
+
+    def add(self, notify: Callable[[], object]) -> None:
+        """Have this called at each Ctrl-C from now on."""
+        self._waiting.append(notify)
+        if self._must_handle and callable(before := signal.getsignal(signal.SIGINT)) and before is not self._handler:
+            self._before = before
+            signal.signal(signal.SIGINT, self._handler)
+
+    def remove(self, notify: Callable[[], object]) -> None:
+        """Call it no more."""
+        self._waiting.remove(notify)
+        if not self._waiting and self._must_handle and signal.getsignal(signal.SIGINT) is self._handler:
+            signal.signal(signal.SIGINT, self._before)
+
+    def notify(self) -> None:
+        """The user no longer wants to wait."""
+        for notify in tuple(self._waiting):
+            notify()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self._loop_handle.post(self.notify)
+        self._before(number, frame)
+
+
+_interrupts: RunVar[Interrupts] = RunVar("aengine_interrupts")
 
 
 class ThreadSafeEvent:
