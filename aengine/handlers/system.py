@@ -44,7 +44,7 @@ class SystemEvents(EventEnum):
 
     Attributes:
         SAMPLED: there are new numbers. Fired on the event loop, beside the step: for its handlers the engine may be in
-            the middle of a step.
+            the middle of a step. The payload has them, by name, as `SystemStatistics.values` returns them.
     """
 
     SAMPLED = "system_sampled"
@@ -123,7 +123,7 @@ class _Sampler(Service):
                     machine.read, abandon_on_cancel=True, limiter=anyio.CapacityLimiter(1)
                 )
                 if not self._is_ending:
-                    await engine.emit(SystemEvents.SAMPLED)
+                    await engine.emit(SystemEvents.SAMPLED, dict(self.values))
                 await anyio.sleep(self._seconds)
         except Exception as error:
             error.add_note(f"in the system statistics of engine {engine.name!r}")

@@ -29,7 +29,8 @@ class GradientEvents(EventEnum):
 
     Attributes:
         MEASURED: in the iteration just completed a step of the optimizer was measured. Its handlers run before those of
-            ITERATION_COMPLETED that were added after the statistics were attached.
+            ITERATION_COMPLETED that were added after the statistics were attached. The payload is what was measured,
+            by name, as `GradientStatistics.values` returns it.
     """
 
     MEASURED = "gradients_measured"
@@ -179,7 +180,7 @@ class GradientStatistics:
     def _report(self, engine: Engine[Any, Any]) -> None:
         if self._is_new:
             self._is_new = False
-            engine.fire_event(GradientEvents.MEASURED)
+            engine.fire_event(GradientEvents.MEASURED, self.values())
 
 
 class _Measures(NamedTuple):
