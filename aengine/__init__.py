@@ -42,7 +42,7 @@ from aengine.errors import (
 )
 from aengine.events import Event, EventEnum, Events, EventsList
 from aengine.signals import stop_on_signals
-from aengine.state import State, StopReason
+from aengine.state import ErrorInfo, State, StopReason
 from aengine.statistics import EngineStatistics
 
 __version__ = "0.1.0"
@@ -61,6 +61,7 @@ __all__ = [
     "Engine",
     "EngineBusy",
     "EngineStatistics",
+    "ErrorInfo",
     "Event",
     "EventEnum",
     "Events",

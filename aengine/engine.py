@@ -6,8 +6,6 @@ from contextlib import AbstractAsyncContextManager
 from functools import partial
 from typing import Any, Generic, TypeVar, overload
 
-from anyio.lowlevel import checkpoint_if_cancelled
-
 from aengine.arguments import check_seconds
 from aengine.bus.emitter import EventEmitter, RemovableEventHandle
 from aengine.bus.inbox import Overflow
@@ -35,8 +33,9 @@ class Engine(Generic[Batch, Output]):
         step: `step(engine, batch)` returns the output, or an awaitable of it. A plain `def` runs on the engine's own
             worker thread, an `async def` on the event loop.
         name: shown in logs, notes, events and statistics; by default the step's name.
-        thread: None for where the step belongs; False to run a plain step on the event loop's own thread; True to
-            insist on the worker.
+        thread: None for where the step belongs: a plain one on the worker, unless a mode or profiler of torch is on
+            where the engine is run, which sees that thread only; False to run a plain step on the event loop's own
+            thread; True to insist on the worker.
         grace: seconds that clean-up may take: handlers of CANCELLED and EXCEPTION_RAISED, subscribers that are behind,
             services, closing the data.
 
@@ -84,6 +83,7 @@ class Engine(Generic[Batch, Output]):
             self._requests,
             is_async=is_async,
             threaded=not is_async and thread is not False,
+            insists=thread is True,
             grace=grace,
         )
 
@@ -121,7 +121,6 @@ class Engine(Generic[Batch, Output]):
         Cancellation waits for the step in flight, fires CANCELLED within `grace` seconds, and goes on. The run can then
         be resumed.
         """
-        await checkpoint_if_cancelled()
         await self._session.run(self, data, (max_epochs, max_iters, epoch_length), prefetch)
         return self.state
 
@@ -292,13 +291,24 @@ class Engine(Generic[Batch, Output]):
         buffer: int = 64,
         overflow: Overflow | str = "drop_oldest",
         snapshot: Snapshot | None = None,
+        wait_for_run: bool = True,
     ) -> Stream:
         """Return events to be read, as in the class `Stream`.
 
-        It ends with the run. The arguments are those of `subscribe`. A slow reader loses the oldest events, which are
+        It ends with the run under way, or else with the next one, however that ends. `state.stop_reason` and
+        `state.error` say how. The arguments are those of `subscribe`. A slow reader loses the oldest events, which are
         counted, and never slows the loop, unless it asks for that by `overflow="wait"`.
+
+        Args:
+            event: what to read; several with `|` share one stream.
+            buffer: how many events may wait.
+            overflow: what happens when more come.
+            snapshot: what travels in `event.snapshot`.
+            wait_for_run: False has the stream be over at once where no run is under way, as the reader of an engine
+                that may be done wants it.
         """
-        return Stream(self._emitter.bus, self._emitter.select(event), None, buffer, overflow, snapshot)
+        bus, selected = self._emitter.bus, self._emitter.select(event)
+        return Stream(bus, selected, None, buffer, overflow, snapshot, wait_for_run=wait_for_run)
 
     def add_service(
         self, service: Service, *, on_error: str = "raise", name: str | None = None
@@ -327,6 +337,7 @@ class Engine(Generic[Batch, Output]):
 
         Raises:
             TypeError: something that is no event.
+            ValueError: the engine has another event of this name. pytorch-ignite's of the same name will do.
         """
         self._emitter.register(events, event_to_attr)
 
@@ -410,18 +421,24 @@ class Engine(Generic[Batch, Output]):
 
     # Stopping
 
-    def terminate(self, *, skip_completed: bool = False) -> None:
+    def terminate(self, *, skip_completed: bool = False) -> bool:
         """End the run before its next step: TERMINATE and COMPLETED are fired, and `run()` returns.
 
-        From any thread or task. A later `run()` resumes. Without a run under way it does nothing.
+        From any thread or task. A later `run()` resumes. Returns whether a run is under way that ends by this. Without
+        one only `should_terminate` is set, until the next run begins: a job that is not running yet is stopped by
+        whatever is about to call `run()`, which looks at `should_terminate` first, or by cancelling the scope or task
+        around it.
 
         Args:
             skip_completed: fire no COMPLETED.
         """
-        self._requests.terminate(skip_completed=skip_completed)
+        return self._requests.terminate(skip_completed=skip_completed)
 
-    def terminate_epoch(self, *, skip_epoch_completed: bool = False) -> None:
+    def terminate_epoch(self, *, skip_epoch_completed: bool = False) -> bool:
         """End the epoch before its next step: the data begins again with the next epoch. From any thread or task.
+
+        Returns whether an epoch is under way that ends by this. Without a run only `should_terminate_single_epoch` is
+        set, until the next run begins.
 
         Args:
             skip_epoch_completed: fire no EPOCH_COMPLETED.
@@ -429,11 +446,15 @@ class Engine(Generic[Batch, Output]):
         Raises:
             RuntimeError: called at STARTED or EPOCH_STARTED, where no iteration has begun.
         """
-        self._requests.terminate_epoch(skip_epoch_completed=skip_epoch_completed)
+        return self._requests.terminate_epoch(skip_epoch_completed=skip_epoch_completed)
 
-    def interrupt(self) -> None:
-        """Leave the run before its next step, to go on with the very next event at the next `run()`."""
-        self._requests.interrupt()
+    def interrupt(self) -> bool:
+        """Leave the run before its next step, to go on with the very next event at the next `run()`.
+
+        Returns whether a run is under way that is left by this. Without one only `should_interrupt` is set, until the
+        next run begins.
+        """
+        return self._requests.interrupt()
 
     def pause(self) -> None:
         """Have the loop wait before its next step, inside `run()`, until `resume()`. From any thread or task."""
@@ -458,17 +479,17 @@ class Engine(Generic[Batch, Output]):
 
     @property
     def should_terminate(self) -> bool:
-        """Whether `terminate()` was called of the run under way, or of the last one."""
+        """Whether `terminate()` was called since the last run began. The next one clears it."""
         return Request.TERMINATE in self._requests.pending
 
     @property
     def should_terminate_single_epoch(self) -> bool:
-        """Whether `terminate_epoch()` was called and is yet to take effect."""
+        """Whether `terminate_epoch()` was called and is yet to take effect. The next run clears it."""
         return Request.TERMINATE_EPOCH in self._requests.pending
 
     @property
     def should_interrupt(self) -> bool:
-        """Whether `interrupt()` was called and is yet to take effect."""
+        """Whether `interrupt()` was called and is yet to take effect. The next run clears it."""
         return Request.INTERRUPT in self._requests.pending
 
     # Saving and looking

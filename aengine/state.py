@@ -1,8 +1,10 @@
 """State: what the loop knows, and whatever users put beside it."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from traceback import format_exception
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, Self, runtime_checkable
 
 if TYPE_CHECKING:
     from aengine.loop.progress import Progress
@@ -20,6 +22,30 @@ class StopReason(Enum):
 
     def __str__(self) -> str:
         return self.value
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorInfo:
+    """What ended a run, as three texts. It holds no frame, and so neither the engine nor a tensor.
+
+    Attributes:
+        type: the name of the exception's class.
+        message: what `str()` says of it.
+        traceback: as Python prints it, with its notes and causes.
+    """
+
+    type: str
+    message: str
+    traceback: str
+
+    @classmethod
+    def of(cls, error: BaseException) -> Self:
+        """Describe an exception. What the exception cannot say of itself is left out."""
+        try:
+            message = str(error)
+        except Exception:  # noqa: BLE001 -- a user's own `__str__`: the end of the run is told all the same
+            message = ""
+        return cls(type(error).__name__, message, "".join(format_exception(error)))
 
 
 # The counters that filters of these events look at. Any other event counts its own firings.
@@ -49,10 +75,13 @@ class State:
         batch: what the step is given; None between steps. A handler of ITERATION_STARTED may replace it.
         output: what the last step returned.
         metrics: results by name; kept from run to run.
-        dataloader: the data as it was given to `run()`.
+        dataloader: the data as it was given to `run()` or `set_data()`. Read only.
         seed: free for users, as in pytorch-ignite; the loop does not read it.
         times: seconds the last epoch and the last run took, under "EPOCH_COMPLETED" and "COMPLETED".
-        stop_reason: why the last run ended; None before the first end and while running.
+        stop_reason: why the last call of `run()` ended, also one that was refused; None before the first end and while
+            running.
+        error: what the last call of `run()` raised, as text; None while running, and where it raised nothing or a
+            cancellation.
         event_to_attr: which attribute counts which event (by name), for filters.
 
     Any other attribute can be set; it survives from run to run. Those named in `engine.state_dict_user_keys`
@@ -69,15 +98,28 @@ class State:
         self.batch: Any = None
         self.output: Any = None
         self.metrics: dict[str, Any] = {}
-        self.dataloader: Any = None
+        set_dataloader(self, attributes.pop("dataloader", None))
         self.seed: int | None = None
         self.times: dict[str, float | None] = {"EPOCH_COMPLETED": None, "COMPLETED": None}
         self.stop_reason: StopReason | None = None
+        self.error: ErrorInfo | None = None
         self.event_to_attr: dict[str, str] = dict(COUNTERS)
         # Set by the loop and the engine: what is completed where no run is under way; None while one is.
         self.last_progress: Progress | None = None
         for name, value in attributes.items():
             setattr(self, name, value)
+
+    @property
+    def dataloader(self) -> Any:
+        """The data of the run."""
+        return vars(self)["dataloader"]
+
+    @dataloader.setter
+    def dataloader(self, data: Any) -> NoReturn:
+        raise AttributeError(
+            "engine.state.dataloader says what the data is, and does not change it: call engine.set_data(data), or pass"
+            " it to run()"
+        )
 
     if TYPE_CHECKING:
         # Users put what they like on the state. For type checkers only: defined for real, either of the two
@@ -111,6 +153,11 @@ class State:
             for name, value in vars(self).items()
         }
         return f"State({', '.join(f'{name}={value}' for name, value in shown.items())})"
+
+
+def set_dataloader(state: State, data: Any) -> None:
+    """Set which data a run has. Users cannot: in pytorch-ignite, assigning it has the run go on with other data."""
+    vars(state)["dataloader"] = data
 
 
 @runtime_checkable

@@ -26,11 +26,12 @@ class Bus:
         own_counts: how often each event was fired that no attribute of the state counts. Written by the topics.
         next_count: the least count of iterations at which the loop has to look closer; found anew by the loop.
         loop_handle: the event loop of the run under way, None where none is.
+        has_run: whether a run is under way, with or without an event loop.
     """
 
     __slots__ = (
-        "_reported", "_subscriptions", "_topics", "last_event_name", "lock", "logger", "loop_handle", "name",
-        "next_count", "own_counts", "sequence", "state", "stopwatch",
+        "_reported", "_subscriptions", "_topics", "has_run", "last_event_name", "lock", "logger", "loop_handle",
+        "name", "next_count", "own_counts", "sequence", "state", "stopwatch",
     )  # fmt: skip
 
     def __init__(self, name: str, logger: logging.Logger, state: State) -> None:
@@ -44,6 +45,7 @@ class Bus:
         self.next_count = ALWAYS
         self.stopwatch = Stopwatch()
         self.loop_handle: EventLoopHandle | None = None
+        self.has_run = False
         self._reported: BaseException | None = None
         self._subscriptions: tuple[Subscription, ...] = ()
         self._topics: dict[str, Topic] = {}
@@ -96,6 +98,20 @@ class Bus:
 
     # Runs
 
+    def begin_run(self) -> None:
+        """`run()` was called. What refuses it now ends the streams, too."""
+        self.has_run = True
+
+    def end_run(self, *, is_suspended: bool) -> None:
+        """`run()` is about to return or raise. Unless the run is suspended, the streams end after what waits in them.
+
+        In this order: a stream that is entered at the same time, by another thread, looks after it was added.
+        """
+        self.has_run = False
+        if not is_suspended:
+            for stream in self.streams:
+                stream.inbox.close_nowait()
+
     def reset(self) -> None:
         """A run begins: the clock starts, and filters look ahead from where the counters stand."""
         self.start_clock()
@@ -120,8 +136,3 @@ class Bus:
         """A run begins, or goes on."""
         self.stopwatch = Stopwatch()
         self.next_count = ALWAYS
-
-    def end_streams(self) -> None:
-        """The run is over: what waits in the streams can still be read, then they end."""
-        for stream in self.streams:
-            stream.inbox.close_nowait()

@@ -163,11 +163,18 @@ class EventEmitter:
 
     def register(self, events: tuple[str | EventEnum, ...], event_to_attr: Mapping[Any, str] | None) -> None:
         """Register events, and the attributes of the state that count them."""
+        wanted: dict[str, Any] = {}
         for event in events:
             name = event_name(event)
             if name is None or isinstance(event, Event):
                 raise TypeError(f"register_events() takes names and members of a subclass of EventEnum, got {event!r}")
-            self.registered[name] = event
+            there = wanted.setdefault(name, self.registered.get(name, event))
+            if not _is_same(there, event):
+                raise ValueError(
+                    f"engine {self.bus.name!r} has an event {name!r} already, {_shown(there)}, and events are equal by"
+                    f" name: handlers of one would run at the other. Give {_shown(event)} another name"
+                )
+        self.registered.update(wanted)
         for event, attribute in (event_to_attr or {}).items():
             self.bus.state.event_to_attr[cast(str, event_name(event))] = attribute
             if not hasattr(self.bus.state, attribute):
@@ -231,3 +238,19 @@ class EventEmitter:
         """The event, as it was registered, that was last dispatched to any listener; None before the first."""
         name = self.bus.last_event_name
         return None if name is None else self.registered[name]
+
+
+def _is_same(there: Any, event: Any) -> bool:
+    """Say whether two events of one name are one and the same, or one of them is pytorch-ignite's of that name."""
+    definitions = [_definition(one) for one in (there, event)]
+    return definitions[0] == definitions[1] or any(module.partition(".")[0] == "ignite" for module, *_ in definitions)
+
+
+def _definition(event: Any) -> tuple[str, str, Any]:
+    """Where an event was defined, and as what: a class that is executed anew, as in a notebook, defines the same one."""
+    kind = type(event)
+    return kind.__module__, kind.__qualname__, getattr(event, "value", event)
+
+
+def _shown(event: Any) -> str:
+    return f"the name {event!r}" if isinstance(event, str) else f"{type(event).__qualname__}.{event.name}"

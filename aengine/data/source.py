@@ -12,7 +12,7 @@ from typing import Any, NoReturn, cast
 
 import anyio
 
-from aengine.data.adapt import Adapted, has, is_factory, is_iterable
+from aengine.data.adapt import Adapted, has, is_async_iterable, is_factory, is_iterable
 from aengine.data.managed import ManagedData, RunContext
 from aengine.data.position import DataPosition
 from aengine.data.prefetch import Buffer, Fetched, Prefetcher, TaskPrefetcher, ThreadPrefetcher
@@ -113,7 +113,7 @@ class Source:
             return None
         made: Any = data() if is_factory(data) else data
         self.opened = made
-        if has(made, "__aiter__"):
+        if is_async_iterable(made):
             position.rewind(made)
             self._iterator = aiter(cast(AsyncIterable[Any], made))
             if not position.to_skip:
@@ -190,10 +190,13 @@ class Source:
 
     # Ahead of the step
 
-    def _pull_ahead(self, run: RunContext) -> Prefetcher:
+    def _pull_ahead(self, run: RunContext) -> Prefetcher | None:
+        is_plain = not has(self._iterator, "__anext__")
+        if is_plain and run.settings.bound is not None:  # a thread of its own would not have what is in force here
+            return None
         fetched, state = self.position.fetched, self.position.state
         buffer = Buffer(run.prefetch, run.loop_handle, lambda more: run.can_use(fetched + more))
-        if not has(self._iterator, "__anext__"):
+        if is_plain:
             return ThreadPrefetcher(buffer, state, self._iterator, run.settings)
         prefetcher = TaskPrefetcher(buffer, state, self._iterator)
         run.spawn(prefetcher.pull, prefetcher.never_started)

@@ -84,6 +84,8 @@ class Driver:
         self._wanted: Any = None
         self._scope = anyio.CancelScope()
         self._is_over = False
+        self._has_ended = anyio.Event()  # the task of the run is at its end
+        self._is_cancelled = False  # the caller is, or was interrupted by Ctrl-C
         self._is_woken = False  # the wait for the next batch was cancelled, since a request came
         self._deadline: float | None = None  # of the clean-up, once it has begun
         self._outcome = Outcome(bus.name, bus.logger)
@@ -111,6 +113,7 @@ class Driver:
             self._services.run_started(self.fail)
             async with anyio.create_task_group() as self._group:
                 self._loop_handle.start(self._group, self._main, self._never_started, name=f"aengine {self._bus.name}")
+                await self._wait_for_end()
             if self._outcome.cancellation is not None:
                 # The cancellation reached the loop's task. If the caller's scope is cancelled too, a fresh one is
                 # raised here: a trio Cancelled is only valid inside the scope it was raised for. A native asyncio
@@ -128,6 +131,23 @@ class Driver:
             del ending
             self._outcome.clear()
             self._reported = None
+
+    async def _wait_for_end(self) -> None:
+        """Wait in the caller's task until that of the run is at its end; have the loop end if this is cancelled.
+
+        On asyncio, anyio cancels a task only where what it waits for has not come yet, looking once in each turn of the
+        event loop. A task that wakes another and is woken by it in each turn, as the loop and a prefetcher do, would
+        never be cancelled; nor would a step that catches its cancellation and returns. The caller waits for one thing,
+        which comes last, so that a cancellation always reaches it here. Then the loop is to return to this driver
+        before its next step, whatever became of the cancellation in the task of the run.
+        """
+        try:
+            await self._has_ended.wait()
+        except BaseException:
+            self._is_cancelled = True
+            if self._deadline is None and not self._is_over:
+                self._requests.return_to_driver()
+            raise
 
     def _connect(self) -> None:
         """Tell the loop, its data, the bus and the requests of this run's event loop."""
@@ -182,6 +202,8 @@ class Driver:
             self._scope.cancel()
 
     def _fail_of_data(self, error: BaseException) -> None:
+        if isinstance(error, Exception) and self._loop.log_error_of_data(error):
+            return
         self._bus.note(error, f"the data ({self._loop.source.name})")
         self.fail(error)
 
@@ -228,10 +250,14 @@ class Driver:
             self._outcome.add_cancellation(error)
         finally:
             self._is_over = True
-            with anyio.CancelScope(shield=True):
-                await self._close()
+            try:
+                with anyio.CancelScope(shield=True):
+                    await self._close()
+            finally:
+                self._has_ended.set()
 
     def _never_started(self) -> None:
+        self._has_ended.set()
         self._outcome.add(StrayCancellation(f"the run of engine {self._bus.name!r} was cancelled from outside"))
 
     async def _close(self) -> None:
@@ -242,10 +268,9 @@ class Driver:
         await self._run_cleanup(partial(self._services.run_ended, error, deadline))
         await self._run_cleanup(self._subscribers.end)
         del error
-        if not self.is_suspended:
-            self._bus.end_streams()
-            if not self.has_abandoned:  # the loop has done so itself, unless it was cancelled in its clean-up
-                await self._run_cleanup(source.aclose, deadline)
+        if not self.is_suspended and not self.has_abandoned:
+            # The loop has done so itself, unless it was cancelled in its clean-up.
+            await self._run_cleanup(source.aclose, deadline)
         await self._run_cleanup(source.exit, deadline)
         if self._worker is not None:
             await self._run_cleanup(self._worker.stop)
@@ -434,6 +459,8 @@ class Driver:
                 self._next = (self._generator.send, None)
                 return False
         elif effect is Effect.RAISE_FAILURE:
+            if self._is_cancelled:
+                await checkpoint_if_cancelled()
             return self._throw_reported()
         elif effect is Effect.SUSPEND:
             self.is_suspended = self._is_over = True

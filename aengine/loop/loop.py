@@ -15,13 +15,13 @@ from aengine.bus.topic import Topic
 from aengine.callables import is_awaitable, refuse_stop_iteration
 from aengine.data.managed import RunContext
 from aengine.data.source import PENDING, Source
-from aengine.errors import DataExhaustedWarning
+from aengine.errors import DataExhaustedWarning, HandlerTimeout
 from aengine.events import ALWAYS, NEVER
 from aengine.loop.effects import BUDGET, Effect, LoopGenerator, NextBatch, WaitCancelled
 from aengine.loop.feed import END, Exhausted, Feed
 from aengine.loop.progress import Progress
 from aengine.loop.requests import Phase, Request, Requests
-from aengine.state import StopReason
+from aengine.state import ErrorInfo, StopReason
 
 
 class Terminated(Exception):
@@ -143,8 +143,10 @@ class Loop:
 
     def _epoch(self) -> LoopGenerator:
         state, requests, began = self._state, self._requests, perf_counter()
-        if self.source.is_one_shot:
-            yield from self._fetching(self.feed.look_ahead(self.completed))
+        if not (yield from self._fetching(self.feed.look_ahead(self.completed))):
+            yield from self._tell_end_of_data()
+            if not (yield from self._fetching(self.feed.look_ahead(self.completed))):
+                raise Exhausted  # other data was set, and it is empty, too
         if self._epoch_is_complete:
             state.epoch += 1
             state.epoch_start = state.iteration
@@ -162,7 +164,7 @@ class Loop:
             # At ITERATION_STARTED an iteration was begun whose batch is dropped with the rest of the epoch.
             self.completed = state.iteration
             yield from self._dispatch("TERMINATE_SINGLE_EPOCH", state.iteration - state.epoch_start)
-            yield from self.feed.restart(self.completed)
+            yield from self._fetching(self.feed.restart(self.completed))
             yield from self._complete_epoch(began, fire=not requests.skip_epoch_completed)
         except Exhausted:
             if state.iteration > state.epoch_start:
@@ -324,20 +326,40 @@ class Loop:
         self.feed.is_awaited = False
         if isinstance(error, WaitCancelled):
             yield from self._serve_requests()  # which ends the run: only `terminate()` cancels this wait
-        elif isinstance(error, Exception) and not isinstance(error, Exhausted):
+        elif isinstance(error, Exception):
+            if self.log_error_of_data(error):
+                yield from self._serve_requests()  # which ends the run
             self._bus.note(error, f"the data ({self.source.name}), fetching batch {self.completed + 1}")
+
+    def log_error_of_data(self, error: BaseException) -> bool:
+        """Log an error of the data where it is not to fail the run, since that is to end cleanly; return whether.
+
+        A signal to a process group ends a DataLoader's workers, and may end a broker's connection, at the very moment
+        at which this process is to terminate its run, and so to save it.
+        """
+        if Request.TERMINATE not in self._requests.pending:
+            return False
+        self._bus.logger.error("the data (%s) failed as the run was to terminate", self.source.name, exc_info=error)
+        return True
 
     def _meet_end_of_data(self) -> Generator[Awaitable[Any] | Effect, Any, Any]:
         """Restart the data and return its first batch; END if it ends an epoch whose length was not known."""
         if self.feed.end(self.completed):
             return END
-        yield from self._dispatch("DATALOADER_STOP_ITERATION")
-        yield from self._serve_requests(between_steps=False)
-        yield from self.feed.restart(self.completed)
+        yield from self._tell_end_of_data()
+        yield from self._fetching(self.feed.restart(self.completed))
         batch = yield from self._fetching(self.feed.fetch())
         if batch is END:
             raise Exhausted
         return batch
+
+    def _tell_end_of_data(self) -> LoopGenerator:
+        """Fire DATALOADER_STOP_ITERATION, a handler of which may set other data; else one-shot data has ended."""
+        ended = self.source
+        yield from self._dispatch("DATALOADER_STOP_ITERATION")
+        yield from self._serve_requests(between_steps=False)
+        if self.source is ended and ended.is_one_shot:
+            raise Exhausted
 
     def set_data(self, source: Source) -> None:
         """Have the next batch come from another source. From any thread."""
@@ -444,6 +466,8 @@ class Loop:
         """Fire CANCELLED or EXCEPTION_RAISED, as clean-up."""
         is_cancellation = isinstance(error, self.cancellations)
         self._state.stop_reason = StopReason.CANCELLED if is_cancellation else StopReason.FAILED
+        if not is_cancellation:
+            self._state.error = ErrorInfo.of(error)
         self._requests.enter(Phase.ENDING_EPOCH)
         if error is self.feed.empty:
             yield from self._accept_no_more()
@@ -468,8 +492,11 @@ class Loop:
         try:
             yield from self.feed.close(gently=gently, exits=exits)
         except Exception as error:
-            self._bus.note(error, f"closing the data ({self.source.name})")
-            raise
+            is_clean = self._state.stop_reason not in (StopReason.FAILED, StopReason.CANCELLED)
+            # That it was not closed in time is not the data's error but ours.
+            if isinstance(error, HandlerTimeout) or not (is_clean and self.log_error_of_data(error)):
+                self._bus.note(error, f"closing the data ({self.source.name})")
+                raise
 
     def progress(self) -> Progress:
         """Return what is completed: where to go on from here."""

@@ -84,14 +84,16 @@ class Requests:
         if (wake := self._wake) is not None:  # read once: the driver's thread may set it to None
             wake()
 
-    def terminate(self, *, skip_completed: bool) -> None:
-        """Request a clean end. Does nothing where no run is under way."""
-        if self.phase is not Phase.IDLE:
-            self.skip_completed = skip_completed
-            self.request(Request.TERMINATE)
+    # Ending. Each returns whether a run is under way that will serve the request. Without one the request stays
+    # pending, to be seen, until the next run begins, which drops it.
 
-    def terminate_epoch(self, *, skip_epoch_completed: bool) -> None:
-        """Request the end of the epoch under way. Does nothing where none is.
+    def terminate(self, *, skip_completed: bool) -> bool:
+        """Request a clean end."""
+        self.skip_completed = skip_completed
+        return self._end_by(Request.TERMINATE)
+
+    def terminate_epoch(self, *, skip_epoch_completed: bool) -> bool:
+        """Request the end of the epoch under way. Does nothing where a run is between two epochs or is ending.
 
         Raises:
             RuntimeError: the epoch has not begun its iterations: called at STARTED or EPOCH_STARTED.
@@ -101,14 +103,21 @@ class Requests:
                 "terminate_epoch() ends the iterations of an epoch, and none has begun at STARTED and EPOCH_STARTED:"
                 " call it from GET_BATCH_STARTED on, or call terminate() to end the run"
             )
-        if self.phase is Phase.ITERATING:
-            self.skip_epoch_completed = skip_epoch_completed
-            self.request(Request.TERMINATE_EPOCH)
+        if self.phase is Phase.ENDING_EPOCH:
+            return False
+        self.skip_epoch_completed = skip_epoch_completed
+        return self._end_by(Request.TERMINATE_EPOCH)
 
-    def interrupt(self) -> None:
-        """Request that the run is suspended in its middle. Does nothing where none is under way."""
-        if self.phase is not Phase.IDLE:
-            self.request(Request.INTERRUPT)
+    def interrupt(self) -> bool:
+        """Request that the run is suspended in its middle."""
+        return self._end_by(Request.INTERRUPT)
+
+    def _end_by(self, request: Request) -> bool:
+        if self.phase is Phase.IDLE:
+            self.pending.add(request)
+            return False
+        self.request(request)
+        return True
 
     def fire(self, event: str, payload: Any) -> bool:
         """Request that an event is fired between two steps. Returns False where no run is under way that would."""
@@ -141,7 +150,11 @@ class Requests:
         self.deferred_backpressure.clear()
 
     def go_on(self) -> None:
-        """A run that was suspended goes on: it may be asked to end before the loop takes its first step."""
+        """A run that was suspended goes on: it may be asked to end before the loop takes its first step.
+
+        What was requested while it was suspended is void, but for a pause and other data.
+        """
+        self.pending -= {Request.TERMINATE, Request.TERMINATE_EPOCH, Request.INTERRUPT}
         self.phase = Phase.ITERATING
 
     def end(self) -> list[str]:

@@ -2,7 +2,7 @@
 
     gradients = GradientStatistics(model, optimizer, every=100)
     gradients.attach(trainer)
-    track(trainer, JSONLines("gradients.jsonl"), GradientEvents.MEASURED, values=gradients.values)
+    track(trainer, JSONLines("gradients.jsonl"), GradientEvents.GRADIENTS_MEASURED, values=gradients.values)
 
 Nothing is read from a device here: the results stay there, as tensors of one number, until they are used.
 """
@@ -17,6 +17,7 @@ from aengine.bus.emitter import RemovableEventHandle
 from aengine.callables import name_of
 from aengine.engine import Engine
 from aengine.events import EventEnum, Events
+from aengine.handlers.attachment import Attachment
 
 _foreach_norm: Any = torch._foreach_norm  # noqa: SLF001  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
 """Computes the norms of several tensors at once, as torch.nn.utils does; public only in newer versions of torch."""
@@ -28,12 +29,12 @@ class GradientEvents(EventEnum):
     """What an engine with GradientStatistics fires.
 
     Attributes:
-        MEASURED: in the iteration just completed a step of the optimizer was measured. Its handlers run before those of
-            ITERATION_COMPLETED that were added after the statistics were attached. The payload is what was measured,
-            by name, as `GradientStatistics.values` returns it.
+        GRADIENTS_MEASURED: in the iteration just completed a step of the optimizer was measured. Its handlers run
+            before those of ITERATION_COMPLETED that were added after the statistics were attached. The payload is what
+            was measured, by name, as `GradientStatistics.values` returns it.
     """
 
-    MEASURED = "gradients_measured"
+    GRADIENTS_MEASURED = "gradients_measured"
 
 
 class GradientStatistics:
@@ -82,34 +83,30 @@ class GradientStatistics:
         self._optimizer = optimizer
         self._every = check_whole(every, "every=", minimum=1, of="steps of the optimizer")
         self._updates = updates
-        self._is_attached = False
+        self._attachment = Attachment()
         self._steps = 0
         self._values: dict[str, torch.Tensor] = {}
         self._before: list[torch.Tensor] | None = None  # the parameters before the step, during a measured one
         self._is_measured = False  # the current step
-        self._is_new = False  # the last measurement: MEASURED was not fired for it yet
+        self._is_new = False  # the last measurement: GRADIENTS_MEASURED was not fired for it yet
 
     def attach(self, engine: Engine[Any, Any]) -> RemovableEventHandle:
-        """Measure from now on, and fire MEASURED on this engine. Returns a handle that ends it.
+        """Measure from now on, and fire GRADIENTS_MEASURED on this engine. Returns a handle that ends it.
 
         Raises:
             RuntimeError: this is attached already.
         """
-        if self._is_attached:  # also if to another engine: each step of the optimizer would be counted twice
-            raise RuntimeError(
-                "these GradientStatistics are attached already: remove() what attach() returned, or make others for"
-                " another engine"
-            )
+        # Also if to another engine: each step of the optimizer would be counted twice.
+        self._attachment.begin(self, engine, ", or remove() first what attach() returned")
         engine.register_events(*GradientEvents)
         handles: list[Any] = [
             self._optimizer.register_step_pre_hook(self._measure_before),
             self._optimizer.register_step_post_hook(self._measure_after),
             engine.add_event_handler(Events.ITERATION_COMPLETED, self._report),
         ]
-        self._is_attached = True
 
         def remove() -> None:
-            self._is_attached = False
+            self._attachment.end()
             for handle in handles:
                 handle.remove()
 
@@ -180,7 +177,7 @@ class GradientStatistics:
     def _report(self, engine: Engine[Any, Any]) -> None:
         if self._is_new:
             self._is_new = False
-            engine.fire_event(GradientEvents.MEASURED, self.values())
+            engine.fire_event(GradientEvents.GRADIENTS_MEASURED, self.values())
 
 
 class _Measures(NamedTuple):

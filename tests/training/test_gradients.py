@@ -69,7 +69,7 @@ class Plain:
 def record_values(engine: AnyEngine, statistics: GradientStatistics) -> list[tuple[int, dict[str, float]]]:
     seen: list[tuple[int, dict[str, float]]] = []
 
-    @engine.on(GradientEvents.MEASURED)
+    @engine.on(GradientEvents.GRADIENTS_MEASURED)
     def note(engine: AnyEngine, payload: dict[str, torch.Tensor]) -> None:
         values = statistics.values(engine)
         assert payload.keys() == values.keys()
@@ -300,7 +300,7 @@ async def test_numbers_are_tracked_at_their_own_cadence(*, thread: bool | None) 
     statistics.attach(trainer)
     seen = record_values(trainer, statistics)
     written: list[Record] = []
-    track(trainer, written.extend, GradientEvents.MEASURED, values=statistics.values)
+    track(trainer, written.extend, GradientEvents.GRADIENTS_MEASURED, values=statistics.values)
     await trainer.run(batches(), max_epochs=2)
     assert [(record.step, record.values) for record in written] == seen
     assert [record.step for record in written] == [3, 6, 9, 12]
@@ -403,7 +403,7 @@ def test_it_is_attached_once_until_it_is_removed() -> None:
     statistics = GradientStatistics(model, optimizer)
     handle = statistics.attach(trainer)
     for engine in (trainer, create_supervised_trainer(model, optimizer, LOSS)):
-        with pytest.raises(RuntimeError, match=r"these GradientStatistics are attached already: remove\(\)"):
+        with pytest.raises(RuntimeError, match=r"is attached to engine .* already.*make another one, or remove\(\)"):
             statistics.attach(engine)
     handle.remove()
     statistics.attach(trainer)
