@@ -67,6 +67,9 @@ class State:
     Attributes:
         iteration: iterations begun so far; while one runs, its number, from 1.
         epoch: epochs begun so far; while one runs, its number, from 1.
+        iterations_completed: iterations whose step has returned: one less than `iteration` during a step, and after one
+            that failed.
+        epochs_completed: epochs whose end was met. At EPOCH_COMPLETED that epoch is one of them.
         epoch_start: the value of `iteration` when the epoch under way began. At EPOCH_STARTED of an epoch
             that is resumed in its middle, `iteration` is larger than this.
         epoch_length: iterations in an epoch; None until it is known.
@@ -91,6 +94,8 @@ class State:
     def __init__(self, **attributes: Any) -> None:
         self.iteration: int = 0
         self.epoch: int = 0
+        self.iterations_completed: int = 0
+        self.epochs_completed: int = 0
         self.epoch_start: int = 0
         self.epoch_length: int | None = None
         self.max_epochs: int | None = None
@@ -146,6 +151,20 @@ class State:
         """Whether a run has completed, from its COMPLETED on, by reaching the limits; False while one is under way."""
         progress = self.last_progress
         return progress is not None and progress.reaches(self.max_epochs, self.max_iters, self.epoch_length)
+
+    @property
+    def iterations_left(self) -> int | None:
+        """How many iterations are to be completed until the limit of the run; None while that is not known.
+
+        Where the length of an epoch changes from pass to pass, the epochs to come count as long as the present one.
+        """
+        if self.max_iters is not None:
+            return max(0, self.max_iters - self.iterations_completed)
+        if self.max_epochs is None or self.epoch_length is None:
+            return None
+        is_in_epoch = self.epoch > self.epochs_completed
+        done = self.iterations_completed - self.epoch_start if is_in_epoch else 0
+        return max(0, self.epoch_length * (self.max_epochs - self.epochs_completed) - done)
 
     def __repr__(self) -> str:
         shown = {

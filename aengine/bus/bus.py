@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterable, Mapping
 from threading import RLock
 
+from aengine.bus.completions import Completions
 from aengine.bus.stream import Stream
 from aengine.bus.subscriber import Subscriber, Subscription
 from aengine.bus.topic import Topic
@@ -25,13 +26,14 @@ class Bus:
         sequence: the number of the last event that was sent.
         own_counts: how often each event was fired that no attribute of the state counts. Written by the topics.
         next_count: the least count of iterations at which the loop has to look closer; found anew by the loop.
+        completions: what waits for iterations to be completed.
         loop_handle: the event loop of the run under way, None where none is.
         has_run: whether a run is under way, with or without an event loop.
     """
 
     __slots__ = (
-        "_reported", "_subscriptions", "_topics", "has_run", "last_event_name", "lock", "logger", "loop_handle",
-        "name", "next_count", "own_counts", "sequence", "state", "stopwatch",
+        "_reported", "_subscriptions", "_topics", "completions", "has_run", "last_event_name", "lock", "logger",
+        "loop_handle", "name", "next_count", "own_counts", "sequence", "state", "stopwatch",
     )  # fmt: skip
 
     def __init__(self, name: str, logger: logging.Logger, state: State) -> None:
@@ -39,6 +41,7 @@ class Bus:
         self.logger = logger
         self.state = state
         self.lock = RLock()
+        self.completions = Completions(self)
         self.sequence = 0
         self.own_counts: dict[str, int] = {}
         self.last_event_name: str | None = None
@@ -108,6 +111,7 @@ class Bus:
         In this order: a stream that is entered at the same time, by another thread, looks after it was added.
         """
         self.has_run = False
+        self.completions.end()  # also where the loop has not come to its end, or never began
         if not is_suspended:
             for stream in self.streams:
                 stream.inbox.close_nowait()

@@ -30,7 +30,7 @@ from aengine.errors import HandlerTimeout, StrayCancellation
 from aengine.loop.effects import Effect, LoopGenerator, NextBatch, WaitCancelled
 from aengine.loop.loop import Loop
 from aengine.loop.requests import Request, Requests
-from aengine.threads.event_loop import EventLoopHandle, ThreadSafeEvent, TickCounter
+from aengine.threads.event_loop import EventLoopHandle, LagGauge, ThreadSafeEvent, TickCounter
 from aengine.threads.thread_state import ThreadState
 from aengine.threads.worker import close_unawaited
 
@@ -108,6 +108,10 @@ class Driver:
         if wanted is not None:
             self._next = (lambda _: wanted, None)
         self._connect()
+        lag = LagGauge.here()
+        lag.begin()
+        watch = self._bus.stopwatch
+        watch.event_loop_lag = lambda: lag.seconds
         ending: BaseException | None = None
         try:
             self._services.run_started(self.fail)
@@ -122,6 +126,9 @@ class Driver:
         except BaseException as error:  # noqa: BLE001 -- raised below, unless something worse was
             ending = error
         finally:
+            lag.end()
+            last_lag = lag.seconds
+            watch.event_loop_lag = lambda: last_lag
             self._requests.wake_by(None)
             self._loop.source.attach(None)
             self._bus.attach(None)
