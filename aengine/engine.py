@@ -89,8 +89,8 @@ class Engine(Generic[Batch, Output]):
 
     # By name, and not as a property: reading the state, as every handler does, would take several times as long.
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "state" and "_session" in vars(self):
-            self._session.replace_state(value)
+        if name == "state" and (session := getattr(self, "_session", None)) is not None:
+            session.replace_state(value)
         super().__setattr__(name, value)
 
     # Running

@@ -48,6 +48,9 @@ class ErrorInfo:
         return cls(type(error).__name__, message, "".join(format_exception(error)))
 
 
+_SHOWN = (int, float, str, Enum, type(None))
+"""The types of values that are shown as they are."""
+
 # The counters that filters of these events look at. Any other event counts its own firings.
 COUNTERS: Mapping[str, str] = {
     "GET_BATCH_STARTED": "iteration",
@@ -117,7 +120,7 @@ class State:
     @property
     def dataloader(self) -> Any:
         """The data of the run."""
-        return vars(self)["dataloader"]
+        return self._dataloader
 
     @dataloader.setter
     def dataloader(self, data: Any) -> NoReturn:
@@ -168,7 +171,7 @@ class State:
 
     def __repr__(self) -> str:
         shown = {
-            name: value if isinstance(value, int | float | str | Enum | None) else f"<{type(value).__name__}>"
+            name.removeprefix("_"): value if isinstance(value, _SHOWN) else f"<{type(value).__name__}>"
             for name, value in vars(self).items()
         }
         return f"State({', '.join(f'{name}={value}' for name, value in shown.items())})"
@@ -176,7 +179,8 @@ class State:
 
 def set_dataloader(state: State, data: Any) -> None:
     """Set which data a run has. Users cannot: in pytorch-ignite, assigning it has the run go on with other data."""
-    vars(state)["dataloader"] = data
+    # As any attribute: to write into its dictionary would make each access of the loop to the state slower, for good.
+    setattr(state, "_dataloader", data)  # noqa: B010 -- the name is private to this module
 
 
 @runtime_checkable
