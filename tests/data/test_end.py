@@ -265,7 +265,8 @@ def test_run_may_be_ended_at_the_end_of_one_shot_data(call: Callable[[AnyEngine]
 def test_assigning_the_data_of_the_state_says_what_to_call() -> None:
     engine = Engine(double)
     engine.add_event_handler(
-        Events.DATALOADER_STOP_ITERATION, lambda: setattr(engine.state, "dataloader", numbers(2))  # noqa: B010 -- an expression
+        Events.DATALOADER_STOP_ITERATION,
+        lambda: setattr(engine.state, "dataloader", numbers(2)),  # noqa: B010 -- an expression
     )
     with pytest.raises(AttributeError, match=r"engine\.set_data\(data\)"):
         engine.run_sync(numbers(2), max_epochs=2)

@@ -147,6 +147,10 @@ class BothWays:
         raise AssertionError("what lies ready is not awaited")
 
 
+def made_by_a_callable() -> Callable[[], Any]:
+    return BothWays
+
+
 class OwnIteratorBothWays(OwnIterator):
     def __len__(self) -> int:
         return LENGTH
@@ -210,7 +214,7 @@ RESTARTABLE: dict[str, Callable[[], Any]] = {
     "both ways": BothWays,
     "both ways, its own iterator": OwnIteratorBothWays,
     "both ways, also a context manager": UsedBothWays,
-    "both ways, made by a callable": lambda: BothWays,
+    "both ways, made by a callable": made_by_a_callable,
     "both ways without a length": Stream,
     "both ways with a length that raises": StreamWithoutLength,
     "__aenter__": Managed,
@@ -359,7 +363,7 @@ async def test_empty_data_is_refused(empty: Any) -> None:
         assert engine.state.iteration == 0
 
 
-@pytest.mark.parametrize("kind", [BothWays, OwnIteratorBothWays, UsedBothWays, lambda: BothWays], ids=str)
+@pytest.mark.parametrize("kind", [BothWays, OwnIteratorBothWays, UsedBothWays, made_by_a_callable])
 def test_what_can_be_iterated_both_ways_and_has_a_length_needs_no_event_loop(kind: Callable[[], Any]) -> None:
     seen: list[Any] = []
     engine = plain_on_loop(seen)
