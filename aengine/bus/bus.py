@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterable, Mapping
 from threading import RLock
 
+from aengine.bus.completions import Completions
 from aengine.bus.stream import Stream
 from aengine.bus.subscriber import Subscriber, Subscription
 from aengine.bus.topic import Topic
@@ -26,12 +27,13 @@ class Bus:
         last_of_subscribers: `sequence` when a subscriber's handler last fired. Written by the emitter.
         own_counts: how often each event was fired that no attribute of the state counts. Written by the topics.
         next_count: the least count of iterations at which the loop has to look closer; found anew by the loop.
+        completions: what waits for iterations to be completed.
         loop_handle: the event loop of the run under way, None where none is.
         has_run: whether a run is under way, with or without an event loop.
     """
 
     __slots__ = (
-        "_are_waits_over", "_reported", "_subscriptions", "_topics", "has_run", "last_event_name",
+        "_are_waits_over", "_reported", "_subscriptions", "_topics", "completions", "has_run", "last_event_name",
         "last_of_subscribers", "lock", "logger", "loop_handle", "name", "next_count", "own_counts", "sequence", "state",
         "stopwatch",
     )  # fmt: skip
@@ -42,6 +44,7 @@ class Bus:
         self.state = state
         self.lock = RLock()
         self.sequence = self.last_of_subscribers = 0
+        self.completions = Completions(self)
         self.own_counts: dict[str, int] = {}
         self.last_event_name: str | None = None
         self.next_count = ALWAYS
@@ -111,6 +114,7 @@ class Bus:
         In this order: a stream that is entered at the same time, by another thread, looks after it was added.
         """
         self.has_run = False
+        self.completions.end()  # also where the loop has not come to its end, or never began
         if not is_suspended:
             for stream in self.streams:
                 stream.inbox.close_nowait()

@@ -30,7 +30,7 @@ from aengine.errors import HandlerTimeout, StrayCancellation
 from aengine.loop.effects import Effect, LoopGenerator, NextBatch, WaitCancelled
 from aengine.loop.loop import Loop
 from aengine.loop.requests import Request, Requests
-from aengine.threads.event_loop import CancelOnceScope, EventLoopHandle, ThreadSafeEvent, TickCounter, Wakeups
+from aengine.threads.event_loop import CancelOnceScope, EventLoopHandle, LagGauge, ThreadSafeEvent, TickCounter
 from aengine.threads.thread_state import ThreadState
 from aengine.threads.worker import close_unawaited
 
@@ -116,6 +116,10 @@ class Driver:
         if wanted is not None:
             self._next = (lambda _: wanted, None)
         self._connect()
+        lag = LagGauge.here()
+        lag.begin()
+        watch = self._bus.stopwatch
+        watch.event_loop_lag = lambda: lag.seconds
         ending: BaseException | None = None
         try:
             self._services.run_started(self.fail)
@@ -130,6 +134,9 @@ class Driver:
         except BaseException as error:  # noqa: BLE001 -- raised below, unless something worse was
             ending = error
         finally:
+            lag.end()
+            last_lag = lag.seconds
+            watch.event_loop_lag = lambda: last_lag
             self._requests.wake_by(None)
             self._loop.detach()
             self._bus.attach(None)
@@ -256,8 +263,6 @@ class Driver:
         for subscriber in self._bus.subscribers:
             self.start(subscriber)
         self._services.start(self._group, self._loop_handle)
-        wakeups = Wakeups.here(self._loop_handle)
-        wakeups.start()
         try:
             if self._worker is not None:
                 await self._worker.start(None if self._parent is None else self._parent.worker_for(self._caller.id))
@@ -271,7 +276,6 @@ class Driver:
                 with anyio.CancelScope(shield=True):
                     await self._close()
             finally:
-                wakeups.stop()
                 self._has_ended.set()
 
     def _never_started(self) -> None:

@@ -39,7 +39,6 @@ class Loop:
     """One run, from STARTED to COMPLETED, across interruptions.
 
     Attributes:
-        completed: iterations whose step has returned. `state.iteration` is one more while a step runs.
         feed: the data.
         also_raised: errors of handlers and of the data that came while a first one was being reported.
         cancellations: the exceptions that are reported as CANCELLED.
@@ -56,7 +55,6 @@ class Loop:
         requests: Requests,
         restore_rng: Callable[[], object] | None = None,
     ) -> None:
-        self.completed = progress.iteration
         self.feed = Feed(source, bus.state, progress.iteration)
         self.also_raised: list[BaseException] = []
         self.cancellations: tuple[type[BaseException], ...] = (KeyboardInterrupt, SystemExit)
@@ -70,7 +68,6 @@ class Loop:
         # may draw random numbers.
         self._restore_rng = restore_rng
         self._has_other_data = False  # the data was replaced during the epoch: there may now be events of it, or none
-        self._epoch_is_complete = progress.epoch_is_complete
         self._first = progress.iteration
         self._others_had_a_turn: Callable[[], bool] | None = None
         self._next_yield = perf_counter() + BUDGET
@@ -106,6 +103,19 @@ class Loop:
     def source(self) -> Source:
         """The data that batches come from."""
         return self.feed.source
+
+    @property
+    def completed(self) -> int:
+        """Iterations whose step has returned. `state.iteration` is one more while a step runs."""
+        return self._state.iterations_completed
+
+    @property
+    def _epoch_is_complete(self) -> bool:
+        return self._state.epochs_completed == self._state.epoch
+
+    @_epoch_is_complete.setter
+    def _epoch_is_complete(self, is_complete: bool) -> None:
+        self._state.epochs_completed = self._state.epoch - (not is_complete)
 
     # The run
 
@@ -181,7 +191,7 @@ class Loop:
         except EpochTerminated:
             requests.enter(Phase.ENDING_EPOCH)
             # At ITERATION_STARTED an iteration was begun whose batch is dropped with the rest of the epoch.
-            self.completed = state.iteration
+            state.iterations_completed = state.iteration
             yield from self._dispatch("TERMINATE_SINGLE_EPOCH", state.iteration - state.epoch_start)
             yield from self._fetching(self.feed.restart(self.completed))
             yield from self._complete_epoch(began, fire=not requests.skip_epoch_completed)
@@ -309,7 +319,7 @@ class Loop:
                     watch.step += (perf_counter() - mark) * watch.weight
                 state.output = output
                 batch = END
-                self.completed = iteration
+                state.iterations_completed = iteration
                 if iteration >= completed.next_count:
                     dispatch = completed.dispatch
                     if (rest := dispatch(engine, iteration)) is not None:
@@ -453,6 +463,7 @@ class Loop:
     def _accept_no_more(self) -> LoopGenerator:
         """Accept no more requests, then fire what was requested in time: in this order, or one in between is lost."""
         self._requests.enter(Phase.IDLE)
+        self._bus.completions.end()
         yield from self._fire_requested()
 
     def _suspend(self) -> LoopGenerator:

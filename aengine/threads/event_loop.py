@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Generator
 from contextlib import contextmanager, suppress
 from contextvars import copy_context
 from functools import partial, wraps
+from time import perf_counter
 from types import FrameType, TracebackType
 from typing import Any, Self, cast
 
@@ -83,11 +84,18 @@ class EventLoopHandle:
         else:
             self._post(function)
 
-    @property
-    def call_later_if_deaf_to_signals(self) -> Callable[..., object] | None:
-        """Return asyncio's `call_later()`, where signals are handled and do not wake the event loop."""
-        is_deaf = self._is_asyncio and self.thread == threading.main_thread().ident
-        return self._native.call_later if is_deaf else None
+    def call_later(self, seconds: float, function: Callable[[], object]) -> None:
+        """Call `function`, which must not raise, in so many seconds, unless the event loop has ended. On its thread."""
+        if self._is_asyncio:
+            self._native.call_later(seconds, function, context=self._context)
+            return
+        trio: Any = sys.modules["trio"]
+
+        async def call() -> None:
+            await trio.sleep(seconds)
+            function()
+
+        trio.lowlevel.spawn_system_task(call, name="aengine timer")  # trio cancels it at its end
 
     def start(
         self,
@@ -199,53 +207,66 @@ class TickCounter:
 _tick_counter: RunVar[TickCounter] = RunVar("aengine_tick_counter")
 
 
-class Wakeups:
-    """Has an event loop take a turn every now and then, as long as runs are under way on it.
+class LagGauge:
+    """How late an event loop serves a timer, looked at four times a second while runs are under way on it.
 
-    A signal handler that calls `loop.call_soon(task.cancel)`, as the stop button of a notebook does, does not wake
-    asyncio: Python resumes `select()` after it. With a plain step nothing else may wake it before the end of the run.
-    Signals are handled in the main thread, and trio is woken by each. So elsewhere this does nothing.
+    It also has the event loop take a turn. A signal handler that calls `loop.call_soon(task.cancel)`, as the stop
+    button of a notebook does, does not wake asyncio: Python resumes `select()` after it, and with a plain step nothing
+    else may wake it before the end of the run.
 
-    One for each event loop, shared by its engines. All of it is called on the event loop's thread.
+    One for each event loop, shared by its engines. A run that is over before the next look costs two additions. All of
+    it is called on the event loop's thread, but `seconds`.
     """
 
-    SECONDS = 0.25
-    """From one turn to the next."""
+    PERIOD = 0.25
+    """Seconds from one look to the next."""
 
     @classmethod
-    def here(cls, loop_handle: EventLoopHandle) -> Self:
+    def here(cls) -> Self:
         """Return that of the event loop that runs here."""
         try:
-            return cast(Self, _wakeups.get())
+            return cast(Self, _lag_gauge.get())
         except LookupError:
-            wakeups = cls(loop_handle)
-            _wakeups.set(wakeups)
-            return wakeups
+            gauge = cls()
+            _lag_gauge.set(gauge)
+            return gauge
 
-    def __init__(self, loop_handle: EventLoopHandle) -> None:
-        self._call_later = loop_handle.call_later_if_deaf_to_signals
+    def __init__(self) -> None:
+        self._loop_handle = EventLoopHandle()
         self._runs = 0
-        self._is_scheduled = False
+        self._due: float | None = None  # when the next look is to be; None while there is to be none
+        self._last = 0.0
 
-    def start(self) -> None:
+    def begin(self) -> None:
         """A run begins."""
         self._runs += 1
-        if not self._is_scheduled and self._call_later is not None:
-            self._is_scheduled = True
-            self._call_later(self.SECONDS, self._wake)
+        if self._due is None:
+            self._look_soon()
 
-    def stop(self) -> None:
-        """A run has ended."""
+    def end(self) -> None:
+        """A run is over."""
         self._runs -= 1
 
-    def _wake(self) -> None:
-        self._is_scheduled = False
-        if self._runs and self._call_later is not None:
-            self._is_scheduled = True
-            self._call_later(self.SECONDS, self._wake)
+    @property
+    def seconds(self) -> float:
+        """How late the last timer was served, or, where that is more, how late the next one is by now. Any thread."""
+        due = self._due  # read once: the event loop's thread may set it to None
+        return max(self._last, 0.0 if due is None else perf_counter() - due)
+
+    def _look_soon(self) -> None:
+        self._due = perf_counter() + self.PERIOD
+        self._loop_handle.call_later(self.PERIOD, self._look)
+
+    def _look(self) -> None:
+        if self._due is not None:
+            self._last = max(0.0, perf_counter() - self._due)
+        if self._runs:
+            self._look_soon()
+        else:  # an idle event loop is not to be woken
+            self._due = None
 
 
-_wakeups: RunVar[Wakeups] = RunVar("aengine_wakeups")
+_lag_gauge: RunVar[LagGauge] = RunVar("aengine_lag_gauge")
 
 
 class Interrupts:
