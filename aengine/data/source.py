@@ -240,7 +240,7 @@ class Source:
 
     def _thread_of(self, run: RunContext) -> DedicatedThread:
         if self._thread is None:
-            self._thread = DedicatedThread("aengine-prefetch", run.settings, context_for_thread())
+            self._thread = DedicatedThread("aengine-prefetch", run.settings.entered, context=context_for_thread())
         return self._thread
 
     def _take_ahead(self) -> Any:

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger("aengine.engine")
 
-_caller: ContextVar["Service | None"] = ContextVar("aengine_service", default=None)
-"""The service whose task or method this is, None elsewhere."""
+_caller: ContextVar[int | None] = ContextVar("aengine_service", default=None)
+"""The id of the service whose task or method this is, None elsewhere. Not the service, since contexts outlive runs."""
 
 
 class Service:
@@ -57,6 +57,13 @@ class Service:
 
         A run that ends cleanly, or is interrupted, awaits it after its last handler and before it counts as ended, so
         an error still fails the run as any other does. A run that fails or is cancelled calls `run_ended` only.
+        """
+
+    async def before_commit(self) -> None:
+        """A checkpoint of the run is written, and is going to be committed: make safe what was handed over so far.
+
+        So a run that is resumed from it finds on the disk whatever belongs to the steps before. Awaited beside the
+        step, by a `Checkpoint` of the engine, for which the commit waits, though not for longer than `grace` seconds.
         """
 
     async def run_ended(self, engine: Any, reason: StopReason, error: BaseException | None) -> None:
@@ -169,7 +176,7 @@ class ServiceTasks:
                     await entry.service.serve(self._engine)
 
         async def run() -> None:
-            _caller.set(entry.service)
+            _caller.set(id(entry.service))
             await guarded(serve, fail, partial(_stray, entry, "serve"))
             end()
 
@@ -191,7 +198,7 @@ class ServiceTasks:
 
     def refuse_own_flush(self) -> None:
         """Raise RuntimeError where waiting for all would be waiting for itself."""
-        if any(entry.service is _caller.get() for entry in self._open):
+        if any(id(entry.service) == _caller.get() for entry in self._open):
             raise RuntimeError(
                 "flush() waits for every service, and so for the one that calls it here: call it from the step, from an"
                 " inline handler, or from outside"
@@ -209,6 +216,23 @@ class ServiceTasks:
             self._ending.add(entry)
             self._cancel(entry)
         self._raise_timeout(late, "flush")
+
+    @property
+    def must_prepare_commit(self) -> bool:
+        """Whether one of them is to be awaited before a checkpoint is committed."""
+        return any(type(entry.service).before_commit is not Service.before_commit for entry in tuple(self._open))
+
+    async def before_commit(self) -> None:
+        """Have each make safe what it was handed so far, in the time of a clean-up. Cancellable."""
+        entries = [entry for entry in self._open if type(entry.service).before_commit is not Service.before_commit]
+        deadline = anyio.current_time() + self._grace
+        late = await self._for_each(entries, lambda entry: entry.service.before_commit(), "before_commit", deadline)
+        for entry in late:
+            _logger.warning(
+                "a checkpoint of engine %r is committed before service %r has made safe what belongs to its steps: that"
+                " took longer than the grace of %s seconds",
+                self._engine.name, entry.name, self._grace,
+            )  # fmt: skip
 
     async def run_ended(self, error: BaseException | None, deadline: float) -> None:
         """Await `run_ended` of each; then cancel their tasks, and wait for these.
@@ -242,7 +266,7 @@ class ServiceTasks:
         cancelled = anyio.get_cancelled_exc_class()
 
         async def call(entry: ServiceEntry) -> None:
-            _caller.set(entry.service)
+            _caller.set(id(entry.service))
             # A cancellation of the run is raised in the task that waits for this one, too. Let out of this one, on
             # asyncio, anyio would keep it in a cycle, and with it the engine.
             with suppress(cancelled), anyio.CancelScope(deadline=deadline) as scope:
