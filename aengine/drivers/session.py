@@ -374,7 +374,7 @@ class Session:
                 f"wait_completed({iterations}) waits for the loop, which waits for it here: call it from a subscriber,"
                 " a service, data with prefetch=, or a task of your own"
             )
-        return await self._bus.completions.wait(iterations, self._completes_no_more)
+        return await self._bus.completions.wait(self._bus, iterations, self._completes_no_more)
 
     def _completes_no_more(self) -> bool:
         return self.is_running and self._requests.phase is Phase.IDLE
