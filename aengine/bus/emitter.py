@@ -7,8 +7,8 @@ from functools import partial
 from typing import Any, Protocol, Self
 
 from aengine.bus.bus import Bus
-from aengine.bus.dispatch import async_handler_message, drive, drive_blocking, no_room
-from aengine.bus.inbox import BackpressureWait
+from aengine.bus.dispatch import async_handler_message, drive, drive_blocking, no_room, reading
+from aengine.bus.inbox import BackpressureWait, Inbox
 from aengine.bus.listeners import InlineHandler
 from aengine.bus.subscriber import Subscriber
 from aengine.bus.topic import Topic
@@ -229,7 +229,11 @@ class EventEmitter:
                 raise RuntimeError(async_handler_message(topic.name))  # noqa: TRY004 -- the place is wrong, not the type
             deferred.append(wanted)
 
-        drive_blocking(topic.dispatch(engine, count, payload), wait_for or defer)
+        try:
+            drive_blocking(topic.dispatch(engine, count, payload), wait_for or defer)
+        finally:
+            if (reader := reading.get()) is not None:
+                self._fired_by(reader)
         if deferred and runner is None:
             raise no_room(deferred[0])
         if deferred and runner is not None:
@@ -239,7 +243,16 @@ class EventEmitter:
         """Fire an event from async code, as `Engine.emit`."""
         topic, count = self._topic_to_fire(event, payload)
         runner = self.runner
-        await drive(topic.dispatch(engine, count, payload), can_wait=runner is not None and runner.can_wait)
+        try:
+            await drive(topic.dispatch(engine, count, payload), can_wait=runner is not None and runner.can_wait)
+        finally:
+            if (reader := reading.get()) is not None:
+                self._fired_by(reader)
+
+    def _fired_by(self, reader: Inbox) -> None:
+        """Have the end of the run wait for what a subscriber's handler has fired; not for what comes from elsewhere."""
+        if reader.is_of(self.bus.lock):  # else the handler is another engine's
+            self.bus.last_of_subscribers = self.bus.sequence
 
     async def flush(self) -> None:
         """Wait until every event that was fired before this call has been handled, as `Engine.flush`."""
@@ -298,7 +311,7 @@ def _is_same(there: Any, event: Any) -> bool:
 
 
 def _definition(event: Any) -> tuple[str, str, Any]:
-    """Where an event was defined, and as what: a class that is executed anew, as in a notebook, defines the same one."""
+    """Return where an event was defined, and as what. A class that a notebook executes anew defines the same one."""
     kind = type(event)
     return kind.__module__, kind.__qualname__, getattr(event, "value", event)
 

@@ -46,6 +46,7 @@ class Session:
         threaded: whether a plain step runs on a worker thread, where nothing of torch is bound to the caller's.
         is_running: whether a run is under way.
         services: those that take part in each run.
+        went_back_to: what was completed where a `state_dict` was taken, if the run under way goes on from one.
         body_task: the task of a body of `iterate()`, while the loop waits for it.
     """
 
@@ -62,6 +63,7 @@ class Session:
     ) -> None:
         self.is_running = False
         self.services: tuple[ServiceEntry, ...] = ()
+        self.went_back_to: Progress | None = None
         self.body_task: int | None = None
         self.step = step
         self._emitter = emitter
@@ -206,12 +208,14 @@ class Session:
         state, randomness = self._state, engine.randomness
         if state.max_epochs is None and state.max_iters is None:
             self._give_up()
+        self.went_back_to = None
         if self._loop is not None and self._generator is not None:
             self._refuse_other_arguments(data, limits)
             self._requests.go_on()
             self._bus.start_clock()
             return self._loop, self._generator
         progress = begin(state, self._progress, adapted, *limits)
+        self.went_back_to = progress if self._progress.is_loaded else None
         unread = self._unread[1] if self._unread is not None and self._unread[0] is data else ()
         source = Source(adapted, self._bus.logger, randomness, unread=unread, completed=progress.iteration)
         if progress.position is not None:
@@ -359,6 +363,16 @@ class Session:
 
     def _completes_no_more(self) -> bool:
         return self.is_running and self._requests.phase is Phase.IDLE
+
+    @property
+    def must_prepare_commit(self) -> bool:
+        """Whether a service of the run under way is to be awaited before a checkpoint of it is committed."""
+        return self._driver is not None and self._driver.services.must_prepare_commit
+
+    async def before_commit(self) -> None:
+        """Have the services of the run under way make safe what belongs to the steps so far. Cancellable."""
+        if self._driver is not None:
+            await self._driver.services.before_commit()
 
     def wait_for_body(self, task: int | None) -> None:
         """The loop waits for this task, with the body of an `iterate()`; None where it waits no longer."""

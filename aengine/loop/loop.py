@@ -58,6 +58,7 @@ class Loop:
         self.feed = Feed(source, bus.state, progress.iteration)
         self.also_raised: list[BaseException] = []
         self.cancellations: tuple[type[BaseException], ...] = (KeyboardInterrupt, SystemExit)
+        self._explain: Callable[[BaseException], BaseException] | None = None
         self._engine = engine
         self._step = step
         self._state = bus.state
@@ -74,17 +75,29 @@ class Loop:
         self._plain_types: set[type] = set()
 
     def attach(
-        self, run: RunContext, cancelled: type[BaseException], others_had_a_turn: Callable[[], bool] | None
+        self,
+        run: RunContext,
+        cancelled: type[BaseException],
+        explain: Callable[[BaseException], BaseException],
+        others_had_a_turn: Callable[[], bool] | None,
     ) -> None:
         """A driver on an event loop begins to advance this. Raises as `Source.attach` does.
 
-        `cancelled` is what a cancellation raises there. `others_had_a_turn` returns whether other tasks had a turn
-        since it was called before; it is None where the loop does not run on the event loop's own thread.
+        `cancelled` is what a cancellation raises there. `explain` returns the failure to report for an error: another
+        one for a cancellation of something else, which the user's code has let out. `others_had_a_turn` returns whether
+        other tasks had a turn since it was called before; it is None where the loop does not run on the event loop's
+        own thread.
         """
         self.source.attach(run)
         if cancelled not in self.cancellations:
             self.cancellations += (cancelled,)
+        self._explain = explain
         self._others_had_a_turn = others_had_a_turn
+
+    def detach(self) -> None:
+        """The driver is at its end."""
+        self.source.attach(None)
+        self._explain = None  # which refers to the driver: no cycle may hold the engine
 
     @property
     def source(self) -> Source:
@@ -142,14 +155,20 @@ class Loop:
             self.feed.unread_batch()
             self.source.close()
             raise
-        except BaseException as error:
-            yield from self._report(error)
+        except BaseException as error:  # noqa: BLE001 -- raised again, or the reason of it
+            failure = self._failure_of(error)
             try:
-                # Subscribers are still at work, and may need the data: to acknowledge what they have written.
-                yield from self._close(gently=not isinstance(error, self.cancellations), exits=False)
-            except Exception as another:  # noqa: BLE001 -- raised with the first
-                self.also_raised.append(another)
-            raise
+                yield from self._report(failure)
+                try:
+                    # Subscribers are still at work, and may need the data: to acknowledge what they have written.
+                    yield from self._close(gently=not isinstance(failure, self.cancellations), exits=False)
+                except Exception as another:  # noqa: BLE001 -- raised with the first
+                    self.also_raised.append(another)
+                if failure is not error:
+                    raise failure
+                raise
+            finally:
+                del failure  # whose traceback holds this frame
 
     def _epoch(self) -> LoopGenerator:
         state, requests, began = self._state, self._requests, perf_counter()
@@ -396,8 +415,12 @@ class Loop:
             yield from topic.dispatch(self._engine, count, payload) or ()
 
     def _serve_requests(self, *, between_steps: bool = True) -> LoopGenerator:  # noqa: C901, PLR0912 -- a branch a request
-        """Serve what was requested, until nothing is pending that keeps the loop from going on."""
-        requests, is_put_off = self._requests, False
+        """Serve what was requested, until nothing is pending that keeps the loop from going on.
+
+        What may be requested without end, by threads that fire steadily, is served once: then the loop goes on.
+        """
+        requests, put_off = self._requests, set[Request]()
+        has_fired = has_waited = False
         if requests.to_fire:
             requests.request(Request.FIRE)
         while requests.pending:
@@ -414,22 +437,28 @@ class Loop:
             elif requests.take(Request.INTERRUPT):
                 yield from self._suspend()
             elif requests.take(Request.FIRE):
-                if between_steps:
+                if between_steps and (not has_fired or Request.PAUSE in requests.pending):
+                    has_fired = True
                     yield from self._fire_requested()
                 else:
-                    is_put_off = True
+                    put_off.add(Request.FIRE)
+            elif requests.take(Request.MAKE_ROOM):
+                if not has_waited or Request.PAUSE in requests.pending:
+                    has_waited = True
+                    for _ in range(len(requests.deferred_backpressure)):
+                        yield requests.deferred_backpressure.popitem()[1]
+                else:
+                    put_off.add(Request.MAKE_ROOM)
             elif Request.PAUSE in requests.pending:
                 yield Effect.PAUSE
-            elif requests.take(Request.MAKE_ROOM):
-                while requests.deferred_backpressure:
-                    yield requests.deferred_backpressure.pop()
-        if is_put_off:
-            requests.request(Request.FIRE)
+        requests.put_off(put_off)
 
     def _fire_requested(self) -> LoopGenerator:
-        while self._requests.to_fire:
-            firing = self._requests.to_fire.popleft()
-            yield from self._dispatch(firing.event, firing.payload)
+        to_fire = self._requests.to_fire
+        for _ in range(len(to_fire)):  # not those that are requested meanwhile, which may have no end
+            if to_fire:
+                firing = to_fire.popleft()
+                yield from self._dispatch(firing.event, firing.payload)
 
     def _accept_no_more(self) -> LoopGenerator:
         """Accept no more requests, then fire what was requested in time: in this order, or one in between is lost."""
@@ -497,6 +526,13 @@ class Loop:
             yield from self._accept_no_more()
         except Exception as another:  # noqa: BLE001 -- likewise
             self.also_raised.append(another)
+
+    def _failure_of(self, error: BaseException) -> BaseException:
+        """Return what the run fails with: this error, unless it is a cancellation that is not the run's."""
+        failure = error if self._explain is None else self._explain(error)
+        if failure is not error:
+            self._bus.note(failure, "the step, or a handler")
+        return failure
 
     def _close(self, *, gently: bool, exits: bool) -> LoopGenerator:
         self._requests.enter(Phase.IDLE)

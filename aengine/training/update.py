@@ -295,14 +295,15 @@ def _remaining(engine: Engine[Any, Any]) -> float:
 def _checked_weight(weight: Any) -> float | torch.Tensor:
     if isinstance(weight, torch.Tensor) and weight.numel() == 1 and not weight.is_complex():
         return weight.detach().reshape(()).to(weight.dtype if weight.is_floating_point() else torch.float32)
-    if not isinstance(weight, Real):
+    if not isinstance(weight, Real):  # numpy's numbers are
         raise TypeError(
             "weight= is the count over which the loss of the batch is a mean, a number or a tensor of one, such as"
             f" mask.sum(); got {weight!r}"
         )
-    if not 0 <= weight < math.inf:
+    number = float(weight)
+    if not 0 <= number < math.inf:
         raise ValueError(f"weight= is 0 or more, and finite; got {weight!r}")
-    return float(weight)
+    return number
 
 
 def _check_loss(loss: Any) -> None:
