@@ -20,6 +20,7 @@ from aengine.drivers.services import Service, ServiceEntry, ServiceTasks
 from aengine.drivers.sync import DONE, SUSPENDED, BlockingRunner, runs_in_event_loop
 from aengine.errors import EngineBusy, raise_failures
 from aengine.events import Event
+from aengine.loop.agreement import Agreement
 from aengine.loop.effects import LoopGenerator
 from aengine.loop.loop import Loop
 from aengine.loop.progress import Progress, begin
@@ -373,6 +374,11 @@ class Session:
         """Have the services of the run under way make safe what belongs to the steps so far. Cancellable."""
         if self._driver is not None:
             await self._driver.services.before_commit()
+
+    def agree_by(self, agreement: Agreement | None) -> None:
+        """Have the runs of this engine do what this agrees on with those of other processes; with None, no more."""
+        self.refuse_running("what it agrees by is set before run()")
+        self._requests.agreement = agreement
 
     def wait_for_body(self, task: int | None) -> None:
         """The loop waits for this task, with the body of an `iterate()`; None where it waits no longer."""
