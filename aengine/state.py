@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from traceback import format_exception
-from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, Self, runtime_checkable
 
 if TYPE_CHECKING:
     from aengine.loop.progress import Progress
@@ -75,7 +75,7 @@ class State:
         batch: what the step is given; None between steps. A handler of ITERATION_STARTED may replace it.
         output: what the last step returned.
         metrics: results by name; kept from run to run.
-        dataloader: the data as it was given to `run()`.
+        dataloader: the data as it was given to `run()` or `set_data()`. Read only.
         seed: free for users, as in pytorch-ignite; the loop does not read it.
         times: seconds the last epoch and the last run took, under "EPOCH_COMPLETED" and "COMPLETED".
         stop_reason: why the last call of `run()` ended, also one that was refused; None before the first end and while
@@ -98,7 +98,7 @@ class State:
         self.batch: Any = None
         self.output: Any = None
         self.metrics: dict[str, Any] = {}
-        self.dataloader: Any = None
+        set_dataloader(self, attributes.pop("dataloader", None))
         self.seed: int | None = None
         self.times: dict[str, float | None] = {"EPOCH_COMPLETED": None, "COMPLETED": None}
         self.stop_reason: StopReason | None = None
@@ -108,6 +108,18 @@ class State:
         self.last_progress: Progress | None = None
         for name, value in attributes.items():
             setattr(self, name, value)
+
+    @property
+    def dataloader(self) -> Any:
+        """The data of the run."""
+        return vars(self)["dataloader"]
+
+    @dataloader.setter
+    def dataloader(self, data: Any) -> NoReturn:
+        raise AttributeError(
+            "engine.state.dataloader says what the data is, and does not change it: call engine.set_data(data), or pass"
+            " it to run()"
+        )
 
     if TYPE_CHECKING:
         # Users put what they like on the state. For type checkers only: defined for real, either of the two
@@ -141,6 +153,11 @@ class State:
             for name, value in vars(self).items()
         }
         return f"State({', '.join(f'{name}={value}' for name, value in shown.items())})"
+
+
+def set_dataloader(state: State, data: Any) -> None:
+    """Set which data a run has. Users cannot: in pytorch-ignite, assigning it has the run go on with other data."""
+    vars(state)["dataloader"] = data
 
 
 @runtime_checkable

@@ -184,9 +184,9 @@ class EventEmitter:
         """Say whether all of these can be listened to here."""
         return all(selector.name in self.registered for selector in selectors(event))
 
-    def fire(self, engine: Any, event: AnyEvent) -> None:
+    def fire(self, engine: Any, event: AnyEvent, payload: Any) -> None:
         """Fire an event from plain code, as `Engine.fire_event`."""
-        topic, count = self._topic_to_fire(event)
+        topic, count = self._topic_to_fire(event, payload)
         runner = self.runner
         wait_for = None if runner is None else runner.wait_blocking
         if wait_for is None and any(handler.is_async for handler in topic.inline):
@@ -199,17 +199,17 @@ class EventEmitter:
                 raise RuntimeError(async_handler_message(topic.name))  # noqa: TRY004 -- the place is wrong, not the type
             deferred.append(wanted)
 
-        drive_blocking(topic.dispatch(engine, count), wait_for or defer)
+        drive_blocking(topic.dispatch(engine, count, payload), wait_for or defer)
         if deferred and runner is None:
             raise no_room(deferred[0])
         if deferred and runner is not None:
             runner.defer_backpressure(deferred)
 
-    async def emit(self, engine: Any, event: AnyEvent) -> None:
+    async def emit(self, engine: Any, event: AnyEvent, payload: Any) -> None:
         """Fire an event from async code, as `Engine.emit`."""
-        topic, count = self._topic_to_fire(event)
+        topic, count = self._topic_to_fire(event, payload)
         runner = self.runner
-        await drive(topic.dispatch(engine, count), can_wait=runner is not None and runner.can_wait)
+        await drive(topic.dispatch(engine, count, payload), can_wait=runner is not None and runner.can_wait)
 
     async def flush(self) -> None:
         """Wait until every event that was fired before this call has been handled, as `Engine.flush`."""
@@ -229,9 +229,9 @@ class EventEmitter:
             raise ValueError(f"one event is fired at a time, got {event!r}")
         return chosen[0].name
 
-    def _topic_to_fire(self, event: AnyEvent) -> tuple[Topic, int]:
+    def _topic_to_fire(self, event: AnyEvent, payload: Any) -> tuple[Topic, int]:
         topic = self.bus.topic(self.name_to_fire(event))
-        return topic, topic.count_firing()
+        return topic, topic.count_firing(payload)
 
     @property
     def last_event(self) -> Any:

@@ -348,7 +348,7 @@ class Checkpoint:
                 self._damaged += (problem.path,)
                 _warn(f"a checkpoint is damaged, and was not used ({problem.path}): {problem.why}")
                 if engine is not None:
-                    await engine.emit(CheckpointEvents.CHECKPOINT_DAMAGED)
+                    await engine.emit(CheckpointEvents.CHECKPOINT_DAMAGED, problem)
         _refuse_running(engine, caller)  # once more: a run may have begun while this was awaited
         if found is not None and found.info.is_mid_step and (which is None or which == "must"):
             step, path = found.info.step, found.info.path

@@ -25,8 +25,9 @@ from aengine.loop.loop import Loop
 from aengine.loop.progress import Progress, begin
 from aengine.loop.requests import Requests
 from aengine.loop.state_dict import from_state_dict, to_state_dict
-from aengine.state import ErrorInfo, StopReason
+from aengine.state import ErrorInfo, StopReason, set_dataloader
 from aengine.statistics import EngineStatistics
+from aengine.threads.thread_state import bound_to_this_thread
 from aengine.threads.worker import close_unawaited
 
 _ONE_AT_A_TIME = "one engine runs one loop at a time. Await the run under way, or make another engine"
@@ -42,7 +43,7 @@ class Session:
 
     Attributes:
         step: the engine's step.
-        threaded: whether a plain step runs on a worker thread.
+        threaded: whether a plain step runs on a worker thread, where nothing of torch is bound to the caller's.
         is_running: whether a run is under way.
         services: those that take part in each run.
         body_task: the task of a body of `iterate()`, while the loop waits for it.
@@ -56,6 +57,7 @@ class Session:
         *,
         is_async: bool,
         threaded: bool,
+        insists: bool,
         grace: float,
     ) -> None:
         self.is_running = False
@@ -68,6 +70,7 @@ class Session:
         self._requests = requests
         self._is_async = is_async
         self.threaded = threaded
+        self._insists = insists  # on the worker
         self._grace = grace
         self._driver: Driver | None = None
         # Both are kept while a run is interrupted: the next one goes on with this very generator.
@@ -85,8 +88,10 @@ class Session:
 
     async def _run(self, engine: Any, data: Any, limits: Limits, prefetch: int) -> None:
         check_whole(prefetch, "prefetch=", minimum=0, of="batches to pull ahead")
+        if (bound := bound_to_this_thread()) is not None:
+            self._stay_on_thread(bound, prefetch)
         loop, generator = self._begin(engine, data, limits)
-        await self._drive(engine, loop, generator, prefetch)
+        await self._drive(engine, loop, generator, prefetch, threaded=self.threaded and bound is None)
 
     def run_sync(self, engine: Any, data: Any, limits: Limits, prefetch: int) -> None:
         """Run the loop without an event loop until something must be awaited, as `Engine.run_sync`."""
@@ -147,6 +152,22 @@ class Session:
         if is_failure or isinstance(error, KeyboardInterrupt | SystemExit) or state.stop_reason is StopReason.FAILED:
             state.error = ErrorInfo.of(error)
 
+    def _stay_on_thread(self, bound: str, prefetch: int) -> None:
+        """Say that something of torch, which `bound` names, is in force on this thread, and must see step and data.
+
+        Raises:
+            RuntimeError: the engine insists on the worker, where it would see nothing.
+        """
+        where = f"{bound}: in force on the thread that runs engine {self._bus.name!r}, and on no other"
+        if self._insists:
+            raise RuntimeError(f"{where}. Make the engine with thread=False, or enter it in the step")
+        if self.threaded or prefetch:
+            self._bus.logger.warning(
+                "%s. So the step and plain data run on this one, the event loop's, and no plain data is pulled ahead."
+                " thread=False says so; what is entered in the step leaves it on the worker",
+                where,
+            )
+
     @contextmanager
     def busy(self) -> Generator[None]:
         """Have the engine be running; another run is refused meanwhile."""
@@ -156,7 +177,12 @@ class Session:
             yield
         finally:
             self.is_running = False
-            self._requests.end()
+            if left := self._requests.end():  # cancelled before its first event, or given up by a second Ctrl-C
+                self._bus.logger.warning(
+                    "the run of engine %r ended before it could fire what fire_event_soon() had accepted: %s",
+                    self._bus.name,
+                    ", ".join(left),
+                )
 
     def refuse_running(self, advice: str) -> None:
         """Raise EngineBusy while a run is under way."""
@@ -178,7 +204,7 @@ class Session:
         source = Source(adapted, self._bus.logger, randomness, unread=unread, completed=progress.iteration)
         if progress.position is not None:
             source.resume_at(progress.position, progress.iteration)
-        state.dataloader = data
+        set_dataloader(state, data)
         self._requests.begin()
         self._bus.reset()
         rng, self._rng_to_restore = self._rng_to_restore, None
@@ -219,7 +245,14 @@ class Session:
             )
 
     async def _drive(
-        self, engine: Any, loop: Loop, generator: LoopGenerator, prefetch: int, wanted: Any = None
+        self,
+        engine: Any,
+        loop: Loop,
+        generator: LoopGenerator,
+        prefetch: int,
+        wanted: Any = None,
+        *,
+        threaded: bool = False,
     ) -> None:
         services = ServiceTasks(engine, self.services, self._grace)
         driver = self._driver = Driver(
@@ -228,7 +261,7 @@ class Session:
             self._bus,
             self._requests,
             services,
-            threaded=self.threaded and wanted is None,
+            threaded=threaded,
             grace=self._grace,
             prefetch=prefetch,
         )
@@ -266,6 +299,11 @@ class Session:
         self._unread = (source.data, unread) if unread else None
 
     # While it lasts
+
+    def data_in_use(self) -> list[Any]:
+        """Return what batches come from now: what is iterated, which data may have made, and the data itself."""
+        opened = [] if self._loop is None else [self._loop.source.opened]
+        return [*opened, self._state.dataloader]
 
     def set_data(self, engine: Any, data: Any) -> None:
         """Have the next batch come from other data, as `Engine.set_data`."""
@@ -366,8 +404,10 @@ class Session:
             state.epoch,
             state.epoch_length,
             state.max_epochs,
+            state.max_iters,
             state.output,
             dict(state.metrics),
             perf_counter(),
+            None,
             None,
         )

@@ -20,6 +20,7 @@ from torch.profiler import ProfilerAction, record_function
 from aengine.bus.emitter import RemovableEventHandle
 from aengine.engine import Engine
 from aengine.events import AnyEvent, Event, EventEnum, Events, selectors
+from aengine.handlers.attachment import Attachment
 
 AnyEngine: TypeAlias = Engine[Any, Any]
 Schedule: TypeAlias = Callable[[int], ProfilerAction]
@@ -122,12 +123,14 @@ class Profiling:
         self._options = options
         self._on_trace = on_trace
         self._compress = compress
+        self._attachment = Attachment()
         self._window: _Window | None = None
         self._handles: list[RemovableEventHandle] = []
         self._recorded: _Recorded | None = None
 
     def attach(self, engine: AnyEngine) -> None:
-        """Listen to an engine, for `profile`."""
+        """Listen to an engine, for `profile`. Raises RuntimeError if this is attached already."""
+        self._attachment.begin(self, engine)
         engine.register_events(*ProfilingEvents)
         # Before the other handlers, which are not the step's; all others are added while a window is open.
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._end_step)

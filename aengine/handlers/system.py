@@ -23,6 +23,7 @@ from aengine.drivers.services import Service
 from aengine.engine import Engine
 from aengine.events import EventEnum, Events
 from aengine.extras import missing_package
+from aengine.handlers.attachment import Attachment
 
 try:
     import psutil  # type: ignore[import-untyped]  # its stubs are a distribution of their own
@@ -78,17 +79,15 @@ class SystemStatistics:
 
     def __init__(self, every: timedelta = timedelta(seconds=10)) -> None:
         self._sampler = _Sampler(check_interval(every, "every=", 10.0))
-        self._is_attached = False
+        self._attachment = Attachment()
 
     def attach(self, engine: Engine[Any, Any]) -> None:
         """Sample in each run of an engine, also in the one under way.
 
         Raises:
-            RuntimeError: this has been attached before.
+            RuntimeError: this is attached already.
         """
-        if self._is_attached:
-            raise RuntimeError("these SystemStatistics are attached already: make others for another engine")
-        self._is_attached = True
+        self._attachment.begin(self, engine)
         engine.register_events(*SystemEvents)
         engine.add_event_handler(_ENDS, self._sampler.end)
         engine.add_service(self._sampler, name="system statistics")

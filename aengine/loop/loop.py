@@ -15,7 +15,7 @@ from aengine.bus.topic import Topic
 from aengine.callables import is_awaitable, refuse_stop_iteration
 from aengine.data.managed import RunContext
 from aengine.data.source import PENDING, Source
-from aengine.errors import DataExhaustedWarning
+from aengine.errors import DataExhaustedWarning, HandlerTimeout
 from aengine.events import ALWAYS, NEVER
 from aengine.loop.effects import BUDGET, Effect, LoopGenerator, NextBatch, WaitCancelled
 from aengine.loop.feed import END, Exhausted, Feed
@@ -86,9 +86,10 @@ class Loop:
     ) -> None:
         """A driver on an event loop begins to advance this. Raises as `Source.attach` does.
 
-        `cancelled` is what a cancellation raises there, and `explain` returns the failure to report for an error: for
-        a cancellation of something else, which the user's code has let out, another. `others_had_a_turn` returns whether other tasks had a turn
-        since it was called before; it is None where the loop does not run on the event loop's own thread.
+        `cancelled` is what a cancellation raises there. `explain` returns the failure to report for an error: another
+        one for a cancellation of something else, which the user's code has let out. `others_had_a_turn` returns whether
+        other tasks had a turn since it was called before; it is None where the loop does not run on the event loop's
+        own thread.
         """
         self.source.attach(run)
         if cancelled not in self.cancellations:
@@ -139,17 +140,18 @@ class Loop:
                 state.times["COMPLETED"] = perf_counter() - began
             yield from self._accept_no_more()
             yield Effect.FLUSH
-            yield from self._close(gently=True)
+            yield from self._close(gently=True, exits=True)
         except GeneratorExit:  # an interrupted engine is given up: nothing can be awaited any more
             self.feed.unread_batch()
             self.source.close()
             raise
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 -- raised again, or the reason of it
             failure = self._failure_of(error)
             try:
                 yield from self._report(failure)
                 try:
-                    yield from self._close(gently=not isinstance(failure, self.cancellations))
+                    # Subscribers are still at work, and may need the data: to acknowledge what they have written.
+                    yield from self._close(gently=not isinstance(failure, self.cancellations), exits=False)
                 except Exception as another:  # noqa: BLE001 -- raised with the first
                     self.also_raised.append(another)
                 if failure is not error:
@@ -160,8 +162,10 @@ class Loop:
 
     def _epoch(self) -> LoopGenerator:
         state, requests, began = self._state, self._requests, perf_counter()
-        if self.source.is_one_shot:
-            yield from self._fetching(self.feed.look_ahead(self.completed))
+        if not (yield from self._fetching(self.feed.look_ahead(self.completed))):
+            yield from self._tell_end_of_data()
+            if not (yield from self._fetching(self.feed.look_ahead(self.completed))):
+                raise Exhausted  # other data was set, and it is empty, too
         if self._epoch_is_complete:
             state.epoch += 1
             state.epoch_start = state.iteration
@@ -179,7 +183,7 @@ class Loop:
             # At ITERATION_STARTED an iteration was begun whose batch is dropped with the rest of the epoch.
             self.completed = state.iteration
             yield from self._dispatch("TERMINATE_SINGLE_EPOCH", state.iteration - state.epoch_start)
-            yield from self.feed.restart(self.completed)
+            yield from self._fetching(self.feed.restart(self.completed))
             yield from self._complete_epoch(began, fire=not requests.skip_epoch_completed)
         except Exhausted:
             if state.iteration > state.epoch_start:
@@ -341,20 +345,40 @@ class Loop:
         self.feed.is_awaited = False
         if isinstance(error, WaitCancelled):
             yield from self._serve_requests()  # which ends the run: only `terminate()` cancels this wait
-        elif isinstance(error, Exception) and not isinstance(error, Exhausted):
+        elif isinstance(error, Exception):
+            if self.log_error_of_data(error):
+                yield from self._serve_requests()  # which ends the run
             self._bus.note(error, f"the data ({self.source.name}), fetching batch {self.completed + 1}")
+
+    def log_error_of_data(self, error: BaseException) -> bool:
+        """Log an error of the data where it is not to fail the run, since that is to end cleanly; return whether.
+
+        A signal to a process group ends a DataLoader's workers, and may end a broker's connection, at the very moment
+        at which this process is to terminate its run, and so to save it.
+        """
+        if Request.TERMINATE not in self._requests.pending:
+            return False
+        self._bus.logger.error("the data (%s) failed as the run was to terminate", self.source.name, exc_info=error)
+        return True
 
     def _meet_end_of_data(self) -> Generator[Awaitable[Any] | Effect, Any, Any]:
         """Restart the data and return its first batch; END if it ends an epoch whose length was not known."""
         if self.feed.end(self.completed):
             return END
-        yield from self._dispatch("DATALOADER_STOP_ITERATION")
-        yield from self._serve_requests(between_steps=False)
-        yield from self.feed.restart(self.completed)
+        yield from self._tell_end_of_data()
+        yield from self._fetching(self.feed.restart(self.completed))
         batch = yield from self._fetching(self.feed.fetch())
         if batch is END:
             raise Exhausted
         return batch
+
+    def _tell_end_of_data(self) -> LoopGenerator:
+        """Fire DATALOADER_STOP_ITERATION, a handler of which may set other data; else one-shot data has ended."""
+        ended = self.source
+        yield from self._dispatch("DATALOADER_STOP_ITERATION")
+        yield from self._serve_requests(between_steps=False)
+        if self.source is ended and ended.is_one_shot:
+            raise Exhausted
 
     def set_data(self, source: Source) -> None:
         """Have the next batch come from another source. From any thread."""
@@ -372,11 +396,11 @@ class Loop:
 
     # Events and requests
 
-    def _dispatch(self, name: str, *payload: Any) -> LoopGenerator:
+    def _dispatch(self, name: str, payload: Any = None) -> LoopGenerator:
         self._bus.stopwatch.weight = 1
         topic = self._bus.topic(name)
         topic.mark_fired_by_loop()
-        count = topic.count_firing()
+        count = topic.count_firing(payload)
         if count >= topic.next_count:
             yield from topic.dispatch(self._engine, count, payload) or ()
 
@@ -413,7 +437,8 @@ class Loop:
 
     def _fire_requested(self) -> LoopGenerator:
         while self._requests.to_fire:
-            yield from self._dispatch(self._requests.to_fire.popleft())
+            firing = self._requests.to_fire.popleft()
+            yield from self._dispatch(firing.event, firing.payload)
 
     def _accept_no_more(self) -> LoopGenerator:
         """Accept no more requests, then fire what was requested in time: in this order, or one in between is lost."""
@@ -469,7 +494,7 @@ class Loop:
         yield Effect.SHIELD
         self._bus.stopwatch.weight = 1
         topic = self._bus.topic("CANCELLED" if is_cancellation else "EXCEPTION_RAISED")
-        payload = () if is_cancellation else (error,)
+        payload = None if is_cancellation else error
         for dispatch in topic.dispatch_to_each(self._engine, topic.count_firing(), payload):
             try:
                 yield from dispatch
@@ -482,19 +507,22 @@ class Loop:
             self.also_raised.append(another)
 
     def _failure_of(self, error: BaseException) -> BaseException:
-        """Return what the run fails with: the error that was raised; for a cancellation that is not its own, a reason."""
+        """Return what the run fails with: this error, unless it is a cancellation that is not the run's."""
         failure = error if self._explain is None else self._explain(error)
         if failure is not error:
             self._bus.note(failure, "the step, or a handler")
         return failure
 
-    def _close(self, *, gently: bool) -> LoopGenerator:
+    def _close(self, *, gently: bool, exits: bool) -> LoopGenerator:
         self._requests.enter(Phase.IDLE)
         try:
-            yield from self.feed.close(gently=gently)
+            yield from self.feed.close(gently=gently, exits=exits)
         except Exception as error:
-            self._bus.note(error, f"closing the data ({self.source.name})")
-            raise
+            is_clean = self._state.stop_reason not in (StopReason.FAILED, StopReason.CANCELLED)
+            # That it was not closed in time is not the data's error but ours.
+            if isinstance(error, HandlerTimeout) or not (is_clean and self.log_error_of_data(error)):
+                self._bus.note(error, f"closing the data ({self.source.name})")
+                raise
 
     def progress(self) -> Progress:
         """Return what is completed: where to go on from here."""

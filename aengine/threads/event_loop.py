@@ -7,7 +7,7 @@ import sys
 import threading
 from collections.abc import Awaitable, Callable, Generator
 from contextlib import contextmanager, suppress
-from contextvars import copy_context
+from contextvars import Context, copy_context
 from functools import partial, wraps
 from types import TracebackType
 from typing import Any, Self, cast
@@ -79,8 +79,10 @@ class EventLoopHandle:
     @property
     def call_later_if_deaf_to_signals(self) -> Callable[..., object] | None:
         """Return asyncio's `call_later()`, where signals are handled and do not wake the event loop."""
-        is_deaf = self._is_asyncio and self.thread == threading.main_thread().ident
-        return self._native.call_later if is_deaf else None
+        if not self._is_asyncio or self.thread != threading.main_thread().ident:
+            return None
+        # In a context of its own: that of the caller refers to the run, and would keep the engine until it is called.
+        return partial(self._native.call_later, context=Context())
 
     def start(
         self,

@@ -17,6 +17,7 @@ from aengine.bus.emitter import RemovableEventHandle
 from aengine.callables import name_of
 from aengine.engine import Engine
 from aengine.events import EventEnum, Events
+from aengine.handlers.attachment import Attachment
 
 _foreach_norm: Any = torch._foreach_norm  # noqa: SLF001  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
 """Computes the norms of several tensors at once, as torch.nn.utils does; public only in newer versions of torch."""
@@ -81,7 +82,7 @@ class GradientStatistics:
         self._optimizer = optimizer
         self._every = check_whole(every, "every=", minimum=1, of="steps of the optimizer")
         self._updates = updates
-        self._is_attached = False
+        self._attachment = Attachment()
         self._steps = 0
         self._values: dict[str, torch.Tensor] = {}
         self._before: list[torch.Tensor] | None = None  # the parameters before the step, during a measured one
@@ -94,21 +95,17 @@ class GradientStatistics:
         Raises:
             RuntimeError: this is attached already.
         """
-        if self._is_attached:  # also if to another engine: each step of the optimizer would be counted twice
-            raise RuntimeError(
-                "these GradientStatistics are attached already: remove() what attach() returned, or make others for"
-                " another engine"
-            )
+        # Also if to another engine: each step of the optimizer would be counted twice.
+        self._attachment.begin(self, engine, ", or remove() first what attach() returned")
         engine.register_events(*GradientEvents)
         handles: list[Any] = [
             self._optimizer.register_step_pre_hook(self._measure_before),
             self._optimizer.register_step_post_hook(self._measure_after),
             engine.add_event_handler(Events.ITERATION_COMPLETED, self._report),
         ]
-        self._is_attached = True
 
         def remove() -> None:
-            self._is_attached = False
+            self._attachment.end()
             for handle in handles:
                 handle.remove()
 

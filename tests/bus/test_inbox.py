@@ -41,9 +41,11 @@ def event(sequence: int, name: str = "ITERATION_COMPLETED") -> Event:
         epoch=1,
         epoch_length=None,
         max_epochs=1,
+        max_iters=None,
         output=None,
         metrics={},
         monotonic=0.0,
+        payload=None,
         snapshot=None,
     )
 

@@ -132,7 +132,7 @@ async def test_handlers_of_fired_events_are_not_counted_twice(thread: Thread) ->
 
     @engine.on(Events.ITERATION_COMPLETED(once=1))
     def ask(engine: Engine[int, None]) -> None:
-        engine.fire_between_steps("ASKED")
+        engine.fire_event_soon("ASKED")
 
     @engine.on(Events.COMPLETED)
     def look(engine: Engine[int, None]) -> None: ...

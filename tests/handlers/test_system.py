@@ -347,7 +347,7 @@ def test_what_is_no_time_is_refused(every: Any, kind: type[Exception]) -> None:
 def test_they_are_attached_once() -> None:
     system = SystemStatistics()
     system.attach(doing_nothing())
-    with pytest.raises(RuntimeError, match="make others for another engine"):
+    with pytest.raises(RuntimeError, match="make another one"):
         system.attach(doing_nothing())
 
 

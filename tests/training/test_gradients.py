@@ -401,7 +401,7 @@ def test_it_is_attached_once_until_it_is_removed() -> None:
     statistics = GradientStatistics(model, optimizer)
     handle = statistics.attach(trainer)
     for engine in (trainer, create_supervised_trainer(model, optimizer, LOSS)):
-        with pytest.raises(RuntimeError, match=r"these GradientStatistics are attached already: remove\(\)"):
+        with pytest.raises(RuntimeError, match=r"is attached to engine .* already.*make another one, or remove\(\)"):
             statistics.attach(engine)
     handle.remove()
     statistics.attach(trainer)

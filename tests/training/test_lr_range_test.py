@@ -40,7 +40,9 @@ def plain_curve(rates: list[float], *, accumulate: int = 1) -> list[float]:
         for number, (x, y) in enumerate(batches(), start=1):
             optimizer.param_groups[0]["lr"] = rates[len(found)]
             loss = LOSS(model(x), y)
-            (loss / accumulate if accumulate > 1 else loss).backward()
+            last = len(batches()) % accumulate
+            size = last if number > len(batches()) - last else accumulate
+            (loss / size if size > 1 else loss).backward()
             losses.append(loss.item())
             if number % accumulate == 0 or number == len(batches()):
                 optimizer.step()

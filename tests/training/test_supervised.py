@@ -168,13 +168,14 @@ async def test_optimizer_is_stepped_at_the_end_of_each_group_and_epoch(thread: b
 
 async def test_last_group_of_data_of_unknown_length_is_stepped_on_at_the_end_of_the_epoch() -> None:
     plain_model, plain_optimizer = build()
-    expected = plain_loop(plain_model, plain_optimizer, accumulate=3)
+    expected = plain_loop(plain_model, plain_optimizer, accumulate=3, knows_length=False)
     trainer, model = accumulating(3)
     seen, losses = stepped(trainer), record_losses(trainer)
     await trainer.run(lambda: iter(batches()), max_epochs=2)
     assert seen == [3, 6, 7, 10, 13, 14]
-    assert as_numbers(losses) == expected
-    assert_equal_bits(model.state_dict(), plain_model.state_dict())
+    # Not to the last bit: the gradients are divided by their number when that is known.
+    assert as_numbers(losses) == pytest.approx(expected, rel=1e-5)
+    torch.testing.assert_close(model.state_dict(), plain_model.state_dict())
 
 
 async def test_last_group_of_a_run_that_ends_by_iterations_is_stepped_on() -> None:
@@ -190,6 +191,121 @@ async def test_group_of_an_epoch_that_is_terminated_is_stepped_on() -> None:
     trainer.add_event_handler(Events.ITERATION_COMPLETED(once=2), trainer.terminate_epoch)
     await trainer.run(batches(), max_epochs=2)
     assert seen == [2, 6, 9]
+
+
+def slope_trainer(steps: int, **options: Any) -> tuple[AnyEngine, torch.nn.Linear]:
+    """A trainer whose batches have the gradients that they are: each of its steps moves the weight by their mean."""
+    model = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.zeros_(model.weight)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    update = Update(model, optimizer, accumulate=steps, **options)
+
+    def step(engine: AnyEngine, batch: Any) -> None:
+        slope, weight = batch if isinstance(batch, tuple) else (batch, None)
+        update.zero_grad()
+        loss = model(torch.full((1, 1), float(slope))).mean()
+        update(engine, loss, **({} if weight is None else {"weight": weight}))
+
+    engine: AnyEngine = Engine(step, thread=False)
+    update.attach(engine)
+    return engine, model
+
+
+def moves(engine: AnyEngine, model: torch.nn.Linear) -> list[float]:
+    """Return the list that is going to hold by how much each step of the optimizer moves the weight."""
+    at, moved = [0.0], []
+
+    def note() -> None:
+        at.append(-model.weight.item())
+        moved.append(round(at[-1] - at[-2], 4))
+
+    engine.add_event_handler(UpdateEvents.OPTIMIZER_STEPPED, note)
+    return moved
+
+
+UNEVEN = [1.0, 2.0, 3.0, 6.0, 5.0]  # of groups of four: the means 3 and 5; of three: 2 and 5.5
+
+
+@pytest.mark.parametrize(
+    ("data", "options", "expected"),
+    [
+        (UNEVEN, {}, [3.0, 5.0]),
+        (UNEVEN, {"max_epochs": 2}, [3.0, 5.0, 3.0, 5.0]),
+        (UNEVEN[:1], {}, [1.0]),
+        (UNEVEN, {"max_iters": 3}, [2.0]),
+        (UNEVEN, {"max_iters": 7}, [3.0, 5.0, 1.5]),
+        (UNEVEN, {"epoch_length": 3}, [2.0]),
+        (lambda: iter(UNEVEN), {}, [3.0, 5.0]),  # of unknown length
+    ],
+    ids=str,
+)
+def test_each_step_is_the_mean_of_its_own_group(data: Any, options: dict[str, Any], expected: list[float]) -> None:
+    engine, model = slope_trainer(4)
+    moved = moves(engine, model)
+    engine.run_sync(data, **options)
+    assert moved == expected
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_group_of_an_epoch_that_is_terminated_is_the_mean_of_what_it_has(*, skip: bool) -> None:
+    engine, model = slope_trainer(4)
+    moved = moves(engine, model)
+    engine.add_event_handler(
+        Events.ITERATION_COMPLETED(once=2), lambda: engine.terminate_epoch(skip_epoch_completed=skip)
+    )
+    engine.run_sync(UNEVEN, max_epochs=2)
+    # Where EPOCH_COMPLETED is skipped, the group goes on in the next epoch: 1, 2, 1, 2; then 3, 6, 5.
+    assert moved == ([1.5, 4.6667] if skip else [1.5, 3.0, 5.0])
+
+
+@pytest.mark.parametrize("kind", ["number", "tensor", "whole", "one of many"])
+@pytest.mark.parametrize("steps", [1, 3, 5])
+def test_batches_of_unequal_counts_are_weighted_by_them(kind: str, steps: int) -> None:
+    counts = [10, 30, 20, 0, 40]
+    make: dict[str, Any] = {
+        "number": float,
+        "tensor": torch.tensor,
+        "whole": int,
+        "one of many": lambda count: torch.tensor([float(count)]),
+    }
+    engine, model = slope_trainer(steps)
+    moved = moves(engine, model)
+    engine.run_sync([(slope, make[kind](count)) for slope, count in zip(UNEVEN, counts, strict=True)])
+    means = {1: UNEVEN, 3: [130 / 60, 5.0], 5: [330 / 100]}
+    assert moved == pytest.approx(means[steps], abs=1e-4)
+
+
+def test_group_of_nothing_changes_nothing() -> None:
+    for zero in (0, torch.tensor(0)):
+        engine, model = slope_trainer(2)
+        engine.run_sync([(1.0, zero)] * 2)
+        assert model.weight.item() == 0.0
+
+
+@pytest.mark.parametrize(
+    ("weight", "kind"),
+    [(-1, ValueError), (float("nan"), ValueError), ("10", TypeError), (torch.ones(2), TypeError), ([], TypeError)],
+    ids=str,
+)
+def test_weight_that_is_none_is_refused(weight: Any, kind: type[Exception]) -> None:
+    engine, _ = slope_trainer(2)
+    with pytest.raises(kind, match="weight= is"):
+        engine.run_sync([(1.0, weight)])
+
+
+async def test_weighted_group_that_is_resumed_continues_with_its_weights(tmp_path: Path) -> None:
+    data = [(slope, torch.tensor(count)) for slope, count in zip(UNEVEN, (1, 4, 2, 3, 5), strict=True)]
+    weights = []
+    for step in (None, 1, 2, 4):
+        engine, model = slope_trainer(3, clip_gradients=100.0)
+        async with Checkpoint(tmp_path, {"model": model}, keep=Keep(every_n=1)) as checkpoint:
+            checkpoint.attach(engine, Events.ITERATION_COMPLETED)
+            if step is not None:
+                await checkpoint.restore(engine, step)
+            await engine.run(data)
+        weights.append(model.weight.item())
+    assert len(set(weights)) == 1
+    assert weights[0] == pytest.approx(-(15 / 7 + 43 / 8))
 
 
 @pytest.mark.parametrize("skip", [False, True], ids=["completed", "skip-completed"])
@@ -636,5 +752,5 @@ def test_update_that_is_attached_to_no_engine_says_so() -> None:
     with pytest.raises(RuntimeError, match=r"is not attached to engine 'own': call  update.attach"):
         trainer.run_sync(batches())
     update.attach(trainer)
-    with pytest.raises(ValueError, match="is attached already"):
+    with pytest.raises(RuntimeError, match="already.*make another one, with an optimizer of its own"):
         update.attach(trainer)

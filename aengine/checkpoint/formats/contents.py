@@ -10,14 +10,11 @@ from aengine.checkpoint.formats.serializers import Serializer
 from aengine.checkpoint.formats.writer_process import WriterProcess
 from aengine.checkpoint.store import files
 from aengine.checkpoint.store.draft import Draft
-from aengine.checkpoint.store.manifest import SUBDIRECTORY, CheckpointInfo
+from aengine.checkpoint.store.manifest import STATE, SUBDIRECTORY, CheckpointInfo
 from aengine.errors import CheckpointMismatch
 
 if TYPE_CHECKING:
     from aengine.checkpoint.formats.sharded import ShardStore
-
-STATE = "state.pt"
-"""The file that holds the tree."""
 
 
 class Contents:
