@@ -199,13 +199,16 @@ class Event(NamedTuple):
         name: the event's name, such as "ITERATION_COMPLETED"; equal to the event itself.
         engine: the name of the engine that fired it.
         sequence: its place among all events that the engine has sent, from 1.
-        iteration: the engine's state at that instant, as the next five.
+        iteration: the engine's state at that instant, as the next six.
         epoch: see `State`.
         epoch_length: see `State`.
         max_epochs: see `State`.
+        max_iters: see `State`.
         output: see `State`.
         metrics: a read-only copy of the metrics by name.
         monotonic: seconds of `time.perf_counter()`, to measure between events.
+        payload: what the event is about, as it was fired with: of EXCEPTION_RAISED the exception, of
+            TERMINATE_SINGLE_EPOCH the iterations that the epoch had begun; None for the loop's other events.
         snapshot: what the listener's `snapshot=` callable returned.
     """
 
@@ -216,9 +219,11 @@ class Event(NamedTuple):
     epoch: int
     epoch_length: int | None
     max_epochs: int | None
+    max_iters: int | None
     output: Any
     metrics: Mapping[str, Any]
     monotonic: float
+    payload: Any
     snapshot: Any
 
     @property

@@ -373,7 +373,7 @@ class Checkpoint:
             _warn(f"a checkpoint is damaged, and was not used ({problem.path}): {problem.why}", stacklevel=5)
             if engine is not None:
                 engine.register_events(*CheckpointEvents)
-                await engine.emit(CheckpointEvents.CHECKPOINT_DAMAGED)
+                await engine.emit(CheckpointEvents.CHECKPOINT_DAMAGED, problem)
 
 
 async def _read(finder: Finder, which: Which) -> Found | None:

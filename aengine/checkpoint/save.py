@@ -7,13 +7,16 @@ event loop's waits for the end. Requests come from any thread.
 import logging
 import threading
 import warnings
+from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import anyio
 from anyio.to_thread import run_sync as in_thread
 
 from aengine.bus.listeners import NotYet
+from aengine.checkpoint.acknowledge import Acknowledgements, acknowledge_of
 from aengine.checkpoint.events import (
     DEFERRED_EVENTS,
     FAILURE_EVENTS,
@@ -26,6 +29,7 @@ from aengine.checkpoint.events import (
 from aengine.checkpoint.store.manifest import CheckpointInfo
 from aengine.checkpoint.writer import Saving, Writer
 from aengine.drivers.services import Service
+from aengine.engine import session_of
 from aengine.errors import CheckpointNotWritten, CheckpointWarning, InboxOverflow
 from aengine.events import Event, Events
 from aengine.state import StopReason
@@ -121,6 +125,7 @@ class Saver(Service):
         self._requests = SaveRequests()
         self._is_staging = threading.Lock()  # where the step runs, or, between runs, where save_now() was called
         self._has_failed = False  # nothing more is saved of this run
+        self._acknowledgements = Acknowledgements()
 
     @property
     def under_way(self) -> Saving | None:
@@ -133,6 +138,7 @@ class Saver(Service):
     def run_started(self, engine: AnyEngine) -> None:  # noqa: ARG002 -- a service's signature
         """Serve requests from now on."""
         self._has_failed = False
+        self._acknowledgements.begin()
         self._requests.open()
 
     async def flush(self) -> None:
@@ -142,11 +148,16 @@ class Saver(Service):
 
     async def run_ended(self, engine: AnyEngine, reason: StopReason, error: BaseException | None) -> None:  # noqa: ARG002 -- a service's signature
         """Refuse what was asked for in vain. Its subscribers have followed the last save to its end by now."""
-        self._requests.close()
+        self._close()
 
     def run_abandoned(self, engine: AnyEngine, reason: StopReason, error: BaseException | None) -> None:  # noqa: ARG002 -- a service's signature
         """Do the same where the run did not get as far as its end."""
+        self._close()
+
+    def _close(self) -> None:
         self._requests.close()
+        if self._saving is not None:  # a subscriber that was cancelled has not followed it
+            self._saving.permit()
 
     # In a run
 
@@ -181,8 +192,12 @@ class Saver(Service):
                 self._raise_unreported()
                 name = self._requests.deferred if event == REQUESTED else event
                 is_mid_step = event in FAILURE_EVENTS and is_in_step(engine)
-                write = self._writer.stage(name or event, engine, is_mid_step=is_mid_step)
-                saving = self._saving = Saving(write, self._on_end)
+                staged = self._writer.stage(name or event, engine, is_mid_step=is_mid_step)
+                on_end = partial(self._on_end, acknowledge_of(engine))
+                # `follow` permits it, when the services are done: log lines of steps that a checkpoint covers are on
+                # the disk before it is committed, or a run that is resumed from it would never write them.
+                is_permitted = not session_of(engine).must_prepare_commit
+                saving = self._saving = Saving(staged, on_end, is_permitted=is_permitted)
             except Exception as error:
                 self._requests.refuse(error)
                 if self._on_error == "raise":
@@ -217,10 +232,11 @@ class Saver(Service):
         if not engine.is_running:
             return False
         self._requests.deferred = event
-        return engine.fire_between_steps(CheckpointEvents.CHECKPOINT_REQUESTED)
+        return engine.fire_event_soon(CheckpointEvents.CHECKPOINT_REQUESTED)
 
-    def _on_end(self, saving: Saving) -> None:
+    def _on_end(self, acknowledge: Callable[[Any], Any] | None, saving: Saving) -> None:
         """In the thread of a save of a run: if it failed, the run fails before its next step."""
+        self._acknowledgements.add(acknowledge, saving)
         if saving.error is not None and not saving.is_reported and self._on_error == "raise":
             self._has_failed = True
 
@@ -230,6 +246,8 @@ class Saver(Service):
         if saving is None:
             return
         try:
+            await session_of(engine).before_commit()
+            saving.permit()
             await self._wait_for(saving, engine)
         except Exception:  # of a handler of CHECKPOINT_STAGED: it is raised, unless the save has failed as well
             if saving.error is not None and self._on_error == "raise":
@@ -241,7 +259,7 @@ class Saver(Service):
             self._requests.refuse()  # those that wait for its end, to have a save of their own: the run is over
             raise
         if saving.error is None:
-            await self._fire(engine, CheckpointEvents.CHECKPOINT_COMMITTED)
+            await self._report_committed(engine, saving)
         elif self._on_error == "raise":
             saving.result()
         else:
@@ -251,15 +269,20 @@ class Saver(Service):
     async def _wait_for(self, saving: Saving, engine: AnyEngine) -> None:
         """Fire that it is staged, and wait for its end, even if a handler of that event fails."""
         try:
-            await self._fire(engine, CheckpointEvents.CHECKPOINT_STAGED)
+            await self._fire(engine, CheckpointEvents.CHECKPOINT_STAGED, saving.step)
         except Exception:
             await saving.wait()
             raise
         await saving.wait()
 
-    async def _fire(self, engine: AnyEngine, event: CheckpointEvents) -> None:
+    async def _report_committed(self, engine: AnyEngine, saving: Saving) -> None:
+        """Fire that it is committed, and then have the data acknowledge what it covers."""
+        await self._fire(engine, CheckpointEvents.CHECKPOINT_COMMITTED, saving.result())
+        await self._acknowledgements.call(engine)
+
+    async def _fire(self, engine: AnyEngine, event: CheckpointEvents, payload: Any) -> None:
         try:
-            await engine.emit(event)
+            await engine.emit(event, payload)
         except InboxOverflow:
             if engine.is_running:
                 raise
@@ -292,21 +315,22 @@ class Saver(Service):
         while True:
             request = self._requests.add()
             try:
-                is_in_run = engine.fire_between_steps(CheckpointEvents.CHECKPOINT_REQUESTED)
+                is_in_run = engine.fire_event_soon(CheckpointEvents.CHECKPOINT_REQUESTED)
                 if is_in_run and not self._requests.is_open:  # of that run only the clean-up is left
                     self._requests.refuse()
                 if is_in_run or not self._requests.withdraw(request):
                     await wait_until_done(request)
                     saving = request.result()
                     await saving.wait()
-                    return saving.result()
+                    return saving.result().checkpoint
             finally:
                 del request  # holds the error, whose traceback holds this frame
             with self._is_staging:
                 before = self.under_way
                 if before is None:
                     self._raise_unreported()
-                    saving = self._saving = Saving(self._writer.stage("", engine), lambda _: None)
+                    on_end = partial(self._acknowledgements.add, acknowledge_of(engine))
+                    saving = self._saving = Saving(self._writer.stage("", engine), on_end)
                     break
             await before.wait()  # and meanwhile a run may begin
         try:
@@ -314,14 +338,14 @@ class Saver(Service):
         except BaseException:
             saving.is_unawaited = True
             raise
-        info = saving.result()
-        await self._fire(engine, CheckpointEvents.CHECKPOINT_COMMITTED)
-        return info
+        committed = saving.result()
+        await self._report_committed(engine, saving)
+        return committed.checkpoint
 
     def save_soon(self, engine: AnyEngine) -> None:
         """Have a run under way save before its next step. See `Checkpoint.save_soon`."""
         self._requests.deferred = REQUESTED
-        if not engine.fire_between_steps(CheckpointEvents.CHECKPOINT_REQUESTED):
+        if not engine.fire_event_soon(CheckpointEvents.CHECKPOINT_REQUESTED):
             self._requests.deferred = ""
             raise RuntimeError(
                 "save_soon() asks a run under way, and there is none: write  await checkpoint.save_now()"

@@ -213,7 +213,7 @@ class ThreadPrefetcher(Prefetcher):
     ) -> None:
         super().__init__(buffer, state)
         self._iterator = iterator
-        self._thread = DedicatedThread("aengine-prefetch", settings)
+        self._thread = DedicatedThread("aengine-prefetch", settings.entered)
         self._ended = self._thread.submit(self._pull)
         self._thread.abandon()  # it makes this one call, and ends by itself where nothing waits for it
 

@@ -12,7 +12,7 @@ from typing import Any, NoReturn, cast
 
 import anyio
 
-from aengine.data.adapt import Adapted, has, is_factory, is_iterable
+from aengine.data.adapt import Adapted, has, is_async_iterable, is_factory, is_iterable
 from aengine.data.managed import ManagedData, RunContext
 from aengine.data.position import DataPosition
 from aengine.data.prefetch import Buffer, Fetched, Prefetcher, TaskPrefetcher, ThreadPrefetcher
@@ -35,6 +35,7 @@ class Source:
         take: returns the next batch, or PENDING; raises StopIteration at the end of the data.
         arrival: returns an awaitable of the next batch, which raises StopAsyncIteration at the end.
         has_ended: whether the end was met, so that only a restart gives more.
+        opened: what is iterated: the data itself, or what it made or gave when it was called or entered.
         run: the run on an event loop that reads this; without one nothing is awaited.
     """
 
@@ -52,6 +53,7 @@ class Source:
         self.is_one_shot = data.is_one_shot
         self.position = DataPosition(data, logger, randomness, unread, completed)
         self.has_ended = False
+        self.opened: Any = None
         self.run: RunContext | None = None
         self._logger = logger
         self._is_manager = data.is_manager
@@ -110,7 +112,8 @@ class Source:
             self.take = lambda: None
             return None
         made: Any = data() if is_factory(data) else data
-        if has(made, "__aiter__"):
+        self.opened = made
+        if is_async_iterable(made):
             position.rewind(made)
             self._iterator = aiter(cast(AsyncIterable[Any], made))
             if not position.to_skip:
@@ -187,10 +190,13 @@ class Source:
 
     # Ahead of the step
 
-    def _pull_ahead(self, run: RunContext) -> Prefetcher:
+    def _pull_ahead(self, run: RunContext) -> Prefetcher | None:
+        is_plain = not has(self._iterator, "__anext__")
+        if is_plain and run.settings.bound is not None:  # a thread of its own would not have what is in force here
+            return None
         fetched, state = self.position.fetched, self.position.state
         buffer = Buffer(run.prefetch, run.loop_handle, lambda more: run.can_use(fetched + more))
-        if not has(self._iterator, "__anext__"):
+        if is_plain:
             return ThreadPrefetcher(buffer, state, self._iterator, run.settings)
         prefetcher = TaskPrefetcher(buffer, state, self._iterator)
         run.spawn(prefetcher.pull, prefetcher.never_started)

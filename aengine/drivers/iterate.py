@@ -28,6 +28,7 @@ class IterationStream:
         self._loop_may_go_on: anyio.Event
         self._is_over = False
         self._is_left = False
+        self._is_cancelled = False  # the body is, or was interrupted by Ctrl-C
         self._loop_waits = False  # the body has an event, and the loop waits for it
         self._error: BaseException | None = None  # the run's, or the body's: raised once, in the user's task
         self._group: anyio.abc.TaskGroup
@@ -73,6 +74,7 @@ class IterationStream:
             self._error = error  # raised inside the run, where the loop waits for the body
             self._engine.terminate()  # where the loop waits for something else, such as data
         elif error is not None:
+            self._is_cancelled = True
             self._group.cancel_scope.cancel()
         self._loop_may_go_on.set()
         try:
@@ -108,6 +110,8 @@ class IterationStream:
             self._event, self._loop_may_go_on = self._session.record_iteration(), anyio.Event()
             self._body_may_go_on.set()
             await self._loop_may_go_on.wait()
+        if self._is_cancelled:
+            await anyio.sleep_forever()  # the run is cancelled where it awaits something that has not come
         if self._is_left:  # the block was left: end the run in the same way
             if self._error is not None:
                 raise self._error

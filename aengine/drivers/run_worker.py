@@ -9,8 +9,8 @@ import anyio
 from aengine.threads.dedicated import DedicatedThread
 from aengine.threads.event_loop import EventLoopHandle
 from aengine.threads.openmp import release_idle_threads
-from aengine.threads.thread_state import ThreadState, context_for_thread
-from aengine.threads.worker import WorkItem
+from aengine.threads.thread_state import SharedContext, ThreadState, context_for_thread
+from aengine.threads.worker import WorkerWayBack, WorkItem
 
 
 class RunWorker:
@@ -31,6 +31,8 @@ class RunWorker:
         self._settings = settings
         self._loop_handle = loop_handle
         self._context = context_for_thread()
+        self._contexts: SharedContext | None = None
+        self._way_back = WorkerWayBack(loop_handle.token)
         self._shared: ExitStack | None = None  # what puts the settings of the other run back
 
     @property
@@ -44,30 +46,32 @@ class RunWorker:
         return self.item is not None and self.thread is not None and self.thread.is_here
 
     async def start(self, parent: "RunWorker | None") -> None:
-        """Start a thread, or share that of a parent, which must be idle until this is stopped."""
+        """Start a thread, or share that of a parent, which must be idle until this is stopped. In the run's task."""
+        self._contexts = SharedContext(self._context)
         if parent is None:
             release_idle_threads()
-            self.thread = DedicatedThread(self._name, self._settings)
+            self.thread = DedicatedThread(self._name, self._settings.entered, self._way_back.entered)
             return
         self.thread = parent.thread
         self._shared = ExitStack()
         await self._call(self._shared.enter_context, self._settings.entered())
+        await self._call(self._shared.enter_context, self._way_back.entered())
 
     def submit(self, function: Callable[[Any], Any], argument: Any) -> WorkItem:
         """Have the thread make one call, and return it. It is `item` until `finish()`."""
-        assert self.thread is not None, "started before"  # noqa: S101
+        assert self.thread is not None and self._contexts is not None, "started before"  # noqa: PT018, S101
         # Stored before it begins: the step that it runs may ask at once whether it is here.
-        item = self.item = WorkItem(self._loop_handle, self._context, function, argument)
+        item = self.item = self._way_back.item = WorkItem(self._loop_handle, self._contexts, function, argument)
         self.thread.post(item.run)
         return item
 
     def finish(self) -> None:
         """The call has returned or raised."""
-        self.item = None
+        self.item = self._way_back.item = None
 
     async def _call(self, function: Callable[..., Any], *arguments: Any) -> None:
-        assert self.thread is not None, "started before"  # noqa: S101
-        item = WorkItem(self._loop_handle, self._context, function, *arguments)
+        assert self.thread is not None and self._contexts is not None, "started before"  # noqa: PT018, S101
+        item = WorkItem(self._loop_handle, self._contexts, function, *arguments)
         self.thread.post(item.run)
         with anyio.CancelScope(shield=True):  # microseconds: nothing of the user's runs in it
             await item.wait(lambda: None)
@@ -80,3 +84,4 @@ class RunWorker:
             await self._call(self._shared.close)
         elif self.thread is not None:
             self.thread.stop() if self.item is None else self.thread.abandon()
+        self._contexts = None  # among them is that of the run's task, which holds the run

@@ -8,6 +8,7 @@ from time import perf_counter
 from typing import Any, TypeAlias
 
 import anyio
+from anyio.lowlevel import checkpoint_if_cancelled
 
 from aengine.arguments import check_choice, check_whole
 from aengine.bus.emitter import EventEmitter, RemovableEventHandle
@@ -22,10 +23,14 @@ from aengine.events import Event
 from aengine.loop.effects import LoopGenerator
 from aengine.loop.loop import Loop
 from aengine.loop.progress import Progress, begin
-from aengine.loop.requests import Requests
+from aengine.loop.requests import Phase, Requests
 from aengine.loop.state_dict import from_state_dict, to_state_dict
+from aengine.state import ErrorInfo, State, StopReason, set_dataloader
 from aengine.statistics import EngineStatistics
+from aengine.threads.thread_state import bound_to_this_thread
 from aengine.threads.worker import close_unawaited
+
+_ONE_AT_A_TIME = "one engine runs one loop at a time. Await the run under way, or make another engine"
 
 Limits: TypeAlias = tuple[int | None, int | None, int | None]
 """max_epochs, max_iters, epoch_length, as they were given to `run()`."""
@@ -38,9 +43,10 @@ class Session:
 
     Attributes:
         step: the engine's step.
-        threaded: whether a plain step runs on a worker thread.
+        threaded: whether a plain step runs on a worker thread, where nothing of torch is bound to the caller's.
         is_running: whether a run is under way.
         services: those that take part in each run.
+        went_back_to: what was completed where a `state_dict` was taken, if the run under way goes on from one.
         body_task: the task of a body of `iterate()`, while the loop waits for it.
     """
 
@@ -52,18 +58,20 @@ class Session:
         *,
         is_async: bool,
         threaded: bool,
+        insists: bool,
         grace: float,
     ) -> None:
         self.is_running = False
         self.services: tuple[ServiceEntry, ...] = ()
+        self.went_back_to: Progress | None = None
         self.body_task: int | None = None
         self.step = step
         self._emitter = emitter
         self._bus = emitter.bus
-        self._state = emitter.bus.state
         self._requests = requests
         self._is_async = is_async
         self.threaded = threaded
+        self._insists = insists  # on the worker
         self._grace = grace
         self._driver: Driver | None = None
         # Both are kept while a run is interrupted: the next one goes on with this very generator.
@@ -73,52 +81,122 @@ class Session:
         self._unread: tuple[Any, list[Fetched]] | None = None  # the data of the last run, and what it fetched too much
         self._rng_to_restore: Any = None  # the random states of a `state_dict`, until the run that goes on from it
 
+    @property
+    def _state(self) -> State:
+        return self._bus.state
+
+    def replace_state(self, state: Any) -> None:
+        """Have another state in place of this one: the next run begins where it stands."""
+        self.refuse_running("assign its state before run()")
+        if not isinstance(state, State):
+            raise TypeError(f"engine.state is an aengine.State, such as State(); got {state!r}")
+        self._give_up()
+        self._progress = state.last_progress or Progress()
+        self._emitter.replace_state(state)
+
     async def run(self, engine: Any, data: Any, limits: Limits, prefetch: int) -> None:
         """Run the loop on the event loop that runs here, as `Engine.run`."""
-        with self.busy():
-            check_whole(prefetch, "prefetch=", minimum=0, of="batches to pull ahead")
-            loop, generator = self._begin(engine, data, limits)
-            await self._drive(engine, loop, generator, prefetch)
+        with self._under_way():
+            await checkpoint_if_cancelled()
+            await self._run(engine, data, limits, prefetch)
+
+    async def _run(self, engine: Any, data: Any, limits: Limits, prefetch: int) -> None:
+        check_whole(prefetch, "prefetch=", minimum=0, of="batches to pull ahead")
+        if (bound := bound_to_this_thread()) is not None:
+            self._stay_on_thread(bound, prefetch)
+        loop, generator = self._begin(engine, data, limits)
+        await self._drive(engine, loop, generator, prefetch, threaded=self.threaded and bound is None)
 
     def run_sync(self, engine: Any, data: Any, limits: Limits, prefetch: int) -> None:
         """Run the loop without an event loop until something must be awaited, as `Engine.run_sync`."""
-        if runs_in_event_loop():
-            raise RuntimeError("run_sync() would block the event loop that runs here: write  await engine.run(...)")
-        check_whole(prefetch, "prefetch=", minimum=0, of="batches to pull ahead")
-        if self._is_async or prefetch or self.services or self._bus.must_await or adapt(data).is_async:
-            anyio.run(self.run, engine, data, limits, prefetch)
-            return
-        with self.busy():
-            loop, generator = self._begin(engine, data, limits)
-            runner = BlockingRunner(generator, self._requests)
-            self._emitter.attach(runner)
-            failures: list[BaseException] = []
-            try:
-                wanted = runner.run(failures)
-            finally:
-                self._emitter.attach(None)
-            if wanted is not DONE and wanted is not SUSPENDED:
-                try:
-                    anyio.run(partial(self._drive, engine, loop, generator, 0, wanted))
-                finally:
-                    close_unawaited(wanted)  # where the driver did not come to it
+        with self._under_way():
+            if runs_in_event_loop():
+                raise RuntimeError("run_sync() would block the event loop that runs here: write  await engine.run(...)")
+            check_whole(prefetch, "prefetch=", minimum=0, of="batches to pull ahead")
+            if self._is_async or prefetch or self.services or self._bus.must_await or adapt(data).is_async:
+                anyio.run(self._run, engine, data, limits, prefetch)
             else:
-                self._end(loop, generator, is_suspended=wanted is SUSPENDED)
+                self._run_blocking(engine, data, limits)
+
+    def _run_blocking(self, engine: Any, data: Any, limits: Limits) -> None:
+        loop, generator = self._begin(engine, data, limits)
+        runner = BlockingRunner(generator, self._requests)
+        self._emitter.attach(runner)
+        failures: list[BaseException] = []
+        try:
+            wanted = runner.run(failures)
+        finally:
+            self._emitter.attach(None)
+        if wanted is not DONE and wanted is not SUSPENDED:
+            try:
+                anyio.run(partial(self._drive, engine, loop, generator, 0, wanted))
+            finally:
+                close_unawaited(wanted)  # where the driver did not come to it
+        else:
+            self._end(loop, generator, is_suspended=wanted is SUSPENDED)
+            try:
+                raise_failures(self._bus.name, [*failures, *loop.also_raised])
+            finally:
+                failures.clear()  # an error's traceback holds this frame: no cycle may hold the engine
+
+    @contextmanager
+    def _under_way(self) -> Generator[None]:
+        """Have a call of `run()` be under way. However it ends, the state says how, and then the streams end."""
+        self.refuse_running(_ONE_AT_A_TIME)  # which ends nothing
+        state = self._state
+        try:
+            with self.busy():
+                state.stop_reason = state.error = None
+                self._bus.begin_run()
                 try:
-                    raise_failures(self._bus.name, [*failures, *loop.also_raised])
-                finally:
-                    failures.clear()  # an error's traceback holds this frame: no cycle may hold the engine
+                    yield
+                except BaseException as error:
+                    self._record_error(error)
+                    raise
+        finally:
+            self._bus.end_run(is_suspended=state.stop_reason is StopReason.INTERRUPTED)
+
+    def _record_error(self, error: BaseException) -> None:
+        """Have the state say what `run()` raises. Why it ended the loop has said, unless it had not begun."""
+        state = self._state
+        is_failure = isinstance(error, Exception | BaseExceptionGroup)
+        if state.stop_reason is None:
+            state.stop_reason = StopReason.FAILED if is_failure else StopReason.CANCELLED
+        # A step's own BaseException has failed the run, too. What else is none of these is a cancellation.
+        if is_failure or isinstance(error, KeyboardInterrupt | SystemExit) or state.stop_reason is StopReason.FAILED:
+            state.error = ErrorInfo.of(error)
+
+    def _stay_on_thread(self, bound: str, prefetch: int) -> None:
+        """Say that something of torch, which `bound` names, is in force on this thread, and must see step and data.
+
+        Raises:
+            RuntimeError: the engine insists on the worker, where it would see nothing.
+        """
+        where = f"{bound}: in force on the thread that runs engine {self._bus.name!r}, and on no other"
+        if self._insists:
+            raise RuntimeError(f"{where}. Make the engine with thread=False, or enter it in the step")
+        if self.threaded or prefetch:
+            self._bus.logger.warning(
+                "%s. So the step and plain data run on this one, the event loop's, and no plain data is pulled ahead."
+                " thread=False says so; what is entered in the step leaves it on the worker",
+                where,
+            )
 
     @contextmanager
     def busy(self) -> Generator[None]:
         """Have the engine be running; another run is refused meanwhile."""
-        self.refuse_running("one engine runs one loop at a time. Await the run under way, or make another engine")
+        self.refuse_running(_ONE_AT_A_TIME)
         self.is_running = True
         try:
             yield
         finally:
             self.is_running = False
-            self._requests.end()
+            if left := self._requests.end():  # cancelled before its first event, or given up by a second Ctrl-C
+                self._bus.logger.warning(
+                    "the run of engine %r ended before it could fire what fire_event_soon() had accepted: %s",
+                    self._bus.name,
+                    ", ".join(left),
+                )
 
     def refuse_running(self, advice: str) -> None:
         """Raise EngineBusy while a run is under way."""
@@ -130,19 +208,19 @@ class Session:
         state, randomness = self._state, engine.randomness
         if state.max_epochs is None and state.max_iters is None:
             self._give_up()
+        self.went_back_to = None
         if self._loop is not None and self._generator is not None:
             self._refuse_other_arguments(data, limits)
-            state.stop_reason = None
             self._requests.go_on()
             self._bus.start_clock()
             return self._loop, self._generator
         progress = begin(state, self._progress, adapted, *limits)
+        self.went_back_to = progress if self._progress.is_loaded else None
         unread = self._unread[1] if self._unread is not None and self._unread[0] is data else ()
         source = Source(adapted, self._bus.logger, randomness, unread=unread, completed=progress.iteration)
         if progress.position is not None:
             source.resume_at(progress.position, progress.iteration)
-        state.dataloader = data
-        state.stop_reason = None
+        set_dataloader(state, data)
         self._requests.begin()
         self._bus.reset()
         rng, self._rng_to_restore = self._rng_to_restore, None
@@ -183,7 +261,14 @@ class Session:
             )
 
     async def _drive(
-        self, engine: Any, loop: Loop, generator: LoopGenerator, prefetch: int, wanted: Any = None
+        self,
+        engine: Any,
+        loop: Loop,
+        generator: LoopGenerator,
+        prefetch: int,
+        wanted: Any = None,
+        *,
+        threaded: bool = False,
     ) -> None:
         services = ServiceTasks(engine, self.services, self._grace)
         driver = self._driver = Driver(
@@ -192,7 +277,7 @@ class Session:
             self._bus,
             self._requests,
             services,
-            threaded=self.threaded and wanted is None,
+            threaded=threaded,
             grace=self._grace,
             prefetch=prefetch,
         )
@@ -231,6 +316,11 @@ class Session:
 
     # While it lasts
 
+    def data_in_use(self) -> list[Any]:
+        """Return what batches come from now: what is iterated, which data may have made, and the data itself."""
+        opened = [] if self._loop is None else [self._loop.source.opened]
+        return [*opened, self._state.dataloader]
+
     def set_data(self, engine: Any, data: Any) -> None:
         """Have the next batch come from other data, as `Engine.set_data`."""
         adapted = adapt(data)
@@ -259,6 +349,30 @@ class Session:
         self.services = tuple(one for one in self.services if one is not entry)
         if self._driver is not None:
             self._driver.remove_service(entry)
+
+    @property
+    def must_prepare_commit(self) -> bool:
+        """Whether a service of the run under way is to be awaited before a checkpoint of it is committed."""
+        return self._driver is not None and self._driver.services.must_prepare_commit
+
+    async def before_commit(self) -> None:
+        """Have the services of the run under way make safe what belongs to the steps so far. Cancellable."""
+        if self._driver is not None:
+            await self._driver.services.before_commit()
+
+    async def wait_completed(self, iterations: int) -> int:
+        """Wait until so many iterations are completed, as `Engine.wait_completed`."""
+        # What is less than 0 has been reached, as by data that keeps so many batches ahead of the steps.
+        check_whole(max(iterations, 0) if type(iterations) is int else iterations, "iterations", minimum=0)
+        if self._state.iterations_completed < iterations and self.is_inside:
+            raise RuntimeError(
+                f"wait_completed({iterations}) waits for the loop, which waits for it here: call it from a subscriber,"
+                " a service, data with prefetch=, or a task of your own"
+            )
+        return await self._bus.completions.wait(iterations, self._completes_no_more)
+
+    def _completes_no_more(self) -> bool:
+        return self.is_running and self._requests.phase is Phase.IDLE
 
     def wait_for_body(self, task: int | None) -> None:
         """The loop waits for this task, with the body of an `iterate()`; None where it waits no longer."""
@@ -301,6 +415,8 @@ class Session:
         for topic in bus.topics:
             seconds = handlers if topic.is_fired_by_loop else of_fired
             for handler in topic.inline:
+                if handler.is_internal:
+                    continue
                 seconds[handler.name] = seconds.get(handler.name, 0.0) + handler.seconds
         return EngineStatistics(
             name=bus.name,
@@ -315,6 +431,7 @@ class Session:
             back_pressure=watch.back_pressure,
             event_loop=watch.event_loop,
             lag=watch.lag,
+            event_loop_lag=watch.event_loop_lag(),
             listeners=tuple(one.statistics() for one in (*bus.subscribers, *bus.streams)),
             services=tuple(entry.statistics() for entry in self.services),
         )
@@ -330,8 +447,10 @@ class Session:
             state.epoch,
             state.epoch_length,
             state.max_epochs,
+            state.max_iters,
             state.output,
             dict(state.metrics),
             perf_counter(),
+            None,
             None,
         )

@@ -6,7 +6,7 @@ from typing import Any
 from aengine.data.source import PENDING, Source
 from aengine.errors import DataExhausted
 from aengine.loop.effects import Effect, LoopGenerator, NextBatch
-from aengine.state import State
+from aengine.state import State, set_dataloader
 
 END: Any = object()
 """In place of a batch: there is none."""
@@ -49,29 +49,27 @@ class Feed:
             self.is_awaited = False
         return batch
 
-    def look_ahead(self, completed: int) -> LoopGenerator:
+    def look_ahead(self, completed: int) -> Generator[Awaitable[Any] | Effect, Any, bool]:
         """Before an epoch begins: fetch a batch of data that cannot be restarted, for no epoch is to be empty.
 
-        Raises:
-            Exhausted: there is none.
+        Returns whether there is one.
         """
         source = self.source
-        if completed == self._first:  # empty data is an error, which is raised by the epoch
-            return
+        if not source.is_one_shot or completed == self._first:  # empty data is an error, which is raised by the epoch
+            return True
         if not source.has_ended:
             batch = yield from self.fetch()
             if batch is not END:
                 source.unread_batch(batch)
-                return
+                return True
             source.end(completed)
-        raise Exhausted
+        return False
 
     def end(self, completed: int) -> bool:
         """The end of the data was met. Returns whether that is the end of an epoch, whose length was not known.
 
         Raises:
             DataExhausted: it gave nothing at all.
-            Exhausted: it cannot be restarted.
         """
         state, source = self._state, self.source
         self.is_awaited = False
@@ -82,8 +80,6 @@ class Feed:
         if state.epoch_length is None and completed > state.epoch_start:
             state.epoch_length = completed - state.epoch_start
             return True
-        if source.is_one_shot:
-            raise Exhausted
         return False
 
     def restart(self, completed: int) -> LoopGenerator:
@@ -106,7 +102,7 @@ class Feed:
         new.attach(old.run)
         old.attach(None)
         new.restart(completed)
-        self._state.dataloader = new.data
+        set_dataloader(self._state, new.data)
         self.source = new
 
     def suspend(self, completed: int) -> LoopGenerator:
@@ -120,15 +116,18 @@ class Feed:
         if batch is not END:
             self.source.unread_batch(batch)
 
-    def close(self, *, gently: bool) -> LoopGenerator:
-        """Close the data at the end of a run. A second time does nothing: then closing it is what failed."""
+    def close(self, *, gently: bool, exits: bool) -> LoopGenerator:
+        """Close the data at the end of a run. A second time does nothing: then closing it is what failed.
+
+        Without `exits`, an async context manager is left to the driver to be exited, when nothing needs it any more.
+        """
         if self._is_closed:
             return
         self._is_closed = True
         self.unread_batch()
         if self.source.must_be_awaited:
             yield Effect.SHIELD
-        yield from self._close(gently=gently, is_last=True)
+        yield from self._close(gently=gently, is_last=exits)
 
     def _close(self, *, gently: bool = False, is_last: bool = False) -> LoopGenerator:
         if self.source.must_be_awaited:

@@ -15,13 +15,13 @@ from aengine.bus.topic import Topic
 from aengine.callables import is_awaitable, refuse_stop_iteration
 from aengine.data.managed import RunContext
 from aengine.data.source import PENDING, Source
-from aengine.errors import DataExhaustedWarning
+from aengine.errors import DataExhaustedWarning, HandlerTimeout
 from aengine.events import ALWAYS, NEVER
 from aengine.loop.effects import BUDGET, Effect, LoopGenerator, NextBatch, WaitCancelled
 from aengine.loop.feed import END, Exhausted, Feed
 from aengine.loop.progress import Progress
 from aengine.loop.requests import Phase, Request, Requests
-from aengine.state import StopReason
+from aengine.state import ErrorInfo, StopReason
 
 
 class Terminated(Exception):
@@ -39,7 +39,6 @@ class Loop:
     """One run, from STARTED to COMPLETED, across interruptions.
 
     Attributes:
-        completed: iterations whose step has returned. `state.iteration` is one more while a step runs.
         feed: the data.
         also_raised: errors of handlers and of the data that came while a first one was being reported.
         cancellations: the exceptions that are reported as CANCELLED.
@@ -56,10 +55,10 @@ class Loop:
         requests: Requests,
         restore_rng: Callable[[], object] | None = None,
     ) -> None:
-        self.completed = progress.iteration
         self.feed = Feed(source, bus.state, progress.iteration)
         self.also_raised: list[BaseException] = []
         self.cancellations: tuple[type[BaseException], ...] = (KeyboardInterrupt, SystemExit)
+        self._explain: Callable[[BaseException], BaseException] | None = None
         self._engine = engine
         self._step = step
         self._state = bus.state
@@ -69,7 +68,6 @@ class Loop:
         # may draw random numbers.
         self._restore_rng = restore_rng
         self._has_other_data = False  # the data was replaced during the epoch: there may now be events of it, or none
-        self._epoch_is_complete = progress.epoch_is_complete
         self._first = progress.iteration
         self._others_had_a_turn: Callable[[], bool] | None = None
         self._next_yield = perf_counter() + BUDGET
@@ -77,22 +75,47 @@ class Loop:
         self._plain_types: set[type] = set()
 
     def attach(
-        self, run: RunContext, cancelled: type[BaseException], others_had_a_turn: Callable[[], bool] | None
+        self,
+        run: RunContext,
+        cancelled: type[BaseException],
+        explain: Callable[[BaseException], BaseException],
+        others_had_a_turn: Callable[[], bool] | None,
     ) -> None:
         """A driver on an event loop begins to advance this. Raises as `Source.attach` does.
 
-        `cancelled` is what a cancellation raises there. `others_had_a_turn` returns whether other tasks had a turn
-        since it was called before; it is None where the loop does not run on the event loop's own thread.
+        `cancelled` is what a cancellation raises there. `explain` returns the failure to report for an error: another
+        one for a cancellation of something else, which the user's code has let out. `others_had_a_turn` returns whether
+        other tasks had a turn since it was called before; it is None where the loop does not run on the event loop's
+        own thread.
         """
         self.source.attach(run)
         if cancelled not in self.cancellations:
             self.cancellations += (cancelled,)
+        self._explain = explain
         self._others_had_a_turn = others_had_a_turn
+
+    def detach(self) -> None:
+        """The driver is at its end."""
+        self.source.attach(None)
+        self._explain = None  # which refers to the driver: no cycle may hold the engine
 
     @property
     def source(self) -> Source:
         """The data that batches come from."""
         return self.feed.source
+
+    @property
+    def completed(self) -> int:
+        """Iterations whose step has returned. `state.iteration` is one more while a step runs."""
+        return self._state.iterations_completed
+
+    @property
+    def _epoch_is_complete(self) -> bool:
+        return self._state.epochs_completed == self._state.epoch
+
+    @_epoch_is_complete.setter
+    def _epoch_is_complete(self, is_complete: bool) -> None:
+        self._state.epochs_completed = self._state.epoch - (not is_complete)
 
     # The run
 
@@ -127,23 +150,32 @@ class Loop:
                 state.times["COMPLETED"] = perf_counter() - began
             yield from self._accept_no_more()
             yield Effect.FLUSH
-            yield from self._close(gently=True)
+            yield from self._close(gently=True, exits=True)
         except GeneratorExit:  # an interrupted engine is given up: nothing can be awaited any more
             self.feed.unread_batch()
             self.source.close()
             raise
-        except BaseException as error:
-            yield from self._report(error)
+        except BaseException as error:  # noqa: BLE001 -- raised again, or the reason of it
+            failure = self._failure_of(error)
             try:
-                yield from self._close(gently=not isinstance(error, self.cancellations))
-            except Exception as another:  # noqa: BLE001 -- raised with the first
-                self.also_raised.append(another)
-            raise
+                yield from self._report(failure)
+                try:
+                    # Subscribers are still at work, and may need the data: to acknowledge what they have written.
+                    yield from self._close(gently=not isinstance(failure, self.cancellations), exits=False)
+                except Exception as another:  # noqa: BLE001 -- raised with the first
+                    self.also_raised.append(another)
+                if failure is not error:
+                    raise failure
+                raise
+            finally:
+                del failure  # whose traceback holds this frame
 
     def _epoch(self) -> LoopGenerator:
         state, requests, began = self._state, self._requests, perf_counter()
-        if self.source.is_one_shot:
-            yield from self._fetching(self.feed.look_ahead(self.completed))
+        if not (yield from self._fetching(self.feed.look_ahead(self.completed))):
+            yield from self._tell_end_of_data()
+            if not (yield from self._fetching(self.feed.look_ahead(self.completed))):
+                raise Exhausted  # other data was set, and it is empty, too
         if self._epoch_is_complete:
             state.epoch += 1
             state.epoch_start = state.iteration
@@ -159,9 +191,9 @@ class Loop:
         except EpochTerminated:
             requests.enter(Phase.ENDING_EPOCH)
             # At ITERATION_STARTED an iteration was begun whose batch is dropped with the rest of the epoch.
-            self.completed = state.iteration
+            state.iterations_completed = state.iteration
             yield from self._dispatch("TERMINATE_SINGLE_EPOCH", state.iteration - state.epoch_start)
-            yield from self.feed.restart(self.completed)
+            yield from self._fetching(self.feed.restart(self.completed))
             yield from self._complete_epoch(began, fire=not requests.skip_epoch_completed)
         except Exhausted:
             if state.iteration > state.epoch_start:
@@ -287,7 +319,7 @@ class Loop:
                     watch.step += (perf_counter() - mark) * watch.weight
                 state.output = output
                 batch = END
-                self.completed = iteration
+                state.iterations_completed = iteration
                 if iteration >= completed.next_count:
                     dispatch = completed.dispatch
                     if (rest := dispatch(engine, iteration)) is not None:
@@ -323,20 +355,40 @@ class Loop:
         self.feed.is_awaited = False
         if isinstance(error, WaitCancelled):
             yield from self._serve_requests()  # which ends the run: only `terminate()` cancels this wait
-        elif isinstance(error, Exception) and not isinstance(error, Exhausted):
+        elif isinstance(error, Exception):
+            if self.log_error_of_data(error):
+                yield from self._serve_requests()  # which ends the run
             self._bus.note(error, f"the data ({self.source.name}), fetching batch {self.completed + 1}")
+
+    def log_error_of_data(self, error: BaseException) -> bool:
+        """Log an error of the data where it is not to fail the run, since that is to end cleanly; return whether.
+
+        A signal to a process group ends a DataLoader's workers, and may end a broker's connection, at the very moment
+        at which this process is to terminate its run, and so to save it.
+        """
+        if Request.TERMINATE not in self._requests.pending:
+            return False
+        self._bus.logger.error("the data (%s) failed as the run was to terminate", self.source.name, exc_info=error)
+        return True
 
     def _meet_end_of_data(self) -> Generator[Awaitable[Any] | Effect, Any, Any]:
         """Restart the data and return its first batch; END if it ends an epoch whose length was not known."""
         if self.feed.end(self.completed):
             return END
-        yield from self._dispatch("DATALOADER_STOP_ITERATION")
-        yield from self._serve_requests(between_steps=False)
-        yield from self.feed.restart(self.completed)
+        yield from self._tell_end_of_data()
+        yield from self._fetching(self.feed.restart(self.completed))
         batch = yield from self._fetching(self.feed.fetch())
         if batch is END:
             raise Exhausted
         return batch
+
+    def _tell_end_of_data(self) -> LoopGenerator:
+        """Fire DATALOADER_STOP_ITERATION, a handler of which may set other data; else one-shot data has ended."""
+        ended = self.source
+        yield from self._dispatch("DATALOADER_STOP_ITERATION")
+        yield from self._serve_requests(between_steps=False)
+        if self.source is ended and ended.is_one_shot:
+            raise Exhausted
 
     def set_data(self, source: Source) -> None:
         """Have the next batch come from another source. From any thread."""
@@ -354,17 +406,21 @@ class Loop:
 
     # Events and requests
 
-    def _dispatch(self, name: str, *payload: Any) -> LoopGenerator:
+    def _dispatch(self, name: str, payload: Any = None) -> LoopGenerator:
         self._bus.stopwatch.weight = 1
         topic = self._bus.topic(name)
         topic.mark_fired_by_loop()
-        count = topic.count_firing()
+        count = topic.count_firing(payload)
         if count >= topic.next_count:
             yield from topic.dispatch(self._engine, count, payload) or ()
 
     def _serve_requests(self, *, between_steps: bool = True) -> LoopGenerator:  # noqa: C901, PLR0912 -- a branch a request
-        """Serve what was requested, until nothing is pending that keeps the loop from going on."""
-        requests, is_put_off = self._requests, False
+        """Serve what was requested, until nothing is pending that keeps the loop from going on.
+
+        What may be requested without end, by threads that fire steadily, is served once: then the loop goes on.
+        """
+        requests, put_off = self._requests, set[Request]()
+        has_fired = has_waited = False
         if requests.to_fire:
             requests.request(Request.FIRE)
         while requests.pending:
@@ -381,25 +437,33 @@ class Loop:
             elif requests.take(Request.INTERRUPT):
                 yield from self._suspend()
             elif requests.take(Request.FIRE):
-                if between_steps:
+                if between_steps and (not has_fired or Request.PAUSE in requests.pending):
+                    has_fired = True
                     yield from self._fire_requested()
                 else:
-                    is_put_off = True
+                    put_off.add(Request.FIRE)
+            elif requests.take(Request.MAKE_ROOM):
+                if not has_waited or Request.PAUSE in requests.pending:
+                    has_waited = True
+                    for _ in range(len(requests.deferred_backpressure)):
+                        yield requests.deferred_backpressure.popitem()[1]
+                else:
+                    put_off.add(Request.MAKE_ROOM)
             elif Request.PAUSE in requests.pending:
                 yield Effect.PAUSE
-            elif requests.take(Request.MAKE_ROOM):
-                while requests.deferred_backpressure:
-                    yield requests.deferred_backpressure.pop()
-        if is_put_off:
-            requests.request(Request.FIRE)
+        requests.put_off(put_off)
 
     def _fire_requested(self) -> LoopGenerator:
-        while self._requests.to_fire:
-            yield from self._dispatch(self._requests.to_fire.popleft())
+        to_fire = self._requests.to_fire
+        for _ in range(len(to_fire)):  # not those that are requested meanwhile, which may have no end
+            if to_fire:
+                firing = to_fire.popleft()
+                yield from self._dispatch(firing.event, firing.payload)
 
     def _accept_no_more(self) -> LoopGenerator:
         """Accept no more requests, then fire what was requested in time: in this order, or one in between is lost."""
         self._requests.enter(Phase.IDLE)
+        self._bus.completions.end()
         yield from self._fire_requested()
 
     def _suspend(self) -> LoopGenerator:
@@ -442,6 +506,8 @@ class Loop:
         """Fire CANCELLED or EXCEPTION_RAISED, as clean-up."""
         is_cancellation = isinstance(error, self.cancellations)
         self._state.stop_reason = StopReason.CANCELLED if is_cancellation else StopReason.FAILED
+        if not is_cancellation:
+            self._state.error = ErrorInfo.of(error)
         self._requests.enter(Phase.ENDING_EPOCH)
         if error is self.feed.empty:
             yield from self._accept_no_more()
@@ -449,7 +515,7 @@ class Loop:
         yield Effect.SHIELD
         self._bus.stopwatch.weight = 1
         topic = self._bus.topic("CANCELLED" if is_cancellation else "EXCEPTION_RAISED")
-        payload = () if is_cancellation else (error,)
+        payload = None if is_cancellation else error
         for dispatch in topic.dispatch_to_each(self._engine, topic.count_firing(), payload):
             try:
                 yield from dispatch
@@ -461,13 +527,23 @@ class Loop:
         except Exception as another:  # noqa: BLE001 -- likewise
             self.also_raised.append(another)
 
-    def _close(self, *, gently: bool) -> LoopGenerator:
+    def _failure_of(self, error: BaseException) -> BaseException:
+        """Return what the run fails with: this error, unless it is a cancellation that is not the run's."""
+        failure = error if self._explain is None else self._explain(error)
+        if failure is not error:
+            self._bus.note(failure, "the step, or a handler")
+        return failure
+
+    def _close(self, *, gently: bool, exits: bool) -> LoopGenerator:
         self._requests.enter(Phase.IDLE)
         try:
-            yield from self.feed.close(gently=gently)
+            yield from self.feed.close(gently=gently, exits=exits)
         except Exception as error:
-            self._bus.note(error, f"closing the data ({self.source.name})")
-            raise
+            is_clean = self._state.stop_reason not in (StopReason.FAILED, StopReason.CANCELLED)
+            # That it was not closed in time is not the data's error but ours.
+            if isinstance(error, HandlerTimeout) or not (is_clean and self.log_error_of_data(error)):
+                self._bus.note(error, f"closing the data ({self.source.name})")
+                raise
 
     def progress(self) -> Progress:
         """Return what is completed: where to go on from here."""

@@ -7,8 +7,9 @@ event and between steps. That takes no lock: adding to a set is one atomic opera
 from collections import deque
 from collections.abc import Callable
 from enum import Enum, auto
+from typing import Any
 
-from aengine.bus.inbox import BackpressureWait
+from aengine.bus.inbox import BackpressureWait, Inbox
 
 
 class Request(Enum):
@@ -22,6 +23,16 @@ class Request(Enum):
     CHANGE_DATA = auto()
     FIRE = auto()  # an event of the user's, between two steps
     MAKE_ROOM = auto()  # an event that could not wait was put into a full inbox: wait for room in its place
+
+
+class Firing:
+    """An event that is to be fired between two steps. Equal to nothing but itself: a payload may be a tensor."""
+
+    __slots__ = ("event", "payload")
+
+    def __init__(self, event: str, payload: Any) -> None:
+        self.event = event
+        self.payload = payload
 
 
 class Phase(Enum):
@@ -41,9 +52,8 @@ class Requests:
         self.phase = Phase.IDLE
         self.skip_completed = False
         self.skip_epoch_completed = False
-        self.deferred_backpressure: list[BackpressureWait] = []
-        self.to_fire: deque[str] = deque()
-        self.at_end: set[Callable[[], object]] = set()
+        self.deferred_backpressure: dict[Inbox, BackpressureWait] = {}  # the last one says it for those before
+        self.to_fire: deque[Firing] = deque()
         self._wake: Callable[[], object] | None = None
 
     def wake_by(self, wake: Callable[[], object] | None) -> None:
@@ -70,18 +80,24 @@ class Requests:
         self.pending.discard(request)
         return is_pending
 
+    def put_off(self, requests: set[Request]) -> None:
+        """For the loop: it has taken these, and is to find them again after its next step."""
+        self.pending |= requests
+
     def _changed(self) -> None:
         if (wake := self._wake) is not None:  # read once: the driver's thread may set it to None
             wake()
 
-    def terminate(self, *, skip_completed: bool) -> None:
-        """Request a clean end. Does nothing where no run is under way."""
-        if self.phase is not Phase.IDLE:
-            self.skip_completed = skip_completed
-            self.request(Request.TERMINATE)
+    # Ending. Each returns whether a run is under way that will serve the request. Without one the request stays
+    # pending, to be seen, until the next run begins, which drops it.
 
-    def terminate_epoch(self, *, skip_epoch_completed: bool) -> None:
-        """Request the end of the epoch under way. Does nothing where none is.
+    def terminate(self, *, skip_completed: bool) -> bool:
+        """Request a clean end."""
+        self.skip_completed = skip_completed
+        return self._end_by(Request.TERMINATE)
+
+    def terminate_epoch(self, *, skip_epoch_completed: bool) -> bool:
+        """Request the end of the epoch under way. Does nothing where a run is between two epochs or is ending.
 
         Raises:
             RuntimeError: the epoch has not begun its iterations: called at STARTED or EPOCH_STARTED.
@@ -91,25 +107,31 @@ class Requests:
                 "terminate_epoch() ends the iterations of an epoch, and none has begun at STARTED and EPOCH_STARTED:"
                 " call it from GET_BATCH_STARTED on, or call terminate() to end the run"
             )
-        if self.phase is Phase.ITERATING:
-            self.skip_epoch_completed = skip_epoch_completed
-            self.request(Request.TERMINATE_EPOCH)
+        if self.phase is Phase.ENDING_EPOCH:
+            return False
+        self.skip_epoch_completed = skip_epoch_completed
+        return self._end_by(Request.TERMINATE_EPOCH)
 
-    def interrupt(self) -> None:
-        """Request that the run is suspended in its middle. Does nothing where none is under way."""
-        if self.phase is not Phase.IDLE:
-            self.request(Request.INTERRUPT)
+    def interrupt(self) -> bool:
+        """Request that the run is suspended in its middle."""
+        return self._end_by(Request.INTERRUPT)
 
-    def fire(self, event: str, at_end: Callable[[], object] | None = None) -> bool:
+    def _end_by(self, request: Request) -> bool:
+        if self.phase is Phase.IDLE:
+            self.pending.add(request)
+            return False
+        self.request(request)
+        return True
+
+    def fire(self, event: str, payload: Any) -> bool:
         """Request that an event is fired between two steps. Returns False where no run is under way that would."""
-        if at_end is not None:
-            self.at_end.add(at_end)
+        firing = Firing(event, payload)
         # Append, then read the phase. The loop does it in the opposite order, so at least one side sees the event.
-        self.to_fire.append(event)
+        self.to_fire.append(firing)
         if self.phase is Phase.IDLE:
             try:
-                self.to_fire.remove(event)
-            except ValueError:  # the loop has just fired it after all; or the run is over, and `at_end` is called
+                self.to_fire.remove(firing)
+            except ValueError:  # the loop has just fired it after all; or the run is over, which has taken it
                 return True
             return False
         self.request(Request.FIRE)
@@ -118,7 +140,7 @@ class Requests:
     def defer_backpressure(self, waits: list[BackpressureWait]) -> None:
         """Have the loop wait for room in these inboxes before its next step."""
         if self.phase is not Phase.IDLE:
-            self.deferred_backpressure += waits
+            self.deferred_backpressure |= {wait.inbox: wait for wait in waits}
             self.request(Request.MAKE_ROOM)
 
     def enter(self, phase: Phase) -> None:
@@ -132,12 +154,19 @@ class Requests:
         self.deferred_backpressure.clear()
 
     def go_on(self) -> None:
-        """A run that was suspended goes on: it may be asked to end before the loop takes its first step."""
+        """A run that was suspended goes on: it may be asked to end before the loop takes its first step.
+
+        What was requested while it was suspended is void, but for a pause and other data.
+        """
+        self.pending -= {Request.TERMINATE, Request.TERMINATE_EPOCH, Request.INTERRUPT}
         self.phase = Phase.ITERATING
 
-    def end(self) -> None:
-        """A run is over or suspended, however that came: also where the loop has not run at all."""
+    def end(self) -> list[str]:
+        """A run is over or suspended, however that came: also where the loop has not run at all.
+
+        Returns the events that it was requested to fire, and did not.
+        """
         self.phase = Phase.IDLE
+        left = [firing.event for firing in self.to_fire]
         self.to_fire.clear()
-        while self.at_end:
-            self.at_end.pop()()
+        return left

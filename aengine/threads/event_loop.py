@@ -1,13 +1,16 @@
 """An event loop as seen from any thread. The only file that knows that there are two backends."""
 
+import math
 import os
 import signal
 import sys
 import threading
 from collections.abc import Awaitable, Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import copy_context
 from functools import partial, wraps
+from time import perf_counter
+from types import FrameType, TracebackType
 from typing import Any, Self, cast
 
 import anyio
@@ -20,13 +23,15 @@ class EventLoopHandle:
 
     Attributes:
         thread: the identifier of the event loop's thread.
+        token: anyio's name of the event loop.
         turn: `await turn()` gives other tasks one turn. Cancellable.
     """
 
-    __slots__ = ("_context", "_is_asyncio", "_native", "_post", "thread", "turn")
+    __slots__ = ("_context", "_is_asyncio", "_native", "_post", "thread", "token", "turn")
 
     def __init__(self) -> None:
-        native: Any = current_token().native_token
+        self.token = current_token()
+        native: Any = self.token.native_token
         self._native = native
         self._is_asyncio = hasattr(native, "call_soon_threadsafe")
         self._post: Callable[..., object] = native.call_soon_threadsafe if self._is_asyncio else native.run_sync_soon
@@ -38,6 +43,11 @@ class EventLoopHandle:
         # sniffio says that no event loop runs, so that anyio's calls would fail in them.
         self._context = copy_context()
         self.thread = threading.get_ident()
+
+    @property
+    def is_of_asyncio(self) -> bool:
+        """Whether this is asyncio's, or one like it, and not trio's."""
+        return self._is_asyncio
 
     def is_same(self, other: "EventLoopHandle") -> bool:
         """Whether the other one is of the same event loop."""
@@ -73,6 +83,19 @@ class EventLoopHandle:
             self._native.call_soon(function, context=self._context)
         else:
             self._post(function)
+
+    def call_later(self, seconds: float, function: Callable[[], object]) -> None:
+        """Call `function`, which must not raise, in so many seconds, unless the event loop has ended. On its thread."""
+        if self._is_asyncio:
+            self._native.call_later(seconds, function, context=self._context)
+            return
+        trio: Any = sys.modules["trio"]
+
+        async def call() -> None:
+            await trio.sleep(seconds)
+            function()
+
+        trio.lowlevel.spawn_system_task(call, name="aengine timer")  # trio cancels it at its end
 
     def start(
         self,
@@ -184,6 +207,123 @@ class TickCounter:
 _tick_counter: RunVar[TickCounter] = RunVar("aengine_tick_counter")
 
 
+class LagGauge:
+    """How late an event loop serves a timer, looked at four times a second while runs are under way on it.
+
+    It also has the event loop take a turn. A signal handler that calls `loop.call_soon(task.cancel)`, as the stop
+    button of a notebook does, does not wake asyncio: Python resumes `select()` after it, and with a plain step nothing
+    else may wake it before the end of the run.
+
+    One for each event loop, shared by its engines. A run that is over before the next look costs two additions. All of
+    it is called on the event loop's thread, but `seconds`.
+    """
+
+    PERIOD = 0.25
+    """Seconds from one look to the next."""
+
+    @classmethod
+    def here(cls) -> Self:
+        """Return that of the event loop that runs here."""
+        try:
+            return cast(Self, _lag_gauge.get())
+        except LookupError:
+            gauge = cls()
+            _lag_gauge.set(gauge)
+            return gauge
+
+    def __init__(self) -> None:
+        self._loop_handle = EventLoopHandle()
+        self._runs = 0
+        self._due: float | None = None  # when the next look is to be; None while there is to be none
+        self._last = 0.0
+
+    def begin(self) -> None:
+        """A run begins."""
+        self._runs += 1
+        if self._due is None:
+            self._look_soon()
+
+    def end(self) -> None:
+        """A run is over."""
+        self._runs -= 1
+
+    @property
+    def seconds(self) -> float:
+        """How late the last timer was served, or, where that is more, how late the next one is by now. Any thread."""
+        due = self._due  # read once: the event loop's thread may set it to None
+        return max(self._last, 0.0 if due is None else perf_counter() - due)
+
+    def _look_soon(self) -> None:
+        self._due = perf_counter() + self.PERIOD
+        self._loop_handle.call_later(self.PERIOD, self._look)
+
+    def _look(self) -> None:
+        if self._due is not None:
+            self._last = max(0.0, perf_counter() - self._due)
+        if self._runs:
+            self._look_soon()
+        else:  # an idle event loop is not to be woken
+            self._due = None
+
+
+_lag_gauge: RunVar[LagGauge] = RunVar("aengine_lag_gauge")
+
+
+class Interrupts:
+    """Tells those that wait for something which cannot be stopped that the user no longer wants to wait: by Ctrl-C.
+
+    At a second Ctrl-C `asyncio.run()` cancels every task once more, natively, which no shield holds off. trio raises
+    it in its main task only, which waits for the others. So there SIGINT is handled here, too, as long as something
+    waits, and then handed on. `stop_on_signals` calls `notify()` by itself.
+
+    One for each event loop, shared by its engines. All of it is called on the event loop's thread.
+    """
+
+    @classmethod
+    def here(cls) -> Self:
+        """Return that of the event loop that runs here."""
+        try:
+            return cast(Self, _interrupts.get())
+        except LookupError:
+            interrupts = cls()
+            _interrupts.set(interrupts)
+            return interrupts
+
+    def __init__(self) -> None:
+        self._loop_handle = EventLoopHandle()
+        self._waiting: list[Callable[[], object]] = []
+        self._handler = self._handle  # the very object, by which it is found again
+        self._before: Any = None
+        self._must_handle = (
+            not self._loop_handle.is_of_asyncio and threading.current_thread() is threading.main_thread()
+        )
+
+    def add(self, notify: Callable[[], object]) -> None:
+        """Have this called at each Ctrl-C from now on."""
+        self._waiting.append(notify)
+        if self._must_handle and callable(before := signal.getsignal(signal.SIGINT)) and before is not self._handler:
+            self._before = before
+            signal.signal(signal.SIGINT, self._handler)
+
+    def remove(self, notify: Callable[[], object]) -> None:
+        """Call it no more."""
+        self._waiting.remove(notify)
+        if not self._waiting and self._must_handle and signal.getsignal(signal.SIGINT) is self._handler:
+            signal.signal(signal.SIGINT, self._before)
+
+    def notify(self) -> None:
+        """The user no longer wants to wait."""
+        for notify in tuple(self._waiting):
+            notify()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self._loop_handle.post(self.notify)
+        self._before(number, frame)
+
+
+_interrupts: RunVar[Interrupts] = RunVar("aengine_interrupts")
+
+
 class ThreadSafeEvent:
     """A one-shot event: set from any thread, waited for on the event loop on which it was made.
 
@@ -214,3 +354,108 @@ class ThreadSafeEvent:
     async def wait(self) -> None:
         """Wait until it is set; at once if it is already. Cancellable; nothing is lost by that."""
         await self._event.wait()
+
+
+class CancelOnceScope:
+    """A cancel scope of a task that runs the user's code. On asyncio its cancellation is raised there once.
+
+    anyio raises a cancellation again at each await until its scope is left. Code that was written for asyncio, where it
+    comes once, would not get through its `finally: await connection.close()`. So this scope is two: the outer one, or
+    one around it, is cancelled, and once that has reached the task the inner one is a shield, for `grace` seconds.
+    After those it is none, and each await is cancelled. On trio code expects that, and shields its clean-up itself.
+
+    All of it is called on the event loop's thread, `with` in the task itself, and only once.
+    """
+
+    __slots__ = ("_grace", "_info", "_inner", "_outer", "_task", "_timer")
+
+    def __init__(self, grace: float, *, shield: bool = False) -> None:
+        self._grace = grace
+        self._outer = anyio.CancelScope(shield=shield)
+        self._inner = anyio.CancelScope()
+        self._info: Any = None  # anyio's view of the task
+        self._task: Any = None  # asyncio's, while the scope is entered
+        self._timer: Any = None  # of what is to be done next with the inner scope
+
+    def __enter__(self) -> Self:
+        self._outer.__enter__()
+        self._inner.__enter__()
+        if asyncio := sys.modules.get("asyncio"):
+            with suppress(RuntimeError):  # no asyncio event loop runs here
+                self._task = asyncio.current_task()
+        self._info = anyio.get_current_task()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool:
+        self._task = None
+        self._stop_timer()
+        if self._inner.__exit__(kind, error, traceback):
+            kind = error = traceback = None
+        return bool(self._outer.__exit__(kind, error, traceback)) or error is None
+
+    @property
+    def is_late(self) -> bool:
+        """Whether the deadline that was given to `hold()` has passed."""
+        return self._inner.cancel_called
+
+    def cancel(self) -> None:
+        """Cancel what is awaited inside, or is awaited next."""
+        requests = self._requests
+        self._outer.cancel()
+        self._hold_when_reached(requests)
+
+    def cancel_by(self, around: anyio.CancelScope) -> None:
+        """Cancel what is awaited inside, or is awaited next, by a scope around this one."""
+        requests = self._requests
+        around.cancel()
+        self._hold_when_reached(requests)
+
+    def hold(self, deadline: float = math.inf) -> None:
+        """Let what is inside go on, cancelled or not, until `release()`; or until a deadline, which is for good."""
+        self._stop_timer()
+        self._inner.deadline = deadline
+        self._inner.shield = True
+
+    def release(self) -> None:
+        """Cancel each await inside, if a scope around it was cancelled."""
+        self._stop_timer()
+        self._inner.shield = False
+
+    def take_requests(self) -> bool:
+        """Say whether the task has been cancelled, by asyncio's `Task.cancel()`, since this was called before."""
+        is_requested = bool(self._requests)
+        while self._requests:
+            self._task.uncancel()
+        return is_requested
+
+    @property
+    def _requests(self) -> int:
+        """How often the task was cancelled, by scopes too; 0 on trio."""
+        return 0 if self._task is None else self._task.cancelling()
+
+    def _hold_when_reached(self, requests: int) -> None:
+        """Wait until the cancellation has been raised in the task. anyio tries once in each turn of the event loop."""
+        self.release()  # which has anyio try at once
+        if self._task is None:  # on trio; or the scope has been left, or is not entered yet
+            return
+        loop = self._task.get_loop()
+        if self._requests > requests:
+            self._inner.shield = True
+            if self._grace < math.inf:
+                self._timer = loop.call_later(self._grace, self.release)
+        elif self._info.has_pending_cancellation():  # what it waits for has come: it is cancelled in its next wait
+            self._timer = loop.call_soon(self._hold_when_reached, requests)
+        else:  # it is inside a shield of the user's. At the end of that, the cancellation would be raised at each await
+            self._inner.shield = True
+            self._timer = loop.call_later(_SHIELD_POLL, self._hold_when_reached, requests)
+
+    def _stop_timer(self) -> None:
+        timer, self._timer = self._timer, None
+        if timer is not None:
+            timer.cancel()
+
+
+_SHIELD_POLL = 0.01
+"""Seconds from one look to the next whether the user's code has left its own shield, and can be cancelled."""

@@ -263,6 +263,103 @@ async def test_an_error_in_closing_the_data_is_raised(thread: Thread, prefetch: 
     assert "closing the data" in caught.value.__notes__[0]
 
 
+# Errors once a termination is requested
+
+
+async def as_async(batches: Iterator[int]) -> AsyncIterator[int]:
+    for batch in batches:
+        await checkpoint()
+        yield batch
+
+
+@both_threads
+@prefetches
+@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize("epochs", [1, 2])
+async def test_an_error_of_the_data_does_not_replace_the_clean_end_that_was_requested(
+    thread: Thread, prefetch: int, is_async: bool, epochs: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A signal to the process group ends a loader's workers as this process is to save its run."""
+    engine = Engine(step, thread=thread)
+    error = OSError("the worker was killed")
+
+    def batches() -> Iterator[int]:
+        yield from range(3)
+        if epochs == 2:
+            yield 3
+            engine.terminate()
+            raise error
+        while engine.state.iteration < 3:  # not ahead of the steps, which would end the run first
+            yield 3
+        engine.terminate()
+        raise error
+
+    names: list[str] = []
+    for event in (Events.TERMINATE, Events.COMPLETED, Events.EXCEPTION_RAISED):
+        engine.add_event_handler(event, lambda *_, name: names.append(name), name=event.name)
+    data = (lambda: as_async(batches())) if is_async else batches
+    await engine.run(data, max_epochs=2, epoch_length=10**6, prefetch=prefetch)
+    assert names == ["TERMINATE", "COMPLETED"]
+    assert engine.state.stop_reason is StopReason.TERMINATED
+    assert [record.exc_info[1] for record in caplog.records if record.exc_info] == [error]
+
+
+@both_threads
+@prefetches
+@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
+async def test_an_error_in_closing_the_data_does_not_replace_the_clean_end_that_was_requested(
+    thread: Thread, prefetch: int, is_async: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    error = OSError("could not close")
+
+    def batches() -> Iterator[int]:
+        try:
+            yield from range(10)
+        finally:
+            raise error
+
+    async def async_batches() -> AsyncIterator[int]:
+        try:
+            for batch in range(10):
+                yield batch
+        finally:
+            raise error
+
+    engine = Engine(step, thread=thread)
+    engine.add_event_handler(Events.ITERATION_COMPLETED(once=3), engine.terminate)
+    await engine.run(async_batches if is_async else batches, prefetch=prefetch)
+    assert engine.state.stop_reason is StopReason.TERMINATED
+    assert [record.exc_info[1] for record in caplog.records if record.exc_info] == [error]
+
+
+@both_threads
+@prefetches
+@pytest.mark.parametrize("where", ["task", "exit"])
+async def test_an_error_of_a_source_does_not_replace_the_clean_end_that_was_requested(
+    thread: Thread, prefetch: int, where: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Lost(Broker):
+        async def __aexit__(self, *error: object) -> None:
+            await super().__aexit__(*error)
+            if where == "exit":
+                raise self.error
+
+    engine, broker = Engine(step, thread=thread), Lost(10**6)
+
+    @engine.on(Events.ITERATION_COMPLETED(once=3))
+    async def terminate() -> None:
+        engine.terminate()
+        if where == "task":
+            broker.fail.set()
+            await anyio.wait_all_tasks_blocked()
+
+    with anyio.fail_after(60):
+        await engine.run(broker, prefetch=prefetch)
+    assert engine.state.stop_reason is StopReason.TERMINATED
+    assert engine.state.iteration == 3
+    assert broker.error in [record.exc_info[1] for record in caplog.records if record.exc_info]
+
+
 # Data that hangs
 
 

@@ -1345,12 +1345,12 @@ async def test_running_the_same_engine_in_its_step_is_refused(step: str) -> None
 
     @rig.engine.on(Events.ITERATION_STARTED(once=2))
     def again(engine: Engine[Any, Any]) -> None:
-        with pytest.raises(RuntimeError) as caught:  # an EngineBusy, or, off the worker: an event loop runs here
+        with pytest.raises(EngineBusy) as caught:  # also off the worker, where an event loop runs
             engine.run_sync(DATA)
-        refused.append(isinstance(caught.value, EngineBusy))
+        refused.append(caught.value)
 
     await rig.goes_on(DATA)
-    assert refused == [step == "worker"]
+    assert len(refused) == 1
 
 
 @each_step
