@@ -26,11 +26,12 @@ class Bus:
         own_counts: how often each event was fired that no attribute of the state counts. Written by the topics.
         next_count: the least count of iterations at which the loop has to look closer; found anew by the loop.
         loop_handle: the event loop of the run under way, None where none is.
+        has_company: whether a run on an event loop has, or had, tasks beside the loop, for which its end has to wait.
         has_run: whether a run is under way, with or without an event loop.
     """
 
     __slots__ = (
-        "_reported", "_subscriptions", "_topics", "has_run", "last_event_name", "lock", "logger", "loop_handle",
+        "_reported", "_subscriptions", "_topics", "has_company", "has_run", "last_event_name", "lock", "logger", "loop_handle",
         "name", "next_count", "own_counts", "sequence", "state", "stopwatch",
     )  # fmt: skip
 
@@ -45,6 +46,7 @@ class Bus:
         self.next_count = ALWAYS
         self.stopwatch = Stopwatch()
         self.loop_handle: EventLoopHandle | None = None
+        self.has_company = False
         self.has_run = False
         self._reported: BaseException | None = None
         self._subscriptions: tuple[Subscription, ...] = ()

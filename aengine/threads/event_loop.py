@@ -7,7 +7,7 @@ import sys
 import threading
 from collections.abc import Awaitable, Callable, Generator
 from contextlib import contextmanager, suppress
-from contextvars import copy_context
+from contextvars import Context, copy_context
 from functools import partial, wraps
 from types import TracebackType
 from typing import Any, Self, cast
@@ -80,9 +80,12 @@ class EventLoopHandle:
 
     @property
     def call_later_if_deaf_to_signals(self) -> Callable[..., object] | None:
-        """Return asyncio's `call_later()`, where signals are handled and do not wake the event loop."""
+        """Return asyncio's `call_later()`, where signals are handled and do not wake the event loop.
+
+        What it calls has an empty context: that of the caller would hold its run until then.
+        """
         is_deaf = self._is_asyncio and self.thread == threading.main_thread().ident
-        return self._native.call_later if is_deaf else None
+        return partial(self._native.call_later, context=Context()) if is_deaf else None
 
     def start(
         self,
@@ -111,9 +114,9 @@ class EventLoopHandle:
 
         group.start_soon(task, name=name)
         if self._is_asyncio:
-            # A new task's first step is scheduled by start_soon(), and what is posted after it is called after it. By
+            # A new task's first step is scheduled by start_soon(), and what is called soon after it comes after it. By
             # then the task has started, or it never will. On trio every task starts, cancelled or not.
-            self.post(look)
+            self.call_soon(look)
 
     @contextmanager
     def woken_by_signals(self) -> Generator[None]:
