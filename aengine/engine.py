@@ -19,7 +19,7 @@ from aengine.drivers.session import Session
 from aengine.events import AnyEvent, Event, EventEnum
 from aengine.loop.requests import Request, Requests
 from aengine.state import Randomness, State
-from aengine.statistics import EngineStatistics
+from aengine.statistics import EngineStatistics, ListenerInfo
 
 Batch = TypeVar("Batch")
 Output = TypeVar("Output")
@@ -40,7 +40,7 @@ class Engine(Generic[Batch, Output]):
             services, closing the data.
 
     Attributes:
-        state: what the loop knows.
+        state: what the loop knows. Another `State` can be assigned between runs: the next one begins anew.
         state_dict_user_keys: the attributes of the state that are saved and loaded with the engine.
         randomness: what saves and restores the states of random number generators, so that a resumed run draws what it
             would have drawn, and shuffled data comes as it came. None for nothing; `aengine.checkpoint` sets it.
@@ -86,6 +86,12 @@ class Engine(Generic[Batch, Output]):
             insists=thread is True,
             grace=grace,
         )
+
+    # By name, and not as a property: reading the state, as every handler does, would take several times as long.
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "state" and (session := getattr(self, "_session", None)) is not None:
+            session.replace_state(value)
+        super().__setattr__(name, value)
 
     # Running
 
@@ -400,6 +406,19 @@ class Engine(Generic[Batch, Output]):
         """
         await self._emitter.emit(self, event, payload)
 
+    async def wait_completed(self, iterations: int) -> int:
+        """Wait until so many iterations are completed, in all, and return how many are.
+
+        That is less where the run ended first: the one under way, or, if there is none, the next. From any task, also
+        of another event loop. Cancellable. It costs the run nothing until then.
+
+        Raises:
+            ValueError: `iterations` is no whole number.
+            RuntimeError: the loop waits for the caller, and so would never get there: its step, an inline handler, or
+                data that is not prefetched.
+        """
+        return await self._session.wait_completed(iterations)
+
     async def flush(self) -> None:
         """Wait until every event fired before this call has been handled, and all services are flushed. Cancellable.
 
@@ -478,6 +497,11 @@ class Engine(Generic[Batch, Output]):
         return self._session.is_running
 
     @property
+    def is_paused(self) -> bool:
+        """Whether `pause()` was called, and not `resume()` since: the loop waits before its next step."""
+        return Request.PAUSE in self._requests.pending
+
+    @property
     def should_terminate(self) -> bool:
         """Whether `terminate()` was called since the last run began. The next one clears it."""
         return Request.TERMINATE in self._requests.pending
@@ -520,6 +544,10 @@ class Engine(Generic[Batch, Output]):
     def statistics(self) -> EngineStatistics:
         """Return where the time goes, and what becomes of the events. Cheap; at any time, from any thread."""
         return self._session.statistics()
+
+    def listeners(self) -> tuple[ListenerInfo, ...]:
+        """Return what listens, and to what: inline handlers event by event, then subscribers, then open streams."""
+        return self._emitter.listeners()
 
     def __repr__(self) -> str:
         at = self.state

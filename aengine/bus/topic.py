@@ -326,19 +326,19 @@ class Topic:
                     continue
                 try:
                     if not inbox.put_at_limit(event):
-                        full = [inbox] if full is None else [*full, inbox]
+                        full = [*(full or ()), BackpressureWait(inbox, bus.loop_handle, bus.are_waits_over)]
                 except InboxOverflow as error:
                     overflow = error
         finally:
             lock.release()  # a with statement costs twice as much
         if overflow is not None:
             raise overflow
-        return None if full is None else self._wait_for_room(full)
-
-    def _wait_for_room(self, full: list[Inbox]) -> Dispatch:
-        for inbox in full:
-            yield BackpressureWait(inbox, self._bus.loop_handle)
+        return None if full is None else _wait_for_room(full)
 
     def _note(self, error: Exception, what: str) -> None:
         refuse_stop_iteration(error, what)
         self._bus.note(error, f"{what} of {self.name}")
+
+
+def _wait_for_room(waits: list[BackpressureWait]) -> Dispatch:
+    yield from waits

@@ -24,6 +24,7 @@ from aengine.checkpoint.events import REQUESTED, AnyEngine, CheckpointEvents
 from aengine.checkpoint.formats.contents import Contents
 from aengine.checkpoint.formats.serializers import Serializer, TorchFile, check_serializer
 from aengine.checkpoint.save import Saver
+from aengine.checkpoint.store.files import printable
 from aengine.checkpoint.store.find import Finder, Found, Which, check_which
 from aengine.checkpoint.store.manifest import CheckpointInfo
 from aengine.checkpoint.store.retention import Keep
@@ -32,6 +33,7 @@ from aengine.checkpoint.writer import Writer
 from aengine.engine import Engine
 from aengine.errors import CheckpointWarning, EngineBusy
 from aengine.events import AnyEvent, Events, FilteredEvent, Selector, selectors
+from aengine.threads.dedicated import DedicatedThread, wait_until_done
 
 _logger = logging.getLogger("aengine.checkpoint")
 
@@ -98,7 +100,7 @@ class Checkpoint:
         check_choice(write_in, "write_in=", ["thread", "process"])
         self._parts = parts_of(state)
         self._contents = Contents(serializer, in_process=write_in == "process")
-        self._name = os.fspath(directory)
+        self._name = printable(os.fspath(directory))
         self._store = Store(directory, keep)
         self._writer = Writer(self._parts, self._store, self._contents)
         self._saver = Saver(self._writer, when_busy, on_error)
@@ -221,14 +223,17 @@ class Checkpoint:
         with anyio.CancelScope(shield=True):
             await self.close()
 
-    def _serve(self, engine: AnyEngine) -> None:
-        if self._engine is engine:
-            return
-        if self._engine is not None:
+    def _refuse_another(self, engine: AnyEngine) -> None:
+        if self._engine is not None and self._engine is not engine:
             raise ValueError(
                 f"this Checkpoint serves engine {self._engine.name!r}: make another one, with a directory of its own,"
                 f' for {engine.name!r}, or hand that in as state, {{"{engine.name}": engine}}'
             )
+
+    def _serve(self, engine: AnyEngine) -> None:
+        self._refuse_another(engine)
+        if self._engine is engine:
+            return
         self._engine = engine
         if engine.randomness is None:
             engine.randomness = RandomStates()
@@ -293,14 +298,15 @@ class Checkpoint:
         """
         check_which(which, self._store)
         _check_engine(engine, "restore(engine, which)")
-        self._serve(engine)
+        self._refuse_another(engine)
         read = partial(self._contents.read, live=partial(capture, self._parts, engine))
         found = await self._find(which, Finder(self._store, read), engine, "restore")
+        self._serve(engine)
         if found is None:
             return None
         restore(found.tree, self._parts, engine, strict=strict)
         info = found.info
-        _logger.info("restored step %d, epoch %d, from %s", info.step, info.epoch, info.path)
+        _logger.info("restored step %d, epoch %d, from %s", info.step, info.epoch, printable(str(info.path)))
         self._writer.go_on_from(info, is_newest=which is None or which == "must")
         return info
 
@@ -335,28 +341,57 @@ class Checkpoint:
         found = await self._find(which, Finder(self._store, read, sets_aside=False), self._engine, "load")
         assert found is not None, "it must be there"  # noqa: S101
         choice.restore(found.tree)
-        _logger.info("loaded %s of step %d from %s", only or "the state", found.info.step, found.info.path)
+        path = printable(str(found.info.path))
+        _logger.info("loaded %s of step %d from %s", only or "the state", found.info.step, path)
         return found.info
 
     async def _find(self, which: Which, finder: Finder, engine: AnyEngine | None, caller: str) -> Found | None:
         _refuse_running(engine, caller)
         await self._saver.flush()  # what is being written may be the one
+        if which in (None, "must", "best"):
+            await in_thread(finder.lock)  # for good: so not by what may be given up
         try:
-            found = await in_thread(finder.find, which)
-        finally:
-            for problem in finder.problems:
-                self._damaged += (problem.path,)
-                _warn(f"a checkpoint is damaged, and was not used ({problem.path}): {problem.why}")
-                if engine is not None:
-                    await engine.emit(CheckpointEvents.CHECKPOINT_DAMAGED, problem)
+            found = await _read(finder, which)
+        except BaseException as error:
+            await self._report(finder, engine if isinstance(error, Exception) else None)
+            raise
+        await self._report(finder, engine)
         _refuse_running(engine, caller)  # once more: a run may have begun while this was awaited
         if found is not None and found.info.is_mid_step and (which is None or which == "must"):
             step, path = found.info.step, found.info.path
             _warn(
                 f"there is no checkpoint but of the middle of a step: the one after step {step} had begun, and what"
-                f" that had changed is in it ({path})"
+                f" that had changed is in it ({path})",
+                stacklevel=4,
             )
         return found
+
+    async def _report(self, finder: Finder, engine: AnyEngine | None) -> None:
+        """Say what was found damaged; to the engine, too, unless there is none or nothing more can be awaited."""
+        for problem in finder.problems:
+            self._damaged += (problem.path,)
+            _warn(f"a checkpoint is damaged, and was not used ({problem.path}): {problem.why}", stacklevel=5)
+            if engine is not None:
+                engine.register_events(*CheckpointEvents)
+                await engine.emit(CheckpointEvents.CHECKPOINT_DAMAGED, problem)
+
+
+async def _read(finder: Finder, which: Which) -> Found | None:
+    """Have the checkpoint found and read, in a thread. On cancellation the thread is left to end by itself."""
+    thread = DedicatedThread("aengine checkpoint: read")  # a daemon: a disk that hangs must not keep the process
+    reading = thread.submit(finder.find, which)
+    thread.abandon()
+    try:
+        try:
+            await wait_until_done(reading)
+        except BaseException:
+            if not finder.give_up():  # it changes the disk: it is to be over before anything else happens
+                with anyio.CancelScope(shield=True):
+                    await wait_until_done(reading)
+            raise
+        return reading.result()
+    finally:
+        del reading  # holds the error, whose traceback holds this frame
 
 
 def _check_engine(engine: Any, call: str) -> None:
@@ -369,6 +404,8 @@ def _refuse_running(engine: AnyEngine | None, caller: str) -> None:
         raise EngineBusy(f"engine {engine.name!r} is running: {caller}() comes before run(), or after it")
 
 
-def _warn(message: str) -> None:
+def _warn(message: str, stacklevel: int) -> None:
+    """Warn at the call of the Checkpoint's method, so many calls above."""
+    message = printable(message)
     _logger.warning(message)
-    warnings.warn(message, CheckpointWarning, stacklevel=4)  # at the call of the Checkpoint's method
+    warnings.warn(message, CheckpointWarning, stacklevel=stacklevel)

@@ -29,6 +29,7 @@ from aengine.checkpoint.events import (
 from aengine.checkpoint.store.manifest import CheckpointInfo
 from aengine.checkpoint.writer import Saving, Writer
 from aengine.drivers.services import Service
+from aengine.engine import session_of
 from aengine.errors import CheckpointNotWritten, CheckpointWarning, InboxOverflow
 from aengine.events import Event, Events
 from aengine.state import StopReason
@@ -147,11 +148,16 @@ class Saver(Service):
 
     async def run_ended(self, engine: AnyEngine, reason: StopReason, error: BaseException | None) -> None:  # noqa: ARG002 -- a service's signature
         """Refuse what was asked for in vain. Its subscribers have followed the last save to its end by now."""
-        self._requests.close()
+        self._close()
 
     def run_abandoned(self, engine: AnyEngine, reason: StopReason, error: BaseException | None) -> None:  # noqa: ARG002 -- a service's signature
         """Do the same where the run did not get as far as its end."""
+        self._close()
+
+    def _close(self) -> None:
         self._requests.close()
+        if self._saving is not None:  # a subscriber that was cancelled has not followed it
+            self._saving.permit()
 
     # In a run
 
@@ -187,7 +193,11 @@ class Saver(Service):
                 name = self._requests.deferred if event == REQUESTED else event
                 is_mid_step = event in FAILURE_EVENTS and is_in_step(engine)
                 staged = self._writer.stage(name or event, engine, is_mid_step=is_mid_step)
-                saving = self._saving = Saving(staged, partial(self._on_end, acknowledge_of(engine)))
+                on_end = partial(self._on_end, acknowledge_of(engine))
+                # `follow` permits it, when the services are done: log lines of steps that a checkpoint covers are on
+                # the disk before it is committed, or a run that is resumed from it would never write them.
+                is_permitted = not session_of(engine).must_prepare_commit
+                saving = self._saving = Saving(staged, on_end, is_permitted=is_permitted)
             except Exception as error:
                 self._requests.refuse(error)
                 if self._on_error == "raise":
@@ -236,6 +246,8 @@ class Saver(Service):
         if saving is None:
             return
         try:
+            await session_of(engine).before_commit()
+            saving.permit()
             await self._wait_for(saving, engine)
         except Exception:  # of a handler of CHECKPOINT_STAGED: it is raised, unless the save has failed as well
             if saving.error is not None and self._on_error == "raise":

@@ -30,12 +30,15 @@ from aengine.errors import HandlerTimeout, StrayCancellation
 from aengine.loop.effects import Effect, LoopGenerator, NextBatch, WaitCancelled
 from aengine.loop.loop import Loop
 from aengine.loop.requests import Request, Requests
-from aengine.threads.event_loop import CancelOnceScope, EventLoopHandle, ThreadSafeEvent, TickCounter, Wakeups
+from aengine.threads.event_loop import CancelOnceScope, EventLoopHandle, LagGauge, ThreadSafeEvent, TickCounter
 from aengine.threads.thread_state import ThreadState
 from aengine.threads.worker import close_unawaited
 
 _TICKS = 4
 """Turns of the event loop to give away in a row: one is not enough for a socket to be served."""
+
+_ENDING: Final = frozenset({Request.TERMINATE, Request.INTERRUPT})
+"""Requests with which the run ends or is suspended."""
 
 _RETURN: Final = object()
 """In place of the result of what was awaited: leave the scope. `_next` says how the loop is to be continued."""
@@ -92,10 +95,14 @@ class Driver:
         self._outcome = Outcome(bus.name, bus.logger)
         self._reported: BaseException | None = None  # a failure beside the loop that is to be thrown into it
         self._changed: ThreadSafeEvent | None = None  # set when a request comes, while the loop is paused
-        self._backpressure: BackpressureWait | None = None  # what the loop waits for
         self._subscribers = SubscriberTasks(bus, self._loop_handle, grace)
         self._services = services
         self._group: anyio.abc.TaskGroup
+
+    @property
+    def services(self) -> ServiceTasks:
+        """Those that take part in this run."""
+        return self._services
 
     async def run(self, wanted: Any = None) -> None:
         """Drive the loop to its end or its interruption, and end all that was started for it.
@@ -109,6 +116,10 @@ class Driver:
         if wanted is not None:
             self._next = (lambda _: wanted, None)
         self._connect()
+        lag = LagGauge.here()
+        lag.begin()
+        watch = self._bus.stopwatch
+        watch.event_loop_lag = lambda: lag.seconds
         ending: BaseException | None = None
         try:
             self._services.run_started(self.fail)
@@ -123,6 +134,9 @@ class Driver:
         except BaseException as error:  # noqa: BLE001 -- raised below, unless something worse was
             ending = error
         finally:
+            lag.end()
+            last_lag = lag.seconds
+            watch.event_loop_lag = lambda: last_lag
             self._requests.wake_by(None)
             self._loop.detach()
             self._bus.attach(None)
@@ -167,6 +181,8 @@ class Driver:
         # Posted even from the loop's own thread: a signal handler interrupts select(), which sleeps again unless woken.
         # A weak reference: the scheduled callback lives one more turn of the event loop, and would keep the engine.
         self._requests.wake_by(partial(handle.post, partial(_call_if_alive, WeakMethod(self._on_request))))
+        if not self._requests.pending.isdisjoint(_ENDING):  # requested before this could hear it
+            self._bus.end_waits()
 
     # What the run owns
 
@@ -180,7 +196,7 @@ class Driver:
         self._bus.has_company = True
         start = partial(self._subscribers.start, subscriber)
         # Before its first step, the task of the run starts all there are.
-        self._loop_handle.call(lambda: None if self._is_over or self._task is None else start(self._group, self.fail))
+        self._loop_handle.call(lambda: None if self._task is None else start(self._group, self.fail))
 
     def add_service(self, entry: ServiceEntry) -> None:
         """Have a service take part in this run, from now to its end. From any thread."""
@@ -251,8 +267,6 @@ class Driver:
         for subscriber in self._bus.subscribers:
             self.start(subscriber)
         self._services.start(self._group, self._loop_handle)
-        wakeups = Wakeups.here(self._loop_handle)
-        wakeups.start()
         try:
             if self._worker is not None:
                 await self._worker.start(None if self._parent is None else self._parent.worker_for(self._caller.id))
@@ -261,15 +275,16 @@ class Driver:
             self._outcome.add_cancellation(error)
         finally:
             self._is_over = True
+            self._subscribers.start_no_more()
             try:
                 if self._must_wait_at_end:
                     with anyio.CancelScope(shield=True):
                         await self._close()
-                self._subscribers.end_nowait()
+                else:
+                    self._subscribers.end_nowait()
                 if self._worker is not None and not self._worker.is_shared:
                     self._worker.stop()
             finally:
-                wakeups.stop()
                 self._has_ended.set()
 
     def _never_started(self) -> None:
@@ -278,7 +293,7 @@ class Driver:
 
     @property
     def _must_wait_at_end(self) -> bool:
-        """Whether anything is there to be ended that takes an await. A short run has nothing, and should cost little."""
+        """Whether anything is there to be ended that takes an await: a short run has nothing, and is to cost little."""
         return (
             self._subscribers.are_any
             or self._services.are_any
@@ -536,12 +551,9 @@ class Driver:
 
     async def _wait_for_room(self, wait: BackpressureWait) -> None:
         began = perf_counter()
-        self._backpressure = wait
-        self._on_request()  # one that came before this would not be heard
         try:
             await wait
         finally:
-            self._backpressure = None
             self._bus.stopwatch.back_pressure += perf_counter() - began
 
     async def _until_resumed(self) -> None:
@@ -556,8 +568,8 @@ class Driver:
         pending = self._requests.pending
         if self._changed is not None:
             self._changed.set()
-        if self._backpressure is not None and not pending.isdisjoint({Request.TERMINATE, Request.INTERRUPT}):
-            self._backpressure.abandon()
+        if not pending.isdisjoint(_ENDING):
+            self._bus.end_waits()
         if (
             Request.TERMINATE in pending
             and self._loop.feed.is_awaited

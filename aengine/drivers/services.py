@@ -59,6 +59,13 @@ class Service:
         an error still fails the run as any other does. A run that fails or is cancelled calls `run_ended` only.
         """
 
+    async def before_commit(self) -> None:
+        """A checkpoint of the run is written, and is going to be committed: make safe what was handed over so far.
+
+        So a run that is resumed from it finds on the disk whatever belongs to the steps before. Awaited beside the
+        step, by a `Checkpoint` of the engine, for which the commit waits, though not for longer than `grace` seconds.
+        """
+
     async def run_ended(self, engine: Any, reason: StopReason, error: BaseException | None) -> None:
         """The run has ended, or was interrupted. It has `grace` seconds; a cancellation of the run does not reach it.
 
@@ -214,6 +221,23 @@ class ServiceTasks:
             self._ending.add(entry)
             self._cancel(entry)
         self._raise_timeout(late, "flush")
+
+    @property
+    def must_prepare_commit(self) -> bool:
+        """Whether one of them is to be awaited before a checkpoint is committed."""
+        return any(type(entry.service).before_commit is not Service.before_commit for entry in tuple(self._open))
+
+    async def before_commit(self) -> None:
+        """Have each make safe what it was handed so far, in the time of a clean-up. Cancellable."""
+        entries = [entry for entry in self._open if type(entry.service).before_commit is not Service.before_commit]
+        deadline = anyio.current_time() + self._grace
+        late = await self._for_each(entries, lambda entry: entry.service.before_commit(), "before_commit", deadline)
+        for entry in late:
+            _logger.warning(
+                "a checkpoint of engine %r is committed before service %r has made safe what belongs to its steps: that"
+                " took longer than the grace of %s seconds",
+                self._engine.name, entry.name, self._grace,
+            )  # fmt: skip
 
     async def run_ended(self, error: BaseException | None, deadline: float) -> None:
         """Await `run_ended` of each; then cancel their tasks, and wait for these.

@@ -23,9 +23,9 @@ from aengine.events import Event
 from aengine.loop.effects import LoopGenerator
 from aengine.loop.loop import Loop
 from aengine.loop.progress import Progress, begin
-from aengine.loop.requests import Requests
+from aengine.loop.requests import Phase, Requests
 from aengine.loop.state_dict import from_state_dict, to_state_dict
-from aengine.state import ErrorInfo, StopReason, set_dataloader
+from aengine.state import ErrorInfo, State, StopReason, set_dataloader
 from aengine.statistics import EngineStatistics
 from aengine.threads.thread_state import bound_to_this_thread
 from aengine.threads.worker import close_unawaited
@@ -46,6 +46,7 @@ class Session:
         threaded: whether a plain step runs on a worker thread, where nothing of torch is bound to the caller's.
         is_running: whether a run is under way.
         services: those that take part in each run.
+        went_back_to: what was completed where a `state_dict` was taken, if the run under way goes on from one.
         body_task: the task of a body of `iterate()`, while the loop waits for it.
     """
 
@@ -62,11 +63,11 @@ class Session:
     ) -> None:
         self.is_running = False
         self.services: tuple[ServiceEntry, ...] = ()
+        self.went_back_to: Progress | None = None
         self.body_task: int | None = None
         self.step = step
         self._emitter = emitter
         self._bus = emitter.bus
-        self._state = emitter.bus.state
         self._requests = requests
         self._is_async = is_async
         self.threaded = threaded
@@ -79,6 +80,19 @@ class Session:
         self._progress = Progress()
         self._unread: tuple[Any, list[Fetched]] | None = None  # the data of the last run, and what it fetched too much
         self._rng_to_restore: Any = None  # the random states of a `state_dict`, until the run that goes on from it
+
+    @property
+    def _state(self) -> State:
+        return self._bus.state
+
+    def replace_state(self, state: Any) -> None:
+        """Have another state in place of this one: the next run begins where it stands."""
+        self.refuse_running("assign its state before run()")
+        if not isinstance(state, State):
+            raise TypeError(f"engine.state is an aengine.State, such as State(); got {state!r}")
+        self._give_up()
+        self._progress = state.last_progress or Progress()
+        self._emitter.replace_state(state)
 
     async def run(self, engine: Any, data: Any, limits: Limits, prefetch: int) -> None:
         """Run the loop on the event loop that runs here, as `Engine.run`."""
@@ -194,12 +208,14 @@ class Session:
         state, randomness = self._state, engine.randomness
         if state.max_epochs is None and state.max_iters is None:
             self._give_up()
+        self.went_back_to = None
         if self._loop is not None and self._generator is not None:
             self._refuse_other_arguments(data, limits)
             self._requests.go_on()
             self._bus.start_clock()
             return self._loop, self._generator
         progress = begin(state, self._progress, adapted, *limits)
+        self.went_back_to = progress if self._progress.is_loaded else None
         unread = self._unread[1] if self._unread is not None and self._unread[0] is data else ()
         source = Source(adapted, self._bus.logger, randomness, unread=unread, completed=progress.iteration)
         if progress.position is not None:
@@ -334,6 +350,30 @@ class Session:
         if self._driver is not None:
             self._driver.remove_service(entry)
 
+    @property
+    def must_prepare_commit(self) -> bool:
+        """Whether a service of the run under way is to be awaited before a checkpoint of it is committed."""
+        return self._driver is not None and self._driver.services.must_prepare_commit
+
+    async def before_commit(self) -> None:
+        """Have the services of the run under way make safe what belongs to the steps so far. Cancellable."""
+        if self._driver is not None:
+            await self._driver.services.before_commit()
+
+    async def wait_completed(self, iterations: int) -> int:
+        """Wait until so many iterations are completed, as `Engine.wait_completed`."""
+        # What is less than 0 has been reached, as by data that keeps so many batches ahead of the steps.
+        check_whole(max(iterations, 0) if type(iterations) is int else iterations, "iterations", minimum=0)
+        if self._state.iterations_completed < iterations and self.is_inside:
+            raise RuntimeError(
+                f"wait_completed({iterations}) waits for the loop, which waits for it here: call it from a subscriber,"
+                " a service, data with prefetch=, or a task of your own"
+            )
+        return await self._bus.completions.wait(iterations, self._completes_no_more)
+
+    def _completes_no_more(self) -> bool:
+        return self.is_running and self._requests.phase is Phase.IDLE
+
     def wait_for_body(self, task: int | None) -> None:
         """The loop waits for this task, with the body of an `iterate()`; None where it waits no longer."""
         self.body_task = task
@@ -375,6 +415,8 @@ class Session:
         for topic in bus.topics:
             seconds = handlers if topic.is_fired_by_loop else of_fired
             for handler in topic.inline:
+                if handler.is_internal:
+                    continue
                 seconds[handler.name] = seconds.get(handler.name, 0.0) + handler.seconds
         return EngineStatistics(
             name=bus.name,
@@ -389,6 +431,7 @@ class Session:
             back_pressure=watch.back_pressure,
             event_loop=watch.event_loop,
             lag=watch.lag,
+            event_loop_lag=watch.event_loop_lag(),
             listeners=tuple(one.statistics() for one in (*bus.subscribers, *bus.streams)),
             services=tuple(entry.statistics() for entry in self.services),
         )

@@ -39,7 +39,6 @@ class Loop:
     """One run, from STARTED to COMPLETED, across interruptions.
 
     Attributes:
-        completed: iterations whose step has returned. `state.iteration` is one more while a step runs.
         feed: the data.
         also_raised: errors of handlers and of the data that came while a first one was being reported.
         cancellations: the exceptions that are reported as CANCELLED.
@@ -56,7 +55,6 @@ class Loop:
         requests: Requests,
         restore_rng: Callable[[], object] | None = None,
     ) -> None:
-        self.completed = progress.iteration
         self.feed = Feed(source, bus.state, progress.iteration)
         self.also_raised: list[BaseException] = []
         self.cancellations: tuple[type[BaseException], ...] = (KeyboardInterrupt, SystemExit)
@@ -70,7 +68,6 @@ class Loop:
         # may draw random numbers.
         self._restore_rng = restore_rng
         self._has_other_data = False  # the data was replaced during the epoch: there may now be events of it, or none
-        self._epoch_is_complete = progress.epoch_is_complete
         self._first = progress.iteration
         self._others_had_a_turn: Callable[[], bool] | None = None
         self._next_yield = perf_counter() + BUDGET
@@ -86,9 +83,10 @@ class Loop:
     ) -> None:
         """A driver on an event loop begins to advance this. Raises as `Source.attach` does.
 
-        `cancelled` is what a cancellation raises there, and `explain` returns the failure to report for an error: for
-        a cancellation of something else, which the user's code has let out, another. `others_had_a_turn` returns whether other tasks had a turn
-        since it was called before; it is None where the loop does not run on the event loop's own thread.
+        `cancelled` is what a cancellation raises there. `explain` returns the failure to report for an error: another
+        one for a cancellation of something else, which the user's code has let out. `others_had_a_turn` returns whether
+        other tasks had a turn since it was called before; it is None where the loop does not run on the event loop's
+        own thread.
         """
         self.source.attach(run)
         if cancelled not in self.cancellations:
@@ -105,6 +103,19 @@ class Loop:
     def source(self) -> Source:
         """The data that batches come from."""
         return self.feed.source
+
+    @property
+    def completed(self) -> int:
+        """Iterations whose step has returned. `state.iteration` is one more while a step runs."""
+        return self._state.iterations_completed
+
+    @property
+    def _epoch_is_complete(self) -> bool:
+        return self._state.epochs_completed == self._state.epoch
+
+    @_epoch_is_complete.setter
+    def _epoch_is_complete(self, is_complete: bool) -> None:
+        self._state.epochs_completed = self._state.epoch - (not is_complete)
 
     # The run
 
@@ -138,14 +149,13 @@ class Loop:
                 yield from self._bus.topic("COMPLETED").dispatch_at_end(self._engine)
                 state.times["COMPLETED"] = perf_counter() - began
             yield from self._accept_no_more()
-            if self._bus.has_company:
-                yield Effect.FLUSH
+            yield from self._flush()
             yield from self._close(gently=True, exits=True)
         except GeneratorExit:  # an interrupted engine is given up: nothing can be awaited any more
             self.feed.unread_batch()
             self.source.close()
             raise
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 -- raised again, or the reason of it
             failure = self._failure_of(error)
             try:
                 yield from self._report(failure)
@@ -181,7 +191,7 @@ class Loop:
         except EpochTerminated:
             requests.enter(Phase.ENDING_EPOCH)
             # At ITERATION_STARTED an iteration was begun whose batch is dropped with the rest of the epoch.
-            self.completed = state.iteration
+            state.iterations_completed = state.iteration
             yield from self._dispatch("TERMINATE_SINGLE_EPOCH", state.iteration - state.epoch_start)
             yield from self._fetching(self.feed.restart(self.completed))
             yield from self._complete_epoch(began, fire=not requests.skip_epoch_completed)
@@ -309,7 +319,7 @@ class Loop:
                     watch.step += (perf_counter() - mark) * watch.weight
                 state.output = output
                 batch = END
-                self.completed = iteration
+                state.iterations_completed = iteration
                 if iteration >= completed.next_count:
                     dispatch = completed.dispatch
                     if (rest := dispatch(engine, iteration)) is not None:
@@ -405,8 +415,12 @@ class Loop:
             yield from topic.dispatch(self._engine, count, payload) or ()
 
     def _serve_requests(self, *, between_steps: bool = True) -> LoopGenerator:  # noqa: C901, PLR0912 -- a branch a request
-        """Serve what was requested, until nothing is pending that keeps the loop from going on."""
-        requests, is_put_off = self._requests, False
+        """Serve what was requested, until nothing is pending that keeps the loop from going on.
+
+        What may be requested without end, by threads that fire steadily, is served once: then the loop goes on.
+        """
+        requests, put_off = self._requests, set[Request]()
+        has_fired = has_waited = False
         if requests.to_fire:
             requests.request(Request.FIRE)
         while requests.pending:
@@ -423,27 +437,38 @@ class Loop:
             elif requests.take(Request.INTERRUPT):
                 yield from self._suspend()
             elif requests.take(Request.FIRE):
-                if between_steps:
+                if between_steps and (not has_fired or Request.PAUSE in requests.pending):
+                    has_fired = True
                     yield from self._fire_requested()
                 else:
-                    is_put_off = True
+                    put_off.add(Request.FIRE)
+            elif requests.take(Request.MAKE_ROOM):
+                if not has_waited or Request.PAUSE in requests.pending:
+                    has_waited = True
+                    for _ in range(len(requests.deferred_backpressure)):
+                        yield requests.deferred_backpressure.popitem()[1]
+                else:
+                    put_off.add(Request.MAKE_ROOM)
             elif Request.PAUSE in requests.pending:
                 yield Effect.PAUSE
-            elif requests.take(Request.MAKE_ROOM):
-                while requests.deferred_backpressure:
-                    yield requests.deferred_backpressure.pop()
-        if is_put_off:
-            requests.request(Request.FIRE)
+        requests.put_off(put_off)
 
     def _fire_requested(self) -> LoopGenerator:
-        while self._requests.to_fire:
-            firing = self._requests.to_fire.popleft()
-            yield from self._dispatch(firing.event, firing.payload)
+        to_fire = self._requests.to_fire
+        for _ in range(len(to_fire)):  # not those that are requested meanwhile, which may have no end
+            if to_fire:
+                firing = to_fire.popleft()
+                yield from self._dispatch(firing.event, firing.payload)
 
     def _accept_no_more(self) -> LoopGenerator:
         """Accept no more requests, then fire what was requested in time: in this order, or one in between is lost."""
         self._requests.enter(Phase.IDLE)
+        self._bus.completions.end()
         yield from self._fire_requested()
+
+    def _flush(self) -> LoopGenerator:
+        if self._bus.has_company:  # else there is nothing to wait for, and a driver on a worker need not be asked
+            yield Effect.FLUSH
 
     def _suspend(self) -> LoopGenerator:
         """Leave the run in its middle, and go on from here in the next."""
@@ -453,8 +478,7 @@ class Loop:
         phase = requests.phase
         yield from self._accept_no_more()
         requests.take(Request.INTERRUPT)  # requested again meanwhile, it is served, too
-        if self._bus.has_company:
-            yield Effect.FLUSH
+        yield from self._flush()
         state.stop_reason = StopReason.INTERRUPTED
         yield Effect.SUSPEND
         requests.enter(phase)
@@ -509,7 +533,7 @@ class Loop:
             self.also_raised.append(another)
 
     def _failure_of(self, error: BaseException) -> BaseException:
-        """Return what the run fails with: the error that was raised; for a cancellation that is not its own, a reason."""
+        """Return what the run fails with: this error, unless it is a cancellation that is not the run's."""
         failure = error if self._explain is None else self._explain(error)
         if failure is not error:
             self._bus.note(failure, "the step, or a handler")

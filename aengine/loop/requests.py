@@ -9,7 +9,7 @@ from collections.abc import Callable
 from enum import Enum, auto
 from typing import Any
 
-from aengine.bus.inbox import BackpressureWait
+from aengine.bus.inbox import BackpressureWait, Inbox
 
 
 class Request(Enum):
@@ -52,7 +52,7 @@ class Requests:
         self.phase = Phase.IDLE
         self.skip_completed = False
         self.skip_epoch_completed = False
-        self.deferred_backpressure: list[BackpressureWait] = []
+        self.deferred_backpressure: dict[Inbox, BackpressureWait] = {}  # the last one says it for those before
         self.to_fire: deque[Firing] = deque()
         self._wake: Callable[[], object] | None = None
 
@@ -79,6 +79,10 @@ class Requests:
         is_pending = request in self.pending
         self.pending.discard(request)
         return is_pending
+
+    def put_off(self, requests: set[Request]) -> None:
+        """For the loop: it has taken these, and is to find them again after its next step."""
+        self.pending |= requests
 
     def _changed(self) -> None:
         if (wake := self._wake) is not None:  # read once: the driver's thread may set it to None
@@ -136,7 +140,7 @@ class Requests:
     def defer_backpressure(self, waits: list[BackpressureWait]) -> None:
         """Have the loop wait for room in these inboxes before its next step."""
         if self.phase is not Phase.IDLE:
-            self.deferred_backpressure += waits
+            self.deferred_backpressure |= {wait.inbox: wait for wait in waits}
             self.request(Request.MAKE_ROOM)
 
     def enter(self, phase: Phase) -> None:

@@ -53,7 +53,7 @@ def from_state_dict(saved: Mapping[str, Any], state: State, user_keys: Sequence[
         progress = _progress_of_ignite(saved)
     state.epoch_length = saved["epoch_length"]
     state.max_epochs, state.max_iters = saved.get("max_epochs"), saved.get("max_iters")
-    state.iteration, state.epoch, state.epoch_start = progress.iteration, progress.epoch, progress.epoch_start
+    progress.show_in(state)
     for key in user_keys:
         setattr(state, key, saved[key])
     state.last_progress = progress

@@ -7,9 +7,10 @@ import sys
 import threading
 from collections.abc import Awaitable, Callable, Generator
 from contextlib import contextmanager, suppress
-from contextvars import Context, copy_context
+from contextvars import copy_context
 from functools import partial, wraps
-from types import TracebackType
+from time import perf_counter
+from types import FrameType, TracebackType
 from typing import Any, Self, cast
 
 import anyio
@@ -42,6 +43,11 @@ class EventLoopHandle:
         # sniffio says that no event loop runs, so that anyio's calls would fail in them.
         self._context = copy_context()
         self.thread = threading.get_ident()
+
+    @property
+    def is_of_asyncio(self) -> bool:
+        """Whether this is asyncio's, or one like it, and not trio's."""
+        return self._is_asyncio
 
     def is_same(self, other: "EventLoopHandle") -> bool:
         """Whether the other one is of the same event loop."""
@@ -78,14 +84,18 @@ class EventLoopHandle:
         else:
             self._post(function)
 
-    @property
-    def call_later_if_deaf_to_signals(self) -> Callable[..., object] | None:
-        """Return asyncio's `call_later()`, where signals are handled and do not wake the event loop.
+    def call_later(self, seconds: float, function: Callable[[], object]) -> None:
+        """Call `function`, which must not raise, in so many seconds, unless the event loop has ended. On its thread."""
+        if self._is_asyncio:
+            self._native.call_later(seconds, function, context=self._context)
+            return
+        trio: Any = sys.modules["trio"]
 
-        What it calls has an empty context: that of the caller would hold its run until then.
-        """
-        is_deaf = self._is_asyncio and self.thread == threading.main_thread().ident
-        return partial(self._native.call_later, context=Context()) if is_deaf else None
+        async def call() -> None:
+            await trio.sleep(seconds)
+            function()
+
+        trio.lowlevel.spawn_system_task(call, name="aengine timer")  # trio cancels it at its end
 
     def start(
         self,
@@ -197,53 +207,121 @@ class TickCounter:
 _tick_counter: RunVar[TickCounter] = RunVar("aengine_tick_counter")
 
 
-class Wakeups:
-    """Has an event loop take a turn every now and then, as long as runs are under way on it.
+class LagGauge:
+    """How late an event loop serves a timer, looked at four times a second while runs are under way on it.
 
-    A signal handler that calls `loop.call_soon(task.cancel)`, as the stop button of a notebook does, does not wake
-    asyncio: Python resumes `select()` after it. With a plain step nothing else may wake it before the end of the run.
-    Signals are handled in the main thread, and trio is woken by each. So elsewhere this does nothing.
+    It also has the event loop take a turn. A signal handler that calls `loop.call_soon(task.cancel)`, as the stop
+    button of a notebook does, does not wake asyncio: Python resumes `select()` after it, and with a plain step nothing
+    else may wake it before the end of the run.
+
+    One for each event loop, shared by its engines. A run that is over before the next look costs two additions. All of
+    it is called on the event loop's thread, but `seconds`.
+    """
+
+    PERIOD = 0.25
+    """Seconds from one look to the next."""
+
+    @classmethod
+    def here(cls) -> Self:
+        """Return that of the event loop that runs here."""
+        try:
+            return cast(Self, _lag_gauge.get())
+        except LookupError:
+            gauge = cls()
+            _lag_gauge.set(gauge)
+            return gauge
+
+    def __init__(self) -> None:
+        self._loop_handle = EventLoopHandle()
+        self._runs = 0
+        self._due: float | None = None  # when the next look is to be; None while there is to be none
+        self._last = 0.0
+
+    def begin(self) -> None:
+        """A run begins."""
+        self._runs += 1
+        if self._due is None:
+            self._look_soon()
+
+    def end(self) -> None:
+        """A run is over."""
+        self._runs -= 1
+
+    @property
+    def seconds(self) -> float:
+        """How late the last timer was served, or, where that is more, how late the next one is by now. Any thread."""
+        due = self._due  # read once: the event loop's thread may set it to None
+        return max(self._last, 0.0 if due is None else perf_counter() - due)
+
+    def _look_soon(self) -> None:
+        self._due = perf_counter() + self.PERIOD
+        self._loop_handle.call_later(self.PERIOD, self._look)
+
+    def _look(self) -> None:
+        if self._due is not None:
+            self._last = max(0.0, perf_counter() - self._due)
+        if self._runs:
+            self._look_soon()
+        else:  # an idle event loop is not to be woken
+            self._due = None
+
+
+_lag_gauge: RunVar[LagGauge] = RunVar("aengine_lag_gauge")
+
+
+class Interrupts:
+    """Tells those that wait for something which cannot be stopped that the user no longer wants to wait: by Ctrl-C.
+
+    At a second Ctrl-C `asyncio.run()` cancels every task once more, natively, which no shield holds off. trio raises
+    it in its main task only, which waits for the others. So there SIGINT is handled here, too, as long as something
+    waits, and then handed on. `stop_on_signals` calls `notify()` by itself.
 
     One for each event loop, shared by its engines. All of it is called on the event loop's thread.
     """
 
-    SECONDS = 0.25
-    """From one turn to the next."""
-
     @classmethod
-    def here(cls, loop_handle: EventLoopHandle) -> Self:
+    def here(cls) -> Self:
         """Return that of the event loop that runs here."""
         try:
-            return cast(Self, _wakeups.get())
+            return cast(Self, _interrupts.get())
         except LookupError:
-            wakeups = cls(loop_handle)
-            _wakeups.set(wakeups)
-            return wakeups
+            interrupts = cls()
+            _interrupts.set(interrupts)
+            return interrupts
 
-    def __init__(self, loop_handle: EventLoopHandle) -> None:
-        self._call_later = loop_handle.call_later_if_deaf_to_signals
-        self._runs = 0
-        self._is_scheduled = False
+    def __init__(self) -> None:
+        self._loop_handle = EventLoopHandle()
+        self._waiting: list[Callable[[], object]] = []
+        self._handler = self._handle  # the very object, by which it is found again
+        self._before: Any = None
+        self._must_handle = (
+            not self._loop_handle.is_of_asyncio and threading.current_thread() is threading.main_thread()
+        )
 
-    def start(self) -> None:
-        """A run begins."""
-        self._runs += 1
-        if not self._is_scheduled and self._call_later is not None:
-            self._is_scheduled = True
-            self._call_later(self.SECONDS, self._wake)
+    def add(self, notify: Callable[[], object]) -> None:
+        """Have this called at each Ctrl-C from now on."""
+        self._waiting.append(notify)
+        if self._must_handle and callable(before := signal.getsignal(signal.SIGINT)) and before is not self._handler:
+            self._before = before
+            signal.signal(signal.SIGINT, self._handler)
 
-    def stop(self) -> None:
-        """A run has ended."""
-        self._runs -= 1
+    def remove(self, notify: Callable[[], object]) -> None:
+        """Call it no more."""
+        self._waiting.remove(notify)
+        if not self._waiting and self._must_handle and signal.getsignal(signal.SIGINT) is self._handler:
+            signal.signal(signal.SIGINT, self._before)
 
-    def _wake(self) -> None:
-        self._is_scheduled = False
-        if self._runs and self._call_later is not None:
-            self._is_scheduled = True
-            self._call_later(self.SECONDS, self._wake)
+    def notify(self) -> None:
+        """The user no longer wants to wait."""
+        for notify in tuple(self._waiting):
+            notify()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self._loop_handle.post(self.notify)
+        self._before(number, frame)
 
 
-_wakeups: RunVar[Wakeups] = RunVar("aengine_wakeups")
+_interrupts: RunVar[Interrupts] = RunVar("aengine_interrupts")
 
 
 class ThreadSafeEvent:

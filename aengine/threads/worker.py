@@ -11,7 +11,7 @@ from typing import Any
 
 import anyio
 
-from aengine.threads.event_loop import EventLoopHandle, ThreadSafeEvent
+from aengine.threads.event_loop import EventLoopHandle, Interrupts, ThreadSafeEvent
 from aengine.threads.from_thread import WayBack
 from aengine.threads.thread_state import SharedContext
 
@@ -25,8 +25,8 @@ class WorkItem:
     """
 
     __slots__ = (
-        "_abandoned_by", "_answers", "_cancellation", "_contexts", "_loop_handle", "_of_task", "_of_worker", "_wakeup",
-        "_wanted", "arguments", "done", "error", "function", "result",
+        "_abandoned_by", "_answers", "_cancellation", "_contexts", "_is_left", "_loop_handle", "_of_task", "_of_worker",
+        "_wakeup", "_wanted", "arguments", "done", "error", "function", "result",
     )  # fmt: skip
 
     def __init__(
@@ -44,6 +44,7 @@ class WorkItem:
         self._wanted: Awaitable[Any] | None = None
         self._answers: SimpleQueue[tuple[Any, BaseException | None]] | None = None
         self._abandoned_by: BaseException | None = None
+        self._is_left = False
         self._cancellation: BaseException | None = None  # that of the task that waits, while the call still lasts
 
     def run(self) -> None:
@@ -92,14 +93,18 @@ class WorkItem:
 
         On a cancellation (or Ctrl-C, also one that is raised by what is awaited here) `on_cancel` is called: it is to
         make the call end soon. If the call waits for something, the cancellation is raised in it. It is raised here
-        only when the call has ended. A second cancellation is raised at once, and abandons the call.
+        only when the call has ended, or is abandoned: by a second cancellation, or by a Ctrl-C after the first one.
 
         `explain` returns what is to be raised in the call for a cancellation that is raised by what is awaited here:
         another error, if that is not the cancellation of this task.
         """
         cancellation: BaseException | None = None
+        interrupts: Interrupts | None = None
         try:
             while True:
+                if cancellation is not None and interrupts is None:
+                    interrupts = Interrupts.here()
+                    interrupts.add(self._leave)
                 try:
                     with anyio.CancelScope(shield=cancellation is not None):
                         await self._wakeup.wait()
@@ -110,6 +115,9 @@ class WorkItem:
                     cancellation = self._cancellation = error
                     on_cancel()
                     continue
+                if self._is_left and cancellation is not None and not self.done:
+                    self._abandon(cancellation)
+                    raise cancellation
                 if self._contexts.of_task.is_behind(self._of_worker):
                     self._contexts.of_task.follow(self._of_worker)
                 if self.done:
@@ -118,6 +126,8 @@ class WorkItem:
             if cancellation is not None:
                 raise cancellation
         finally:
+            if interrupts is not None:
+                interrupts.remove(self._leave)
             self._cancellation = None
             del cancellation  # whose traceback holds this frame
 
@@ -149,6 +159,11 @@ class WorkItem:
             answers.put((None, error))
             return error
         return None
+
+    def _leave(self) -> None:
+        """The user no longer wants to wait. On the event loop's thread."""
+        self._is_left = True
+        self._wakeup.set()
 
     def _abandon(self, error: BaseException) -> None:
         """Have the call wait for nothing any more: no task is left that would answer."""
