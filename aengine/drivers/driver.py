@@ -172,6 +172,7 @@ class Driver:
     def _connect(self) -> None:
         """Tell the loop, its data, the bus and the requests of this run's event loop."""
         loop, handle = self._loop, self._loop_handle
+        self._bus.has_company = self._services.are_any
         context = RunContext(
             handle, self.spawn, self._fail_of_data, self._settings, self._prefetch, loop.can_use, self._grace
         )
@@ -188,16 +189,19 @@ class Driver:
 
     def spawn(self, function: Callable[[], Any], on_never_started: Callable[[], Any]) -> None:
         """Start a task of this run. From any thread. If it is cancelled before it begins, the other one is called."""
+        self._bus.has_company = True
         self._loop_handle.call(lambda: self._loop_handle.start(self._group, function, on_never_started))
 
     def start(self, subscriber: Subscriber) -> None:
         """Have a subscriber handle what it is sent, from now to the end of the run. From any thread."""
+        self._bus.has_company = True
         start = partial(self._subscribers.start, subscriber)
         # Before its first step, the task of the run starts all there are.
         self._loop_handle.call(lambda: None if self._task is None else start(self._group, self.fail))
 
     def add_service(self, entry: ServiceEntry) -> None:
         """Have a service take part in this run, from now to its end. From any thread."""
+        self._bus.has_company = True
         self._loop_handle.call(lambda: None if self._is_over else self._services.add(entry))
 
     def remove_service(self, entry: ServiceEntry) -> None:
@@ -274,14 +278,29 @@ class Driver:
             self._is_over = True
             self._subscribers.start_no_more()
             try:
-                with anyio.CancelScope(shield=True):
-                    await self._close()
+                if self._must_wait_at_end:
+                    with anyio.CancelScope(shield=True):
+                        await self._close()
+                else:
+                    self._subscribers.end_nowait()
+                if self._worker is not None and not self._worker.is_shared:
+                    self._worker.stop()
             finally:
                 self._has_ended.set()
 
     def _never_started(self) -> None:
         self._has_ended.set()
         self._outcome.add(StrayCancellation(f"the run of engine {self._bus.name!r} was cancelled from outside"))
+
+    @property
+    def _must_wait_at_end(self) -> bool:
+        """Whether anything is there to be ended that takes an await: a short run has nothing, and is to cost little."""
+        return (
+            self._subscribers.are_any
+            or self._services.are_any
+            or self._loop.source.must_be_closed
+            or (self._worker is not None and self._worker.is_shared)
+        )
 
     async def _close(self) -> None:
         """End what the run has started, in the order in which one may still need the other."""
@@ -295,8 +314,8 @@ class Driver:
             # The loop has done so itself, unless it was cancelled in its clean-up.
             await self._run_cleanup(source.aclose, deadline)
         await self._run_cleanup(source.exit, deadline)
-        if self._worker is not None:
-            await self._run_cleanup(self._worker.stop)
+        if self._worker is not None and self._worker.is_shared:
+            await self._run_cleanup(self._worker.give_back)
 
     async def _run_cleanup(self, part: Callable[[], Awaitable[None]], deadline: float = math.inf) -> None:
         """Run one part of the clean-up to its end: again if a native cancellation, which no shield holds off, cut it.

@@ -124,6 +124,11 @@ class ServiceTasks:
         self._start: Callable[..., None] | None = None
         self._fail: Callable[[BaseException], None] = _log_unheard
 
+    @property
+    def are_any(self) -> bool:
+        """Whether one has not heard of the end of the run, or still runs."""
+        return bool(self._open or self._serving)
+
     def run_started(self, fail: Callable[[BaseException], None]) -> None:
         """Call `run_started` of each, in the task that called `run()`. Errors go to `fail`, now and later.
 
