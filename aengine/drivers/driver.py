@@ -30,7 +30,8 @@ from aengine.errors import HandlerTimeout, StrayCancellation
 from aengine.loop.effects import Effect, LoopGenerator, NextBatch, WaitCancelled
 from aengine.loop.loop import Loop
 from aengine.loop.requests import Request, Requests
-from aengine.threads.event_loop import CancelOnceScope, EventLoopHandle, LagGauge, ThreadSafeEvent, TickCounter
+from aengine.threads.event_loop import CancelOnceScope, EventLoopHandle, ThreadSafeEvent, TickCounter
+from aengine.threads.lag import LagTimer
 from aengine.threads.thread_state import ThreadState
 from aengine.threads.worker import close_unawaited
 
@@ -117,7 +118,7 @@ class Driver:
         if wanted is not None:
             self._next = (lambda _: wanted, None)
         self._connect()
-        lag = LagGauge.here()
+        lag = LagTimer.here(self._loop_handle)
         lag.begin()
         watch = self._bus.stopwatch
         watch.event_loop_lag = lambda: lag.seconds
