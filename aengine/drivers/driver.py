@@ -97,6 +97,7 @@ class Driver:
         self._outcome = Outcome(bus.name, bus.logger)
         self._reported: BaseException | None = None  # a failure beside the loop that is to be thrown into it
         self._changed: ThreadSafeEvent | None = None  # set when a request comes, while the loop is paused
+        self._last_wait: anyio.CancelScope | None = None  # of the task that ends a wait for data that goes on
         self._subscribers = SubscriberTasks(bus, self._loop_handle, grace)
         self._services = services
         self._group: anyio.abc.TaskGroup
@@ -278,6 +279,8 @@ class Driver:
         finally:
             self._is_over = True
             self._subscribers.start_no_more()
+            if self._last_wait is not None:
+                self._last_wait.cancel()
             try:
                 if self._must_wait_at_end:
                     with anyio.CancelScope(shield=True):
@@ -585,15 +588,38 @@ class Driver:
             self._changed.set()
         if not pending.isdisjoint(_ENDING):
             self._bus.end_waits()
-        if (
-            Request.TERMINATE in pending
-            and self._loop.feed.is_awaited
-            and self._deadline is None
-            and not self._is_over
-            and self._loop.source.can_be_woken
-        ):
-            self._is_woken = True
-            self._scope.cancel()
+        if Request.TERMINATE in pending and self._waits_for_data:
+            if self._loop.source.can_be_woken:
+                self._wake()
+            elif self._last_wait is None:
+                self._last_wait = anyio.CancelScope(shield=True)
+                self.spawn(self._end_last_wait, lambda: None)
+
+    @property
+    def _waits_for_data(self) -> bool:
+        return self._loop.feed.is_awaited and self._deadline is None and not self._is_over
+
+    def _wake(self) -> None:
+        """Cancel the wait for the next batch."""
+        self._is_woken = True
+        self._scope.cancel()
+
+    async def _end_last_wait(self) -> None:
+        """Cancel the wait for a batch that does not come in half of the grace: the other half is for the clean-up.
+
+        A task of its own. Not at once, since it ends an async generator of the user's, which may be iterated further.
+        """
+        assert self._last_wait is not None, "made with this task"  # noqa: S101
+        with self._last_wait:
+            await anyio.sleep(self._grace / 2)
+            if self._waits_for_data:
+                self._bus.logger.warning(
+                    "the data (%s) gave no batch in the %s seconds after terminate(): the wait is cancelled, which"
+                    " ends an async generator",
+                    self._loop.source.name,
+                    self._grace / 2,
+                )
+                self._wake()
 
 
 def _watch_turns(caller: anyio.TaskInfo) -> Callable[[], bool]:
