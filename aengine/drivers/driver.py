@@ -12,7 +12,7 @@ from functools import partial
 from time import perf_counter
 from types import CoroutineType
 from typing import Any, Final
-from weakref import WeakMethod
+from weakref import WeakMethod, ref
 
 import anyio
 import anyio.abc
@@ -30,7 +30,8 @@ from aengine.errors import HandlerTimeout, StrayCancellation
 from aengine.loop.effects import Effect, LoopGenerator, NextBatch, WaitCancelled
 from aengine.loop.loop import Loop
 from aengine.loop.requests import Request, Requests
-from aengine.threads.event_loop import CancelOnceScope, EventLoopHandle, LagGauge, ThreadSafeEvent, TickCounter
+from aengine.threads.event_loop import CancelOnceScope, EventLoopHandle, ThreadSafeEvent, TickCounter
+from aengine.threads.lag import LagTimer
 from aengine.threads.thread_state import ThreadState
 from aengine.threads.worker import close_unawaited
 
@@ -43,8 +44,9 @@ _ENDING: Final = frozenset({Request.TERMINATE, Request.INTERRUPT})
 _RETURN: Final = object()
 """In place of the result of what was awaited: leave the scope. `_next` says how the loop is to be continued."""
 
-_current: ContextVar["Driver | None"] = ContextVar("aengine_driver", default=None)
-"""The driver of the run that the caller is part of."""
+_current: ContextVar["Callable[[], Driver | None]"] = ContextVar("aengine_driver", default=lambda: None)
+"""Returns the driver of the run that the caller is part of. A weak reference: what was scheduled in a run's context may
+outlive the run, as the timer of a scope does that was left in time, until asyncio comes to it."""
 
 
 class Driver:
@@ -79,7 +81,7 @@ class Driver:
         self._prefetch = prefetch
         self._settings = ThreadState()
         self._worker = RunWorker(f"aengine {bus.name}", self._settings, self._loop_handle) if threaded else None
-        self._parent = _current.get()
+        self._parent = _current.get()()
         self._caller = anyio.get_current_task()
         self._task: int | None = None
         # Where the loop stands: how it is to be continued; or, on the worker, what it wants to have awaited first.
@@ -116,7 +118,7 @@ class Driver:
         if wanted is not None:
             self._next = (lambda _: wanted, None)
         self._connect()
-        lag = LagGauge.here()
+        lag = LagTimer.here(self._loop_handle)
         lag.begin()
         watch = self._bus.stopwatch
         watch.event_loop_lag = lambda: lag.seconds
@@ -263,7 +265,7 @@ class Driver:
 
     async def _main(self) -> None:
         self._task = anyio.get_current_task().id
-        _current.set(self)
+        _current.set(ref(self))
         for subscriber in self._bus.subscribers:
             self.start(subscriber)
         self._services.start(self._group, self._loop_handle)
@@ -376,7 +378,7 @@ class Driver:
                 return HandlerTimeout(
                     f"the clean-up of engine {self._bus.name!r} did not end within its {self._grace} seconds of grace"
                 )
-            return error if is_requested else self._stray(error)
+            return error if is_requested else self._name_stray(error)
         self._scope.hold()
         was_woken, self._is_woken = self._is_woken, False
         if not was_woken or self._is_cancelled or self._reported is not None:
@@ -384,16 +386,28 @@ class Driver:
         return WaitCancelled() if self._loop.feed.is_awaited else None
 
     def _explain(self, error: BaseException) -> BaseException:
-        """Return the failure to report for an error: why something was cancelled, if that was not the run.
+        """Return what the run fails with, for an error: the reason of a cancellation, where that is not the run's.
 
-        Also called on the worker, for what is raised there.
+        Also called on the worker.
         """
-        # The caller's task may be cancelled, and have not taken its next step, in which it sees that.
-        if not isinstance(error, self._cancelled) or self._is_cancelled or self._caller.has_pending_cancellation():
+        if not isinstance(error, self._cancelled) or self._is_asked_to_end:
             return error
-        return self._take_reported() or self._stray(error)
+        return self._take_reported() or self._name_stray(error)
 
-    def _stray(self, error: BaseException) -> StrayCancellation:
+    @property
+    def _is_asked_to_end(self) -> bool:
+        # The caller's task may be cancelled, and have not taken its next step, in which it sees that.
+        return self._is_cancelled or self._caller.has_pending_cancellation()
+
+    def _explain_in_call(self, error: BaseException) -> BaseException:
+        """Return what is to be raised on the worker for an error of what it has had awaited.
+
+        A failure beside the loop is raised by the loop, between steps: here a step could catch it.
+        """
+        is_ours = not isinstance(error, self._cancelled) or self._is_asked_to_end or self._reported is not None
+        return error if is_ours else self._name_stray(error)
+
+    def _name_stray(self, error: BaseException) -> StrayCancellation:
         stray = StrayCancellation(
             f"something that engine {self._bus.name!r} awaited was cancelled, but the run was not: its cause says where"
         )
@@ -469,7 +483,7 @@ class Driver:
         self._next = (self._generator.send, None)  # an error that stays there would hold its traceback
         try:
             # A cancellation must not wait for the whole loop: it is asked to return to this driver after its step.
-            await item.wait(self._requests.return_to_driver, self._explain)
+            await item.wait(self._requests.return_to_driver, self._explain_in_call)
         finally:
             if item.done:
                 worker.finish()
@@ -535,6 +549,7 @@ class Driver:
         reported = self._take_reported()
         if reported is None:
             return True
+        self._scope.hold()  # which may have been cancelled for it
         self._next = (self._generator.throw, reported)
         return False
 
