@@ -467,7 +467,8 @@ class Loop:
         yield from self._fire_requested()
 
     def _flush(self) -> LoopGenerator:
-        if self._bus.has_company:  # else there is nothing to wait for, and a driver on a worker need not be asked
+        # Else there is nothing to wait for, and a worker need not hand over to the event loop for it.
+        if self._bus.has_company or Request.RAISE_FAILURE in self._requests.pending:
             yield Effect.FLUSH
 
     def _suspend(self) -> LoopGenerator:
