@@ -351,6 +351,16 @@ class Session:
         if self._driver is not None:
             self._driver.remove_service(entry)
 
+    @property
+    def must_prepare_commit(self) -> bool:
+        """Whether a service of the run under way is to be awaited before a checkpoint of it is committed."""
+        return self._driver is not None and self._driver.services.must_prepare_commit
+
+    async def before_commit(self) -> None:
+        """Have the services of the run under way make safe what belongs to the steps so far. Cancellable."""
+        if self._driver is not None:
+            await self._driver.services.before_commit()
+
     async def wait_completed(self, iterations: int) -> int:
         """Wait until so many iterations are completed, as `Engine.wait_completed`."""
         # What is less than 0 has been reached, as by data that keeps so many batches ahead of the steps.
@@ -364,16 +374,6 @@ class Session:
 
     def _completes_no_more(self) -> bool:
         return self.is_running and self._requests.phase is Phase.IDLE
-
-    @property
-    def must_prepare_commit(self) -> bool:
-        """Whether a service of the run under way is to be awaited before a checkpoint of it is committed."""
-        return self._driver is not None and self._driver.services.must_prepare_commit
-
-    async def before_commit(self) -> None:
-        """Have the services of the run under way make safe what belongs to the steps so far. Cancellable."""
-        if self._driver is not None:
-            await self._driver.services.before_commit()
 
     def agree_by(self, agreement: Agreement | None) -> None:
         """Have the runs of this engine do what this agrees on with those of other processes; with None, no more."""

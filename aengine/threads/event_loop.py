@@ -118,9 +118,9 @@ class EventLoopHandle:
 
         group.start_soon(task, name=name)
         if self._is_asyncio:
-            # A new task's first step is scheduled by start_soon(), and what is posted after it is called after it. By
+            # A new task's first step is scheduled by start_soon(), and what is called soon after it comes after it. By
             # then the task has started, or it never will. On trio every task starts, cancelled or not.
-            self.post(look)
+            self.call_soon(look)
 
     @contextmanager
     def woken_by_signals(self) -> Generator[None]:

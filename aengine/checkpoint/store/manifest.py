@@ -234,7 +234,7 @@ def _check_format(record: dict[str, Any]) -> None:
     if type(number) is not int or number != _FORMAT:
         raise ValueError(
             f"its format is {_shown(number)}, and this version of aengine reads {_FORMAT}: use the version that"
-            f' has written it: {_shown(record.get("versions"))}'
+            f" has written it: {_shown(record.get('versions'))}"
         )
 
 
