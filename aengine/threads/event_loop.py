@@ -413,12 +413,14 @@ _POLL = 0.01
 class OwnCancellations:
     """Tells the cancellations of one task from those of something that it awaits, which raise the same exception.
 
-    Made in that task, while it is not being cancelled. On trio there are no others.
+    Made in that task. On trio there are no others.
     """
 
     def __init__(self) -> None:
         self._task = _task_of_asyncio()
-        self._requests = 0 if self._task is None else self._task.cancelling()
+        self._requests = 0
+        if self._task is not None:  # less one that is still to be raised
+            self._requests = self._task.cancelling() - anyio.get_current_task().has_pending_cancellation()
 
     def includes(self, error: BaseException) -> bool:
         """Whether this, which was raised in the task, is no cancellation, or is one of the task itself."""
