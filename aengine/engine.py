@@ -534,22 +534,22 @@ class Engine(Generic[Batch, Output]):
     @property
     def is_paused(self) -> bool:
         """Whether `pause()` was called, and not `resume()` since: the loop waits before its next step."""
-        return Request.PAUSE in self._requests.pending
+        return self._requests.is_requested(Request.PAUSE)
 
     @property
     def should_terminate(self) -> bool:
         """Whether `terminate()` was called since the last run began. The next one clears it."""
-        return Request.TERMINATE in self._requests.pending
+        return self._requests.is_requested(Request.TERMINATE)
 
     @property
     def should_terminate_single_epoch(self) -> bool:
         """Whether `terminate_epoch()` was called and is yet to take effect. The next run clears it."""
-        return Request.TERMINATE_EPOCH in self._requests.pending
+        return self._requests.is_requested(Request.TERMINATE_EPOCH)
 
     @property
     def should_interrupt(self) -> bool:
         """Whether `interrupt()` was called and is yet to take effect. The next run clears it."""
-        return Request.INTERRUPT in self._requests.pending
+        return self._requests.is_requested(Request.INTERRUPT)
 
     # Saving and looking
 

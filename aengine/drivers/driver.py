@@ -97,6 +97,7 @@ class Driver:
         self._outcome = Outcome(bus.name, bus.logger)
         self._reported: BaseException | None = None  # a failure beside the loop that is to be thrown into it
         self._changed: ThreadSafeEvent | None = None  # set when a request comes, while the loop is paused
+        self._last_wait: anyio.CancelScope | None = None  # of the task that ends a wait for data that goes on
         self._subscribers = SubscriberTasks(bus, self._loop_handle, grace)
         self._services = services
         self._group: anyio.abc.TaskGroup
@@ -271,21 +272,23 @@ class Driver:
         self._services.start(self._group, self._loop_handle)
         try:
             if self._worker is not None:
-                await self._worker.start(None if self._parent is None else self._parent.worker_for(self._caller.id))
+                parent = None if self._parent is None else self._parent.worker_for(self._caller.id)
+                await self._worker.start(parent, self._loop.source.take_thread())
             await self._drive()
         except self._loop.cancellations as error:
             self._outcome.add_cancellation(error)
         finally:
             self._is_over = True
             self._subscribers.start_no_more()
+            if self._last_wait is not None:
+                self._last_wait.cancel()
             try:
                 if self._must_wait_at_end:
                     with anyio.CancelScope(shield=True):
                         await self._close()
                 else:
                     self._subscribers.end_nowait()
-                if self._worker is not None and not self._worker.is_shared:
-                    self._worker.stop()
+                self._end_worker()
             finally:
                 self._has_ended.set()
 
@@ -314,9 +317,32 @@ class Driver:
         if not self.is_suspended and not self.has_abandoned:
             # The loop has done so itself, unless it was cancelled in its clean-up.
             await self._run_cleanup(source.aclose, deadline)
+            await self._run_cleanup(self._close_data)
         await self._run_cleanup(source.exit, deadline)
-        if self._worker is not None and self._worker.is_shared:
+        if self._worker is not None:
             await self._run_cleanup(self._worker.give_back)
+
+    def _end_worker(self) -> None:
+        worker, source = self._worker, self._loop.source
+        if worker is not None and self.is_suspended and source.belongs_to_thread:
+            source.keep_thread(worker.keep())
+        elif worker is not None:
+            worker.stop()
+
+    async def _close_data(self) -> None:
+        """Close plain data on the thread that has pulled it."""
+        source, worker = self._loop.source, self._worker
+        if worker is None or worker.thread is None or not source.is_open:
+            source.close()
+            return
+        item = worker.submit(lambda _: source.close(), None)
+        try:
+            await item.wait(lambda: None)
+        finally:
+            if item.done:
+                worker.finish()
+        if item.error is not None:
+            raise item.error
 
     async def _run_cleanup(self, part: Callable[[], Awaitable[None]], deadline: float = math.inf) -> None:
         """Run one part of the clean-up to its end: again if a native cancellation, which no shield holds off, cut it.
@@ -590,15 +616,38 @@ class Driver:
             self._changed.set()
         if not pending.isdisjoint(_ENDING):
             self._bus.end_waits()
-        if (
-            Request.TERMINATE in pending
-            and self._loop.feed.is_awaited
-            and self._deadline is None
-            and not self._is_over
-            and self._loop.source.can_be_woken
-        ):
-            self._is_woken = True
-            self._scope.cancel()
+        if Request.TERMINATE in pending and self._waits_for_data:
+            if self._loop.source.can_be_woken:
+                self._wake()
+            elif self._last_wait is None:
+                self._last_wait = anyio.CancelScope(shield=True)
+                self.spawn(self._end_last_wait, lambda: None)
+
+    @property
+    def _waits_for_data(self) -> bool:
+        return self._loop.feed.is_awaited and self._deadline is None and not self._is_over
+
+    def _wake(self) -> None:
+        """Cancel the wait for the next batch."""
+        self._is_woken = True
+        self._scope.cancel()
+
+    async def _end_last_wait(self) -> None:
+        """Cancel the wait for a batch that does not come in half of the grace: the other half is for the clean-up.
+
+        A task of its own. Not at once, since it ends an async generator of the user's, which may be iterated further.
+        """
+        assert self._last_wait is not None, "made with this task"  # noqa: S101
+        with self._last_wait:
+            await anyio.sleep(self._grace / 2)
+            if self._waits_for_data:
+                self._bus.logger.warning(
+                    "the data (%s) gave no batch in the %s seconds after terminate(): the wait is cancelled, which"
+                    " ends an async generator",
+                    self._loop.source.name,
+                    self._grace / 2,
+                )
+                self._wake()
 
 
 def _watch_turns(caller: anyio.TaskInfo) -> Callable[[], bool]:

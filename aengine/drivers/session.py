@@ -20,6 +20,7 @@ from aengine.drivers.services import Service, ServiceEntry, ServiceTasks
 from aengine.drivers.sync import DONE, SUSPENDED, BlockingRunner, runs_in_event_loop
 from aengine.errors import EngineBusy, raise_failures
 from aengine.events import Event
+from aengine.loop.agreement import Agreement
 from aengine.loop.effects import LoopGenerator
 from aengine.loop.loop import Loop
 from aengine.loop.progress import Progress, begin
@@ -113,7 +114,7 @@ class Session:
             if runs_in_event_loop():
                 raise RuntimeError("run_sync() would block the event loop that runs here: write  await engine.run(...)")
             check_whole(prefetch, "prefetch=", minimum=0, of="batches to pull ahead")
-            if self._is_async or prefetch or self.services or self._bus.must_await or adapt(data).is_async:
+            if self._is_async or prefetch or self.services or self._must_await or adapt(data).is_async:
                 anyio.run(self._run, engine, data, limits, prefetch)
             else:
                 self._run_blocking(engine, data, limits)
@@ -181,6 +182,11 @@ class Session:
                 " thread=False says so; what is entered in the step leaves it on the worker",
                 where,
             )
+
+    @property
+    def _must_await(self) -> bool:
+        has_kept_thread = self._loop is not None and self._loop.source.has_kept_thread
+        return has_kept_thread or self._bus.must_await
 
     @contextmanager
     def busy(self) -> Generator[None]:
@@ -373,6 +379,11 @@ class Session:
 
     def _completes_no_more(self) -> bool:
         return self.is_running and self._requests.phase is Phase.IDLE
+
+    def agree_by(self, agreement: Agreement | None) -> None:
+        """Have the runs of this engine do what this agrees on with those of other processes; with None, no more."""
+        self.refuse_running("what it agrees by is set before run()")
+        self._requests.agreement = agreement
 
     def wait_for_body(self, task: int | None) -> None:
         """The loop waits for this task, with the body of an `iterate()`; None where it waits no longer."""

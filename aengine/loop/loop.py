@@ -6,6 +6,7 @@ thrown the exception. Its driver decides where it runs: on the event loop, on a 
 
 import warnings
 from collections.abc import Awaitable, Callable, Generator
+from dataclasses import replace
 from time import perf_counter
 from types import CoroutineType, GeneratorType
 from typing import Any
@@ -70,6 +71,7 @@ class Loop:
         self._restore_rng = restore_rng
         self._has_other_data = False  # the data was replaced during the epoch: there may now be events of it, or none
         self._first = progress.iteration
+        self._is_agreeing = False  # with other processes; also where that has failed
         self._others_had_a_turn: Callable[[], bool] | None = None
         self._next_yield = perf_counter() + BUDGET
         # Of what steps return, the types that are not awaitable: asking `inspect` costs as much as a whole iteration.
@@ -154,7 +156,7 @@ class Loop:
             yield from self._close(gently=True, exits=True)
         except GeneratorExit:  # an interrupted engine is given up: nothing can be awaited any more
             self.feed.unread_batch()
-            self.source.close()
+            self.source.give_up()
             raise
         except BaseException as error:  # noqa: BLE001 -- raised again, or the reason of it
             failure = self._failure_of(error)
@@ -244,6 +246,8 @@ class Loop:
         watch.weight, bus.next_count = 0, ALWAYS  # the epoch before may have ended at this very iteration
         is_timed, mark, batch = False, 0.0, END
         usual: type | None = None  # what the step has returned last, if that is not to be awaited
+        # Where processes agree, each iteration is one in which there is more to do: `bus.next_count` stays where it is.
+        must_agree, last_output = requests.agreement is not None, None
         try:
             while (iteration := state.iteration) < end:
                 state.batch = None  # so that its memory is free before the next one comes
@@ -253,14 +257,18 @@ class Loop:
                         getting, got, started, completed = self._topics_of_an_iteration()
                     if is_timed := iteration >= watch.next_reading:
                         watch.read(iteration)
-                        bus.next_count = min(
-                            watch.next_reading, getting.next_count, got.next_count, started.next_count - 1
+                        bus.next_count = (
+                            ALWAYS
+                            if must_agree
+                            else min(watch.next_reading, getting.next_count, got.next_count, started.next_count - 1)
                         )
                     if iteration >= getting.next_count:
                         if (rest := getting.dispatch(engine, iteration)) is not None:
                             yield from rest
                         if requests.pending:
                             yield from self._serve_requests(between_steps=False)
+                    if must_agree:
+                        last_output = state.output
                     if is_timed:
                         mark = perf_counter()
                 try:
@@ -271,6 +279,8 @@ class Loop:
                         feed.is_awaited = True
                         batch = yield NextBatch(feed.source.arrival())
                         feed.is_awaited = False
+                        if batch is PENDING:
+                            batch = yield from feed.fetch()
                 except (StopIteration, StopAsyncIteration):
                     batch = END
                 except BaseException as error:
@@ -285,6 +295,11 @@ class Loop:
                 if is_busy:
                     if is_timed:
                         watch.data += (perf_counter() - mark) * watch.weight
+                    if must_agree:
+                        batch = yield from self._agree_to_step(batch, last_output)
+                        state.batch, last_output = None if batch is END else batch, None
+                        if batch is END:
+                            break
                     if iteration >= got.next_count:
                         if (rest := got.dispatch(engine, iteration)) is not None:
                             yield from rest
@@ -374,6 +389,11 @@ class Loop:
 
     def _meet_end_of_data(self) -> Generator[Awaitable[Any] | Effect, Any, Any]:
         """Restart the data and return its first batch; END if it ends an epoch whose length was not known."""
+        if self._requests.agreement is not None:
+            yield from self._agree(has_batch=False)
+        return (yield from self._end_pass())
+
+    def _end_pass(self) -> Generator[Awaitable[Any] | Effect, Any, Any]:
         if self.feed.end(self.completed):
             return END
         yield from self._tell_end_of_data()
@@ -404,6 +424,42 @@ class Loop:
         if state.max_epochs is None or state.epoch_length is None:
             return True
         return fetched < state.epoch_start + state.epoch_length * (state.max_epochs - state.epoch + 1)
+
+    # Agreeing with other processes
+
+    def _agree(self, *, has_batch: bool, error: BaseException | None = None) -> Generator[Any, Any, bool]:
+        """Have what all processes agree on be served here, too. Returns whether all have a batch."""
+        requests = self._requests
+        wishes = requests.wishes(self._state.iteration + 1, has_batch=has_batch)
+        assert requests.agreement is not None, "looked at by the caller"  # noqa: S101
+        self._is_agreeing = True  # what it raises ends it for this process: it is not asked once more
+        agreed: Any = requests.agreement.agree(wishes if error is None else replace(wishes, error=error))
+        if is_awaitable(agreed):
+            agreed = yield agreed
+        self._is_agreeing = False
+        if error is None:
+            requests.agree(agreed)
+            yield from self._serve_requests(between_steps=False)
+        return bool(agreed.has_batch)
+
+    def _agree_to_step(self, batch: Any, last_output: Any) -> Generator[Any, Any, Any]:
+        """Return the batch to step on: this one; or, where the data of another process has ended, one of the next pass.
+
+        END if that is the end of the epoch. One-shot data keeps its batch for the next run.
+        """
+        while batch is not END:
+            self.feed.in_hand = batch
+            do_all_have_one = yield from self._agree(has_batch=True)
+            if do_all_have_one:
+                self.feed.in_hand = END
+                break
+            self._bus.logger.info("the pass over the data ends: another process has no batch for this iteration")
+            self._state.batch, self._state.output = None, last_output
+            self.feed.in_hand = END
+            batch = yield from self._end_pass()
+            if batch is not END:
+                self._state.output = None
+        return batch
 
     # Events and requests
 
@@ -456,7 +512,7 @@ class Loop:
 
     def _fire_requested(self) -> LoopGenerator:
         to_fire = self._requests.to_fire
-        for _ in range(len(to_fire)):  # not those that are requested meanwhile, which may have no end
+        for _ in range(self._requests.calls):  # not those that are requested meanwhile, which may have no end
             if to_fire:
                 firing = to_fire.popleft()
                 yield from self._dispatch(firing.event, firing.payload)
@@ -468,7 +524,8 @@ class Loop:
         yield from self._fire_requested()
 
     def _flush(self) -> LoopGenerator:
-        if self._bus.has_company:  # else there is nothing to wait for, and a driver on a worker need not be asked
+        # Else there is nothing to wait for, and a worker need not hand over to the event loop for it.
+        if self._bus.has_company or Request.RAISE_FAILURE in self._requests.pending:
             yield Effect.FLUSH
 
     def _suspend(self) -> LoopGenerator:
@@ -486,7 +543,7 @@ class Loop:
 
     def _topics_of_an_iteration(self) -> tuple[Topic, Topic, Topic, Topic]:
         bus = self._bus
-        never_fired = Topic("", bus)
+        never_fired = bus.topic("")
         has_data = self.source.data is not None
         getting = bus.topic("GET_BATCH_STARTED") if has_data else never_fired
         got = bus.topic("GET_BATCH_COMPLETED") if has_data else never_fired
@@ -515,6 +572,12 @@ class Loop:
         if not is_cancellation:
             self._state.error = ErrorInfo.of(error)
         self._requests.enter(Phase.ENDING_EPOCH)
+        if self._requests.agreement is not None and not self._is_agreeing:
+            yield Effect.SHIELD
+            try:
+                yield from self._agree(has_batch=False, error=error)
+            except Exception as another:  # noqa: BLE001 -- the others are not to wait; it is raised with the first
+                self.also_raised.append(another)
         if error is self.feed.empty:
             yield from self._accept_no_more()
             return
