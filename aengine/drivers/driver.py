@@ -178,8 +178,13 @@ class Driver:
         context = RunContext(
             handle, self.spawn, self._fail_of_data, self._settings, self._prefetch, loop.can_use, self._grace
         )
-        others_had_a_turn = None if self._worker is not None else _watch_turns(self._caller)
-        loop.attach(context, self._cancelled, self._explain, others_had_a_turn)
+        if self._worker is None:
+            may_go_on: Callable[[], bool] | None = _watch_turns(self._caller)
+        else:
+            # Nothing waits for a turn there. But the worker would go on to the end of the run, though the event loop
+            # was closed: a task that is still pending then is just dropped.
+            may_go_on = partial(_is_open, handle) if handle.is_of_asyncio else None
+        loop.attach(context, self._cancelled, self._explain, may_go_on, self._is_given_up)
         self._bus.attach(handle)
         # Posted even from the loop's own thread: a signal handler interrupts select(), which sleeps again unless woken.
         # A weak reference: the scheduled callback lives one more turn of the event loop, and would keep the engine.
@@ -258,6 +263,35 @@ class Driver:
         """Whether a step is still running, since the user no longer wanted to wait for it."""
         return self._worker is not None and self._worker.item is not None
 
+    @property
+    def is_deserted(self) -> bool:
+        """Whether the event loop was closed before the end of the run, which nothing continues any more."""
+        return self._loop_handle.is_closed
+
+    @property
+    def is_at_work(self) -> bool:
+        """Whether a step is still running, though the run was given up."""
+        return self._worker is not None and self._worker.is_at_work
+
+    def desert(self) -> None:
+        """The event loop was closed before the end of the run: have the step in flight be the last one."""
+        self._is_over = True
+        self._requests.wake_by(None)
+        if self.is_at_work:
+            self._requests.return_to_driver()
+        self._services.desert()
+
+    def leave(self) -> None:
+        """Let go of a run that was given up, whose last step has ended."""
+        self._loop.detach()
+        self._bus.attach(None)
+        if self._worker is not None:
+            self._worker.leave()
+        self._outcome.clear()
+
+    def _is_given_up(self) -> bool:
+        return self.is_deserted or (self._is_over and self.is_at_work)
+
     def worker_for(self, task: int) -> RunWorker | None:
         """Return this run's worker if it is idle because this very task, in an inline handler, runs another engine."""
         return self._worker if self._worker is not None and self._worker.is_idle and task == self._task else None
@@ -279,18 +313,19 @@ class Driver:
             self._outcome.add_cancellation(error)
         finally:
             self._is_over = True
-            self._subscribers.start_no_more()
-            if self._last_wait is not None:
-                self._last_wait.cancel()
-            try:
-                if self._must_wait_at_end:
-                    with anyio.CancelScope(shield=True):
-                        await self._close()
-                else:
-                    self._subscribers.end_nowait()
-                self._end_worker()
-            finally:
-                self._has_ended.set()
+            if not self.is_deserted:  # else this task is being dropped, and can await nothing any more
+                self._subscribers.start_no_more()
+                if self._last_wait is not None:
+                    self._last_wait.cancel()
+                try:
+                    if self._must_wait_at_end:
+                        with anyio.CancelScope(shield=True):
+                            await self._close()
+                    else:
+                        self._subscribers.end_nowait()
+                    self._end_worker()
+                finally:
+                    self._has_ended.set()
 
     def _never_started(self) -> None:
         self._has_ended.set()
@@ -648,6 +683,10 @@ class Driver:
                     self._grace / 2,
                 )
                 self._wake()
+
+
+def _is_open(handle: EventLoopHandle) -> bool:
+    return not handle.is_closed
 
 
 def _watch_turns(caller: anyio.TaskInfo) -> Callable[[], bool]:

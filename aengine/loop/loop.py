@@ -73,6 +73,7 @@ class Loop:
         self._first = progress.iteration
         self._is_agreeing = False  # with other processes; also where that has failed
         self._others_had_a_turn: Callable[[], bool] | None = None
+        self._is_given_up: Callable[[], bool] | None = None
         self._next_yield = perf_counter() + BUDGET
         # Of what steps return, the types that are not awaitable: asking `inspect` costs as much as a whole iteration.
         self._plain_types: set[type] = set()
@@ -83,24 +84,27 @@ class Loop:
         cancelled: type[BaseException],
         explain: Callable[[BaseException], BaseException],
         others_had_a_turn: Callable[[], bool] | None,
+        is_given_up: Callable[[], bool],
     ) -> None:
         """A driver on an event loop begins to advance this. Raises as `Source.attach` does.
 
         `cancelled` is what a cancellation raises there. `explain` returns the failure to report for an error: another
         one for a cancellation of something else, which the user's code has let out. `others_had_a_turn` returns whether
-        other tasks had a turn since it was called before; it is None where the loop does not run on the event loop's
-        own thread.
+        other tasks had a turn since it was called before, or on the worker whether there is still an event loop.
+        `is_given_up` returns whether nothing is left that would hear of an error.
         """
         self.source.attach(run)
         if cancelled not in self.cancellations:
             self.cancellations += (cancelled,)
         self._explain = explain
         self._others_had_a_turn = others_had_a_turn
+        self._is_given_up = is_given_up
 
     def detach(self) -> None:
         """The driver is at its end."""
         self.source.attach(None)
-        self._explain = None  # which refers to the driver: no cycle may hold the engine
+        # Which refer to the driver: no cycle may hold the engine.
+        self._explain = self._is_given_up = self._others_had_a_turn = None
 
     @property
     def source(self) -> Source:
@@ -571,6 +575,8 @@ class Loop:
         self._state.stop_reason = StopReason.CANCELLED if is_cancellation else StopReason.FAILED
         if not is_cancellation:
             self._state.error = ErrorInfo.of(error)
+            if self._is_given_up is not None and self._is_given_up():
+                self._bus.logger.error("engine %r failed after its run was given up", self._bus.name, exc_info=error)
         self._requests.enter(Phase.ENDING_EPOCH)
         if self._requests.agreement is not None and not self._is_agreeing:
             yield Effect.SHIELD

@@ -53,14 +53,32 @@ class EventLoopHandle:
         return self._post == other._post  # noqa: SLF001 -- another of this class
 
     @property
+    def is_closed(self) -> bool:
+        """Whether the event loop has ended for good. From any thread; on trio it wakes the event loop."""
+        if self._is_asyncio:
+            return bool(self._native.is_closed())
+        try:
+            self._post(int)
+        except RuntimeError:  # trio's RunFinishedError
+            return True
+        return False
+
+    @property
     def is_here(self) -> bool:
         """Whether this is the event loop's thread."""
         return threading.get_ident() == self.thread
 
     def call(self, function: Callable[[], object]) -> None:
-        """Call `function` on the event loop's thread: now if this is it, else soon. Never waits, never raises."""
+        """Call `function` on the event loop's thread: now if this is it, else soon. Never waits.
+
+        Raises what it raises, if it is called now. On an event loop that has ended nothing is called.
+        """
         if self.is_here:
-            function()
+            try:
+                function()
+            except RuntimeError:
+                if not self.is_closed:
+                    raise
         else:
             self.post(function)
 
