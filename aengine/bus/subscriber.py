@@ -7,7 +7,6 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import anyio
-import anyio.to_thread
 
 from aengine.arguments import check_choice, check_whole
 from aengine.bus.dispatch import reading
@@ -17,6 +16,7 @@ from aengine.callables import check_callable, is_async_callable, is_awaitable, n
 from aengine.errors import StrayCancellation
 from aengine.events import Event, Selector
 from aengine.statistics import ListenerStatistics
+from aengine.threads.dedicated import DedicatedThread, wait_until_done
 from aengine.threads.event_loop import EventLoopHandle
 from aengine.threads.guarded import guarded
 
@@ -109,7 +109,7 @@ class Subscriber(Subscription):
         self._is_async = is_async_callable(handler)
         self._isolated = on_error == "log"
         self._scope: anyio.CancelScope | None = None
-        self._limiter: anyio.CapacityLimiter | None = None
+        self._thread: DedicatedThread | None = None  # of a plain handler, while it makes no call
         self._turn_began = 0.0
 
     async def consume(self, loop_handle: EventLoopHandle, fail: Fail) -> None:
@@ -118,7 +118,6 @@ class Subscriber(Subscription):
         Shielded: what was accepted before a cancellation is still handled. `cancel()` ends it all the same.
         """
         reading.set(self.inbox)
-        self._limiter = anyio.CapacityLimiter(1)  # not the application's: a slow handler takes none of its threads
         is_done = False
 
         async def consume() -> None:
@@ -129,6 +128,9 @@ class Subscriber(Subscription):
 
         await guarded(consume, fail, self._stray)
         self._scope = None
+        if (thread := self._thread) is not None:
+            self._thread = None
+            thread.stop()  # it is idle: microseconds
         if not is_done:  # nothing takes from this inbox any more, so nothing may wait for room in it
             self.inbox.close_nowait(discard=True)
 
@@ -189,10 +191,21 @@ class Subscriber(Subscription):
         return self._isolated
 
     async def _handle_in_thread(self, event: Event) -> None:
-        def call() -> tuple[Any]:  # wrapped: trio refuses a coroutine that comes out of a thread
-            return (self.handler(event),)
-
-        (result,) = await anyio.to_thread.run_sync(call, abandon_on_cancel=True, limiter=self._limiter)
+        # A thread of its own, not one of anyio's: a slow handler takes none of the application's threads, and one that
+        # never returns does not keep the process from ending.
+        thread, self._thread = self._thread or DedicatedThread(f"aengine {self.name}"), None
+        future = thread.submit(self.handler, event)
+        try:
+            await wait_until_done(future)
+        finally:
+            if future.done():
+                self._thread = thread
+            else:  # cancelled: the call, and its thread, are left to end by themselves
+                thread.abandon()
+        try:
+            result = future.result()
+        finally:
+            del future  # holds the error, whose traceback holds this frame
         if result is not None and is_awaitable(result):
             await result
 

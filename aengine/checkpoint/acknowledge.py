@@ -4,13 +4,11 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, cast
 
-import anyio
-import anyio.to_thread
-
 from aengine.callables import is_async_callable, is_awaitable, name_of
 from aengine.checkpoint.events import CheckpointCommitted
 from aengine.checkpoint.writer import Saving
 from aengine.engine import Engine, session_of
+from aengine.threads.dedicated import DedicatedThread
 
 
 class Acknowledgements:
@@ -70,10 +68,11 @@ async def _call(acknowledge: Callable[[Any], Any], position: Any) -> None:
         await acknowledge(position)
         return
 
-    def call() -> tuple[Any]:  # wrapped: trio refuses a coroutine that comes out of a thread
-        return (acknowledge(position),)
-
-    # A limiter of its own: a slow broker takes none of the application's threads.
-    (result,) = await anyio.to_thread.run_sync(call, abandon_on_cancel=True, limiter=anyio.CapacityLimiter(1))
+    # A thread of its own: a slow broker takes none of the application's, and one that hangs holds up no exit.
+    thread = DedicatedThread("aengine acknowledge")
+    try:
+        result = await thread.call(acknowledge, position)
+    finally:
+        thread.abandon()
     if result is not None and is_awaitable(result):
         await result

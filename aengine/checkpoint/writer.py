@@ -132,7 +132,13 @@ class Writer:
             with self._store.begin(about["step"]) as draft:
                 about["extra"] |= self._contents.write(staged, draft, is_stopped)
                 until_permitted()
-                info = draft.commit(**about)
+                try:
+                    info = draft.commit(**about)
+                except ValueError as error:  # as where names of metrics are far too long
+                    raise CheckpointNotWritten(
+                        f"the checkpoint of step {about['step']} was not written: its manifest could not be read back."
+                        f" {error}"
+                    ) from error
         except Stopped as error:
             raise CheckpointNotWritten(
                 f"the checkpoint of step {about['step']} was not written: it was given up with the run, whose grace was"

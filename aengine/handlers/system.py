@@ -16,7 +16,6 @@ from time import perf_counter
 from typing import Any
 
 import anyio
-import anyio.to_thread
 
 from aengine.arguments import check_interval
 from aengine.drivers.services import Service
@@ -24,6 +23,7 @@ from aengine.engine import Engine
 from aengine.events import EventEnum, Events
 from aengine.extras import missing_package
 from aengine.handlers.attachment import Attachment
+from aengine.threads.dedicated import DedicatedThread
 
 try:
     import psutil  # type: ignore[import-untyped]  # its stubs are a distribution of their own
@@ -45,7 +45,7 @@ class SystemEvents(EventEnum):
 
     Attributes:
         SYSTEM_SAMPLED: there are new numbers. Fired on the event loop, beside the step: for its handlers the engine may
-            be in the middle of a step.
+            be in the middle of a step. The payload has them, by name, as `SystemStatistics.values` returns them.
     """
 
     SYSTEM_SAMPLED = "system_sampled"
@@ -113,21 +113,20 @@ class _Sampler(Service):
         self._is_ending = False
 
     async def serve(self, engine: Any) -> None:
-        machine = _Machine()
+        # A thread that is abandoned at the end of the run: neither that nor the process waits for a GPU's driver that
+        # hangs, and such a driver takes none of the application's threads.
+        machine, thread = _Machine(), DedicatedThread("aengine system statistics")
         try:
             while not self._is_ending:
-                # Abandoned at the end of the run, which must not wait for a GPU's driver that hangs; with a limiter of
-                # its own, so that such a driver takes none of the application's threads.
-                self.values = await anyio.to_thread.run_sync(
-                    machine.read, abandon_on_cancel=True, limiter=anyio.CapacityLimiter(1)
-                )
+                self.values = await thread.call(machine.read)
                 if not self._is_ending:
-                    await engine.emit(SystemEvents.SYSTEM_SAMPLED)
+                    await engine.emit(SystemEvents.SYSTEM_SAMPLED, dict(self.values))
                 await anyio.sleep(self._seconds)
         except Exception as error:
             error.add_note(f"in the system statistics of engine {engine.name!r}")
             raise
         finally:
+            thread.abandon()
             machine.close()
 
 

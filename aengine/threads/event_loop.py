@@ -7,9 +7,9 @@ import sys
 import threading
 from collections.abc import Awaitable, Callable, Generator
 from contextlib import contextmanager, suppress
-from contextvars import copy_context
+from contextvars import Context, copy_context
 from functools import partial, wraps
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any, Self, cast
 
 import anyio
@@ -22,13 +22,15 @@ class EventLoopHandle:
 
     Attributes:
         thread: the identifier of the event loop's thread.
+        token: anyio's name of the event loop.
         turn: `await turn()` gives other tasks one turn. Cancellable.
     """
 
-    __slots__ = ("_context", "_is_asyncio", "_native", "_post", "thread", "turn")
+    __slots__ = ("_context", "_is_asyncio", "_native", "_post", "thread", "token", "turn")
 
     def __init__(self) -> None:
-        native: Any = current_token().native_token
+        self.token = current_token()
+        native: Any = self.token.native_token
         self._native = native
         self._is_asyncio = hasattr(native, "call_soon_threadsafe")
         self._post: Callable[..., object] = native.call_soon_threadsafe if self._is_asyncio else native.run_sync_soon
@@ -40,6 +42,11 @@ class EventLoopHandle:
         # sniffio says that no event loop runs, so that anyio's calls would fail in them.
         self._context = copy_context()
         self.thread = threading.get_ident()
+
+    @property
+    def is_of_asyncio(self) -> bool:
+        """Whether this is asyncio's, or one like it, and not trio's."""
+        return self._is_asyncio
 
     def is_same(self, other: "EventLoopHandle") -> bool:
         """Whether the other one is of the same event loop."""
@@ -77,10 +84,12 @@ class EventLoopHandle:
             self._post(function)
 
     @property
-    def call_later_if_deaf_to_signals(self) -> Callable[..., object] | None:
-        """Return asyncio's `call_later()`, where signals are handled and do not wake the event loop."""
-        is_deaf = self._is_asyncio and self.thread == threading.main_thread().ident
-        return self._native.call_later if is_deaf else None
+    def call_later(self) -> Callable[[float, Callable[[], object]], object]:
+        """What calls a function, which must not raise, in so many seconds. On the event loop's thread.
+
+        It may outlive the run that gets it, and so it holds no context: in that there may be a run, and its engine.
+        """
+        return partial(self._native.call_later, context=Context()) if self._is_asyncio else _call_later_on_trio
 
     def start(
         self,
@@ -109,9 +118,9 @@ class EventLoopHandle:
 
         group.start_soon(task, name=name)
         if self._is_asyncio:
-            # A new task's first step is scheduled by start_soon(), and what is posted after it is called after it. By
+            # A new task's first step is scheduled by start_soon(), and what is called soon after it comes after it. By
             # then the task has started, or it never will. On trio every task starts, cancelled or not.
-            self.post(look)
+            self.call_soon(look)
 
     @contextmanager
     def woken_by_signals(self) -> Generator[None]:
@@ -142,6 +151,16 @@ class EventLoopHandle:
             self._native.remove_reader(reader)
             os.close(reader)
             os.close(writer)
+
+
+def _call_later_on_trio(seconds: float, function: Callable[[], object]) -> None:
+    trio: Any = sys.modules["trio"]
+
+    async def call() -> None:
+        await trio.sleep(seconds)
+        function()
+
+    trio.lowlevel.spawn_system_task(call, name="aengine timer")  # cancelled at the end of the event loop
 
 
 class TickCounter:
@@ -192,53 +211,59 @@ class TickCounter:
 _tick_counter: RunVar[TickCounter] = RunVar("aengine_tick_counter")
 
 
-class Wakeups:
-    """Has an event loop take a turn every now and then, as long as runs are under way on it.
+class Interrupts:
+    """Tells those that wait for something which cannot be stopped that the user no longer wants to wait: by Ctrl-C.
 
-    A signal handler that calls `loop.call_soon(task.cancel)`, as the stop button of a notebook does, does not wake
-    asyncio: Python resumes `select()` after it. With a plain step nothing else may wake it before the end of the run.
-    Signals are handled in the main thread, and trio is woken by each. So elsewhere this does nothing.
+    At a second Ctrl-C `asyncio.run()` cancels every task once more, natively, which no shield holds off. trio raises
+    it in its main task only, which waits for the others. So there SIGINT is handled here, too, as long as something
+    waits, and then handed on. `stop_on_signals` calls `notify()` by itself.
 
     One for each event loop, shared by its engines. All of it is called on the event loop's thread.
     """
 
-    SECONDS = 0.25
-    """From one turn to the next."""
-
     @classmethod
-    def here(cls, loop_handle: EventLoopHandle) -> Self:
+    def here(cls) -> Self:
         """Return that of the event loop that runs here."""
         try:
-            return cast(Self, _wakeups.get())
+            return cast(Self, _interrupts.get())
         except LookupError:
-            wakeups = cls(loop_handle)
-            _wakeups.set(wakeups)
-            return wakeups
+            interrupts = cls()
+            _interrupts.set(interrupts)
+            return interrupts
 
-    def __init__(self, loop_handle: EventLoopHandle) -> None:
-        self._call_later = loop_handle.call_later_if_deaf_to_signals
-        self._runs = 0
-        self._is_scheduled = False
+    def __init__(self) -> None:
+        self._loop_handle = EventLoopHandle()
+        self._waiting: list[Callable[[], object]] = []
+        self._handler = self._handle  # the very object, by which it is found again
+        self._before: Any = None
+        self._must_handle = (
+            not self._loop_handle.is_of_asyncio and threading.current_thread() is threading.main_thread()
+        )
 
-    def start(self) -> None:
-        """A run begins."""
-        self._runs += 1
-        if not self._is_scheduled and self._call_later is not None:
-            self._is_scheduled = True
-            self._call_later(self.SECONDS, self._wake)
+    def add(self, notify: Callable[[], object]) -> None:
+        """Have this called at each Ctrl-C from now on."""
+        self._waiting.append(notify)
+        if self._must_handle and callable(before := signal.getsignal(signal.SIGINT)) and before is not self._handler:
+            self._before = before
+            signal.signal(signal.SIGINT, self._handler)
 
-    def stop(self) -> None:
-        """A run has ended."""
-        self._runs -= 1
+    def remove(self, notify: Callable[[], object]) -> None:
+        """Call it no more."""
+        self._waiting.remove(notify)
+        if not self._waiting and self._must_handle and signal.getsignal(signal.SIGINT) is self._handler:
+            signal.signal(signal.SIGINT, self._before)
 
-    def _wake(self) -> None:
-        self._is_scheduled = False
-        if self._runs and self._call_later is not None:
-            self._is_scheduled = True
-            self._call_later(self.SECONDS, self._wake)
+    def notify(self) -> None:
+        """The user no longer wants to wait."""
+        for notify in tuple(self._waiting):
+            notify()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self._loop_handle.post(self.notify)
+        self._before(number, frame)
 
 
-_wakeups: RunVar[Wakeups] = RunVar("aengine_wakeups")
+_interrupts: RunVar[Interrupts] = RunVar("aengine_interrupts")
 
 
 class ThreadSafeEvent:

@@ -3,7 +3,8 @@
 import sys
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
-from contextvars import Context, copy_context
+from contextvars import Context, ContextVar, Token, copy_context
+from operator import is_
 from typing import Any
 
 
@@ -13,6 +14,67 @@ def context_for_thread() -> Context:
     if sniffio := sys.modules.get("sniffio"):  # it keeps in the context which event loop runs, and none runs there
         context.run(sniffio.current_async_library_cvar.set, None)
     return context
+
+
+class ContextFollower:
+    """Repeats in the current context what was changed in another: of two that take turns, each follows the other.
+
+    Two threads cannot be in one context at once, and the token of `ContextVar.set()` is good only where it was made. So
+    each keeps its own context, and values are copied where one waits for the other.
+    """
+
+    def __init__(self, other: Context) -> None:
+        """Follow another context from here, a copy of it, on."""
+        self._seen = dict(other)
+        self._variables, self._values = tuple(self._seen), tuple(self._seen.values())
+        self._tokens: dict[ContextVar[Any], Token[Any]] = {}
+
+    def is_behind(self, other: Context) -> bool:
+        """Say whether something was set there since the last time. `other` is a copy."""
+        # By identity, since values may have an equality of their own, as tensors. Most often nothing has changed, and
+        # then both have the same order.
+        variables = self._variables
+        return not (
+            len(variables) == len(other)
+            and all(map(is_, variables, other))
+            and all(map(is_, self._values, other.values()))
+        )
+
+    def follow(self, other: Context) -> None:
+        """Set here what was set there since the last time. `other` is a copy."""
+        before, self._seen = self._seen, dict(other)
+        self._variables, self._values = tuple(self._seen), tuple(self._seen.values())
+        for variable, value in other.items():
+            if value is not before.get(variable, _UNSET) and value is not variable.get(_UNSET):
+                if variable.name == "current_async_library_cvar":  # sniffio's, which is right on each side
+                    continue
+                token = variable.set(value)
+                if token.old_value is Token.MISSING:  # the only way to have a variable unset again
+                    self._tokens[variable] = token
+        for variable in before:
+            if variable not in other and variable.get(_UNSET) is not _UNSET and variable in self._tokens:
+                variable.reset(self._tokens.pop(variable))
+
+
+class SharedContext:
+    """The context variables of a run: those of its task on the event loop, and those of its worker.
+
+    Attributes:
+        context: the worker's, in which everything on it runs.
+        of_task: follows the worker in the task.
+        of_worker: follows the task on the worker.
+    """
+
+    __slots__ = ("context", "of_task", "of_worker")
+
+    def __init__(self, context: Context) -> None:
+        """Called in the task, with a context of `context_for_thread()`."""
+        self.context = context
+        self.of_task = ContextFollower(context.copy())
+        self.of_worker = ContextFollower(copy_context())
+
+
+_UNSET = object()
 
 
 def bound_to_this_thread() -> str | None:

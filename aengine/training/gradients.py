@@ -30,7 +30,8 @@ class GradientEvents(EventEnum):
 
     Attributes:
         GRADIENTS_MEASURED: in the iteration just completed a step of the optimizer was measured. Its handlers run
-            before those of ITERATION_COMPLETED that were added after the statistics were attached.
+            before those of ITERATION_COMPLETED that were added after the statistics were attached. The payload is what
+            was measured, by name, as `GradientStatistics.values` returns it.
     """
 
     GRADIENTS_MEASURED = "gradients_measured"
@@ -178,7 +179,7 @@ class GradientStatistics:
     def _report(self, engine: Engine[Any, Any]) -> None:
         if self._is_new:
             self._is_new = False
-            engine.fire_event(GradientEvents.GRADIENTS_MEASURED)
+            engine.fire_event(GradientEvents.GRADIENTS_MEASURED, self.values())
 
 
 class _Measures(NamedTuple):

@@ -43,7 +43,8 @@ class UpdateEvents(EventEnum):
         OPTIMIZER_STEPPED: the optimizer was stepped, after a complete group of batches, or after the last group of an
             epoch, which may be incomplete. Its handlers run before those of ITERATION_COMPLETED. It counts its own
             firings, for filters. It is fired also where a GradScaler skipped the step because gradients were infinite:
-            finding that out would mean waiting for the device. At this event nothing can be saved.
+            finding that out would mean waiting for the device. At this event nothing can be saved. The payload is the
+            optimizer: an engine may have several.
     """
 
     OPTIMIZER_STEPPED = "optimizer_stepped"
@@ -262,7 +263,7 @@ class Update:
         if self._has_stepped:
             self._has_stepped, self._is_firing = False, True
             try:
-                engine.fire_event(UpdateEvents.OPTIMIZER_STEPPED)
+                engine.fire_event(UpdateEvents.OPTIMIZER_STEPPED, self._optimizer)
             finally:
                 self._is_firing = False
 

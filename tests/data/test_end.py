@@ -250,7 +250,7 @@ def test_empty_data_that_is_set_at_the_end_of_one_shot_data_ends_the_run(
 
 @pytest.mark.parametrize("epoch_length", [2, 3])
 @pytest.mark.parametrize("call", [Engine.terminate, Engine.interrupt])
-def test_run_may_be_ended_at_the_end_of_one_shot_data(call: Callable[[AnyEngine], None], epoch_length: int) -> None:
+def test_run_may_be_ended_at_the_end_of_one_shot_data(call: Callable[[AnyEngine], bool], epoch_length: int) -> None:
     engine = Engine(double)
     end = engine.add_event_handler(Events.DATALOADER_STOP_ITERATION, lambda: call(engine))
     state = engine.run_sync(numbers(2), max_epochs=2, epoch_length=epoch_length)

@@ -75,8 +75,10 @@ def record_values(engine: AnyEngine, statistics: GradientStatistics) -> list[tup
     seen: list[tuple[int, dict[str, float]]] = []
 
     @engine.on(GradientEvents.GRADIENTS_MEASURED)
-    def note(engine: AnyEngine) -> None:
+    def note(engine: AnyEngine, payload: dict[str, torch.Tensor]) -> None:
         values = statistics.values(engine)
+        assert payload.keys() == values.keys()
+        assert all(payload[name] is value for name, value in values.items())
         assert all(one.numel() == 1 for one in values.values())
         seen.append((engine.state.iteration, {name: one.item() for name, one in values.items()}))
 

@@ -152,7 +152,12 @@ async def test_clipping_may_be_a_function_of_the_parameters() -> None:
 def stepped(engine: AnyEngine) -> list[int]:
     """Return the list that is going to hold the iterations at which the optimizer was stepped."""
     seen: list[int] = []
-    engine.add_event_handler(UpdateEvents.OPTIMIZER_STEPPED, lambda engine: seen.append(engine.state.iteration))
+
+    def note(engine: AnyEngine, optimizer: torch.optim.Optimizer) -> None:
+        assert isinstance(optimizer, torch.optim.Optimizer)
+        seen.append(engine.state.iteration)
+
+    engine.add_event_handler(UpdateEvents.OPTIMIZER_STEPPED, note)
     return seen
 
 
