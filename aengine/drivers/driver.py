@@ -272,7 +272,8 @@ class Driver:
         self._services.start(self._group, self._loop_handle)
         try:
             if self._worker is not None:
-                await self._worker.start(None if self._parent is None else self._parent.worker_for(self._caller.id))
+                parent = None if self._parent is None else self._parent.worker_for(self._caller.id)
+                await self._worker.start(parent, self._loop.source.take_thread())
             await self._drive()
         except self._loop.cancellations as error:
             self._outcome.add_cancellation(error)
@@ -287,8 +288,7 @@ class Driver:
                         await self._close()
                 else:
                     self._subscribers.end_nowait()
-                if self._worker is not None and not self._worker.is_shared:
-                    self._worker.stop()
+                self._end_worker()
             finally:
                 self._has_ended.set()
 
@@ -317,9 +317,32 @@ class Driver:
         if not self.is_suspended and not self.has_abandoned:
             # The loop has done so itself, unless it was cancelled in its clean-up.
             await self._run_cleanup(source.aclose, deadline)
+            await self._run_cleanup(self._close_data)
         await self._run_cleanup(source.exit, deadline)
-        if self._worker is not None and self._worker.is_shared:
+        if self._worker is not None:
             await self._run_cleanup(self._worker.give_back)
+
+    def _end_worker(self) -> None:
+        worker, source = self._worker, self._loop.source
+        if worker is not None and self.is_suspended and source.belongs_to_thread:
+            source.keep_thread(worker.keep())
+        elif worker is not None:
+            worker.stop()
+
+    async def _close_data(self) -> None:
+        """Close plain data on the thread that has pulled it."""
+        source, worker = self._loop.source, self._worker
+        if worker is None or worker.thread is None or not source.is_open:
+            source.close()
+            return
+        item = worker.submit(lambda _: source.close(), None)
+        try:
+            await item.wait(lambda: None)
+        finally:
+            if item.done:
+                worker.finish()
+        if item.error is not None:
+            raise item.error
 
     async def _run_cleanup(self, part: Callable[[], Awaitable[None]], deadline: float = math.inf) -> None:
         """Run one part of the clean-up to its end: again if a native cancellation, which no shield holds off, cut it.

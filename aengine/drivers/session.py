@@ -114,7 +114,7 @@ class Session:
             if runs_in_event_loop():
                 raise RuntimeError("run_sync() would block the event loop that runs here: write  await engine.run(...)")
             check_whole(prefetch, "prefetch=", minimum=0, of="batches to pull ahead")
-            if self._is_async or prefetch or self.services or self._bus.must_await or adapt(data).is_async:
+            if self._is_async or prefetch or self.services or self._must_await or adapt(data).is_async:
                 anyio.run(self._run, engine, data, limits, prefetch)
             else:
                 self._run_blocking(engine, data, limits)
@@ -182,6 +182,11 @@ class Session:
                 " thread=False says so; what is entered in the step leaves it on the worker",
                 where,
             )
+
+    @property
+    def _must_await(self) -> bool:
+        has_kept_thread = self._loop is not None and self._loop.source.has_kept_thread
+        return has_kept_thread or self._bus.must_await
 
     @contextmanager
     def busy(self) -> Generator[None]:

@@ -155,7 +155,7 @@ class Loop:
             yield from self._close(gently=True, exits=True)
         except GeneratorExit:  # an interrupted engine is given up: nothing can be awaited any more
             self.feed.unread_batch()
-            self.source.close()
+            self.source.give_up()
             raise
         except BaseException as error:  # noqa: BLE001 -- raised again, or the reason of it
             failure = self._failure_of(error)
@@ -278,6 +278,8 @@ class Loop:
                         feed.is_awaited = True
                         batch = yield NextBatch(feed.source.arrival())
                         feed.is_awaited = False
+                        if batch is PENDING:
+                            batch = yield from feed.fetch()
                 except (StopIteration, StopAsyncIteration):
                     batch = END
                 except BaseException as error:
@@ -540,7 +542,7 @@ class Loop:
 
     def _topics_of_an_iteration(self) -> tuple[Topic, Topic, Topic, Topic]:
         bus = self._bus
-        never_fired = Topic("", bus)
+        never_fired = bus.topic("")
         has_data = self.source.data is not None
         getting = bus.topic("GET_BATCH_STARTED") if has_data else never_fired
         got = bus.topic("GET_BATCH_COMPLETED") if has_data else never_fired

@@ -245,7 +245,7 @@ UNEVEN = [1.0, 2.0, 3.0, 6.0, 5.0]  # of groups of four: the means 3 and 5; of t
         (UNEVEN, {"epoch_length": 3}, [2.0]),
         (lambda: iter(UNEVEN), {}, [3.0, 5.0]),  # of unknown length
     ],
-    ids=str,
+    ids=["once", "twice", "one", "by iterations", "more iterations", "length given", "length unknown"],
 )
 def test_each_step_is_the_mean_of_its_own_group(data: Any, options: dict[str, Any], expected: list[float]) -> None:
     engine, model = slope_trainer(4)
