@@ -4,7 +4,7 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from functools import partial
-from typing import Any, Generic, TypeVar, overload
+from typing import Any, Generic, NoReturn, TypeVar, overload
 
 from aengine.arguments import check_seconds
 from aengine.bus.emitter import EventEmitter, RemovableEventHandle
@@ -24,6 +24,23 @@ from aengine.statistics import EngineStatistics, ListenerInfo
 Batch = TypeVar("Batch")
 Output = TypeVar("Output")
 Handler = TypeVar("Handler", bound=Callable[..., Any])
+
+
+class InsideOfIgnite:
+    """A name from the inside of pytorch-ignite's engine, which ours does not have: getting it says what to do."""
+
+    _name = ""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, engine: Any, owner: type | None = None) -> NoReturn:
+        raise AttributeError(
+            f"{self._name!r} is inside of pytorch-ignite's engine, and this is aengine's: what looks for it takes"
+            " as_ignite(engine), of aengine.interop.ignite, in place of the engine",
+            name=self._name,
+            obj=engine,
+        )
 
 
 class Engine(Generic[Batch, Output]):
@@ -86,6 +103,21 @@ class Engine(Generic[Batch, Output]):
             insists=thread is True,
             grace=grace,
         )
+
+    # What looks into pytorch-ignite's engine finds the way here. Not by __getattr__: each access would be slower by it.
+    _allowed_events = InsideOfIgnite()
+    _assert_allowed_event = InsideOfIgnite()
+    _dataloader_iter = InsideOfIgnite()
+    _event_handlers = InsideOfIgnite()
+    _fire_event = InsideOfIgnite()
+    _handler_wrapper = InsideOfIgnite()
+    _init_iter = InsideOfIgnite()
+    _internal_run = InsideOfIgnite()
+    _internal_run_generator = InsideOfIgnite()
+    _is_done = InsideOfIgnite()
+    _process_function = InsideOfIgnite()
+    _setup_engine = InsideOfIgnite()
+    _state_dict_user_keys = InsideOfIgnite()
 
     # By name, and not as a property: reading the state, as every handler does, would take several times as long.
     def __setattr__(self, name: str, value: Any) -> None:
@@ -430,7 +462,10 @@ class Engine(Generic[Batch, Output]):
 
     @property
     def last_event_name(self) -> Any:
-        """The event, or its name, that was last dispatched to any listener; None before the first."""
+        """The event, or its name, that was fired last; None before the first.
+
+        The events of an iteration, which are not fired where nothing listens, count if something does.
+        """
         return self._emitter.last_event
 
     @property
@@ -451,7 +486,7 @@ class Engine(Generic[Batch, Output]):
         Args:
             skip_completed: fire no COMPLETED.
         """
-        return self._requests.terminate(skip_completed=skip_completed)
+        return self._session.requests.terminate(skip_completed=skip_completed)
 
     def terminate_epoch(self, *, skip_epoch_completed: bool = False) -> bool:
         """End the epoch before its next step: the data begins again with the next epoch. From any thread or task.
@@ -465,7 +500,7 @@ class Engine(Generic[Batch, Output]):
         Raises:
             RuntimeError: called at STARTED or EPOCH_STARTED, where no iteration has begun.
         """
-        return self._requests.terminate_epoch(skip_epoch_completed=skip_epoch_completed)
+        return self._session.requests.terminate_epoch(skip_epoch_completed=skip_epoch_completed)
 
     def interrupt(self) -> bool:
         """Leave the run before its next step, to go on with the very next event at the next `run()`.
@@ -473,7 +508,7 @@ class Engine(Generic[Batch, Output]):
         Returns whether a run is under way that is left by this. Without one only `should_interrupt` is set, until the
         next run begins.
         """
-        return self._requests.interrupt()
+        return self._session.requests.interrupt()
 
     def pause(self) -> None:
         """Have the loop wait before its next step, inside `run()`, until `resume()`. From any thread or task."""
@@ -499,22 +534,22 @@ class Engine(Generic[Batch, Output]):
     @property
     def is_paused(self) -> bool:
         """Whether `pause()` was called, and not `resume()` since: the loop waits before its next step."""
-        return Request.PAUSE in self._requests.pending
+        return self._requests.is_requested(Request.PAUSE)
 
     @property
     def should_terminate(self) -> bool:
         """Whether `terminate()` was called since the last run began. The next one clears it."""
-        return Request.TERMINATE in self._requests.pending
+        return self._requests.is_requested(Request.TERMINATE)
 
     @property
     def should_terminate_single_epoch(self) -> bool:
         """Whether `terminate_epoch()` was called and is yet to take effect. The next run clears it."""
-        return Request.TERMINATE_EPOCH in self._requests.pending
+        return self._requests.is_requested(Request.TERMINATE_EPOCH)
 
     @property
     def should_interrupt(self) -> bool:
         """Whether `interrupt()` was called and is yet to take effect. The next run clears it."""
-        return Request.INTERRUPT in self._requests.pending
+        return self._requests.is_requested(Request.INTERRUPT)
 
     # Saving and looking
 

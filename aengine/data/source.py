@@ -70,7 +70,8 @@ class Source:
         self._pass: OpenedData | None = None
         self._is_closed = False
         self._prefetcher: Prefetcher | None = None
-        self._thread: DedicatedThread | None = None  # that pulls plain data ahead, pass after pass, across interruptions
+        # That pulls plain data ahead, pass after pass, across interruptions.
+        self._thread: DedicatedThread | None = None
         self._worker: DedicatedThread | None = None  # that of an interrupted run, which has pulled what is open
         self._making: Future[bool] | None = None  # the call of a function that makes the data, in that thread
         self._begun_in: EventLoopHandle | None = None  # where an async iterator was begun that outlives a run
@@ -226,7 +227,8 @@ class Source:
             run.spawn(self._prefetcher.pull, self._prefetcher.never_started)
         else:
             thread = self._thread_of(run)
-            self._prefetcher = ThreadPrefetcher(buffer, opened, begin, state, thread, _reporter(self._logger, self.name))
+            report = _reporter(self._logger, self.name)
+            self._prefetcher = ThreadPrefetcher(buffer, opened, begin, state, thread, report)
         self.take, self.arrival = self._take_ahead, self._arrival_ahead
 
     def _begin_ahead(self, buffer: Buffer, run: RunContext) -> None:
@@ -261,14 +263,17 @@ class Source:
     @property
     def must_be_awaited(self) -> bool:
         """Whether suspending or closing this takes an await."""
-        return (
-            self._prefetcher is not None or self._thread is not None or self._is_manager or self._is_async_of_ours
-        )
+        return self._prefetcher is not None or self._thread is not None or self._is_manager or self._is_async_of_ours
 
     @property
     def is_open(self) -> bool:
         """Whether `close()` is still to be called."""
         return self._pass is not None
+
+    @property
+    def must_be_closed(self) -> bool:
+        """Whether anything is open, or under way, that `aclose()`, `close()` and `exit()` end."""
+        return self.is_open or self._prefetcher is not None or self._thread is not None or self._managed is not None
 
     def suspend(self, completed: int) -> Generator[Awaitable[None], Any, None]:
         """Stop pulling ahead, but stay where the data stands. Yields what must be awaited; each is cancellable."""
