@@ -289,6 +289,7 @@ class Session:
         self.went_back_to = None
         if self._loop is not None and self._generator is not None:
             self._refuse_other_arguments(data, limits)
+            self._loop.engine = engine
             self._requests.go_on()
             self._bus.start_clock()
             return self._loop, self._generator
@@ -383,6 +384,7 @@ class Session:
         self._bus.stopwatch.stop()
         self._progress = loop.progress()
         if is_suspended:
+            loop.engine = None  # which would otherwise be held by its own generator, until the garbage collector runs
             return
         self._state.last_progress = self._progress
         self._loop = self._generator = None
