@@ -43,7 +43,7 @@ from aengine.errors import (
 from aengine.events import Event, EventEnum, Events, EventsList
 from aengine.signals import stop_on_signals
 from aengine.state import ErrorInfo, State, StopReason
-from aengine.statistics import EngineStatistics
+from aengine.statistics import EngineStatistics, ListenerInfo
 
 __version__ = "0.1.0"
 
@@ -68,6 +68,7 @@ __all__ = [
     "EventsList",
     "HandlerTimeout",
     "InboxOverflow",
+    "ListenerInfo",
     "NotSerializable",
     "Overflow",
     "RemovableEventHandle",

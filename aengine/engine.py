@@ -4,7 +4,7 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from functools import partial
-from typing import Any, Generic, TypeVar, overload
+from typing import Any, Generic, NoReturn, TypeVar, overload
 
 from aengine.arguments import check_seconds
 from aengine.bus.emitter import EventEmitter, RemovableEventHandle
@@ -19,11 +19,28 @@ from aengine.drivers.session import Session
 from aengine.events import AnyEvent, Event, EventEnum
 from aengine.loop.requests import Request, Requests
 from aengine.state import Randomness, State
-from aengine.statistics import EngineStatistics
+from aengine.statistics import EngineStatistics, ListenerInfo
 
 Batch = TypeVar("Batch")
 Output = TypeVar("Output")
 Handler = TypeVar("Handler", bound=Callable[..., Any])
+
+
+class InsideOfIgnite:
+    """A name from the inside of pytorch-ignite's engine, which ours does not have: getting it says what to do."""
+
+    _name = ""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, engine: Any, owner: type | None = None) -> NoReturn:
+        raise AttributeError(
+            f"{self._name!r} is inside of pytorch-ignite's engine, and this is aengine's: what looks for it takes"
+            " as_ignite(engine), of aengine.interop.ignite, in place of the engine",
+            name=self._name,
+            obj=engine,
+        )
 
 
 class Engine(Generic[Batch, Output]):
@@ -40,7 +57,7 @@ class Engine(Generic[Batch, Output]):
             services, closing the data.
 
     Attributes:
-        state: what the loop knows.
+        state: what the loop knows. Another `State` can be assigned between runs: the next one begins anew.
         state_dict_user_keys: the attributes of the state that are saved and loaded with the engine.
         randomness: what saves and restores the states of random number generators, so that a resumed run draws what it
             would have drawn, and shuffled data comes as it came. None for nothing; `aengine.checkpoint` sets it.
@@ -86,6 +103,27 @@ class Engine(Generic[Batch, Output]):
             insists=thread is True,
             grace=grace,
         )
+
+    # What looks into pytorch-ignite's engine finds the way here. Not by __getattr__: each access would be slower by it.
+    _allowed_events = InsideOfIgnite()
+    _assert_allowed_event = InsideOfIgnite()
+    _dataloader_iter = InsideOfIgnite()
+    _event_handlers = InsideOfIgnite()
+    _fire_event = InsideOfIgnite()
+    _handler_wrapper = InsideOfIgnite()
+    _init_iter = InsideOfIgnite()
+    _internal_run = InsideOfIgnite()
+    _internal_run_generator = InsideOfIgnite()
+    _is_done = InsideOfIgnite()
+    _process_function = InsideOfIgnite()
+    _setup_engine = InsideOfIgnite()
+    _state_dict_user_keys = InsideOfIgnite()
+
+    # By name, and not as a property: reading the state, as every handler does, would take several times as long.
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "state" and (session := getattr(self, "_session", None)) is not None:
+            session.replace_state(value)
+        super().__setattr__(name, value)
 
     # Running
 
@@ -400,6 +438,19 @@ class Engine(Generic[Batch, Output]):
         """
         await self._emitter.emit(self, event, payload)
 
+    async def wait_completed(self, iterations: int) -> int:
+        """Wait until so many iterations are completed, in all, and return how many are.
+
+        That is less where the run ended first: the one under way, or, if there is none, the next. From any task, also
+        of another event loop. Cancellable. It costs the run nothing until then.
+
+        Raises:
+            ValueError: `iterations` is no whole number.
+            RuntimeError: the loop waits for the caller, and so would never get there: its step, an inline handler, or
+                data that is not prefetched.
+        """
+        return await self._session.wait_completed(iterations)
+
     async def flush(self) -> None:
         """Wait until every event fired before this call has been handled, and all services are flushed. Cancellable.
 
@@ -411,7 +462,10 @@ class Engine(Generic[Batch, Output]):
 
     @property
     def last_event_name(self) -> Any:
-        """The event, or its name, that was last dispatched to any listener; None before the first."""
+        """The event, or its name, that was fired last; None before the first.
+
+        The events of an iteration, which are not fired where nothing listens, count if something does.
+        """
         return self._emitter.last_event
 
     @property
@@ -478,19 +532,24 @@ class Engine(Generic[Batch, Output]):
         return self._session.is_running
 
     @property
+    def is_paused(self) -> bool:
+        """Whether `pause()` was called, and not `resume()` since: the loop waits before its next step."""
+        return self._requests.is_requested(Request.PAUSE)
+
+    @property
     def should_terminate(self) -> bool:
         """Whether `terminate()` was called since the last run began. The next one clears it."""
-        return Request.TERMINATE in self._requests.pending
+        return self._requests.is_requested(Request.TERMINATE)
 
     @property
     def should_terminate_single_epoch(self) -> bool:
         """Whether `terminate_epoch()` was called and is yet to take effect. The next run clears it."""
-        return Request.TERMINATE_EPOCH in self._requests.pending
+        return self._requests.is_requested(Request.TERMINATE_EPOCH)
 
     @property
     def should_interrupt(self) -> bool:
         """Whether `interrupt()` was called and is yet to take effect. The next run clears it."""
-        return Request.INTERRUPT in self._requests.pending
+        return self._requests.is_requested(Request.INTERRUPT)
 
     # Saving and looking
 
@@ -520,6 +579,10 @@ class Engine(Generic[Batch, Output]):
     def statistics(self) -> EngineStatistics:
         """Return where the time goes, and what becomes of the events. Cheap; at any time, from any thread."""
         return self._session.statistics()
+
+    def listeners(self) -> tuple[ListenerInfo, ...]:
+        """Return what listens, and to what: inline handlers event by event, then subscribers, then open streams."""
+        return self._emitter.listeners()
 
     def __repr__(self) -> str:
         at = self.state

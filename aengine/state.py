@@ -48,6 +48,9 @@ class ErrorInfo:
         return cls(type(error).__name__, message, "".join(format_exception(error)))
 
 
+_SHOWN = (int, float, str, Enum, type(None))
+"""The types of values that are shown as they are."""
+
 # The counters that filters of these events look at. Any other event counts its own firings.
 COUNTERS: Mapping[str, str] = {
     "GET_BATCH_STARTED": "iteration",
@@ -67,6 +70,9 @@ class State:
     Attributes:
         iteration: iterations begun so far; while one runs, its number, from 1.
         epoch: epochs begun so far; while one runs, its number, from 1.
+        iterations_completed: iterations whose step has returned: one less than `iteration` during a step, and after one
+            that failed.
+        epochs_completed: epochs whose end was met. At EPOCH_COMPLETED that epoch is one of them.
         epoch_start: the value of `iteration` when the epoch under way began. At EPOCH_STARTED of an epoch
             that is resumed in its middle, `iteration` is larger than this.
         epoch_length: iterations in an epoch; None until it is known.
@@ -91,6 +97,8 @@ class State:
     def __init__(self, **attributes: Any) -> None:
         self.iteration: int = 0
         self.epoch: int = 0
+        self.iterations_completed: int = 0
+        self.epochs_completed: int = 0
         self.epoch_start: int = 0
         self.epoch_length: int | None = None
         self.max_epochs: int | None = None
@@ -112,7 +120,7 @@ class State:
     @property
     def dataloader(self) -> Any:
         """The data of the run."""
-        return vars(self)["dataloader"]
+        return self._dataloader
 
     @dataloader.setter
     def dataloader(self, data: Any) -> NoReturn:
@@ -147,9 +155,23 @@ class State:
         progress = self.last_progress
         return progress is not None and progress.reaches(self.max_epochs, self.max_iters, self.epoch_length)
 
+    @property
+    def iterations_left(self) -> int | None:
+        """How many iterations are to be completed until the limit of the run; None while that is not known.
+
+        Where the length of an epoch changes from pass to pass, the epochs to come count as long as the present one.
+        """
+        if self.max_iters is not None:
+            return max(0, self.max_iters - self.iterations_completed)
+        if self.max_epochs is None or self.epoch_length is None:
+            return None
+        is_in_epoch = self.epoch > self.epochs_completed
+        done = self.iterations_completed - self.epoch_start if is_in_epoch else 0
+        return max(0, self.epoch_length * (self.max_epochs - self.epochs_completed) - done)
+
     def __repr__(self) -> str:
         shown = {
-            name: value if isinstance(value, int | float | str | Enum | None) else f"<{type(value).__name__}>"
+            name.removeprefix("_"): value if isinstance(value, _SHOWN) else f"<{type(value).__name__}>"
             for name, value in vars(self).items()
         }
         return f"State({', '.join(f'{name}={value}' for name, value in shown.items())})"
@@ -157,7 +179,8 @@ class State:
 
 def set_dataloader(state: State, data: Any) -> None:
     """Set which data a run has. Users cannot: in pytorch-ignite, assigning it has the run go on with other data."""
-    vars(state)["dataloader"] = data
+    # As any attribute: to write into its dictionary would make each access of the loop to the state slower, for good.
+    setattr(state, "_dataloader", data)  # noqa: B010 -- the name is private to this module
 
 
 @runtime_checkable

@@ -1,8 +1,9 @@
 """Where the time of a run went: the stopwatch that the loop reads, and the frozen records that users get."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from time import perf_counter
+from typing import Literal
 
 PERIOD = 2e-3
 """Seconds between two timed iterations, if iterations are shorter: timing one costs 1 µs, and 5 µs if the step has
@@ -40,6 +41,21 @@ class ListenerStatistics:
     discarded: int
     errors: int
     busy: float
+
+
+@dataclass(frozen=True, slots=True)
+class ListenerInfo:
+    """What listens to an engine.
+
+    Attributes:
+        name: the handler's qualified name, or the one given as `name=`.
+        event: what it listens to, filter included, as its user would write it: "ITERATION_COMPLETED(every=100)".
+        kind: "inline", "subscriber" or "stream".
+    """
+
+    name: str
+    event: str
+    kind: Literal["inline", "subscriber", "stream"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +97,9 @@ class EngineStatistics:
             than a turn: how late everything else on it was served.
         listeners: the subscribers and the streams that are open.
         services: the background services.
+        event_loop_lag: how late, in seconds, the event loop served a timer when it was last looked at, four times a
+            second while a run is under way; or how late it is now, where that is more. So it shows what blocks the
+            event loop, also where the step is on the worker. 0 without an event loop.
     """
 
     name: str
@@ -97,6 +116,7 @@ class EngineStatistics:
     lag: float
     listeners: tuple[ListenerStatistics, ...]
     services: tuple[ServiceStatistics, ...] = ()
+    event_loop_lag: float = 0.0
 
 
 class Stopwatch:
@@ -107,12 +127,13 @@ class Stopwatch:
     """
 
     __slots__ = (
-        "_read_at", "_read_iteration", "back_pressure", "began", "data", "ended", "event_loop", "lag",
+        "_read_at", "_read_iteration", "back_pressure", "began", "data", "ended", "event_loop", "event_loop_lag", "lag",
         "next_reading", "step", "weight",
     )  # fmt: skip
 
     def __init__(self) -> None:
         self.data = self.step = self.back_pressure = self.event_loop = self.lag = 0.0
+        self.event_loop_lag: Callable[[], float] = float  # 0.0: there is no event loop
         self.began = perf_counter()
         self.ended: float | None = None
         self.weight = 1

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterable, Mapping
 from threading import RLock
 
+from aengine.bus.completions import Completions
 from aengine.bus.stream import Stream
 from aengine.bus.subscriber import Subscriber, Subscription
 from aengine.bus.topic import Topic
@@ -26,14 +27,16 @@ class Bus:
         last_of_subscribers: `sequence` when a subscriber's handler last fired. Written by the emitter.
         own_counts: how often each event was fired that no attribute of the state counts. Written by the topics.
         next_count: the least count of iterations at which the loop has to look closer; found anew by the loop.
+        completions: what waits for iterations to be completed.
         loop_handle: the event loop of the run under way, None where none is.
+        has_company: whether a run on an event loop has, or had, tasks beside the loop, for which its end has to wait.
         has_run: whether a run is under way, with or without an event loop.
     """
 
     __slots__ = (
-        "_are_waits_over", "_reported", "_subscriptions", "_topics", "has_run", "last_event_name",
-        "last_of_subscribers", "lock", "logger", "loop_handle", "name", "next_count", "own_counts", "sequence", "state",
-        "stopwatch",
+        "_are_waits_over", "_reported", "_subscriptions", "_topics", "completions", "has_company", "has_run",
+        "last_event_name", "last_of_subscribers", "lock", "logger", "loop_handle", "name", "next_count", "own_counts",
+        "sequence", "state", "stopwatch",
     )  # fmt: skip
 
     def __init__(self, name: str, logger: logging.Logger, state: State) -> None:
@@ -42,11 +45,13 @@ class Bus:
         self.state = state
         self.lock = RLock()
         self.sequence = self.last_of_subscribers = 0
+        self.completions = Completions(self)
         self.own_counts: dict[str, int] = {}
         self.last_event_name: str | None = None
         self.next_count = ALWAYS
         self.stopwatch = Stopwatch()
         self.loop_handle: EventLoopHandle | None = None
+        self.has_company = False
         self.has_run = False
         self._reported: BaseException | None = None
         self._are_waits_over = False
@@ -80,8 +85,10 @@ class Bus:
     def remove(self, subscription: Subscription) -> None:
         """Remove a subscriber, which still handles what it has accepted, or a stream, which discards that."""
         with self.lock:
+            is_there = subscription in self._subscriptions
             self._subscriptions = tuple(one for one in self._subscriptions if one is not subscription)
-        subscription.unsubscribe()
+        if is_there:  # else it was removed before, or its engine is gone
+            subscription.unsubscribe()
         subscription.inbox.close_nowait(discard=isinstance(subscription, Stream))
 
     @property
@@ -99,6 +106,14 @@ class Bus:
         """Whether something listens that needs an event loop."""
         return bool(self.subscribers) or any(one.is_async for topic in self.topics for one in topic.inline)
 
+    def close(self) -> None:
+        """The engine is gone: refer to nothing any more that refers to this. Streams that are still read end."""
+        topics, subscriptions, self._topics, self._subscriptions = self._topics, self._subscriptions, {}, ()
+        for topic in topics.values():
+            topic.close()
+        for subscription in subscriptions:
+            subscription.inbox.close_nowait()
+
     # Runs
 
     def begin_run(self) -> None:
@@ -111,6 +126,7 @@ class Bus:
         In this order: a stream that is entered at the same time, by another thread, looks after it was added.
         """
         self.has_run = False
+        self.completions.end()  # also where the loop has not come to its end, or never began
         if not is_suspended:
             for stream in self.streams:
                 stream.inbox.close_nowait()

@@ -1,9 +1,10 @@
 """EventEmitter: the part of an engine that is about events: their listeners, and firing the user's own."""
 
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Container, Mapping
+from enum import Enum
 from functools import partial
-from typing import Any, Protocol, Self, cast
+from typing import Any, Protocol, Self
 
 from aengine.bus.bus import Bus
 from aengine.bus.dispatch import async_handler_message, drive, drive_blocking, no_room, reading
@@ -14,6 +15,7 @@ from aengine.bus.topic import Topic
 from aengine.callables import name_of
 from aengine.events import AnyEvent, Event, EventEnum, Events, Selector, event_name, selectors
 from aengine.state import State, Stateful
+from aengine.statistics import ListenerInfo
 from aengine.threads.worker import close_unawaited
 
 
@@ -79,6 +81,14 @@ class EventEmitter:
         self.bus = Bus(name, logger, state)
         self.runner: Runner | None = None
         self.registered: dict[str, Any] = {event.name: event for event in Events}
+        self._attributes: dict[str, str] = {}  # of the state, that count events of the user's
+
+    def __del__(self) -> None:
+        """The engine is gone: the bus and its topics refer to each other, and would wait for the garbage collector.
+
+        And with them the state, the last output and all that users have put there; a DataLoader ends its workers late.
+        """
+        self.bus.close()
 
     def attach(self, runner: Runner | None) -> None:
         """A runner begins to advance a run; with None, no run is under way any more."""
@@ -147,6 +157,16 @@ class EventEmitter:
             self.runner.start(subscriber)
         return RemovableEventHandle(partial(self.bus.remove, subscriber))
 
+    def listeners(self) -> tuple[ListenerInfo, ...]:
+        """Return what listens, as `Engine.listeners`."""
+        bus = self.bus
+        inline = [one for topic in bus.topics for one in topic.inline if not one.is_internal]
+        return (
+            *(ListenerInfo(one.name, str(one.selector), "inline") for one in inline),
+            *(ListenerInfo(one.name, one.events, "subscriber") for one in bus.subscribers),
+            *(ListenerInfo(one.name, one.events, "stream") for one in bus.streams),
+        )
+
     def stateful_listeners(self, engine: Any) -> list[Any]:
         """Return the objects that listen and have a state to save, other than the engine itself."""
         handlers = [one.handler for topic in self.bus.topics for one in topic.inline]
@@ -167,18 +187,35 @@ class EventEmitter:
         for event in events:
             name = event_name(event)
             if name is None or isinstance(event, Event):
-                raise TypeError(f"register_events() takes names and members of a subclass of EventEnum, got {event!r}")
+                given: Any = event
+                several = f": write *{given.__name__}" if isinstance(given, type) and issubclass(given, Enum) else ""
+                raise TypeError(
+                    f"register_events() takes names and members of a subclass of EventEnum, got {event!r}{several}"
+                )
             there = wanted.setdefault(name, self.registered.get(name, event))
             if not _is_same(there, event):
                 raise ValueError(
                     f"engine {self.bus.name!r} has an event {name!r} already, {_shown(there)}, and events are equal by"
                     f" name: handlers of one would run at the other. Give {_shown(event)} another name"
                 )
+        attributes = _attributes_by_name(event_to_attr, {*self.registered, *wanted})
         self.registered.update(wanted)
-        for event, attribute in (event_to_attr or {}).items():
-            self.bus.state.event_to_attr[cast(str, event_name(event))] = attribute
-            if not hasattr(self.bus.state, attribute):
-                setattr(self.bus.state, attribute, 0)
+        self._attributes.update(attributes)
+        self._count_in(self.bus.state, attributes)
+
+    def replace_state(self, state: State) -> None:
+        """Have another state in place of this one: it counts the same events by the same attributes."""
+        self._count_in(state, self._attributes)
+        self.bus.state = state
+        for topic in self.bus.topics:
+            topic.reschedule(topic.count)
+
+    @staticmethod
+    def _count_in(state: State, attributes: Mapping[str, str]) -> None:
+        state.event_to_attr.update(attributes)
+        for attribute in attributes.values():
+            if not hasattr(state, attribute):
+                setattr(state, attribute, 0)
 
     def has_registered(self, event: AnyEvent) -> bool:
         """Say whether all of these can be listened to here."""
@@ -248,9 +285,30 @@ class EventEmitter:
 
     @property
     def last_event(self) -> Any:
-        """The event, as it was registered, that was last dispatched to any listener; None before the first."""
+        """The event, as it was registered, that was fired last; None before the first."""
         name = self.bus.last_event_name
         return None if name is None else self.registered[name]
+
+
+def _attributes_by_name(event_to_attr: Any, registered: Container[str]) -> dict[str, str]:
+    """Return what `register_events` was given, by the names of the events; refuse what is nothing of the kind."""
+    example = 'such as {Backward.DONE: "backward_passes"}'
+    if event_to_attr is not None and not isinstance(event_to_attr, Mapping):
+        raise TypeError(
+            f"event_to_attr= is a dictionary of events to attributes of the state, {example}; got {event_to_attr!r}"
+        )
+    attributes: dict[str, str] = {}
+    for event, attribute in (event_to_attr or {}).items():
+        name = event_name(event)
+        if name is None or not isinstance(attribute, str):
+            raise TypeError(
+                f"event_to_attr= maps an event to the name of an attribute of the state, {example}; got {event!r}:"
+                f" {attribute!r}"
+            )
+        if name not in registered:
+            raise ValueError(f"event_to_attr= names the event {name!r}, which is not registered: register it, too")
+        attributes[name] = attribute
+    return attributes
 
 
 def _is_same(there: Any, event: Any) -> bool:
@@ -260,7 +318,7 @@ def _is_same(there: Any, event: Any) -> bool:
 
 
 def _definition(event: Any) -> tuple[str, str, Any]:
-    """Where an event was defined, and as what: a class that is executed anew, as in a notebook, defines the same one."""
+    """Return where an event was defined, and as what. A class that a notebook executes anew defines the same one."""
     kind = type(event)
     return kind.__module__, kind.__qualname__, getattr(event, "value", event)
 

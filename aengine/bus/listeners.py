@@ -92,12 +92,15 @@ class InlineHandler(Listener):
     """A handler that runs between two steps, in order, with the live engine. An observer runs after all that are none.
 
     Attributes:
+        is_internal: whether it is no handler of a user's, to be shown.
         call: `call(engine)` calls the handler for a firing without a payload.
         call_with_payload: `call_with_payload(engine, payload)` does, for one that has a payload.
         seconds: that it took in this run of the engine. Written by the topic, where each call more would be felt.
     """
 
     __slots__ = ("call", "call_with_payload", "handler", "is_async", "is_observer", "name", "seconds")
+
+    is_internal = False
 
     def __init__(
         self,

@@ -3,6 +3,7 @@
 import logging
 import platform
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -21,8 +22,9 @@ from aengine.checkpoint.store.store import Store
 from aengine.errors import CheckpointNotWritten
 from aengine.threads.dedicated import DedicatedThread, wait_until_done
 
-Write: TypeAlias = Callable[[Callable[[], bool]], CheckpointCommitted]
-"""Writes what was staged, unless the function that it is given says that it is to stop."""
+Write: TypeAlias = Callable[[Callable[[], bool], Callable[[], object]], CheckpointCommitted]
+"""Writes what was staged, unless the first function that it is given says that it is to stop. The second blocks until
+what is written may be committed."""
 
 
 class Staged(NamedTuple):
@@ -109,7 +111,13 @@ class Writer:
             )
         return Staged(partial(self._write, staged, about), step)
 
-    def _write(self, staged: Any, about: dict[str, Any], is_stopped: Callable[[], bool]) -> CheckpointCommitted:
+    def _write(
+        self,
+        staged: Any,
+        about: dict[str, Any],
+        is_stopped: Callable[[], bool],
+        until_permitted: Callable[[], object],
+    ) -> CheckpointCommitted:
         """In the thread of a save: write, commit, and only then remove what is not to be kept."""
         if self._went_back_to is not None:
             abandoned, self._went_back_to = self._store.abandon_after(self._went_back_to), None
@@ -123,7 +131,14 @@ class Writer:
         try:
             with self._store.begin(about["step"]) as draft:
                 about["extra"] |= self._contents.write(staged, draft, is_stopped)
-                info = draft.commit(**about)
+                until_permitted()
+                try:
+                    info = draft.commit(**about)
+                except ValueError as error:  # as where names of metrics are far too long
+                    raise CheckpointNotWritten(
+                        f"the checkpoint of step {about['step']} was not written: its manifest could not be read back."
+                        f" {error}"
+                    ) from error
         except Stopped as error:
             raise CheckpointNotWritten(
                 f"the checkpoint of step {about['step']} was not written: it was given up with the run, whose grace was"
@@ -145,12 +160,15 @@ class Saving:
         is_unawaited: whether what waited for it was cancelled, so that an error is still to be reported.
     """
 
-    def __init__(self, staged: Staged, on_end: Callable[["Saving"], object]) -> None:
+    def __init__(self, staged: Staged, on_end: Callable[["Saving"], object], *, is_permitted: bool = True) -> None:
         self.step = staged.step
         self.committed: CheckpointCommitted | None = None
         self.error: BaseException | None = None
         self.is_reported = self.is_unawaited = False
         self._is_stopped = False
+        self._is_permitted = threading.Event()  # to commit what is written, or stopped
+        if is_permitted:
+            self._is_permitted.set()
         self._work: tuple[Write, Callable[[Saving], object]] | None = (staged.write, on_end)
         # A thread for each save: a Checkpoint that is dropped without close() leaves none behind. It is a daemon: a
         # disk that hangs must not keep the process from ending, and what that cuts short is swept by the next writer.
@@ -168,19 +186,29 @@ class Saving:
         (write, on_end), self._work = self._work, None
         time.sleep(0.001)  # lets go of the GIL, without which the loop, which has just started this, cannot go on
         try:
-            self.committed = write(lambda: self._is_stopped)
+            self.committed = write(lambda: self._is_stopped, self._until_permitted)
         except BaseException as error:  # noqa: BLE001 -- handed to what waits; none is swallowed
             self.error = error
         del write  # and the staged tree with it, before the next save asks for its memory
         on_end(self)
 
+    def _until_permitted(self) -> None:
+        self._is_permitted.wait()
+        if self._is_stopped:
+            raise Stopped
+
     async def wait(self) -> None:
         """Wait for its end, whatever that is. Cancellable; the write goes on."""
         await wait_until_done(self._end)
 
+    def permit(self) -> None:
+        """Have it committed when it is written, and not before. From any thread."""
+        self._is_permitted.set()
+
     def stop(self) -> None:
         """Give the write up at its next block: nothing of it stays."""
         self._is_stopped = True
+        self._is_permitted.set()
 
     def result(self) -> CheckpointCommitted:
         """Return what was committed, or raise why nothing was. It must be over."""

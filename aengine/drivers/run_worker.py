@@ -18,7 +18,8 @@ class RunWorker:
     """A thread with the context and the torch settings of the caller of `run()`. Made in the caller's task.
 
     A run that an inline handler of another run waits for shares the thread of that one, which is idle meanwhile: OpenMP
-    keeps a team of threads for each thread that has computed, and one team more than there are processors is slow.
+    keeps a team of threads for each thread that has computed, and one team more than there are processors is slow. A
+    run that was interrupted goes on in the thread that it had, where that was kept: its data may belong to it.
 
     Attributes:
         item: what the run under way does on the thread now.
@@ -35,6 +36,7 @@ class RunWorker:
         self._contexts: SharedContext | None = None
         self._way_back = WorkerWayBack(loop_handle.token)
         self._shared: ExitStack | None = None  # what puts the settings of the other run back
+        self._is_own = True  # the thread, not that of another run under way
 
     @property
     def is_idle(self) -> bool:
@@ -46,14 +48,19 @@ class RunWorker:
         """Whether the caller runs on the thread, inside this run."""
         return self.item is not None and self.thread is not None and self.thread.is_here
 
-    async def start(self, parent: "RunWorker | None") -> None:
-        """Start a thread, or share that of a parent, which must be idle until this is stopped. In the run's task."""
+    async def start(self, parent: "RunWorker | None", kept: DedicatedThread | None) -> None:
+        """Start a thread, or take one that was kept, or share that of a parent, which must be idle until this stops.
+
+        In the run's task.
+        """
         self._contexts = SharedContext(self._context)
-        if parent is None:
+        if parent is None and kept is None:
             release_idle_threads()
-            self.thread = DedicatedThread(self._name, self._settings.entered, self._way_back.entered)
+            entering = self._settings.entered, self._way_back.entered
+            self.thread = DedicatedThread(self._name, *entering, context=self._context)
             return
-        self.thread = parent.thread
+        self._is_own = kept is not None
+        self.thread = kept or (None if parent is None else parent.thread)
         self._shared = ExitStack()
         await self._call(self._shared.enter_context, self._settings.entered())
         await self._call(self._shared.enter_context, self._way_back.entered())
@@ -85,7 +92,7 @@ class RunWorker:
             self._let_end()
 
     def _let_end(self) -> None:
-        if self._shared is None and self.thread is not None:
+        if self._is_own and self.thread is not None:
             self.thread.abandon()
 
     def finish(self) -> None:
@@ -101,10 +108,25 @@ class RunWorker:
         if item.error is not None:
             raise item.error
 
-    async def stop(self) -> None:
-        """End the thread, or give it back. Where a step still runs on it, it is abandoned."""
-        if self._shared is not None:
-            await self._call(self._shared.close)
-        elif self.thread is not None:
-            self.thread.stop() if self.item is None else self.thread.abandon()
+    @property
+    def is_shared(self) -> bool:
+        """Whether the thread was there before, and is to be left as it was found, which `give_back()` does."""
+        return self._shared is not None
+
+    async def give_back(self) -> None:
+        """Leave the thread as it was found, unless a step still runs on it. Called before `stop()` and `keep()`."""
+        shared, self._shared = self._shared, None
+        if shared is not None and self.item is None:
+            await self._call(shared.close)
+
+    def stop(self) -> None:
+        """End the thread, if it is this run's own. Where a step still runs on it, it is abandoned."""
+        thread = self.keep()
+        if thread is not None:
+            thread.stop() if self.item is None else thread.abandon()
+
+    def keep(self) -> DedicatedThread | None:
+        """Use the thread no longer, and return it, if it is this run's own. A later run may take it."""
+        thread, self.thread = self.thread, None
         self._contexts = None  # among them is that of the run's task, which holds the run
+        return thread if self._is_own else None

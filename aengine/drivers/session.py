@@ -16,16 +16,18 @@ from aengine.data.adapt import adapt
 from aengine.data.prefetch import Fetched
 from aengine.data.source import Source
 from aengine.drivers.driver import Driver
+from aengine.drivers.records import iteration_of, statistics_of
 from aengine.drivers.services import Service, ServiceEntry, ServiceTasks
 from aengine.drivers.sync import DONE, SUSPENDED, BlockingRunner, runs_in_event_loop
 from aengine.errors import EngineBusy, raise_failures
 from aengine.events import Event
+from aengine.loop.agreement import Agreement
 from aengine.loop.effects import LoopGenerator
 from aengine.loop.loop import Loop
 from aengine.loop.progress import Progress, begin
-from aengine.loop.requests import Request, Requests
+from aengine.loop.requests import Phase, Request, Requests
 from aengine.loop.state_dict import from_state_dict, to_state_dict
-from aengine.state import ErrorInfo, StopReason, set_dataloader
+from aengine.state import ErrorInfo, State, StopReason, set_dataloader
 from aengine.statistics import EngineStatistics
 from aengine.threads.thread_state import bound_to_this_thread
 from aengine.threads.worker import close_unawaited
@@ -48,6 +50,7 @@ class Session:
         step: the engine's step.
         threaded: whether a plain step runs on a worker thread, where nothing of torch is bound to the caller's.
         services: those that take part in each run.
+        went_back_to: what was completed where a `state_dict` was taken, if the run under way goes on from one.
         body_task: the task of a body of `iterate()`, while the loop waits for it.
     """
 
@@ -65,11 +68,11 @@ class Session:
         self._is_running = False
         self._call = 0  # the number of the run that is under way, or was the last one
         self.services: tuple[ServiceEntry, ...] = ()
+        self.went_back_to: Progress | None = None
         self.body_task: int | None = None
         self.step = step
         self._emitter = emitter
         self._bus = emitter.bus
-        self._state = emitter.bus.state
         self._requests = requests
         self._is_async = is_async
         self.threaded = threaded
@@ -83,6 +86,19 @@ class Session:
         self._progress = Progress()
         self._unread: tuple[Any, list[Fetched]] | None = None  # the data of the last run, and what it fetched too much
         self._rng_to_restore: Any = None  # the random states of a `state_dict`, until the run that goes on from it
+
+    @property
+    def _state(self) -> State:
+        return self._bus.state
+
+    def replace_state(self, state: Any) -> None:
+        """Have another state in place of this one: the next run begins where it stands."""
+        self.refuse_running("assign its state before run()")
+        if not isinstance(state, State):
+            raise TypeError(f"engine.state is an aengine.State, such as State(); got {state!r}")
+        self._give_up()
+        self._progress = state.last_progress or Progress()
+        self._emitter.replace_state(state)
 
     async def run(self, engine: Any, data: Any, limits: Limits, prefetch: int) -> None:
         """Run the loop on the event loop that runs here, as `Engine.run`."""
@@ -109,7 +125,7 @@ class Session:
             if runs_in_event_loop():
                 raise RuntimeError("run_sync() would block the event loop that runs here: write  await engine.run(...)")
             check_whole(prefetch, "prefetch=", minimum=0, of="batches to pull ahead")
-            if self._is_async or prefetch or self.services or self._bus.must_await or adapt(data).is_async:
+            if self._is_async or prefetch or self.services or self._must_await or adapt(data).is_async:
                 anyio.run(self._run, engine, data, limits, prefetch)
             else:
                 self._run_blocking(engine, data, limits)
@@ -179,6 +195,11 @@ class Session:
                 " thread=False says so; what is entered in the step leaves it on the worker",
                 where,
             )
+
+    @property
+    def _must_await(self) -> bool:
+        has_kept_thread = self._loop is not None and self._loop.source.has_kept_thread
+        return has_kept_thread or self._bus.must_await
 
     @contextmanager
     def busy(self) -> Generator[None]:
@@ -266,12 +287,14 @@ class Session:
         state, randomness = self._state, engine.randomness
         if state.max_epochs is None and state.max_iters is None:
             self._give_up()
+        self.went_back_to = None
         if self._loop is not None and self._generator is not None:
             self._refuse_other_arguments(data, limits)
             self._requests.go_on()
             self._bus.start_clock()
             return self._loop, self._generator
         progress = begin(state, self._progress, adapted, *limits)
+        self.went_back_to = progress if self._progress.is_loaded else None
         unread = self._unread[1] if self._unread is not None and self._unread[0] is data else ()
         source = Source(adapted, self._bus.logger, randomness, unread=unread, completed=progress.iteration)
         if progress.position is not None:
@@ -409,6 +432,35 @@ class Session:
         if self._driver is not None:
             self._driver.remove_service(entry)
 
+    @property
+    def must_prepare_commit(self) -> bool:
+        """Whether a service of the run under way is to be awaited before a checkpoint of it is committed."""
+        return self._driver is not None and self._driver.services.must_prepare_commit
+
+    async def before_commit(self) -> None:
+        """Have the services of the run under way make safe what belongs to the steps so far. Cancellable."""
+        if self._driver is not None:
+            await self._driver.services.before_commit()
+
+    async def wait_completed(self, iterations: int) -> int:
+        """Wait until so many iterations are completed, as `Engine.wait_completed`."""
+        # What is less than 0 has been reached, as by data that keeps so many batches ahead of the steps.
+        check_whole(max(iterations, 0) if type(iterations) is int else iterations, "iterations", minimum=0)
+        if self._state.iterations_completed < iterations and self.is_inside:
+            raise RuntimeError(
+                f"wait_completed({iterations}) waits for the loop, which waits for it here: call it from a subscriber,"
+                " a service, data with prefetch=, or a task of your own"
+            )
+        return await self._bus.completions.wait(iterations, self._completes_no_more)
+
+    def _completes_no_more(self) -> bool:
+        return self.is_running and self._requests.phase is Phase.IDLE
+
+    def agree_by(self, agreement: Agreement | None) -> None:
+        """Have the runs of this engine do what this agrees on with those of other processes; with None, no more."""
+        self.refuse_running("what it agrees by is set before run()")
+        self._requests.agreement = agreement
+
     def wait_for_body(self, task: int | None) -> None:
         """The loop waits for this task, with the body of an `iterate()`; None where it waits no longer."""
         self.body_task = task
@@ -444,45 +496,9 @@ class Session:
 
     def statistics(self) -> EngineStatistics:
         """Return where the time goes, as `Engine.statistics`."""
-        bus, watch = self._bus, self._bus.stopwatch
-        handlers: dict[str, float] = {}
-        of_fired: dict[str, float] = {}
-        for topic in bus.topics:
-            seconds = handlers if topic.is_fired_by_loop else of_fired
-            for handler in topic.inline:
-                seconds[handler.name] = seconds.get(handler.name, 0.0) + handler.seconds
-        return EngineStatistics(
-            name=bus.name,
-            running=self.is_running,
-            epoch=self._state.epoch,
-            iteration=self._state.iteration,
-            total=watch.total,
-            data=watch.data,
-            step=watch.step,
-            handlers=handlers,
-            handlers_of_fired=of_fired,
-            back_pressure=watch.back_pressure,
-            event_loop=watch.event_loop,
-            lag=watch.lag,
-            listeners=tuple(one.statistics() for one in (*bus.subscribers, *bus.streams)),
-            services=tuple(entry.statistics() for entry in self.services),
-        )
+        services = tuple(entry.statistics() for entry in self.services)
+        return statistics_of(self._bus, services, is_running=self.is_running)
 
     def record_iteration(self) -> Event:
         """Return the event of the iteration that was completed last, as a subscriber would get it."""
-        state, bus = self._state, self._bus
-        return Event(
-            "ITERATION_COMPLETED",
-            bus.name,
-            bus.sequence,
-            state.iteration,
-            state.epoch,
-            state.epoch_length,
-            state.max_epochs,
-            state.max_iters,
-            state.output,
-            dict(state.metrics),
-            perf_counter(),
-            None,
-            None,
-        )
+        return iteration_of(self._bus)

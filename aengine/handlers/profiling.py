@@ -126,7 +126,6 @@ class Profiling:
         self._attachment = Attachment()
         self._window: _Window | None = None
         self._handles: list[RemovableEventHandle] = []
-        self._recorded: _Recorded | None = None
 
     def attach(self, engine: AnyEngine) -> None:
         """Listen to an engine, for `profile`. Raises RuntimeError if this is attached already."""
@@ -138,7 +137,6 @@ class Profiling:
         engine.subscribe(
             ProfilingEvents.PROFILER_TRACE_RECORDED,
             self._write,
-            snapshot=self._take,
             on_error="log",
             name=f"traces of {engine.name}",
         )
@@ -172,19 +170,14 @@ class Profiling:
         assert window is not None, "the handlers that call this are removed with the window"  # noqa: S101
         while self._handles:
             self._handles.pop().remove()
-        self._recorded = window.close(engine)
-        if self._recorded is not None:
-            engine.fire_event(ProfilingEvents.PROFILER_TRACE_RECORDED)
-
-    def _take(self, _: AnyEngine) -> "_Recorded | None":
-        recorded, self._recorded = self._recorded, None
-        return recorded
+        if (recorded := window.close(engine)) is not None:
+            engine.fire_event(ProfilingEvents.PROFILER_TRACE_RECORDED, (self, recorded))
 
     # Beside the step, in a thread
 
     def _write(self, event: Event) -> None:
-        recorded: _Recorded | None = event.snapshot
-        if recorded is None:  # another one of this engine's
+        by, recorded = event.payload
+        if by is not self:  # another one of this engine's
             return
         self._directory.mkdir(parents=True, exist_ok=True)
         name = f"{re.sub(r'[^-.0-9A-Za-z_]+', '_', event.engine)}-{recorded.first}-{recorded.last}"

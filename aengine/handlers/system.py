@@ -45,7 +45,7 @@ class SystemEvents(EventEnum):
 
     Attributes:
         SYSTEM_SAMPLED: there are new numbers. Fired on the event loop, beside the step: for its handlers the engine may
-            be in the middle of a step.
+            be in the middle of a step. The payload has them, by name, as `SystemStatistics.values` returns them.
     """
 
     SYSTEM_SAMPLED = "system_sampled"
@@ -120,7 +120,7 @@ class _Sampler(Service):
             while not self._is_ending:
                 self.values = await thread.call(machine.read)
                 if not self._is_ending:
-                    await engine.emit(SystemEvents.SYSTEM_SAMPLED)
+                    await engine.emit(SystemEvents.SYSTEM_SAMPLED, dict(self.values))
                 await anyio.sleep(self._seconds)
         except Exception as error:
             error.add_note(f"in the system statistics of engine {engine.name!r}")

@@ -6,6 +6,7 @@ thrown the exception. Its driver decides where it runs: on the event loop, on a 
 
 import warnings
 from collections.abc import Awaitable, Callable, Generator
+from dataclasses import replace
 from time import perf_counter
 from types import CoroutineType, GeneratorType
 from typing import Any
@@ -39,7 +40,6 @@ class Loop:
     """One run, from STARTED to COMPLETED, across interruptions.
 
     Attributes:
-        completed: iterations whose step has returned. `state.iteration` is one more while a step runs.
         feed: the data.
         also_raised: errors of handlers and of the data that came while a first one was being reported.
         cancellations: the exceptions that are reported as CANCELLED.
@@ -56,7 +56,6 @@ class Loop:
         requests: Requests,
         restore_rng: Callable[[], object] | None = None,
     ) -> None:
-        self.completed = progress.iteration
         self.feed = Feed(source, bus.state, progress.iteration)
         self.also_raised: list[BaseException] = []
         self.cancellations: tuple[type[BaseException], ...] = (KeyboardInterrupt, SystemExit)
@@ -70,8 +69,8 @@ class Loop:
         # may draw random numbers.
         self._restore_rng = restore_rng
         self._has_other_data = False  # the data was replaced during the epoch: there may now be events of it, or none
-        self._epoch_is_complete = progress.epoch_is_complete
         self._first = progress.iteration
+        self._is_agreeing = False  # with other processes; also where that has failed
         self._others_had_a_turn: Callable[[], bool] | None = None
         self._is_given_up: Callable[[], bool] | None = None
         self._next_yield = perf_counter() + BUDGET
@@ -111,6 +110,19 @@ class Loop:
         """The data that batches come from."""
         return self.feed.source
 
+    @property
+    def completed(self) -> int:
+        """Iterations whose step has returned. `state.iteration` is one more while a step runs."""
+        return self._state.iterations_completed
+
+    @property
+    def _epoch_is_complete(self) -> bool:
+        return self._state.epochs_completed == self._state.epoch
+
+    @_epoch_is_complete.setter
+    def _epoch_is_complete(self, is_complete: bool) -> None:
+        self._state.epochs_completed = self._state.epoch - (not is_complete)
+
     # The run
 
     def run(self) -> LoopGenerator:  # noqa: PLR0915 -- the whole run, from its first event to its last
@@ -143,11 +155,11 @@ class Loop:
                 yield from self._bus.topic("COMPLETED").dispatch_at_end(self._engine)
                 state.times["COMPLETED"] = perf_counter() - began
             yield from self._accept_no_more()
-            yield Effect.FLUSH
+            yield from self._flush()
             yield from self._close(gently=True, exits=True)
         except GeneratorExit:  # an interrupted engine is given up: nothing can be awaited any more
             self.feed.unread_batch()
-            self.source.close()
+            self.source.give_up()
             raise
         except BaseException as error:  # noqa: BLE001 -- raised again, or the reason of it
             failure = self._failure_of(error)
@@ -185,7 +197,7 @@ class Loop:
         except EpochTerminated:
             requests.enter(Phase.ENDING_EPOCH)
             # At ITERATION_STARTED an iteration was begun whose batch is dropped with the rest of the epoch.
-            self.completed = state.iteration
+            state.iterations_completed = state.iteration
             yield from self._dispatch("TERMINATE_SINGLE_EPOCH", state.iteration - state.epoch_start)
             yield from self._fetching(self.feed.restart(self.completed))
             yield from self._complete_epoch(began, fire=not requests.skip_epoch_completed)
@@ -237,6 +249,8 @@ class Loop:
         watch.weight, bus.next_count = 0, ALWAYS  # the epoch before may have ended at this very iteration
         is_timed, mark, batch = False, 0.0, END
         usual: type | None = None  # what the step has returned last, if that is not to be awaited
+        # Where processes agree, each iteration is one in which there is more to do: `bus.next_count` stays where it is.
+        must_agree, last_output = requests.agreement is not None, None
         try:
             while (iteration := state.iteration) < end:
                 state.batch = None  # so that its memory is free before the next one comes
@@ -246,14 +260,18 @@ class Loop:
                         getting, got, started, completed = self._topics_of_an_iteration()
                     if is_timed := iteration >= watch.next_reading:
                         watch.read(iteration)
-                        bus.next_count = min(
-                            watch.next_reading, getting.next_count, got.next_count, started.next_count - 1
+                        bus.next_count = (
+                            ALWAYS
+                            if must_agree
+                            else min(watch.next_reading, getting.next_count, got.next_count, started.next_count - 1)
                         )
                     if iteration >= getting.next_count:
                         if (rest := getting.dispatch(engine, iteration)) is not None:
                             yield from rest
                         if requests.pending:
                             yield from self._serve_requests(between_steps=False)
+                    if must_agree:
+                        last_output = state.output
                     if is_timed:
                         mark = perf_counter()
                 try:
@@ -264,6 +282,8 @@ class Loop:
                         feed.is_awaited = True
                         batch = yield NextBatch(feed.source.arrival())
                         feed.is_awaited = False
+                        if batch is PENDING:
+                            batch = yield from feed.fetch()
                 except (StopIteration, StopAsyncIteration):
                     batch = END
                 except BaseException as error:
@@ -278,6 +298,11 @@ class Loop:
                 if is_busy:
                     if is_timed:
                         watch.data += (perf_counter() - mark) * watch.weight
+                    if must_agree:
+                        batch = yield from self._agree_to_step(batch, last_output)
+                        state.batch, last_output = None if batch is END else batch, None
+                        if batch is END:
+                            break
                     if iteration >= got.next_count:
                         if (rest := got.dispatch(engine, iteration)) is not None:
                             yield from rest
@@ -313,7 +338,7 @@ class Loop:
                     watch.step += (perf_counter() - mark) * watch.weight
                 state.output = output
                 batch = END
-                self.completed = iteration
+                state.iterations_completed = iteration
                 if iteration >= completed.next_count:
                     dispatch = completed.dispatch
                     if (rest := dispatch(engine, iteration)) is not None:
@@ -367,6 +392,11 @@ class Loop:
 
     def _meet_end_of_data(self) -> Generator[Awaitable[Any] | Effect, Any, Any]:
         """Restart the data and return its first batch; END if it ends an epoch whose length was not known."""
+        if self._requests.agreement is not None:
+            yield from self._agree(has_batch=False)
+        return (yield from self._end_pass())
+
+    def _end_pass(self) -> Generator[Awaitable[Any] | Effect, Any, Any]:
         if self.feed.end(self.completed):
             return END
         yield from self._tell_end_of_data()
@@ -397,6 +427,42 @@ class Loop:
         if state.max_epochs is None or state.epoch_length is None:
             return True
         return fetched < state.epoch_start + state.epoch_length * (state.max_epochs - state.epoch + 1)
+
+    # Agreeing with other processes
+
+    def _agree(self, *, has_batch: bool, error: BaseException | None = None) -> Generator[Any, Any, bool]:
+        """Have what all processes agree on be served here, too. Returns whether all have a batch."""
+        requests = self._requests
+        wishes = requests.wishes(self._state.iteration + 1, has_batch=has_batch)
+        assert requests.agreement is not None, "looked at by the caller"  # noqa: S101
+        self._is_agreeing = True  # what it raises ends it for this process: it is not asked once more
+        agreed: Any = requests.agreement.agree(wishes if error is None else replace(wishes, error=error))
+        if is_awaitable(agreed):
+            agreed = yield agreed
+        self._is_agreeing = False
+        if error is None:
+            requests.agree(agreed)
+            yield from self._serve_requests(between_steps=False)
+        return bool(agreed.has_batch)
+
+    def _agree_to_step(self, batch: Any, last_output: Any) -> Generator[Any, Any, Any]:
+        """Return the batch to step on: this one; or, where the data of another process has ended, one of the next pass.
+
+        END if that is the end of the epoch. One-shot data keeps its batch for the next run.
+        """
+        while batch is not END:
+            self.feed.in_hand = batch
+            do_all_have_one = yield from self._agree(has_batch=True)
+            if do_all_have_one:
+                self.feed.in_hand = END
+                break
+            self._bus.logger.info("the pass over the data ends: another process has no batch for this iteration")
+            self._state.batch, self._state.output = None, last_output
+            self.feed.in_hand = END
+            batch = yield from self._end_pass()
+            if batch is not END:
+                self._state.output = None
+        return batch
 
     # Events and requests
 
@@ -449,7 +515,7 @@ class Loop:
 
     def _fire_requested(self) -> LoopGenerator:
         to_fire = self._requests.to_fire
-        for _ in range(len(to_fire)):  # not those that are requested meanwhile, which may have no end
+        for _ in range(self._requests.calls):  # not those that are requested meanwhile, which may have no end
             if to_fire:
                 firing = to_fire.popleft()
                 yield from self._dispatch(firing.event, firing.payload)
@@ -457,7 +523,13 @@ class Loop:
     def _accept_no_more(self) -> LoopGenerator:
         """Accept no more requests, then fire what was requested in time: in this order, or one in between is lost."""
         self._requests.enter(Phase.IDLE)
+        self._bus.completions.end()
         yield from self._fire_requested()
+
+    def _flush(self) -> LoopGenerator:
+        # Else there is nothing to wait for, and a worker need not hand over to the event loop for it.
+        if self._bus.has_company or Request.RAISE_FAILURE in self._requests.pending:
+            yield Effect.FLUSH
 
     def _suspend(self) -> LoopGenerator:
         """Leave the run in its middle, and go on from here in the next."""
@@ -467,14 +539,14 @@ class Loop:
         phase = requests.phase
         yield from self._accept_no_more()
         requests.take(Request.INTERRUPT)  # requested again meanwhile, it is served, too
-        yield Effect.FLUSH
+        yield from self._flush()
         state.stop_reason = StopReason.INTERRUPTED
         yield Effect.SUSPEND
         requests.enter(phase)
 
     def _topics_of_an_iteration(self) -> tuple[Topic, Topic, Topic, Topic]:
         bus = self._bus
-        never_fired = Topic("", bus)
+        never_fired = bus.topic("")
         has_data = self.source.data is not None
         getting = bus.topic("GET_BATCH_STARTED") if has_data else never_fired
         got = bus.topic("GET_BATCH_COMPLETED") if has_data else never_fired
@@ -485,12 +557,13 @@ class Loop:
 
     def _finish_listeners(self) -> LoopGenerator:
         """Give those that asked for it their last event, if it did not come by itself."""
-        if self.completed > self._first:  # the hot path does not record these
+        topics = [topic for topic in self._bus.topics if topic.has_at_end]
+        if topics and self.completed > self._first:  # the hot path does not record these
             for name in ("GET_BATCH_STARTED", "GET_BATCH_COMPLETED"):
                 self._bus.topic(name).record_firing(self.completed - 1)
             for name in ("ITERATION_STARTED", "ITERATION_COMPLETED"):
                 self._bus.topic(name).record_firing(self.completed)
-        for topic in self._bus.topics:
+        for topic in topics:
             yield from topic.dispatch_at_end(self._engine)
 
     # The end
@@ -504,6 +577,12 @@ class Loop:
             if self._is_given_up is not None and self._is_given_up():
                 self._bus.logger.error("engine %r failed after its run was given up", self._bus.name, exc_info=error)
         self._requests.enter(Phase.ENDING_EPOCH)
+        if self._requests.agreement is not None and not self._is_agreeing:
+            yield Effect.SHIELD
+            try:
+                yield from self._agree(has_batch=False, error=error)
+            except Exception as another:  # noqa: BLE001 -- the others are not to wait; it is raised with the first
+                self.also_raised.append(another)
         if error is self.feed.empty:
             yield from self._accept_no_more()
             return

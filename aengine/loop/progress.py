@@ -34,6 +34,12 @@ class Progress:
     position: Mapping[str, Any] | None = None
     is_loaded: bool = False
 
+    def show_in(self, state: State) -> None:
+        """Set the counters of a state."""
+        state.iteration = state.iterations_completed = self.iteration
+        state.epoch, state.epoch_start = self.epoch, self.epoch_start
+        state.epochs_completed = self.epoch - (not self.epoch_is_complete)
+
     def reaches(self, max_epochs: int | None, max_iters: int | None, epoch_length: int | None) -> bool:
         """Say whether a run with these limits is done. This is the only place that decides it."""
         if max_iters is not None:
@@ -87,7 +93,7 @@ def begin(
         )
     state.max_epochs, state.max_iters = limits
     state.epoch_length = length
-    state.iteration, state.epoch, state.epoch_start = progress.iteration, progress.epoch, progress.epoch_start
+    progress.show_in(state)
     state.last_progress = None
     return progress
 

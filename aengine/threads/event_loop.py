@@ -7,7 +7,7 @@ import sys
 import threading
 from collections.abc import Awaitable, Callable, Generator
 from contextlib import contextmanager, suppress
-from contextvars import copy_context
+from contextvars import Context, copy_context
 from functools import partial, wraps
 from types import FrameType, TracebackType
 from typing import Any, Self, cast
@@ -102,10 +102,12 @@ class EventLoopHandle:
             self._post(function)
 
     @property
-    def call_later_if_deaf_to_signals(self) -> Callable[..., object] | None:
-        """Return asyncio's `call_later()`, where signals are handled and do not wake the event loop."""
-        is_deaf = self._is_asyncio and self.thread == threading.main_thread().ident
-        return self._native.call_later if is_deaf else None
+    def call_later(self) -> Callable[[float, Callable[[], object]], object]:
+        """What calls a function, which must not raise, in so many seconds. On the event loop's thread.
+
+        It may outlive the run that gets it, and so it holds no context: in that there may be a run, and its engine.
+        """
+        return partial(self._native.call_later, context=Context()) if self._is_asyncio else _call_later_on_trio
 
     def start(
         self,
@@ -134,9 +136,9 @@ class EventLoopHandle:
 
         group.start_soon(task, name=name)
         if self._is_asyncio:
-            # A new task's first step is scheduled by start_soon(), and what is posted after it is called after it. By
+            # A new task's first step is scheduled by start_soon(), and what is called soon after it comes after it. By
             # then the task has started, or it never will. On trio every task starts, cancelled or not.
-            self.post(look)
+            self.call_soon(look)
 
     @contextmanager
     def woken_by_signals(self) -> Generator[None]:
@@ -167,6 +169,16 @@ class EventLoopHandle:
             self._native.remove_reader(reader)
             os.close(reader)
             os.close(writer)
+
+
+def _call_later_on_trio(seconds: float, function: Callable[[], object]) -> None:
+    trio: Any = sys.modules["trio"]
+
+    async def call() -> None:
+        await trio.sleep(seconds)
+        function()
+
+    trio.lowlevel.spawn_system_task(call, name="aengine timer")  # cancelled at the end of the event loop
 
 
 class TickCounter:
@@ -215,55 +227,6 @@ class TickCounter:
 
 
 _tick_counter: RunVar[TickCounter] = RunVar("aengine_tick_counter")
-
-
-class Wakeups:
-    """Has an event loop take a turn every now and then, as long as runs are under way on it.
-
-    A signal handler that calls `loop.call_soon(task.cancel)`, as the stop button of a notebook does, does not wake
-    asyncio: Python resumes `select()` after it. With a plain step nothing else may wake it before the end of the run.
-    Signals are handled in the main thread, and trio is woken by each. So elsewhere this does nothing.
-
-    One for each event loop, shared by its engines. All of it is called on the event loop's thread.
-    """
-
-    SECONDS = 0.25
-    """From one turn to the next."""
-
-    @classmethod
-    def here(cls, loop_handle: EventLoopHandle) -> Self:
-        """Return that of the event loop that runs here."""
-        try:
-            return cast(Self, _wakeups.get())
-        except LookupError:
-            wakeups = cls(loop_handle)
-            _wakeups.set(wakeups)
-            return wakeups
-
-    def __init__(self, loop_handle: EventLoopHandle) -> None:
-        self._call_later = loop_handle.call_later_if_deaf_to_signals
-        self._runs = 0
-        self._is_scheduled = False
-
-    def start(self) -> None:
-        """A run begins."""
-        self._runs += 1
-        if not self._is_scheduled and self._call_later is not None:
-            self._is_scheduled = True
-            self._call_later(self.SECONDS, self._wake)
-
-    def stop(self) -> None:
-        """A run has ended."""
-        self._runs -= 1
-
-    def _wake(self) -> None:
-        self._is_scheduled = False
-        if self._runs and self._call_later is not None:
-            self._is_scheduled = True
-            self._call_later(self.SECONDS, self._wake)
-
-
-_wakeups: RunVar[Wakeups] = RunVar("aengine_wakeups")
 
 
 class Interrupts:

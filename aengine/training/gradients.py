@@ -30,7 +30,8 @@ class GradientEvents(EventEnum):
 
     Attributes:
         GRADIENTS_MEASURED: in the iteration just completed a step of the optimizer was measured. Its handlers run
-            before those of ITERATION_COMPLETED that were added after the statistics were attached.
+            before those of ITERATION_COMPLETED that were added after the statistics were attached. The payload is what
+            was measured, by name, as `GradientStatistics.values` returns it.
     """
 
     GRADIENTS_MEASURED = "gradients_measured"
@@ -58,6 +59,8 @@ class GradientStatistics:
     - `update/norm`, of the difference that the step makes, and `update/ratio`, to the norm of the weights.
 
     Parameters without a gradient are left out of the gradients. Norms are Euclidean, deviations those of a population.
+    DTensors, as of `fully_shard`, are measured as a whole: they are gathered one by one, so attach these statistics in
+    all processes. Plain tensors are measured as they are in this process.
 
     Args:
         parameters: a model, as one group; or groups of parameters by name, with which the names of its values begin:
@@ -176,7 +179,7 @@ class GradientStatistics:
     def _report(self, engine: Engine[Any, Any]) -> None:
         if self._is_new:
             self._is_new = False
-            engine.fire_event(GradientEvents.GRADIENTS_MEASURED)
+            engine.fire_event(GradientEvents.GRADIENTS_MEASURED, self.values())
 
 
 class _Measures(NamedTuple):
@@ -195,9 +198,10 @@ def _measure(tensors: Mapping[torch.nn.Parameter, torch.Tensor]) -> dict[torch.n
     measured: dict[torch.nn.Parameter, _Measures] = {}
     filled = {one: tensor for one, tensor in tensors.items() if tensor.numel()}
     for (parameter, tensor), norm in zip(filled.items(), _norms(filled.values()), strict=True):
-        least, most = tensor.aminmax()
-        total, finite = tensor.sum(dtype=_wide(tensor.dtype)), tensor.isfinite().sum()
-        measured[parameter] = _Measures(tensor.numel(), norm, total, least, most, tensor.count_nonzero(), finite)
+        whole = _whole(tensor)
+        least, most = whole.aminmax()
+        total, finite = whole.sum(dtype=_wide(whole.dtype)), whole.isfinite().sum()
+        measured[parameter] = _Measures(whole.numel(), norm, total, least, most, whole.count_nonzero(), finite)
     return measured
 
 
@@ -205,9 +209,12 @@ def _norms(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
     """Return the norm of each tensor, computed at once for those of one device and dtype."""
     several = list(tensors)
     kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    for index, tensor in enumerate(several):
-        kinds.setdefault((tensor.device, tensor.dtype), []).append(index)
     norms: dict[int, torch.Tensor] = {}
+    for index, tensor in enumerate(several):
+        if hasattr(tensor, "full_tensor"):  # gathered one by one, not to have all of them in memory
+            norms[index] = torch.linalg.vector_norm(_whole(tensor), dtype=_wide(tensor.dtype))
+        else:
+            kinds.setdefault((tensor.device, tensor.dtype), []).append(index)
     for (_, dtype), indices in kinds.items():
         # In half precision a norm would be right to two or three digits only.
         computed = _foreach_norm([several[index] for index in indices], 2, dtype=_wide(dtype))
@@ -250,6 +257,12 @@ def _stacked(numbers: list[torch.Tensor]) -> torch.Tensor:
     device = numbers[0].device
     dtype = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no double precision
     return torch.stack([one.to(device, dtype, non_blocking=True) for one in numbers])
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a DTensor, of which each process has a part, as a plain tensor: all processes must do it."""
+    gather: Callable[[], torch.Tensor] | None = getattr(tensor, "full_tensor", None)
+    return tensor if gather is None else gather()
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -86,6 +86,7 @@ class AttachedMetric:
         metric: the metric.
         name: the name of its result.
         iterations: the number of outputs since it was last reset.
+        engine_name: the name of the engine that it is attached to.
     """
 
     def __init__(
@@ -96,7 +97,7 @@ class AttachedMetric:
         self.name = name
         self.iterations = 0
         self._attachment = Attachment()
-        self._engine_name = ""
+        self.engine_name = ""
         self._transform = output_transform
         self._is_epoch_bound = epoch_bound
         self._states = MetricStates(metric, name)
@@ -116,7 +117,7 @@ class AttachedMetric:
         if every is not None:
             computed_at = Events.ITERATION_COMPLETED(every=every) | computed_at
         self._attachment.begin(self, engine)
-        self._engine_name = engine.name
+        self.engine_name = engine.name
         _in_use.setdefault(id(self.metric), self)
         engine.add_event_handler(Events.EPOCH_STARTED, self._begin)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._update)
@@ -158,7 +159,7 @@ class AttachedMetric:
     def _update(self, engine: Engine[Any, Any]) -> None:
         other = _in_use.get(id(self.metric))
         if other is not self:
-            name = "another engine" if other is None else f"engine {other._engine_name!r}"
+            name = "another engine" if other is None else f"engine {other.engine_name!r}"
             raise RuntimeError(
                 f"{name} has begun an epoch with the metric of {self.name!r} in the middle of one of engine"
                 f" {engine.name!r}, and has reset it: make another {name_of(self.metric)} for it"
@@ -196,6 +197,11 @@ def _plain(result: Any) -> Any:
 
 
 def _check(metric: Any, name: Any) -> None:
+    if any(kind.__module__.partition(".")[0] == "ignite" for kind in type(metric).__mro__):
+        raise TypeError(
+            f"{type(metric).__name__} is a metric of pytorch-ignite's, which attaches itself: write"
+            f" metric.attach(engine, {name!r})"
+        )
     if not isinstance(metric, Metric | MetricCollection | MetricTracker):
         raise TypeError(
             f"attach_metric(engine, metric, name) takes a metric of torchmetrics, got {metric!r}: several go into a"

@@ -43,7 +43,8 @@ class UpdateEvents(EventEnum):
         OPTIMIZER_STEPPED: the optimizer was stepped, after a complete group of batches, or after the last group of an
             epoch, which may be incomplete. Its handlers run before those of ITERATION_COMPLETED. It counts its own
             firings, for filters. It is fired also where a GradScaler skipped the step because gradients were infinite:
-            finding that out would mean waiting for the device. At this event nothing can be saved.
+            finding that out would mean waiting for the device. At this event nothing can be saved. The payload is the
+            optimizer: an engine may have several.
     """
 
     OPTIMIZER_STEPPED = "optimizer_stepped"
@@ -262,7 +263,7 @@ class Update:
         if self._has_stepped:
             self._has_stepped, self._is_firing = False, True
             try:
-                engine.fire_event(UpdateEvents.OPTIMIZER_STEPPED)
+                engine.fire_event(UpdateEvents.OPTIMIZER_STEPPED, self._optimizer)
             finally:
                 self._is_firing = False
 
@@ -294,14 +295,15 @@ def _remaining(engine: Engine[Any, Any]) -> float:
 def _checked_weight(weight: Any) -> float | torch.Tensor:
     if isinstance(weight, torch.Tensor) and weight.numel() == 1 and not weight.is_complex():
         return weight.detach().reshape(()).to(weight.dtype if weight.is_floating_point() else torch.float32)
-    if not isinstance(weight, Real):
+    if not isinstance(weight, Real):  # numpy's numbers are
         raise TypeError(
             "weight= is the count over which the loss of the batch is a mean, a number or a tensor of one, such as"
             f" mask.sum(); got {weight!r}"
         )
-    if not 0 <= weight < math.inf:
+    number = float(weight)
+    if not 0 <= number < math.inf:
         raise ValueError(f"weight= is 0 or more, and finite; got {weight!r}")
-    return float(weight)
+    return number
 
 
 def _check_loss(loss: Any) -> None:

@@ -624,7 +624,7 @@ class Sensor(EventEnum):
 def test_second_event_of_a_name_is_refused_and_nothing_is_registered(first: Any, second: Any) -> None:
     engine = Engine(step)
     engine.register_events(first)
-    with pytest.raises(ValueError, match="Give .* another name"):
+    with pytest.raises(ValueError, match=r"Give .* another name"):
         engine.register_events("NEWS", second)
     assert not engine.has_registered_events("NEWS")
     with pytest.raises(ValueError, match="events are equal by name"):

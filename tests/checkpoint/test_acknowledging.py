@@ -238,12 +238,14 @@ async def test_data_is_open_until_the_last_save_of_the_run_is_acknowledged(
     async def act() -> None:
         if end == "failed":
             raise Boom
-        {"terminated": engine.terminate, "interrupted": engine.interrupt, "cancelled": scope.cancel}.get(end, str)()
+        acts: dict[str, Any] = {"terminated": engine.terminate, "interrupted": engine.interrupt}
+        acts.get(end, scope.cancel if end == "cancelled" else str)()
 
     async with Checkpoint(tmp_path, state) as checkpoint:
         at_ends = Events.EXCEPTION_RAISED | Events.CANCELLED
         checkpoint.attach(engine, Events.ITERATION_COMPLETED(every=3) | at_ends)
-        with scope, pytest.raises(Boom) if end == "failed" else nullcontext():
+        expected: Any = pytest.raises(Boom) if end == "failed" else nullcontext()
+        with scope, expected:
             await engine.run(data, max_iters=6 if end == "completed" else 12)
     assert not data.is_open
     assert data.acknowledged[-1] == {"offset": 6}

@@ -104,5 +104,5 @@ def test_metric_of_two_engines_is_right_one_after_the_other_and_refused_one_with
         assert math.isclose(trainer.run_sync([1.0, 2.0], max_epochs=2).metrics["mean"], 1.5)
         assert math.isclose(evaluator.run_sync([5.0]).metrics["mean"], 5.0)
     trainer.add_event_handler(Events.ITERATION_COMPLETED(once=1), lambda: evaluator.run_sync([7.0]))
-    with pytest.raises(RuntimeError, match="engine 'evaluator' has begun .* make another MeanMetric"):
+    with pytest.raises(RuntimeError, match=r"engine 'evaluator' has begun .* make another MeanMetric"):
         trainer.run_sync([1.0, 2.0])

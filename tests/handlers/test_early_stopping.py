@@ -167,7 +167,7 @@ def test_second_attachment_is_refused_also_with_an_evaluator_and_to_the_next_eng
     evaluator: AnyEngine = Engine(lambda engine, batch: None, name="evaluator")
     next_one: AnyEngine = Engine(lambda engine, batch: None, name="next")
     for engines in ((trainer,), (trainer, evaluator), (next_one,), (next_one, evaluator)):
-        with pytest.raises(RuntimeError, match="is attached to engine 'trainer' already.*make another one; event="):
+        with pytest.raises(RuntimeError, match=r"is attached to engine .trainer. already.*make another one; event="):
             stopping.attach(*engines)
     with pytest.raises(ValueError, match="no event 'MINE'"):
         stopping.attach(next_one, evaluator, "MINE")

@@ -35,7 +35,12 @@ def sampled(engine: AnyEngine, every: timedelta = OFTEN) -> list[Values]:
     system = SystemStatistics(every)
     system.attach(engine)
     samples: list[Values] = []
-    engine.add_event_handler(SystemEvents.SYSTEM_SAMPLED, lambda engine: samples.append(system.values(engine)))
+
+    def note(engine: AnyEngine, payload: Values) -> None:
+        assert payload == system.values(engine)
+        samples.append(payload)
+
+    engine.add_event_handler(SystemEvents.SYSTEM_SAMPLED, note)
     return samples
 
 

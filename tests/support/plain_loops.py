@@ -48,7 +48,7 @@ def build() -> tuple[torch.nn.Sequential, torch.optim.Optimizer]:
     return model, torch.optim.SGD(model.parameters(), **SGD_OF_HALF)
 
 
-def plain_loop(
+def plain_loop(  # noqa: PLR0913 -- what the trainer takes
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     *,

@@ -233,8 +233,8 @@ def _check_format(record: dict[str, Any]) -> None:
     number = record.pop("format", None)
     if type(number) is not int or number != _FORMAT:
         raise ValueError(
-            f"its format is {_shown(number)}, and this version of aengine reads {_FORMAT}: load it with the version that"
-            f" wrote it, which its \"versions\" name: {_shown(record.get('versions'))}"
+            f"its format is {_shown(number)}, and this version of aengine reads {_FORMAT}: use the version that"
+            f" has written it: {_shown(record.get('versions'))}"
         )
 
 
