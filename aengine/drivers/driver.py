@@ -389,7 +389,12 @@ class Driver:
                 with anyio.CancelScope(deadline=deadline):
                     await part()
             except self._loop.cancellations as error:
-                self._outcome.add_cancellation(error)
+                failure = self._explain(error)
+                if isinstance(failure, self._loop.cancellations):
+                    self._outcome.add_cancellation(failure)
+                else:
+                    self._outcome.failures.append(failure)
+                del failure  # whose cause holds this frame
             except Exception as error:  # noqa: BLE001 -- raised by run(), beside what else went wrong
                 self._outcome.failures.append(error)
                 return

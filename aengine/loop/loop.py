@@ -16,13 +16,14 @@ from aengine.bus.topic import Topic
 from aengine.callables import is_awaitable, refuse_stop_iteration
 from aengine.data.managed import RunContext
 from aengine.data.source import PENDING, Source
-from aengine.errors import DataExhaustedWarning, HandlerTimeout
+from aengine.errors import DataExhaustedWarning, HandlerTimeout, StrayCancellation
 from aengine.events import ALWAYS, NEVER
 from aengine.loop.effects import BUDGET, Effect, LoopGenerator, NextBatch, WaitCancelled
 from aengine.loop.feed import END, Exhausted, Feed
 from aengine.loop.progress import Progress
 from aengine.loop.requests import Phase, Request, Requests
 from aengine.state import ErrorInfo, StopReason
+from aengine.threads.event_loop import is_cancellation_of_asyncio
 
 
 class Terminated(Exception):
@@ -603,7 +604,12 @@ class Loop:
 
     def _failure_of(self, error: BaseException) -> BaseException:
         """Return what the run fails with: this error, unless it is a cancellation that is not the run's."""
-        failure = error if self._explain is None else self._explain(error)
+        failure = error
+        if self._explain is not None:
+            failure = self._explain(error)
+        elif is_cancellation_of_asyncio(error):  # of something that plain code has used: no event loop runs here
+            failure = StrayCancellation("something was cancelled, but the run was not: the cause says where")
+            failure.__cause__ = error
         if failure is not error:
             self._bus.note(failure, "the step, or a handler")
         return failure
