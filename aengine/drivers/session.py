@@ -16,6 +16,7 @@ from aengine.data.adapt import adapt
 from aengine.data.prefetch import Fetched
 from aengine.data.source import Source
 from aengine.drivers.driver import Driver
+from aengine.drivers.records import iteration_of, statistics_of
 from aengine.drivers.services import Service, ServiceEntry, ServiceTasks
 from aengine.drivers.sync import DONE, SUSPENDED, BlockingRunner, runs_in_event_loop
 from aengine.errors import EngineBusy, raise_failures
@@ -497,48 +498,9 @@ class Session:
 
     def statistics(self) -> EngineStatistics:
         """Return where the time goes, as `Engine.statistics`."""
-        bus, watch = self._bus, self._bus.stopwatch
-        handlers: dict[str, float] = {}
-        of_fired: dict[str, float] = {}
-        for topic in bus.topics:
-            seconds = handlers if topic.is_fired_by_loop else of_fired
-            for handler in topic.inline:
-                if handler.is_internal:
-                    continue
-                seconds[handler.name] = seconds.get(handler.name, 0.0) + handler.seconds
-        return EngineStatistics(
-            name=bus.name,
-            running=self.is_running,
-            epoch=self._state.epoch,
-            iteration=self._state.iteration,
-            total=watch.total,
-            data=watch.data,
-            step=watch.step,
-            handlers=handlers,
-            handlers_of_fired=of_fired,
-            back_pressure=watch.back_pressure,
-            event_loop=watch.event_loop,
-            lag=watch.lag,
-            event_loop_lag=watch.event_loop_lag(),
-            listeners=tuple(one.statistics() for one in (*bus.subscribers, *bus.streams)),
-            services=tuple(entry.statistics() for entry in self.services),
-        )
+        services = tuple(entry.statistics() for entry in self.services)
+        return statistics_of(self._bus, services, is_running=self.is_running)
 
     def record_iteration(self) -> Event:
         """Return the event of the iteration that was completed last, as a subscriber would get it."""
-        state, bus = self._state, self._bus
-        return Event(
-            "ITERATION_COMPLETED",
-            bus.name,
-            bus.sequence,
-            state.iteration,
-            state.epoch,
-            state.epoch_length,
-            state.max_epochs,
-            state.max_iters,
-            state.output,
-            dict(state.metrics),
-            perf_counter(),
-            None,
-            None,
-        )
+        return iteration_of(self._bus)
