@@ -69,7 +69,7 @@ class Loop:
         self._restore_rng = restore_rng
         self._has_other_data = False  # the data was replaced during the epoch: there may now be events of it, or none
         self._first = progress.iteration
-        self._others_had_a_turn: Callable[[], bool] | None = None
+        self._sharing: Callable[[], int] | None = None
         self._next_yield = perf_counter() + BUDGET
         # Of what steps return, the types that are not awaitable: asking `inspect` costs as much as a whole iteration.
         self._plain_types: set[type] = set()
@@ -79,20 +79,20 @@ class Loop:
         run: RunContext,
         cancelled: type[BaseException],
         explain: Callable[[BaseException], BaseException],
-        others_had_a_turn: Callable[[], bool] | None,
+        sharing: Callable[[], int] | None,
     ) -> None:
         """A driver on an event loop begins to advance this. Raises as `Source.attach` does.
 
         `cancelled` is what a cancellation raises there. `explain` returns the failure to report for an error: another
-        one for a cancellation of something else, which the user's code has let out. `others_had_a_turn` returns whether
-        other tasks had a turn since it was called before; it is None where the loop does not run on the event loop's
-        own thread.
+        one for a cancellation of something else, which the user's code has let out. `sharing` returns how many
+        runs share the event loop, if other tasks had a turn since it was called before, else 0; it is None where the
+        loop does not run on the event loop's own thread.
         """
         self.source.attach(run)
         if cancelled not in self.cancellations:
             self.cancellations += (cancelled,)
         self._explain = explain
-        self._others_had_a_turn = others_had_a_turn
+        self._sharing = sharing
 
     def detach(self) -> None:
         """The driver is at its end."""
@@ -330,10 +330,12 @@ class Loop:
                 if is_timed:
                     is_timed, watch.weight = False, 0
                     # Read each time: an epoch may go on with another driver than it began with.
-                    if (had_turn := self._others_had_a_turn) is not None and perf_counter() >= self._next_yield:
-                        if not had_turn():  # otherwise the step has waited for something
+                    if (sharing := self._sharing) is not None and perf_counter() >= self._next_yield:
+                        runs = sharing()
+                        watch.runs = runs or 1
+                        if not runs:  # otherwise the step has waited for something
                             yield Effect.YIELD
-                            had_turn()
+                            sharing()
                         self._next_yield = perf_counter() + BUDGET
         finally:
             feed.in_hand = batch  # what was fetched and not stepped on is not lost
