@@ -86,6 +86,13 @@ class EventEmitter:
         self.registered: dict[str, Any] = dict(_OURS)
         self._attributes: dict[str, str] = {}  # of the state, that count events of the user's
 
+    def __del__(self) -> None:
+        """The engine is gone: the bus and its topics refer to each other, and would wait for the garbage collector.
+
+        And with them the state, the last output and all that users have put there; a DataLoader ends its workers late.
+        """
+        self.bus.close()
+
     def attach(self, runner: Runner | None) -> None:
         """A runner begins to advance a run; with None, no run is under way any more."""
         self.runner = runner

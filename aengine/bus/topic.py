@@ -93,6 +93,12 @@ class Topic:
                 listener.reset(self.count)
             self._choose_dispatch()
 
+    def close(self) -> None:
+        """The engine is gone: refer to this no more, nor to listeners, which may refer to the bus."""
+        self.dispatch = _dispatch_nothing
+        self.inline = self.inbox_listeners = ()
+        self._hot = (), (), ((), ())
+
     def mark_fired_by_loop(self) -> None:
         """The loop fires this: its handlers are timed as often as the iteration that they are part of."""
         if not self.is_fired_by_loop:
@@ -341,6 +347,10 @@ class Topic:
     def _note(self, error: Exception, what: str) -> None:
         refuse_stop_iteration(error, what)
         self._bus.note(error, f"{what} of {self.name}")
+
+
+def _dispatch_nothing(*_: Any) -> None:
+    """Nothing listens, and nothing fires."""
 
 
 def _wait_for_room(waits: list[BackpressureWait]) -> Dispatch:

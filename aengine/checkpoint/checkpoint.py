@@ -62,7 +62,8 @@ class Checkpoint:
     Args:
         directory: where the checkpoints are; made when the first one is written.
         state: what has `state_dict` and `load_state_dict`, or a dictionary of that, nested. torch's, numpy's and
-            python's random generators may be in it. DistributedDataParallel and compiled modules are unwrapped.
+            python's random generators may be in it. DistributedDataParallel and compiled modules are unwrapped. Of a
+            model that is frozen but for an adapter, pass `trainable(model)`.
             An engine in it, such as an evaluator that a handler runs, is saved with its metrics and its handlers that
             have a `state_dict`; once restored, it begins anew at its next run if it was done, as in memory.
         keep: which checkpoints stay.
@@ -72,6 +73,10 @@ class Checkpoint:
         on_error: what a save that fails does: "raise" fails the run before its next step, "warn" gives a
             CheckpointWarning, counts it in `failures`, and goes on.
         write_in: "thread", or "process", which takes nothing from steps that are short.
+        rng: what a run that goes on from `restore` draws. "process": what it would have drawn without the break, since
+            python's, numpy's and torch's generators are set back, for all that this process does. Right for a program
+            that trains. "data": those are left alone, so that no other job of a server draws the same numbers again;
+            the data still goes on where it stood, in its order. Generators in the state are set back in any case.
 
     Raises:
         TypeError, ValueError: an argument is wrong.
@@ -87,6 +92,7 @@ class Checkpoint:
         when_busy: Literal["wait", "skip"] = "wait",
         on_error: Literal["raise", "warn"] = "raise",
         write_in: Literal["thread", "process"] = "thread",
+        rng: Literal["process", "data"] = "process",
     ) -> None:
         if not isinstance(directory, str | os.PathLike):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"Checkpoint(directory, state) takes a path first, got {type(directory).__qualname__}")
@@ -98,6 +104,8 @@ class Checkpoint:
         check_choice(when_busy, "when_busy=", ["wait", "skip"])
         check_choice(on_error, "on_error=", ["raise", "warn"])
         check_choice(write_in, "write_in=", ["thread", "process"])
+        check_choice(rng, "rng=", ["process", "data"])
+        self._reseeds = rng == "process"
         self._parts = parts_of(state)
         self._contents = Contents(serializer, in_process=write_in == "process")
         self._name = printable(os.fspath(directory))
@@ -154,9 +162,15 @@ class Checkpoint:
     def attach(self, engine: AnyEngine, event: AnyEvent) -> RemovableEventHandle:
         """Save at an event, filtered or not, or at several: also on time, by `every=timedelta(minutes=10)`.
 
-        Returns what detaches it again. At CANCELLED and EXCEPTION_RAISED it saves unless the step before the one that
-        did not complete is saved already. What is saved then may be in the middle of that step: it is marked so, and
-        `restore()` prefers any that is not.
+        Returns what detaches it again.
+
+        With `at_end=True` the last state is saved however the run ends: also where it fails or is cancelled, within the
+        engine's `grace`, unless that happens in a step, which then did not complete. That state is the one of no
+        iteration: it is not saved, and a CheckpointWarning says which step is.
+
+        At CANCELLED and EXCEPTION_RAISED it saves unless the step before the one that did not complete is saved
+        already. What is saved then may be in the middle of that step: it is marked so, and `restore()` prefers any that
+        is not.
 
         Raises:
             TypeError: this is no engine, or no event.
@@ -211,6 +225,7 @@ class Checkpoint:
             CheckpointError: as `drain` does.
         """
         handles, self._handles, self._engine = self._handles, {}, None
+        self._look_for_end()
         self._saver.refuse_requests()  # before the service is removed, which would say that the run has ended
         for handle in handles:
             handle.remove()
@@ -258,11 +273,17 @@ class Checkpoint:
             name=f"checkpoint: save {role} ({self._name})",
         )
         self._handles[handle] = where
+        self._look_for_end()
         return handle
 
     def _unsubscribe(self, handle: RemovableEventHandle) -> None:
         handle.remove()
         self._handles.pop(handle, None)
+        self._look_for_end()
+
+    def _look_for_end(self) -> None:
+        filters = [where.filter for where in self._handles.values() if where is not None]
+        self._saver.saves_the_end = any(one is not None and one.at_end for one in filters)
 
     def _served(self) -> AnyEngine:
         if self._engine is None:
@@ -274,7 +295,8 @@ class Checkpoint:
     async def restore(self, engine: AnyEngine, which: Which = None, *, strict: bool = True) -> CheckpointInfo | None:
         """Put the engine and the state back to a checkpoint, before `run()`. Returns which, None if there is none yet.
 
-        Files are read in a thread, and verified by their checksums. The state is loaded in the calling task.
+        Files are read in a thread, and verified by their checksums. The state is loaded in the calling task; random
+        number generators are set back as the run begins, or not, as `rng` says.
 
         Args:
             engine: the one to go on, with its handlers attached.
@@ -304,7 +326,7 @@ class Checkpoint:
         self._serve(engine)
         if found is None:
             return None
-        restore(found.tree, self._parts, engine, strict=strict)
+        restore(found.tree, self._parts, engine, strict=strict, reseeds=self._reseeds)
         info = found.info
         _logger.info("restored step %d, epoch %d, from %s", info.step, info.epoch, printable(str(info.path)))
         self._writer.go_on_from(info, is_newest=which is None or which == "must")

@@ -42,6 +42,12 @@ _RUN_ENDED = (
     " being written"
 )
 
+_ACCIDENTS: dict[StopReason | None, str] = {
+    StopReason.CANCELLED: Events.CANCELLED.name,
+    StopReason.FAILED: Events.EXCEPTION_RAISED.name,
+}
+"""How a run ends that does not come to its own end, and what is fired then."""
+
 
 class SaveRequests:
     """Saves that were asked for from beside the loop, and have not been staged. From any thread.
@@ -113,15 +119,19 @@ class Saver(Service):
     Attributes:
         skipped: saves that were skipped.
         failures: saves that failed and were warned of.
+        saves_the_end: whether the state at the end of a run is to be saved, also of one that fails or is cancelled.
     """
 
     def __init__(self, writer: Writer, when_busy: Literal["wait", "skip"], on_error: Literal["raise", "warn"]) -> None:
         self.skipped = 0
         self.failures = 0
+        self.saves_the_end = False
         self._writer = writer
         self._when_busy = when_busy
         self._on_error = on_error
         self._saving: Saving | None = None  # the last
+        self._saving_of_end: Saving | None = None  # of a run that failed or was cancelled: its error is only warned of
+        self._has_warned_of_end = False
         self._requests = SaveRequests()
         self._is_staging = threading.Lock()  # where the step runs, or, between runs, where save_now() was called
         self._has_failed = False  # nothing more is saved of this run
@@ -137,7 +147,7 @@ class Saver(Service):
 
     def run_started(self, engine: AnyEngine) -> None:  # noqa: ARG002 -- a service's signature
         """Serve requests from now on."""
-        self._has_failed = False
+        self._has_failed = self._has_warned_of_end = False
         self._acknowledgements.begin()
         self._requests.open()
 
@@ -180,33 +190,44 @@ class Saver(Service):
         before = self.under_way  # before the rest: a save that fails sets `_has_failed` before it is over
         if not self._is_due(event, engine) or self._is_deferred(event, engine):
             return None
+        is_requested = bool(self._requests) or self._requests.deferred == REQUESTED
+        is_of_end = event == REQUESTED and not (is_requested or self._requests.deferred)
         with self._is_staging:
-            if (before := before or self.under_way) is not None:
-                is_requested = self._requests or self._requests.deferred == REQUESTED
-                if self._when_busy == "skip" and not is_requested and event not in FINAL_EVENTS:
-                    self._requests.deferred = ""
-                    self.skipped += 1
-                    return None
+            if (before := before or self.under_way) is None:
+                return self._stage(event, engine, is_of_end=is_of_end)
+            if self._when_busy == "wait" or is_requested or is_of_end or event in FINAL_EVENTS:
                 return NotYet(before.wait())
-            try:
-                self._raise_unreported()
-                name = self._requests.deferred if event == REQUESTED else event
-                is_mid_step = event in FAILURE_EVENTS and is_in_step(engine)
-                staged = self._writer.stage(name or event, engine, is_mid_step=is_mid_step)
-                on_end = partial(self._on_end, acknowledge_of(engine))
-                # `follow` permits it, when the services are done: log lines of steps that a checkpoint covers are on
-                # the disk before it is committed, or a run that is resumed from it would never write them.
-                is_permitted = not session_of(engine).must_prepare_commit
-                saving = self._saving = Saving(staged, on_end, is_permitted=is_permitted)
-            except Exception as error:
-                self._requests.refuse(error)
-                if self._on_error == "raise":
-                    self._has_failed = True
-                    raise
-                self._warn(error)
+            self._requests.deferred = ""
+            self.skipped += 1
+            return None
+
+    def _stage(self, event: str, engine: AnyEngine, *, is_of_end: bool) -> Saving | None:
+        try:
+            self._raise_unreported()
+            name = self._requests.deferred if event == REQUESTED else event
+            if is_of_end:
+                name = _ACCIDENTS.get(engine.state.stop_reason, "")
+            is_mid_step = event in FAILURE_EVENTS and is_in_step(engine)
+            staged = self._writer.stage(name or event, engine, is_mid_step=is_mid_step)
+            on_end = partial(self._on_end, acknowledge_of(engine), is_of_end=is_of_end)
+            # `follow` permits it, when the services are done: log lines of steps that a checkpoint covers are on the
+            # disk before it is committed, or a run that is resumed from it would never write them.
+            is_permitted = not session_of(engine).must_prepare_commit
+            saving = self._saving = Saving(staged, on_end, is_permitted=is_permitted)
+        except Exception as error:
+            self._requests.refuse(error)
+            if is_of_end:  # what ended the run is to be raised, and nothing beside it
+                self._warn_of_end(engine, f"its last state could not be saved: {type(error).__name__}: {error}", error)
                 return None
-            self._requests.answer(saving)
-            return saving
+            if self._on_error == "raise":
+                self._has_failed = True
+                raise
+            self._warn(error)
+            return None
+        if is_of_end:
+            self._saving_of_end = saving
+        self._requests.answer(saving)
+        return saving
 
     def _is_due(self, event: str, engine: AnyEngine) -> bool:
         if self._has_failed:
@@ -216,8 +237,36 @@ class Saver(Service):
         if event == REQUESTED:
             if is_in_step(engine):  # as when that step has failed
                 self._requests.refuse()
-            return bool(self._requests or self._requests.deferred)
+            return bool(self._requests or self._requests.deferred) or self._is_end_due(engine)
         return event not in FAILURE_EVENTS or self._writer.saved_step != engine.state_dict()["iteration"]
+
+    def _is_end_due(self, engine: AnyEngine) -> bool:
+        """Say whether a run has failed or was cancelled whose last state is to be saved, and is not yet.
+
+        Between two steps that state is whole. In a step, it is that of no iteration: never saved, and warned of.
+        """
+        if not self.saves_the_end or engine.state.stop_reason not in _ACCIDENTS:
+            return False
+        completed = engine.state_dict()["iteration"]
+        if completed in (0, self._writer.saved_step):
+            return False
+        if is_in_step(engine):
+            self._warn_of_end(
+                engine, f"it ended in step {completed + 1}, whose changes are in the state, and is not saved"
+            )
+            return False
+        return True
+
+    def _warn_of_end(self, engine: AnyEngine, why: str, error: BaseException | None = None) -> None:
+        if self._has_warned_of_end:
+            return
+        self._has_warned_of_end = True
+        saved, last = self._writer.saved_step, "nothing is saved of it"
+        if saved is not None:
+            last = f"the last step that is saved is {saved}"
+        message = f"the run of engine {engine.name!r} did not end as it should: {why}; {last}"
+        _logger.warning(message, exc_info=error)
+        warnings.warn(message, CheckpointWarning, stacklevel=2)
 
     def _is_deferred(self, event: str, engine: AnyEngine) -> bool:
         """Put the save off if a run is under way that could not be resumed from here to the same results, bit by bit.
@@ -234,10 +283,10 @@ class Saver(Service):
         self._requests.deferred = event
         return engine.fire_event_soon(CheckpointEvents.CHECKPOINT_REQUESTED)
 
-    def _on_end(self, acknowledge: Callable[[Any], Any] | None, saving: Saving) -> None:
+    def _on_end(self, acknowledge: Callable[[Any], Any] | None, saving: Saving, *, is_of_end: bool) -> None:
         """In the thread of a save of a run: if it failed, the run fails before its next step."""
         self._acknowledgements.add(acknowledge, saving)
-        if saving.error is not None and not saving.is_reported and self._on_error == "raise":
+        if saving.error is not None and not saving.is_reported and self._on_error == "raise" and not is_of_end:
             self._has_failed = True
 
     async def follow(self, engine: AnyEngine, event: Event) -> None:
@@ -260,6 +309,9 @@ class Saver(Service):
             raise
         if saving.error is None:
             await self._report_committed(engine, saving)
+        elif saving is self._saving_of_end:
+            saving.is_reported = True
+            self._warn_of_end(engine, f"its last state was not saved: {saving.error}", saving.error)
         elif self._on_error == "raise":
             saving.result()
         else:
@@ -375,4 +427,4 @@ class Saver(Service):
             if (saving := self._saving) is not None and saving.error is not None:
                 # For what still follows it. The traceback of the error itself would hold the engine.
                 saving.error = CheckpointNotWritten(str(saving.error))
-            self._saving = None
+            self._saving = self._saving_of_end = None

@@ -83,6 +83,12 @@ def _can_be_either(data: Any) -> bool:
     return has(data, "__aiter__") and is_iterable(data) and _length(data) is not None
 
 
+def is_stateful(data: Any) -> bool:
+    """Say whether this can return its position, and be put back there."""
+    # Not by isinstance(data, Stateful), which took a third of the time of a short epoch.
+    return hasattr(data, "state_dict") and hasattr(data, "load_state_dict")
+
+
 def is_factory(data: Any) -> bool:
     """Say whether this makes the data when it is called."""
     return callable(data) and not has(data, "__aiter__") and not is_iterable(data)

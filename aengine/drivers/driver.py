@@ -97,6 +97,7 @@ class Driver:
         self._outcome = Outcome(bus.name, bus.logger)
         self._reported: BaseException | None = None  # a failure beside the loop that is to be thrown into it
         self._changed: ThreadSafeEvent | None = None  # set when a request comes, while the loop is paused
+        self._last_wait: anyio.CancelScope | None = None  # of the task that ends a wait for data that goes on
         self._subscribers = SubscriberTasks(bus, self._loop_handle, grace)
         self._services = services
         self._group: anyio.abc.TaskGroup
@@ -177,8 +178,13 @@ class Driver:
         context = RunContext(
             handle, self.spawn, self._fail_of_data, self._settings, self._prefetch, loop.can_use, self._grace
         )
-        others_had_a_turn = None if self._worker is not None else _watch_turns(self._caller, handle)
-        loop.attach(context, self._cancelled, self._explain, others_had_a_turn)
+        if self._worker is None:
+            may_go_on: Callable[[], int] | None = _watch_turns(self._caller, handle)
+        else:
+            # Nothing waits for a turn there. But the worker would go on to the end of the run, though the event loop
+            # was closed: a task that is still pending then is just dropped.
+            may_go_on = partial(_is_open, handle) if handle.is_of_asyncio else None
+        loop.attach(context, self._cancelled, self._explain, may_go_on, self._is_given_up)
         self._bus.attach(handle)
         # Posted even from the loop's own thread: a signal handler interrupts select(), which sleeps again unless woken.
         # A weak reference: the scheduled callback lives one more turn of the event loop, and would keep the engine.
@@ -257,6 +263,35 @@ class Driver:
         """Whether a step is still running, since the user no longer wanted to wait for it."""
         return self._worker is not None and self._worker.item is not None
 
+    @property
+    def is_deserted(self) -> bool:
+        """Whether the event loop was closed before the end of the run, which nothing continues any more."""
+        return self._loop_handle.is_closed
+
+    @property
+    def is_at_work(self) -> bool:
+        """Whether a step is still running, though the run was given up."""
+        return self._worker is not None and self._worker.is_at_work
+
+    def desert(self) -> None:
+        """The event loop was closed before the end of the run: have the step in flight be the last one."""
+        self._is_over = True
+        self._requests.wake_by(None)
+        if self.is_at_work:
+            self._requests.return_to_driver()
+        self._services.desert()
+
+    def leave(self) -> None:
+        """Let go of a run that was given up, whose last step has ended."""
+        self._loop.detach()
+        self._bus.attach(None)
+        if self._worker is not None:
+            self._worker.leave()
+        self._outcome.clear()
+
+    def _is_given_up(self) -> bool:
+        return self.is_deserted or (self._is_over and self.is_at_work)
+
     def worker_for(self, task: int) -> RunWorker | None:
         """Return this run's worker if it is idle because this very task, in an inline handler, runs another engine."""
         return self._worker if self._worker is not None and self._worker.is_idle and task == self._task else None
@@ -271,23 +306,26 @@ class Driver:
         self._services.start(self._group, self._loop_handle)
         try:
             if self._worker is not None:
-                await self._worker.start(None if self._parent is None else self._parent.worker_for(self._caller.id))
+                parent = None if self._parent is None else self._parent.worker_for(self._caller.id)
+                await self._worker.start(parent, self._loop.source.take_thread())
             await self._drive()
         except self._loop.cancellations as error:
             self._outcome.add_cancellation(error)
         finally:
             self._is_over = True
-            self._subscribers.start_no_more()
-            try:
-                if self._must_wait_at_end:
-                    with anyio.CancelScope(shield=True):
-                        await self._close()
-                else:
-                    self._subscribers.end_nowait()
-                if self._worker is not None and not self._worker.is_shared:
-                    self._worker.stop()
-            finally:
-                self._has_ended.set()
+            if not self.is_deserted:  # else this task is being dropped, and can await nothing any more
+                self._subscribers.start_no_more()
+                if self._last_wait is not None:
+                    self._last_wait.cancel()
+                try:
+                    if self._must_wait_at_end:
+                        with anyio.CancelScope(shield=True):
+                            await self._close()
+                    else:
+                        self._subscribers.end_nowait()
+                    self._end_worker()
+                finally:
+                    self._has_ended.set()
 
     def _never_started(self) -> None:
         self._has_ended.set()
@@ -314,9 +352,32 @@ class Driver:
         if not self.is_suspended and not self.has_abandoned:
             # The loop has done so itself, unless it was cancelled in its clean-up.
             await self._run_cleanup(source.aclose, deadline)
+            await self._run_cleanup(self._close_data)
         await self._run_cleanup(source.exit, deadline)
-        if self._worker is not None and self._worker.is_shared:
+        if self._worker is not None:
             await self._run_cleanup(self._worker.give_back)
+
+    def _end_worker(self) -> None:
+        worker, source = self._worker, self._loop.source
+        if worker is not None and self.is_suspended and source.belongs_to_thread:
+            source.keep_thread(worker.keep())
+        elif worker is not None:
+            worker.stop()
+
+    async def _close_data(self) -> None:
+        """Close plain data on the thread that has pulled it."""
+        source, worker = self._loop.source, self._worker
+        if worker is None or worker.thread is None or not source.is_open:
+            source.close()
+            return
+        item = worker.submit(lambda _: source.close(), None)
+        try:
+            await item.wait(lambda: None)
+        finally:
+            if item.done:
+                worker.finish()
+        if item.error is not None:
+            raise item.error
 
     async def _run_cleanup(self, part: Callable[[], Awaitable[None]], deadline: float = math.inf) -> None:
         """Run one part of the clean-up to its end: again if a native cancellation, which no shield holds off, cut it.
@@ -328,7 +389,12 @@ class Driver:
                 with anyio.CancelScope(deadline=deadline):
                     await part()
             except self._loop.cancellations as error:
-                self._outcome.add_cancellation(error)
+                failure = self._explain(error)
+                if isinstance(failure, self._loop.cancellations):
+                    self._outcome.add_cancellation(failure)
+                else:
+                    self._outcome.failures.append(failure)
+                del failure  # whose cause holds this frame
             except Exception as error:  # noqa: BLE001 -- raised by run(), beside what else went wrong
                 self._outcome.failures.append(error)
                 return
@@ -585,15 +651,42 @@ class Driver:
             self._changed.set()
         if not pending.isdisjoint(_ENDING):
             self._bus.end_waits()
-        if (
-            Request.TERMINATE in pending
-            and self._loop.feed.is_awaited
-            and self._deadline is None
-            and not self._is_over
-            and self._loop.source.can_be_woken
-        ):
-            self._is_woken = True
-            self._scope.cancel()
+        if Request.TERMINATE in pending and self._waits_for_data:
+            if self._loop.source.can_be_woken:
+                self._wake()
+            elif self._last_wait is None:
+                self._last_wait = anyio.CancelScope(shield=True)
+                self.spawn(self._end_last_wait, lambda: None)
+
+    @property
+    def _waits_for_data(self) -> bool:
+        return self._loop.feed.is_awaited and self._deadline is None and not self._is_over
+
+    def _wake(self) -> None:
+        """Cancel the wait for the next batch."""
+        self._is_woken = True
+        self._scope.cancel()
+
+    async def _end_last_wait(self) -> None:
+        """Cancel the wait for a batch that does not come in half of the grace: the other half is for the clean-up.
+
+        A task of its own. Not at once, since it ends an async generator of the user's, which may be iterated further.
+        """
+        assert self._last_wait is not None, "made with this task"  # noqa: S101
+        with self._last_wait:
+            await anyio.sleep(self._grace / 2)
+            if self._waits_for_data:
+                self._bus.logger.warning(
+                    "the data (%s) gave no batch in the %s seconds after terminate(): the wait is cancelled, which"
+                    " ends an async generator",
+                    self._loop.source.name,
+                    self._grace / 2,
+                )
+                self._wake()
+
+
+def _is_open(handle: EventLoopHandle) -> bool:
+    return not handle.is_closed
 
 
 def _watch_turns(caller: anyio.TaskInfo, loop_handle: EventLoopHandle) -> Callable[[], int]:

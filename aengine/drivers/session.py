@@ -4,7 +4,7 @@ from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import Any, TypeAlias
 
 import anyio
@@ -20,10 +20,11 @@ from aengine.drivers.services import Service, ServiceEntry, ServiceTasks
 from aengine.drivers.sync import DONE, SUSPENDED, BlockingRunner, runs_in_event_loop
 from aengine.errors import EngineBusy, raise_failures
 from aengine.events import Event
+from aengine.loop.agreement import Agreement
 from aengine.loop.effects import LoopGenerator
 from aengine.loop.loop import Loop
 from aengine.loop.progress import Progress, begin
-from aengine.loop.requests import Phase, Requests
+from aengine.loop.requests import Phase, Request, Requests
 from aengine.loop.state_dict import from_state_dict, to_state_dict
 from aengine.state import ErrorInfo, State, StopReason, set_dataloader
 from aengine.statistics import EngineStatistics
@@ -31,6 +32,9 @@ from aengine.threads.thread_state import bound_to_this_thread
 from aengine.threads.worker import close_unawaited
 
 _ONE_AT_A_TIME = "one engine runs one loop at a time. Await the run under way, or make another engine"
+
+_LOOK = 0.005
+"""Seconds from one look to the next whether a step has ended that nothing waits for."""
 
 Limits: TypeAlias = tuple[int | None, int | None, int | None]
 """max_epochs, max_iters, epoch_length, as they were given to `run()`."""
@@ -44,7 +48,6 @@ class Session:
     Attributes:
         step: the engine's step.
         threaded: whether a plain step runs on a worker thread, where nothing of torch is bound to the caller's.
-        is_running: whether a run is under way.
         services: those that take part in each run.
         went_back_to: what was completed where a `state_dict` was taken, if the run under way goes on from one.
         body_task: the task of a body of `iterate()`, while the loop waits for it.
@@ -61,7 +64,8 @@ class Session:
         insists: bool,
         grace: float,
     ) -> None:
-        self.is_running = False
+        self._is_running = False
+        self._call = 0  # the number of the run that is under way, or was the last one
         self.services: tuple[ServiceEntry, ...] = ()
         self.went_back_to: Progress | None = None
         self.body_task: int | None = None
@@ -74,6 +78,7 @@ class Session:
         self._insists = insists  # on the worker
         self._grace = grace
         self._driver: Driver | None = None
+        self._left: Driver | None = None  # of a run that was given up, and whose step may still be at work
         # Both are kept while a run is interrupted: the next one goes on with this very generator.
         self._loop: Loop | None = None
         self._generator: LoopGenerator | None = None
@@ -96,6 +101,9 @@ class Session:
 
     async def run(self, engine: Any, data: Any, limits: Limits, prefetch: int) -> None:
         """Run the loop on the event loop that runs here, as `Engine.run`."""
+        deadline = perf_counter() + self._grace
+        while self._is_left_at_work and perf_counter() < deadline:  # noqa: ASYNC110 -- its event loop may be gone
+            await anyio.sleep(_LOOK)
         with self._under_way():
             await checkpoint_if_cancelled()
             check_whole(prefetch, "prefetch=", minimum=0, of="batches to pull ahead")
@@ -109,12 +117,15 @@ class Session:
 
     def run_sync(self, engine: Any, data: Any, limits: Limits, prefetch: int) -> None:
         """Run the loop without an event loop until something must be awaited, as `Engine.run_sync`."""
+        deadline = perf_counter() + self._grace
+        while self._is_left_at_work and perf_counter() < deadline:
+            sleep(_LOOK)
         with self._under_way():
             if runs_in_event_loop():
                 raise RuntimeError("run_sync() would block the event loop that runs here: write  await engine.run(...)")
             check_whole(prefetch, "prefetch=", minimum=0, of="batches to pull ahead")
             adapted = adapt(data)
-            if self._is_async or prefetch or self.services or self._bus.must_await or adapted.is_async:
+            if self._is_async or prefetch or self.services or self._must_await or adapted.is_async:
                 anyio.run(self._run, engine, adapted, limits, prefetch)
             else:
                 self._run_blocking(engine, adapted, limits)
@@ -144,7 +155,7 @@ class Session:
     def _under_way(self) -> Generator[None]:
         """Have a call of `run()` be under way. However it ends, the state says how, and then the streams end."""
         self.refuse_running(_ONE_AT_A_TIME)  # which ends nothing
-        state = self._state
+        state, call = self._state, self._call + 1
         try:
             with self.busy():
                 state.stop_reason = state.error = None
@@ -152,10 +163,12 @@ class Session:
                 try:
                     yield
                 except BaseException as error:
-                    self._record_error(error)
+                    if call == self._call:
+                        self._record_error(error)
                     raise
         finally:
-            self._bus.end_run(is_suspended=state.stop_reason is StopReason.INTERRUPTED)
+            if call == self._call:  # else its event loop was closed, and it was given up
+                self._bus.end_run(is_suspended=state.stop_reason is StopReason.INTERRUPTED)
 
     def _record_error(self, error: BaseException) -> None:
         """Have the state say what `run()` raises. Why it ended the loop has said, unless it had not begun."""
@@ -183,26 +196,91 @@ class Session:
                 where,
             )
 
+    @property
+    def _must_await(self) -> bool:
+        has_kept_thread = self._loop is not None and self._loop.source.has_kept_thread
+        return has_kept_thread or self._bus.must_await
+
     @contextmanager
     def busy(self) -> Generator[None]:
         """Have the engine be running; another run is refused meanwhile."""
         self.refuse_running(_ONE_AT_A_TIME)
-        self.is_running = True
+        self._is_running = True
+        call = self._call = self._call + 1
         try:
             yield
         finally:
-            self.is_running = False
-            if left := self._requests.end():  # cancelled before its first event, or given up by a second Ctrl-C
-                self._bus.logger.warning(
-                    "the run of engine %r ended before it could fire what fire_event_soon() had accepted: %s",
-                    self._bus.name,
-                    ", ".join(left),
-                )
+            if call == self._call:  # else its event loop was closed, and it was given up
+                self._end_call()
+
+    def _end_call(self) -> None:
+        self._is_running = False
+        if left := self._requests.end():  # cancelled before its first event, or given up by a second Ctrl-C
+            self._bus.logger.warning(
+                "the run of engine %r ended before it could fire what fire_event_soon() had accepted: %s",
+                self._bus.name,
+                ", ".join(left),
+            )
+
+    @property
+    def is_running(self) -> bool:
+        """Whether a run is under way."""
+        self._give_up_deserted()
+        return self._is_running
+
+    @property
+    def requests(self) -> Requests:
+        """Where the run under way is requested to end."""
+        self._give_up_deserted()
+        return self._requests
 
     def refuse_running(self, advice: str) -> None:
-        """Raise EngineBusy while a run is under way."""
+        """Raise EngineBusy while a run is under way, or the step of one that was given up is still at work."""
         if self.is_running:
             raise EngineBusy(f"engine {self._bus.name!r} is running: {advice}")
+        if self._is_left_at_work:
+            raise EngineBusy(
+                f"engine {self._bus.name!r} still makes a step of a run that was given up, on a thread that nothing can"
+                " stop: wait until it has returned, or make another engine"
+            )
+        self._end_left()
+
+    # A run that was given up: by a second Ctrl-C while a step was at work, or since its event loop was closed. In the
+    # latter case nothing says so: the tasks of the run are still pending, and are never continued.
+
+    def _give_up_deserted(self) -> None:
+        """If the event loop of the run under way was closed, give the run up. From any thread."""
+        driver = self._driver
+        if driver is None or not driver.is_deserted:
+            return
+        self._driver, self._left = None, driver
+        self._call += 1  # so that what is left of its tasks, if it is ever dropped, changes nothing here
+        self._bus.logger.warning(
+            "the event loop of engine %r was closed during its run, which is given up where it is", self._bus.name
+        )
+        if self._state.stop_reason is None:
+            self._state.stop_reason = StopReason.CANCELLED
+        self._emitter.attach(None)
+        try:
+            driver.desert()
+        finally:
+            self._end_call()
+            self._bus.end_run(is_suspended=False)
+
+    @property
+    def _is_left_at_work(self) -> bool:
+        self._give_up_deserted()
+        return self._left is not None and self._left.is_at_work
+
+    def _end_left(self) -> None:
+        """Go on, at the next run, where one ended that was given up."""
+        left, self._left = self._left, None
+        if left is not None and self._loop is not None and self._generator is not None:
+            self._requests.cancel(Request.RAISE_FAILURE)  # with which its step was to be the last
+            source = self._loop.source
+            left.leave()
+            self._end(self._loop, self._generator, is_suspended=False)
+            source.close()
 
     def _begin(self, engine: Any, adapted: Adapted, limits: Limits) -> tuple[Loop, LoopGenerator]:
         data = adapted.data
@@ -290,14 +368,17 @@ class Session:
             failure = error
             raise
         finally:
-            self._driver = None
-            self._emitter.attach(None)
-            try:
-                services.close(failure)
-            finally:  # Ctrl-C may have come in it
-                del failure  # whose traceback holds this frame
-                if not driver.has_abandoned:  # else the step still runs, and the generator with it
-                    self._end(loop, generator, is_suspended=driver.is_suspended)
+            if self._driver is driver:  # else its event loop was closed, and it was given up
+                self._driver = None
+                self._emitter.attach(None)
+                try:
+                    services.close(failure)
+                finally:  # Ctrl-C may have come in it
+                    del failure  # whose traceback holds this frame
+                    if driver.has_abandoned:  # the step still runs, and the generator with it
+                        self._left = driver
+                    else:
+                        self._end(loop, generator, is_suspended=driver.is_suspended)
 
     def _end(self, loop: Loop, generator: LoopGenerator, *, is_suspended: bool) -> None:
         self._bus.stopwatch.stop()
@@ -374,6 +455,11 @@ class Session:
 
     def _completes_no_more(self) -> bool:
         return self.is_running and self._requests.phase is Phase.IDLE
+
+    def agree_by(self, agreement: Agreement | None) -> None:
+        """Have the runs of this engine do what this agrees on with those of other processes; with None, no more."""
+        self.refuse_running("what it agrees by is set before run()")
+        self._requests.agreement = agreement
 
     def wait_for_body(self, task: int | None) -> None:
         """The loop waits for this task, with the body of an `iterate()`; None where it waits no longer."""

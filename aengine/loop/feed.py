@@ -40,9 +40,12 @@ class Feed:
         """Return the next batch, END at the end of the data. The hot path does the same, in line."""
         try:
             batch = self.source.take()
-            if batch is PENDING:
+            while batch is PENDING:
                 self.is_awaited = True
                 batch = yield NextBatch(self.source.arrival())
+                self.is_awaited = False
+                if batch is PENDING:
+                    batch = self.source.take()
         except (StopIteration, StopAsyncIteration):
             return END
         finally:
@@ -107,8 +110,7 @@ class Feed:
 
     def suspend(self, completed: int) -> LoopGenerator:
         """Leave the data where it stands, for the next run to go on with."""
-        if self.source.must_be_awaited:
-            yield self.source.suspend(completed + (self.in_hand is not END))
+        yield from self.source.suspend(completed + (self.in_hand is not END))
 
     def unread_batch(self) -> None:
         """Have the batch in hand, which is not stepped on, be the next one."""
@@ -130,12 +132,9 @@ class Feed:
         yield from self._close(gently=gently, is_last=exits)
 
     def _close(self, *, gently: bool = False, is_last: bool = False) -> LoopGenerator:
-        if self.source.must_be_awaited:
-            yield self.source.aclose(gently=gently)
-            if is_last:
-                yield self.source.exit()
-        else:
-            self.source.close()
+        yield from self.source.close_pass(gently=gently)
+        if is_last and self.source.must_be_awaited:
+            yield self.source.exit()
 
     def exhaustion(self, completed: int) -> str:
         """Return the sentence that says that the data has ended too early, and what to pass instead."""

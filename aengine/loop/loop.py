@@ -6,6 +6,7 @@ thrown the exception. Its driver decides where it runs: on the event loop, on a 
 
 import warnings
 from collections.abc import Awaitable, Callable, Generator
+from dataclasses import replace
 from time import perf_counter
 from types import CoroutineType, GeneratorType
 from typing import Any
@@ -15,13 +16,14 @@ from aengine.bus.topic import Topic
 from aengine.callables import is_awaitable, refuse_stop_iteration
 from aengine.data.managed import RunContext
 from aengine.data.source import PENDING, Source
-from aengine.errors import DataExhaustedWarning, HandlerTimeout
+from aengine.errors import DataExhaustedWarning, HandlerTimeout, StrayCancellation
 from aengine.events import ALWAYS, NEVER
 from aengine.loop.effects import BUDGET, Effect, LoopGenerator, NextBatch, WaitCancelled
 from aengine.loop.feed import END, Exhausted, Feed
 from aengine.loop.progress import Progress
 from aengine.loop.requests import Phase, Request, Requests
 from aengine.state import ErrorInfo, StopReason
+from aengine.threads.event_loop import is_cancellation_of_asyncio
 
 
 class Terminated(Exception):
@@ -69,7 +71,9 @@ class Loop:
         self._restore_rng = restore_rng
         self._has_other_data = False  # the data was replaced during the epoch: there may now be events of it, or none
         self._first = progress.iteration
-        self._sharing: Callable[[], int] | None = None
+        self._is_agreeing = False  # with other processes; also where that has failed
+        self._others_had_a_turn: Callable[[], int] | None = None
+        self._is_given_up: Callable[[], bool] | None = None
         self._next_yield = perf_counter() + BUDGET
         # Of what steps return, the types that are not awaitable: asking `inspect` costs as much as a whole iteration.
         self._plain_types: set[type] = set()
@@ -79,25 +83,29 @@ class Loop:
         run: RunContext,
         cancelled: type[BaseException],
         explain: Callable[[BaseException], BaseException],
-        sharing: Callable[[], int] | None,
+        others_had_a_turn: Callable[[], int] | None,
+        is_given_up: Callable[[], bool],
     ) -> None:
         """A driver on an event loop begins to advance this. Raises as `Source.attach` does.
 
         `cancelled` is what a cancellation raises there. `explain` returns the failure to report for an error: another
-        one for a cancellation of something else, which the user's code has let out. `sharing` returns how many
-        runs share the event loop, if other tasks had a turn since it was called before, else 0; it is None where the
-        loop does not run on the event loop's own thread.
+        one for a cancellation of something else, which the user's code has let out. `others_had_a_turn` returns how
+        many runs take turns, if other tasks had one since it was called before, else 0; or on the worker whether there
+        is still an event loop.
+        `is_given_up` returns whether nothing is left that would hear of an error.
         """
         self.source.attach(run)
         if cancelled not in self.cancellations:
             self.cancellations += (cancelled,)
         self._explain = explain
-        self._sharing = sharing
+        self._others_had_a_turn = others_had_a_turn
+        self._is_given_up = is_given_up
 
     def detach(self) -> None:
         """The driver is at its end."""
         self.source.attach(None)
-        self._explain = None  # which refers to the driver: no cycle may hold the engine
+        # Which refer to the driver: no cycle may hold the engine.
+        self._explain = self._is_given_up = self._others_had_a_turn = None
 
     @property
     def source(self) -> Source:
@@ -153,7 +161,7 @@ class Loop:
             yield from self._close(gently=True, exits=True)
         except GeneratorExit:  # an interrupted engine is given up: nothing can be awaited any more
             self.feed.unread_batch()
-            self.source.close()
+            self.source.give_up()
             raise
         except BaseException as error:  # noqa: BLE001 -- raised again, or the reason of it
             failure = self._failure_of(error)
@@ -243,6 +251,8 @@ class Loop:
         watch.weight, bus.next_count = 0, ALWAYS  # the epoch before may have ended at this very iteration
         is_timed, mark, batch = False, 0.0, END
         usual: type | None = None  # what the step has returned last, if that is not to be awaited
+        # Where processes agree, each iteration is one in which there is more to do: `bus.next_count` stays where it is.
+        must_agree, last_output = requests.agreement is not None, None
         try:
             while (iteration := state.iteration) < end:
                 state.batch = None  # so that its memory is free before the next one comes
@@ -252,14 +262,18 @@ class Loop:
                         getting, got, started, completed = self._topics_of_an_iteration()
                     if is_timed := iteration >= watch.next_reading:
                         watch.read(iteration)
-                        bus.next_count = min(
-                            watch.next_reading, getting.next_count, got.next_count, started.next_count - 1
+                        bus.next_count = (
+                            ALWAYS
+                            if must_agree
+                            else min(watch.next_reading, getting.next_count, got.next_count, started.next_count - 1)
                         )
                     if iteration >= getting.next_count:
                         if (rest := getting.dispatch(engine, iteration)) is not None:
                             yield from rest
                         if requests.pending:
                             yield from self._serve_requests(between_steps=False)
+                    if must_agree:
+                        last_output = state.output
                     if is_timed:
                         mark = perf_counter()
                 try:
@@ -270,6 +284,8 @@ class Loop:
                         feed.is_awaited = True
                         batch = yield NextBatch(feed.source.arrival())
                         feed.is_awaited = False
+                        if batch is PENDING:
+                            batch = yield from feed.fetch()
                 except (StopIteration, StopAsyncIteration):
                     batch = END
                 except BaseException as error:
@@ -284,6 +300,11 @@ class Loop:
                 if is_busy:
                     if is_timed:
                         watch.data += (perf_counter() - mark) * watch.weight
+                    if must_agree:
+                        batch = yield from self._agree_to_step(batch, last_output)
+                        state.batch, last_output = None if batch is END else batch, None
+                        if batch is END:
+                            break
                     if iteration >= got.next_count:
                         if (rest := got.dispatch(engine, iteration)) is not None:
                             yield from rest
@@ -330,12 +351,12 @@ class Loop:
                 if is_timed:
                     is_timed, watch.weight = False, 0
                     # Read each time: an epoch may go on with another driver than it began with.
-                    if (sharing := self._sharing) is not None and perf_counter() >= self._next_yield:
-                        runs = sharing()
+                    if (had_turn := self._others_had_a_turn) is not None and perf_counter() >= self._next_yield:
+                        runs = had_turn()
                         watch.runs = runs or 1
                         if not runs:  # otherwise the step has waited for something
                             yield Effect.YIELD
-                            sharing()
+                            had_turn()
                         self._next_yield = perf_counter() + BUDGET
         finally:
             feed.in_hand = batch  # what was fetched and not stepped on is not lost
@@ -375,6 +396,11 @@ class Loop:
 
     def _meet_end_of_data(self) -> Generator[Awaitable[Any] | Effect, Any, Any]:
         """Restart the data and return its first batch; END if it ends an epoch whose length was not known."""
+        if self._requests.agreement is not None:
+            yield from self._agree(has_batch=False)
+        return (yield from self._end_pass())
+
+    def _end_pass(self) -> Generator[Awaitable[Any] | Effect, Any, Any]:
         if self.feed.end(self.completed):
             return END
         yield from self._tell_end_of_data()
@@ -405,6 +431,42 @@ class Loop:
         if state.max_epochs is None or state.epoch_length is None:
             return True
         return fetched < state.epoch_start + state.epoch_length * (state.max_epochs - state.epoch + 1)
+
+    # Agreeing with other processes
+
+    def _agree(self, *, has_batch: bool, error: BaseException | None = None) -> Generator[Any, Any, bool]:
+        """Have what all processes agree on be served here, too. Returns whether all have a batch."""
+        requests = self._requests
+        wishes = requests.wishes(self._state.iteration + 1, has_batch=has_batch)
+        assert requests.agreement is not None, "looked at by the caller"  # noqa: S101
+        self._is_agreeing = True  # what it raises ends it for this process: it is not asked once more
+        agreed: Any = requests.agreement.agree(wishes if error is None else replace(wishes, error=error))
+        if is_awaitable(agreed):
+            agreed = yield agreed
+        self._is_agreeing = False
+        if error is None:
+            requests.agree(agreed)
+            yield from self._serve_requests(between_steps=False)
+        return bool(agreed.has_batch)
+
+    def _agree_to_step(self, batch: Any, last_output: Any) -> Generator[Any, Any, Any]:
+        """Return the batch to step on: this one; or, where the data of another process has ended, one of the next pass.
+
+        END if that is the end of the epoch. One-shot data keeps its batch for the next run.
+        """
+        while batch is not END:
+            self.feed.in_hand = batch
+            do_all_have_one = yield from self._agree(has_batch=True)
+            if do_all_have_one:
+                self.feed.in_hand = END
+                break
+            self._bus.logger.info("the pass over the data ends: another process has no batch for this iteration")
+            self._state.batch, self._state.output = None, last_output
+            self.feed.in_hand = END
+            batch = yield from self._end_pass()
+            if batch is not END:
+                self._state.output = None
+        return batch
 
     # Events and requests
 
@@ -457,7 +519,7 @@ class Loop:
 
     def _fire_requested(self) -> LoopGenerator:
         to_fire = self._requests.to_fire
-        for _ in range(len(to_fire)):  # not those that are requested meanwhile, which may have no end
+        for _ in range(self._requests.calls):  # not those that are requested meanwhile, which may have no end
             if to_fire:
                 firing = to_fire.popleft()
                 yield from self._dispatch(firing.event, firing.payload)
@@ -488,7 +550,7 @@ class Loop:
 
     def _topics_of_an_iteration(self) -> tuple[Topic, Topic, Topic, Topic]:
         bus = self._bus
-        never_fired = Topic("", bus)
+        never_fired = bus.topic("")
         has_data = self.source.data is not None
         getting = bus.topic("GET_BATCH_STARTED") if has_data else never_fired
         got = bus.topic("GET_BATCH_COMPLETED") if has_data else never_fired
@@ -516,7 +578,15 @@ class Loop:
         self._state.stop_reason = StopReason.CANCELLED if is_cancellation else StopReason.FAILED
         if not is_cancellation:
             self._state.error = ErrorInfo.of(error)
+            if self._is_given_up is not None and self._is_given_up():
+                self._bus.logger.error("engine %r failed after its run was given up", self._bus.name, exc_info=error)
         self._requests.enter(Phase.ENDING_EPOCH)
+        if self._requests.agreement is not None and not self._is_agreeing:
+            yield Effect.SHIELD
+            try:
+                yield from self._agree(has_batch=False, error=error)
+            except Exception as another:  # noqa: BLE001 -- the others are not to wait; it is raised with the first
+                self.also_raised.append(another)
         if error is self.feed.empty:
             yield from self._accept_no_more()
             return
@@ -537,7 +607,12 @@ class Loop:
 
     def _failure_of(self, error: BaseException) -> BaseException:
         """Return what the run fails with: this error, unless it is a cancellation that is not the run's."""
-        failure = error if self._explain is None else self._explain(error)
+        failure = error
+        if self._explain is not None:
+            failure = self._explain(error)
+        elif is_cancellation_of_asyncio(error):  # of something that plain code has used: no event loop runs here
+            failure = StrayCancellation("something was cancelled, but the run was not: the cause says where")
+            failure.__cause__ = error
         if failure is not error:
             self._bus.note(failure, "the step, or a handler")
         return failure

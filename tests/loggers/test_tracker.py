@@ -1114,6 +1114,8 @@ async def test_engines_of_one_name_one_after_the_other_are_fine_and_freed_by_ref
         gc.disable()
         try:
             del engine
+            for _ in range(3):  # what the run has scheduled on the event loop
+                await anyio.lowlevel.checkpoint()
             assert is_alive() is None
         finally:
             gc.enable()

@@ -90,6 +90,15 @@ def capture(parts: Parts, engine: Engine[Any, Any]) -> dict[str, Any]:
     }
 
 
+def is_captured(tree: Any) -> bool:
+    """Say whether this has the form of what `capture` reads, as far as that is the same for all states."""
+    return (
+        isinstance(tree, dict)
+        and "state" in tree
+        and all(isinstance(tree.get(one), dict) for one in ("engine", "metrics", "handlers"))
+    )
+
+
 def _plain_numbers(metrics: Any) -> Any:
     """Return metrics with numpy's scalars as the numbers that they are, at any depth: torch would not load them."""
     if isinstance(metrics, dict):
@@ -168,8 +177,10 @@ def _names_among(parts: Parts, only: Iterable[str]) -> list[str]:
     return names
 
 
-def restore(tree: Mapping[str, Any], parts: Parts, engine: Engine[Any, Any], *, strict: bool) -> None:
-    """Load what `capture` read.
+def restore(
+    tree: Mapping[str, Any], parts: Parts, engine: Engine[Any, Any], *, strict: bool, reseeds: bool = True
+) -> None:
+    """Load what `capture` read; but, unless it `reseeds`, not the generators that all of the process shares.
 
     Raises:
         CheckpointMismatch: it does not fit. What was loaded before stays loaded.
@@ -177,7 +188,10 @@ def restore(tree: Mapping[str, Any], parts: Parts, engine: Engine[Any, Any], *, 
     _load(parts, tree["state"], "state", strict=strict)
     handlers: Any = _listeners(parts, engine)
     _load(handlers, tree["handlers"], "handlers", strict=strict)
-    _load(engine, tree["engine"], "engine", strict=strict)
+    saved: dict[str, Any] = tree["engine"]
+    if not reseeds:
+        saved = {name: one for name, one in saved.items() if name != "random"}
+    _load(engine, saved, "engine", strict=strict)
     engine.state.metrics.update(tree["metrics"])
     engine.state.output = tree["output"]
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
+from aengine.checkpoint.capture.parts import is_captured
 from aengine.checkpoint.capture.staging import Staging
 from aengine.checkpoint.formats.serializers import Serializer
 from aengine.checkpoint.formats.writer_process import WriterProcess
@@ -76,7 +77,7 @@ class Contents:
         if shards:
             _check(_is_divided(tree, shards), info, f"{shards} shards, and the places where they belong")
         whole = tree["state"] if shards else tree
-        _check(_is_of_a_run(whole), info, "the state of a run")
+        _check(is_captured(whole), info, "the state of a run")
         step = whole["engine"].get("iteration")
         _check(step == info.step, info, f"what was saved after {info.step} iterations, but after {step!r:.20}")
         if shards:
@@ -113,12 +114,6 @@ class Contents:
 def _check(is_so: bool, info: CheckpointInfo, what: str) -> None:  # noqa: FBT001 -- as of an assertion
     if not is_so:
         raise CheckpointDamaged(f"{info.path / STATE} does not hold {what}")
-
-
-def _is_of_a_run(tree: Any) -> bool:
-    """Say whether this is what `capture()` reads, as far as this package has made it."""
-    parts = ("state", "engine", "metrics", "handlers")
-    return isinstance(tree, dict) and tree.keys() == {*parts} and all(isinstance(tree[one], dict) for one in parts[1:])
 
 
 def _is_divided(tree: Any, shards: int) -> bool:

@@ -133,7 +133,7 @@ def tree_of(step: int, **changes: Any) -> Any:
         ([1, 2], "does not hold the state of a run"),
         ({}, "does not hold the state of a run"),
         (tree_of(2, handlers=...), "does not hold the state of a run"),
-        (tree_of(2, surplus={}), "does not hold the state of a run"),
+        (tree_of(2, state=...), "does not hold the state of a run"),
         (tree_of(2, metrics=[]), "does not hold the state of a run"),
         (tree_of(3), "after 2 iterations, but after 3"),
         (tree_of(2, engine={}), "after 2 iterations, but after None"),
