@@ -72,7 +72,7 @@ class Loop:
         self._has_other_data = False  # the data was replaced during the epoch: there may now be events of it, or none
         self._first = progress.iteration
         self._is_agreeing = False  # with other processes; also where that has failed
-        self._others_had_a_turn: Callable[[], bool] | None = None
+        self._others_had_a_turn: Callable[[], int] | None = None
         self._is_given_up: Callable[[], bool] | None = None
         self._next_yield = perf_counter() + BUDGET
         # Of what steps return, the types that are not awaitable: asking `inspect` costs as much as a whole iteration.
@@ -83,14 +83,15 @@ class Loop:
         run: RunContext,
         cancelled: type[BaseException],
         explain: Callable[[BaseException], BaseException],
-        others_had_a_turn: Callable[[], bool] | None,
+        others_had_a_turn: Callable[[], int] | None,
         is_given_up: Callable[[], bool],
     ) -> None:
         """A driver on an event loop begins to advance this. Raises as `Source.attach` does.
 
         `cancelled` is what a cancellation raises there. `explain` returns the failure to report for an error: another
-        one for a cancellation of something else, which the user's code has let out. `others_had_a_turn` returns whether
-        other tasks had a turn since it was called before, or on the worker whether there is still an event loop.
+        one for a cancellation of something else, which the user's code has let out. `others_had_a_turn` returns how
+        many runs take turns, if other tasks had one since it was called before, else 0; or on the worker whether there
+        is still an event loop.
         `is_given_up` returns whether nothing is left that would hear of an error.
         """
         self.source.attach(run)
@@ -365,7 +366,9 @@ class Loop:
                     is_timed, watch.weight = False, 0
                     # Read each time: an epoch may go on with another driver than it began with.
                     if (had_turn := self._others_had_a_turn) is not None and perf_counter() >= self._next_yield:
-                        if not had_turn():  # otherwise the step has waited for something
+                        runs = had_turn()
+                        watch.runs = runs or 1
+                        if not runs:  # otherwise the step has waited for something
                             yield Effect.YIELD
                             had_turn()
                         self._next_yield = perf_counter() + BUDGET
