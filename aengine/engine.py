@@ -4,7 +4,7 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from functools import partial
-from typing import Any, Generic, TypeVar, overload
+from typing import Any, Generic, NoReturn, TypeVar, overload
 
 from aengine.arguments import check_seconds
 from aengine.bus.emitter import EventEmitter, RemovableEventHandle
@@ -24,6 +24,23 @@ from aengine.statistics import EngineStatistics, ListenerInfo
 Batch = TypeVar("Batch")
 Output = TypeVar("Output")
 Handler = TypeVar("Handler", bound=Callable[..., Any])
+
+
+class InsideOfIgnite:
+    """A name from the inside of pytorch-ignite's engine, which ours does not have: getting it says what to do."""
+
+    _name = ""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, engine: Any, owner: type | None = None) -> NoReturn:
+        raise AttributeError(
+            f"{self._name!r} is inside of pytorch-ignite's engine, and this is aengine's: what looks for it takes"
+            " as_ignite(engine), of aengine.interop.ignite, in place of the engine",
+            name=self._name,
+            obj=engine,
+        )
 
 
 class Engine(Generic[Batch, Output]):
@@ -86,6 +103,21 @@ class Engine(Generic[Batch, Output]):
             insists=thread is True,
             grace=grace,
         )
+
+    # What looks into pytorch-ignite's engine finds the way here. Not by __getattr__: each access would be slower by it.
+    _allowed_events = InsideOfIgnite()
+    _assert_allowed_event = InsideOfIgnite()
+    _dataloader_iter = InsideOfIgnite()
+    _event_handlers = InsideOfIgnite()
+    _fire_event = InsideOfIgnite()
+    _handler_wrapper = InsideOfIgnite()
+    _init_iter = InsideOfIgnite()
+    _internal_run = InsideOfIgnite()
+    _internal_run_generator = InsideOfIgnite()
+    _is_done = InsideOfIgnite()
+    _process_function = InsideOfIgnite()
+    _setup_engine = InsideOfIgnite()
+    _state_dict_user_keys = InsideOfIgnite()
 
     # By name, and not as a property: reading the state, as every handler does, would take several times as long.
     def __setattr__(self, name: str, value: Any) -> None:
@@ -430,7 +462,10 @@ class Engine(Generic[Batch, Output]):
 
     @property
     def last_event_name(self) -> Any:
-        """The event, or its name, that was last dispatched to any listener; None before the first."""
+        """The event, or its name, that was fired last; None before the first.
+
+        The events of an iteration, which are not fired where nothing listens, count if something does.
+        """
         return self._emitter.last_event
 
     @property

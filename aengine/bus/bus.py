@@ -29,13 +29,14 @@ class Bus:
         next_count: the least count of iterations at which the loop has to look closer; found anew by the loop.
         completions: what waits for iterations to be completed.
         loop_handle: the event loop of the run under way, None where none is.
+        has_company: whether a run on an event loop has, or had, tasks beside the loop, for which its end has to wait.
         has_run: whether a run is under way, with or without an event loop.
     """
 
     __slots__ = (
-        "_are_waits_over", "_reported", "_subscriptions", "_topics", "completions", "has_run", "last_event_name",
-        "last_of_subscribers", "lock", "logger", "loop_handle", "name", "next_count", "own_counts", "sequence", "state",
-        "stopwatch",
+        "_are_waits_over", "_reported", "_subscriptions", "_topics", "completions", "has_company", "has_run",
+        "last_event_name", "last_of_subscribers", "lock", "logger", "loop_handle", "name", "next_count", "own_counts",
+        "sequence", "state", "stopwatch",
     )  # fmt: skip
 
     def __init__(self, name: str, logger: logging.Logger, state: State) -> None:
@@ -50,6 +51,7 @@ class Bus:
         self.next_count = ALWAYS
         self.stopwatch = Stopwatch()
         self.loop_handle: EventLoopHandle | None = None
+        self.has_company = False
         self.has_run = False
         self._reported: BaseException | None = None
         self._are_waits_over = False

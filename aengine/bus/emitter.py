@@ -278,7 +278,7 @@ class EventEmitter:
 
     @property
     def last_event(self) -> Any:
-        """The event, as it was registered, that was last dispatched to any listener; None before the first."""
+        """The event, as it was registered, that was fired last; None before the first."""
         name = self.bus.last_event_name
         return None if name is None else self.registered[name]
 

@@ -40,12 +40,13 @@ class Topic:
             driven. There are three, exchanged as listeners come and go. A payload of None is none.
         last_count: its counter at the last firing in this run, None before the first. The loop's hot path does not
             keep it: it is recorded at the end of the run.
+        has_at_end: whether a listener is to have a last event at the end of the run.
         is_fired_by_loop: whether the loop fires it. Then the time of its handlers counts as the loop's, otherwise as
             that of the step or the task that fires it.
     """
 
     __slots__ = (
-        "_bus", "_has_at_end", "_has_filter", "_hot", "_last_payload", "dispatch", "inbox_listeners", "inline",
+        "_bus", "_has_filter", "_hot", "_last_payload", "dispatch", "has_at_end", "inbox_listeners", "inline",
         "is_fired_by_loop", "last_count", "name", "next_count",
     )  # fmt: skip
 
@@ -58,7 +59,7 @@ class Topic:
         self.is_fired_by_loop = name in _LOOP_EVENTS
         self.dispatch: DispatchFunction = self._send
         self._bus = bus
-        self._has_filter = self._has_at_end = False
+        self._has_filter = self.has_at_end = False
         self._last_payload: Any = None  # of the last firing, while something asks for one more event at the end
         # The calls of the inline handlers, the inboxes, and the listeners that these belong to. In one tuple, so that a
         # dispatch finds all of one instant, though another thread adds or removes one meanwhile.
@@ -104,7 +105,7 @@ class Topic:
         calls, inboxes = tuple(one.call for one in self.inline), tuple(one.inbox for one in self.inbox_listeners)
         self._hot = calls, inboxes, (self.inline, self.inbox_listeners)
         filters = [one.filter for one in listeners if one.filter is not None]
-        self._has_filter, self._has_at_end = bool(filters), any(one.at_end for one in filters)
+        self._has_filter, self.has_at_end = bool(filters), any(one.at_end for one in filters)
         has_snapshot = any(one.snapshot is not None for one in self.inbox_listeners)
         if self._has_filter or has_snapshot or (self.inline and not self.is_fired_by_loop):
             self.dispatch = self._dispatch_to_due
@@ -123,7 +124,8 @@ class Topic:
 
     def count_firing(self, payload: Any = None) -> int:
         """The event is fired: count that, unless an attribute of the state does, and return the counter."""
-        self._last_payload = payload if self._has_at_end else None
+        self._last_payload = payload if self.has_at_end else None
+        self._bus.last_event_name = self.name
         with self._bus.lock:  # a step and a task may fire it at once, and each is to have a count of its own
             if self.name not in self._bus.state.event_to_attr:
                 self._bus.own_counts[self.name] = self.count + 1

@@ -222,6 +222,11 @@ class Source:
         """Whether suspending or closing this takes an await."""
         return self._prefetcher is not None or self._is_manager or self._is_async_of_ours
 
+    @property
+    def must_be_closed(self) -> bool:
+        """Whether anything is open, or under way, that `aclose()` and `exit()` end."""
+        return self._iterator is not None or self._prefetcher is not None or self._managed is not None
+
     async def suspend(self, completed: int) -> None:
         """Stop pulling ahead, but stay where the data stands. Waits for the fetch under way. Cancellable."""
         if self._prefetcher is not None:

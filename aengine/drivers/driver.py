@@ -12,7 +12,7 @@ from functools import partial
 from time import perf_counter
 from types import CoroutineType
 from typing import Any, Final
-from weakref import WeakMethod
+from weakref import WeakMethod, ref
 
 import anyio
 import anyio.abc
@@ -30,7 +30,8 @@ from aengine.errors import HandlerTimeout, StrayCancellation
 from aengine.loop.effects import Effect, LoopGenerator, NextBatch, WaitCancelled
 from aengine.loop.loop import Loop
 from aengine.loop.requests import Request, Requests
-from aengine.threads.event_loop import CancelOnceScope, EventLoopHandle, LagGauge, ThreadSafeEvent, TickCounter
+from aengine.threads.event_loop import CancelOnceScope, EventLoopHandle, ThreadSafeEvent, TickCounter
+from aengine.threads.lag import LagTimer
 from aengine.threads.thread_state import ThreadState
 from aengine.threads.worker import close_unawaited
 
@@ -43,8 +44,9 @@ _ENDING: Final = frozenset({Request.TERMINATE, Request.INTERRUPT})
 _RETURN: Final = object()
 """In place of the result of what was awaited: leave the scope. `_next` says how the loop is to be continued."""
 
-_current: ContextVar["Driver | None"] = ContextVar("aengine_driver", default=None)
-"""The driver of the run that the caller is part of."""
+_current: ContextVar["Callable[[], Driver | None]"] = ContextVar("aengine_driver", default=lambda: None)
+"""Returns the driver of the run that the caller is part of. A weak reference: what was scheduled in a run's context may
+outlive the run, as the timer of a scope does that was left in time, until asyncio comes to it."""
 
 
 class Driver:
@@ -79,7 +81,7 @@ class Driver:
         self._prefetch = prefetch
         self._settings = ThreadState()
         self._worker = RunWorker(f"aengine {bus.name}", self._settings, self._loop_handle) if threaded else None
-        self._parent = _current.get()
+        self._parent = _current.get()()
         self._caller = anyio.get_current_task()
         self._task: int | None = None
         # Where the loop stands: how it is to be continued; or, on the worker, what it wants to have awaited first.
@@ -95,6 +97,7 @@ class Driver:
         self._outcome = Outcome(bus.name, bus.logger)
         self._reported: BaseException | None = None  # a failure beside the loop that is to be thrown into it
         self._changed: ThreadSafeEvent | None = None  # set when a request comes, while the loop is paused
+        self._last_wait: anyio.CancelScope | None = None  # of the task that ends a wait for data that goes on
         self._subscribers = SubscriberTasks(bus, self._loop_handle, grace)
         self._services = services
         self._group: anyio.abc.TaskGroup
@@ -116,7 +119,7 @@ class Driver:
         if wanted is not None:
             self._next = (lambda _: wanted, None)
         self._connect()
-        lag = LagGauge.here()
+        lag = LagTimer.here(self._loop_handle)
         lag.begin()
         watch = self._bus.stopwatch
         watch.event_loop_lag = lambda: lag.seconds
@@ -171,6 +174,7 @@ class Driver:
     def _connect(self) -> None:
         """Tell the loop, its data, the bus and the requests of this run's event loop."""
         loop, handle = self._loop, self._loop_handle
+        self._bus.has_company = self._services.are_any
         context = RunContext(
             handle, self.spawn, self._fail_of_data, self._settings, self._prefetch, loop.can_use, self._grace
         )
@@ -187,16 +191,19 @@ class Driver:
 
     def spawn(self, function: Callable[[], Any], on_never_started: Callable[[], Any]) -> None:
         """Start a task of this run. From any thread. If it is cancelled before it begins, the other one is called."""
+        self._bus.has_company = True
         self._loop_handle.call(lambda: self._loop_handle.start(self._group, function, on_never_started))
 
     def start(self, subscriber: Subscriber) -> None:
         """Have a subscriber handle what it is sent, from now to the end of the run. From any thread."""
+        self._bus.has_company = True
         start = partial(self._subscribers.start, subscriber)
         # Before its first step, the task of the run starts all there are.
         self._loop_handle.call(lambda: None if self._task is None else start(self._group, self.fail))
 
     def add_service(self, entry: ServiceEntry) -> None:
         """Have a service take part in this run, from now to its end. From any thread."""
+        self._bus.has_company = True
         self._loop_handle.call(lambda: None if self._is_over else self._services.add(entry))
 
     def remove_service(self, entry: ServiceEntry) -> None:
@@ -259,7 +266,7 @@ class Driver:
 
     async def _main(self) -> None:
         self._task = anyio.get_current_task().id
-        _current.set(self)
+        _current.set(ref(self))
         for subscriber in self._bus.subscribers:
             self.start(subscriber)
         self._services.start(self._group, self._loop_handle)
@@ -272,15 +279,32 @@ class Driver:
         finally:
             self._is_over = True
             self._subscribers.start_no_more()
+            if self._last_wait is not None:
+                self._last_wait.cancel()
             try:
-                with anyio.CancelScope(shield=True):
-                    await self._close()
+                if self._must_wait_at_end:
+                    with anyio.CancelScope(shield=True):
+                        await self._close()
+                else:
+                    self._subscribers.end_nowait()
+                if self._worker is not None and not self._worker.is_shared:
+                    self._worker.stop()
             finally:
                 self._has_ended.set()
 
     def _never_started(self) -> None:
         self._has_ended.set()
         self._outcome.add(StrayCancellation(f"the run of engine {self._bus.name!r} was cancelled from outside"))
+
+    @property
+    def _must_wait_at_end(self) -> bool:
+        """Whether anything is there to be ended that takes an await: a short run has nothing, and is to cost little."""
+        return (
+            self._subscribers.are_any
+            or self._services.are_any
+            or self._loop.source.must_be_closed
+            or (self._worker is not None and self._worker.is_shared)
+        )
 
     async def _close(self) -> None:
         """End what the run has started, in the order in which one may still need the other."""
@@ -294,8 +318,8 @@ class Driver:
             # The loop has done so itself, unless it was cancelled in its clean-up.
             await self._run_cleanup(source.aclose, deadline)
         await self._run_cleanup(source.exit, deadline)
-        if self._worker is not None:
-            await self._run_cleanup(self._worker.stop)
+        if self._worker is not None and self._worker.is_shared:
+            await self._run_cleanup(self._worker.give_back)
 
     async def _run_cleanup(self, part: Callable[[], Awaitable[None]], deadline: float = math.inf) -> None:
         """Run one part of the clean-up to its end: again if a native cancellation, which no shield holds off, cut it.
@@ -357,7 +381,7 @@ class Driver:
                 return HandlerTimeout(
                     f"the clean-up of engine {self._bus.name!r} did not end within its {self._grace} seconds of grace"
                 )
-            return error if is_requested else self._stray(error)
+            return error if is_requested else self._name_stray(error)
         self._scope.hold()
         was_woken, self._is_woken = self._is_woken, False
         if not was_woken or self._is_cancelled or self._reported is not None:
@@ -365,16 +389,28 @@ class Driver:
         return WaitCancelled() if self._loop.feed.is_awaited else None
 
     def _explain(self, error: BaseException) -> BaseException:
-        """Return the failure to report for an error: why something was cancelled, if that was not the run.
+        """Return what the run fails with, for an error: the reason of a cancellation, where that is not the run's.
 
-        Also called on the worker, for what is raised there.
+        Also called on the worker.
         """
-        # The caller's task may be cancelled, and have not taken its next step, in which it sees that.
-        if not isinstance(error, self._cancelled) or self._is_cancelled or self._caller.has_pending_cancellation():
+        if not isinstance(error, self._cancelled) or self._is_asked_to_end:
             return error
-        return self._take_reported() or self._stray(error)
+        return self._take_reported() or self._name_stray(error)
 
-    def _stray(self, error: BaseException) -> StrayCancellation:
+    @property
+    def _is_asked_to_end(self) -> bool:
+        # The caller's task may be cancelled, and have not taken its next step, in which it sees that.
+        return self._is_cancelled or self._caller.has_pending_cancellation()
+
+    def _explain_in_call(self, error: BaseException) -> BaseException:
+        """Return what is to be raised on the worker for an error of what it has had awaited.
+
+        A failure beside the loop is raised by the loop, between steps: here a step could catch it.
+        """
+        is_ours = not isinstance(error, self._cancelled) or self._is_asked_to_end or self._reported is not None
+        return error if is_ours else self._name_stray(error)
+
+    def _name_stray(self, error: BaseException) -> StrayCancellation:
         stray = StrayCancellation(
             f"something that engine {self._bus.name!r} awaited was cancelled, but the run was not: its cause says where"
         )
@@ -450,7 +486,7 @@ class Driver:
         self._next = (self._generator.send, None)  # an error that stays there would hold its traceback
         try:
             # A cancellation must not wait for the whole loop: it is asked to return to this driver after its step.
-            await item.wait(self._requests.return_to_driver, self._explain)
+            await item.wait(self._requests.return_to_driver, self._explain_in_call)
         finally:
             if item.done:
                 worker.finish()
@@ -516,6 +552,7 @@ class Driver:
         reported = self._take_reported()
         if reported is None:
             return True
+        self._scope.hold()  # which may have been cancelled for it
         self._next = (self._generator.throw, reported)
         return False
 
@@ -551,15 +588,38 @@ class Driver:
             self._changed.set()
         if not pending.isdisjoint(_ENDING):
             self._bus.end_waits()
-        if (
-            Request.TERMINATE in pending
-            and self._loop.feed.is_awaited
-            and self._deadline is None
-            and not self._is_over
-            and self._loop.source.can_be_woken
-        ):
-            self._is_woken = True
-            self._scope.cancel()
+        if Request.TERMINATE in pending and self._waits_for_data:
+            if self._loop.source.can_be_woken:
+                self._wake()
+            elif self._last_wait is None:
+                self._last_wait = anyio.CancelScope(shield=True)
+                self.spawn(self._end_last_wait, lambda: None)
+
+    @property
+    def _waits_for_data(self) -> bool:
+        return self._loop.feed.is_awaited and self._deadline is None and not self._is_over
+
+    def _wake(self) -> None:
+        """Cancel the wait for the next batch."""
+        self._is_woken = True
+        self._scope.cancel()
+
+    async def _end_last_wait(self) -> None:
+        """Cancel the wait for a batch that does not come in half of the grace: the other half is for the clean-up.
+
+        A task of its own. Not at once, since it ends an async generator of the user's, which may be iterated further.
+        """
+        assert self._last_wait is not None, "made with this task"  # noqa: S101
+        with self._last_wait:
+            await anyio.sleep(self._grace / 2)
+            if self._waits_for_data:
+                self._bus.logger.warning(
+                    "the data (%s) gave no batch in the %s seconds after terminate(): the wait is cancelled, which"
+                    " ends an async generator",
+                    self._loop.source.name,
+                    self._grace / 2,
+                )
+                self._wake()
 
 
 def _watch_turns(caller: anyio.TaskInfo) -> Callable[[], bool]:

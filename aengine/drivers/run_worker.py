@@ -78,10 +78,19 @@ class RunWorker:
         if item.error is not None:
             raise item.error
 
-    async def stop(self) -> None:
-        """End the thread, or give it back. Where a step still runs on it, it is abandoned."""
+    @property
+    def is_shared(self) -> bool:
+        """Whether the thread is that of another run, and is to be given back."""
+        return self._shared is not None
+
+    async def give_back(self) -> None:
+        """Leave the thread to the run whose it is as it was."""
         if self._shared is not None:
             await self._call(self._shared.close)
-        elif self.thread is not None:
+        self._contexts = None
+
+    def stop(self) -> None:
+        """End the thread. Where a step still runs on it, it is abandoned."""
+        if self.thread is not None:
             self.thread.stop() if self.item is None else self.thread.abandon()
         self._contexts = None  # among them is that of the run's task, which holds the run

@@ -124,6 +124,11 @@ class ServiceTasks:
         self._start: Callable[..., None] | None = None
         self._fail: Callable[[BaseException], None] = _log_unheard
 
+    @property
+    def are_any(self) -> bool:
+        """Whether one has not heard of the end of the run, or still runs."""
+        return bool(self._open or self._serving)
+
     def run_started(self, fail: Callable[[BaseException], None]) -> None:
         """Call `run_started` of each, in the task that called `run()`. Errors go to `fail`, now and later.
 
@@ -263,6 +268,7 @@ class ServiceTasks:
     ) -> list[ServiceEntry]:
         """Await a method of all at once, so that one that hangs keeps no other from its end. Returns the late ones."""
         late: list[ServiceEntry] = []
+        strays: list[tuple[ServiceEntry, BaseException]] = []
         cancelled = anyio.get_cancelled_exc_class()
 
         async def call(entry: ServiceEntry) -> None:
@@ -276,23 +282,28 @@ class ServiceTasks:
                 except (Exception, KeyboardInterrupt, SystemExit) as error:  # noqa: BLE001 -- handed over, or logged
                     self._handle(entry, where, error)
                 except BaseException as error:
-                    if anyio.current_effective_deadline() == -math.inf:
-                        raise
-                    # No scope around this is cancelled: it is that of something which the service awaited, or a native
-                    # one. Let out, it would have the task group cancel the others.
-                    lost = _stray(entry, where)
-                    lost.__cause__ = error
-                    self._handle(entry, where, lost)
-                    del lost  # the cancellation's traceback holds this frame: no cycle may hold the engine
+                    if anyio.current_effective_deadline() > -math.inf:  # no scope around this is cancelled
+                        strays.append((entry, error))
+                    raise
                 finally:
                     del self._under_way[scope]
             if scope.cancelled_caught and entry in self._open:
                 late.append(entry)
 
-        if entries:
-            async with anyio.create_task_group() as group:
-                for entry in entries:
-                    group.start_soon(call, entry)
+        try:
+            if entries:
+                async with anyio.create_task_group() as group:
+                    for entry in entries:
+                        group.start_soon(call, entry)
+            # This task was not cancelled, or it would not be here. So these are cancellations of something which a
+            # service has awaited, or native ones of their tasks alone.
+            for entry, error in strays:
+                lost = _stray(entry, where)
+                lost.__cause__ = error
+                self._handle(entry, where, lost)
+                del lost, error
+        finally:
+            strays.clear()  # their tracebacks hold frames of this: no cycle may hold the engine
         return late
 
     def _raise_timeout(self, late: list[ServiceEntry], where: str) -> None:

@@ -71,6 +71,11 @@ class SubscriberTasks:
                 " an inline handler, or from outside"
             )
 
+    @property
+    def are_any(self) -> bool:
+        """Whether there are subscribers, or tasks of some that were removed."""
+        return bool(self._ends or self._bus.subscribers)
+
     async def flush(self) -> None:
         """Wait until every event dispatched so far is handled. Cancellable."""
         if self._are_over:  # what is emitted now waits for the next run
@@ -114,6 +119,10 @@ class SubscriberTasks:
             subscriber.inbox.stop_reader()
         for end in ends.values():
             await end.wait()
+        self.end_nowait()
+
+    def end_nowait(self) -> None:
+        """No task is left. What is emitted from now on waits for the next run."""
         self._are_over = True
         for subscriber in self._bus.subscribers:
             subscriber.inbox.reopen_nowait()

@@ -149,7 +149,7 @@ class Loop:
                 yield from self._bus.topic("COMPLETED").dispatch_at_end(self._engine)
                 state.times["COMPLETED"] = perf_counter() - began
             yield from self._accept_no_more()
-            yield Effect.FLUSH
+            yield from self._flush()
             yield from self._close(gently=True, exits=True)
         except GeneratorExit:  # an interrupted engine is given up: nothing can be awaited any more
             self.feed.unread_batch()
@@ -466,6 +466,11 @@ class Loop:
         self._bus.completions.end()
         yield from self._fire_requested()
 
+    def _flush(self) -> LoopGenerator:
+        # Else there is nothing to wait for, and a worker need not hand over to the event loop for it.
+        if self._bus.has_company or Request.RAISE_FAILURE in self._requests.pending:
+            yield Effect.FLUSH
+
     def _suspend(self) -> LoopGenerator:
         """Leave the run in its middle, and go on from here in the next."""
         requests, state = self._requests, self._state
@@ -474,7 +479,7 @@ class Loop:
         phase = requests.phase
         yield from self._accept_no_more()
         requests.take(Request.INTERRUPT)  # requested again meanwhile, it is served, too
-        yield Effect.FLUSH
+        yield from self._flush()
         state.stop_reason = StopReason.INTERRUPTED
         yield Effect.SUSPEND
         requests.enter(phase)
@@ -492,12 +497,13 @@ class Loop:
 
     def _finish_listeners(self) -> LoopGenerator:
         """Give those that asked for it their last event, if it did not come by itself."""
-        if self.completed > self._first:  # the hot path does not record these
+        topics = [topic for topic in self._bus.topics if topic.has_at_end]
+        if topics and self.completed > self._first:  # the hot path does not record these
             for name in ("GET_BATCH_STARTED", "GET_BATCH_COMPLETED"):
                 self._bus.topic(name).record_firing(self.completed - 1)
             for name in ("ITERATION_STARTED", "ITERATION_COMPLETED"):
                 self._bus.topic(name).record_firing(self.completed)
-        for topic in self._bus.topics:
+        for topic in topics:
             yield from topic.dispatch_at_end(self._engine)
 
     # The end

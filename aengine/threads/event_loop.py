@@ -7,9 +7,8 @@ import sys
 import threading
 from collections.abc import Awaitable, Callable, Generator
 from contextlib import contextmanager, suppress
-from contextvars import copy_context
+from contextvars import Context, copy_context
 from functools import partial, wraps
-from time import perf_counter
 from types import FrameType, TracebackType
 from typing import Any, Self, cast
 
@@ -84,18 +83,13 @@ class EventLoopHandle:
         else:
             self._post(function)
 
-    def call_later(self, seconds: float, function: Callable[[], object]) -> None:
-        """Call `function`, which must not raise, in so many seconds, unless the event loop has ended. On its thread."""
-        if self._is_asyncio:
-            self._native.call_later(seconds, function, context=self._context)
-            return
-        trio: Any = sys.modules["trio"]
+    @property
+    def call_later(self) -> Callable[[float, Callable[[], object]], object]:
+        """What calls a function, which must not raise, in so many seconds. On the event loop's thread.
 
-        async def call() -> None:
-            await trio.sleep(seconds)
-            function()
-
-        trio.lowlevel.spawn_system_task(call, name="aengine timer")  # trio cancels it at its end
+        It may outlive the run that gets it, and so it holds no context: in that there may be a run, and its engine.
+        """
+        return partial(self._native.call_later, context=Context()) if self._is_asyncio else _call_later_on_trio
 
     def start(
         self,
@@ -124,9 +118,9 @@ class EventLoopHandle:
 
         group.start_soon(task, name=name)
         if self._is_asyncio:
-            # A new task's first step is scheduled by start_soon(), and what is posted after it is called after it. By
+            # A new task's first step is scheduled by start_soon(), and what is called soon after it comes after it. By
             # then the task has started, or it never will. On trio every task starts, cancelled or not.
-            self.post(look)
+            self.call_soon(look)
 
     @contextmanager
     def woken_by_signals(self) -> Generator[None]:
@@ -157,6 +151,16 @@ class EventLoopHandle:
             self._native.remove_reader(reader)
             os.close(reader)
             os.close(writer)
+
+
+def _call_later_on_trio(seconds: float, function: Callable[[], object]) -> None:
+    trio: Any = sys.modules["trio"]
+
+    async def call() -> None:
+        await trio.sleep(seconds)
+        function()
+
+    trio.lowlevel.spawn_system_task(call, name="aengine timer")  # cancelled at the end of the event loop
 
 
 class TickCounter:
@@ -205,68 +209,6 @@ class TickCounter:
 
 
 _tick_counter: RunVar[TickCounter] = RunVar("aengine_tick_counter")
-
-
-class LagGauge:
-    """How late an event loop serves a timer, looked at four times a second while runs are under way on it.
-
-    It also has the event loop take a turn. A signal handler that calls `loop.call_soon(task.cancel)`, as the stop
-    button of a notebook does, does not wake asyncio: Python resumes `select()` after it, and with a plain step nothing
-    else may wake it before the end of the run.
-
-    One for each event loop, shared by its engines. A run that is over before the next look costs two additions. All of
-    it is called on the event loop's thread, but `seconds`.
-    """
-
-    PERIOD = 0.25
-    """Seconds from one look to the next."""
-
-    @classmethod
-    def here(cls) -> Self:
-        """Return that of the event loop that runs here."""
-        try:
-            return cast(Self, _lag_gauge.get())
-        except LookupError:
-            gauge = cls()
-            _lag_gauge.set(gauge)
-            return gauge
-
-    def __init__(self) -> None:
-        self._loop_handle = EventLoopHandle()
-        self._runs = 0
-        self._due: float | None = None  # when the next look is to be; None while there is to be none
-        self._last = 0.0
-
-    def begin(self) -> None:
-        """A run begins."""
-        self._runs += 1
-        if self._due is None:
-            self._look_soon()
-
-    def end(self) -> None:
-        """A run is over."""
-        self._runs -= 1
-
-    @property
-    def seconds(self) -> float:
-        """How late the last timer was served, or, where that is more, how late the next one is by now. Any thread."""
-        due = self._due  # read once: the event loop's thread may set it to None
-        return max(self._last, 0.0 if due is None else perf_counter() - due)
-
-    def _look_soon(self) -> None:
-        self._due = perf_counter() + self.PERIOD
-        self._loop_handle.call_later(self.PERIOD, self._look)
-
-    def _look(self) -> None:
-        if self._due is not None:
-            self._last = max(0.0, perf_counter() - self._due)
-        if self._runs:
-            self._look_soon()
-        else:  # an idle event loop is not to be woken
-            self._due = None
-
-
-_lag_gauge: RunVar[LagGauge] = RunVar("aengine_lag_gauge")
 
 
 class Interrupts:

@@ -197,6 +197,11 @@ def _plain(result: Any) -> Any:
 
 
 def _check(metric: Any, name: Any) -> None:
+    if any(kind.__module__.partition(".")[0] == "ignite" for kind in type(metric).__mro__):
+        raise TypeError(
+            f"{type(metric).__name__} is a metric of pytorch-ignite's, which attaches itself: write"
+            f" metric.attach(engine, {name!r})"
+        )
     if not isinstance(metric, Metric | MetricCollection | MetricTracker):
         raise TypeError(
             f"attach_metric(engine, metric, name) takes a metric of torchmetrics, got {metric!r}: several go into a"

@@ -15,7 +15,7 @@ from anyio.lowlevel import checkpoint
 from aengine import Engine, EngineStatistics, Event, Events
 from aengine.loop.effects import BUDGET
 from aengine.statistics import Stopwatch
-from aengine.threads.event_loop import LagGauge
+from aengine.threads.lag import LagTimer
 
 Thread: TypeAlias = bool | None
 
@@ -443,7 +443,7 @@ async def test_the_account_adds_up_at_any_time_from_any_thread(thread: Thread) -
 @pytest.mark.every_event_loop
 async def test_lag_of_the_event_loop_is_seen_from_another_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     """The step runs on the worker, so that nothing else says that the event loop is blocked."""
-    monkeypatch.setattr(LagGauge, "PERIOD", 0.01)
+    monkeypatch.setattr(LagTimer, "PERIOD", 0.01)
     seen: list[float] = []
     has_looked = threading.Event()
 

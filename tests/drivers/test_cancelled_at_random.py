@@ -1,8 +1,8 @@
-"""Cancelled at random instants: where the step runs x the data x prefetch x the way of cancelling x what the step answers.
+"""Cancelled at random instants: where the step runs x the data x prefetch x the way of cancelling x the step's answer.
 
 Injecting before each await, as `test_cancellation.py` does, cannot see a cancellation that is lost since two tasks wake
-each other: what it injects changes who waits for whom. Here the run is left alone, and cancelled from beside it. It must
-end with the step under way, and go on afterwards as if nothing had been: each batch is stepped exactly once.
+each other: what it injects changes who waits for whom. Here the run is cancelled from beside it. It must end with the
+step under way, and go on afterwards as if nothing had been: each batch is stepped exactly once.
 """
 
 import asyncio
@@ -10,7 +10,7 @@ import itertools
 import math
 import random
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -177,9 +177,12 @@ class Trial:
         self._home = threading.get_ident()
         native: Any = current_token().native_token
         self._post = getattr(native, "call_soon_threadsafe", None) or native.run_sync_soon
-        steps = {"worker": self.plain, "here": self.plain, "async": self.at_once, "suspends": self.suspends}
+        steps: dict[str, Any] = {"async": self.at_once, "suspends": self.suspends}
         self.engine: Engine[int, int] = Engine(
-            steps[program.step], name="tried", thread=False if program.step == "here" else None, grace=20
+            steps.get(program.step, self.plain),
+            name="tried",
+            thread=False if program.step == "here" else None,
+            grace=20,
         )
 
     # The steps
@@ -205,9 +208,8 @@ class Trial:
             if answer in ("lets it out", "delays"):
                 raise
             if answer == "answers":
-                batch_or_less = batch
                 self.stepped.append(batch)
-                return batch_or_less
+                return -1
         finally:
             if answer == "delays":
                 with anyio.CancelScope(shield=True):
@@ -224,7 +226,7 @@ class Trial:
             self.cancel()
 
     def _cancel_if_due(self) -> None:
-        """Cancel from inside a step where no other task would have a turn. On the worker, see to it that it is heard."""
+        """Cancel from inside a step, where no other task would have a turn. On the worker, wait until it is heard."""
         if len(self.begun) != self.program.turns + 1 or self.begun_before is not None:
             return
         if threading.get_ident() == self._home:

@@ -257,9 +257,9 @@ def test_story_yields_what_the_step_returned_and_goes_on_with_what_it_is_sent() 
     assert (engine.state.iteration, outputs) == (1, [])
     second = story.send(10)
     assert (engine.state.iteration, outputs) == (2, [10])
-    story.send(20)
+    with pytest.raises(StopIteration):
+        story.send(20)
     assert outputs == [10, 20]
-    assert awaited(story) == []
     for wanted in (first, second):
         assert isinstance(wanted, Coroutine)
         wanted.close()
