@@ -369,7 +369,7 @@ class CancelOnceScope:
         """Cancel what is awaited inside, or is awaited next."""
         self.cancel_by(self._outer)
 
-    def cancel_by(self, around: anyio.CancelScope) -> None:
+    def cancel_by(self, around: "anyio.CancelScope") -> None:
         """Cancel what is awaited inside, or is awaited next, by a scope around this one."""
         # It may have been reached already: a scope around a run cancels what runs inside the run's step, too.
         if self._requests > self._seen:
