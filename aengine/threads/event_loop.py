@@ -361,6 +361,15 @@ class CancelOnceScope:
         return bool(self._outer.__exit__(kind, error, traceback)) or error is None
 
     @property
+    def deadline(self) -> float:
+        """When each await inside is cancelled, in the event loop's time; unless `hold()` or `cancel()` was called."""
+        return self._outer.deadline
+
+    @deadline.setter
+    def deadline(self, deadline: float) -> None:
+        self._outer.deadline = deadline
+
+    @property
     def is_late(self) -> bool:
         """Whether the deadline that was given to `hold()` has passed."""
         return self._inner.cancel_called
