@@ -148,6 +148,7 @@ class Driver:
         finally:
             del ending
             self._outcome.clear()
+            self._loop.also_raised.clear()
             self._reported = None
 
     async def _wait_for_end(self) -> None:

@@ -150,6 +150,7 @@ class Session:
             try:
                 raise_failures(self._bus.name, [*failures, *loop.also_raised])
             finally:
+                loop.also_raised.clear()
                 failures.clear()  # an error's traceback holds this frame: no cycle may hold the engine
 
     @contextmanager
