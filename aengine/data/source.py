@@ -16,8 +16,9 @@ from aengine.data.adapt import Adapted, has, is_factory, is_iterable
 from aengine.data.managed import ManagedData, RunContext
 from aengine.data.position import DataPosition
 from aengine.data.prefetch import Buffer, Fetched, Prefetcher, TaskPrefetcher, ThreadPrefetcher
+from aengine.data.rewind import END
 from aengine.errors import StrayCancellation
-from aengine.state import Randomness
+from aengine.state import State
 from aengine.threads.event_loop import EventLoopHandle
 
 PENDING: Any = object()
@@ -36,27 +37,30 @@ class Source:
         arrival: returns an awaitable of the next batch, which raises StopAsyncIteration at the end.
         has_ended: whether the end was met, so that only a restart gives more.
         run: the run on an event loop that reads this; without one nothing is awaited.
+        follows: the state whose `epoch_length` is that of the pass under way; None where it is fixed.
     """
 
     def __init__(
         self,
         data: Adapted,
         logger: logging.Logger,
-        randomness: Randomness | None,
         *,
         unread: Iterable[Fetched] = (),
         completed: int = 0,
+        may_have_other_length: bool = False,
     ) -> None:
         self.data = data.data
         self.name = data.name
         self.is_one_shot = data.is_one_shot
-        self.position = DataPosition(data, logger, randomness, unread, completed)
+        self.position = DataPosition(data, logger, unread, completed, may_have_other_length=may_have_other_length)
         self.has_ended = False
         self.run: RunContext | None = None
+        self.follows: State | None = None
         self._logger = logger
         self._is_manager = data.is_manager
         self._managed: ManagedData | None = None  # while it is entered
         self._entered: Any = _NOT_ENTERED if data.is_manager else data.data  # what is opened
+        self._made: Any = None  # async data that is to be put back, until it is
         self._iterator: Any = None
         self._prefetcher: Prefetcher | None = None
         self._begun_in: EventLoopHandle | None = None  # where an async iterator was begun that outlives a run
@@ -109,26 +113,27 @@ class Source:
         if data is None:
             self.take = lambda: None
             return None
-        made: Any = data() if is_factory(data) else data
-        if has(made, "__aiter__"):
-            position.rewind(made)
-            self._iterator = aiter(cast(AsyncIterable[Any], made))
-            if not position.to_skip:
-                position.end_rewind()
+        try:
+            position.open()
+            made: Any = data() if is_factory(data) else data
+            is_async = has(made, "__aiter__")
+            if not is_async and not is_iterable(made):
+                raise TypeError(
+                    f"data() returned {made!r}, which is no iterable and no async iterable: return or yield batches"
+                )
+            position.put_back(made)
+            self._iterator = aiter(cast(AsyncIterable[Any], made)) if is_async else iter(cast(Iterable[Any], made))
+            rewind = position.rewind
+            while rewind is not None and rewind.to_fetch and not is_async:
+                if rewind.fetched(next(self._iterator, END)):
+                    self._iterator = iter(made)
+        finally:
+            if position.rewind is not None:
+                position.rewind.leave()
+        if is_async:
+            self._made = made
             self.take = lambda: PENDING
             return PENDING
-        if not is_iterable(made):
-            raise TypeError(
-                f"data() returned {made!r}, which is no iterable and no async iterable: return or yield batches"
-            )
-        position.rewind(made)
-        try:
-            self._iterator = iter(cast(Iterable[Any], made))
-            for fetched in range(position.to_skip):
-                if next(self._iterator, _END) is _END:
-                    raise position.too_short(fetched)
-        finally:
-            position.end_rewind()
         self._start()
         return self.take()
 
@@ -141,22 +146,44 @@ class Source:
             taken = _without_stop(self._open_and_take)
             if taken is not PENDING:
                 return taken
-        position = self.position
-        try:
-            for fetched in range(position.to_skip):
-                if await anext(self._iterator, _END) is _END:
-                    raise position.too_short(fetched)
-        finally:
-            position.end_rewind()
+        rewind, made = self.position.rewind, self._made
+        self._made = None
+        while rewind is not None and rewind.to_fetch:
+            if rewind.fetched(await rewind.within(anext(self._iterator, END))):
+                self._iterator = aiter(made)
         self._start()
         taken = _without_stop(self.take)
         return await self.arrival() if taken is PENDING else taken
 
     def _start(self) -> None:
         """The iterator stands where it should: begin to pull ahead, if so wished, and choose how to take."""
+        self.position.end_rewind()
         if self.run is not None and self.run.prefetch and self._prefetcher is None:
             self._prefetcher = self._pull_ahead(self.run)
+        self.take = self._take_first
+
+    def _take_first(self) -> Any:
         self._choose()
+        batch = self.take()
+        if batch is PENDING:
+            self.arrival = self._arrival_first
+        else:
+            self._took_first(batch)
+        return batch
+
+    async def _arrival_first(self) -> Any:
+        self._choose()
+        batch = await self.arrival()
+        self._took_first(batch)
+        return batch
+
+    def _took_first(self, batch: Any) -> None:
+        """Only now is the length surely that of this pass: samplers may plan it as its first batch is fetched."""
+        position, state, known = self.position, self.follows, self.position.said
+        position.took_first(batch)
+        length = position.ask_length()
+        if state is not None and length not in (None, known) and position.origin == state.epoch_start:
+            state.epoch_length = length
 
     def _choose(self) -> None:
         position, iterator = self.position, self._iterator
@@ -311,7 +338,6 @@ class Source:
         return not self._is_ours and isinstance(self._iterator, AsyncGeneratorType)
 
 
-_END = object()
 _NOT_ENTERED = object()
 
 
