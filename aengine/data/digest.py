@@ -16,6 +16,7 @@ Digest: TypeAlias = dict[str, list[Any]]
 
 _MOST_LEAVES = 32
 _MOST_VALUES = 1_024
+_MOST_CHARACTERS = 65_536
 _DEEPEST = 6
 _SHOWN = 4
 _SCALARS = (int, float, complex, bool, str, bytes, type(None))
@@ -46,7 +47,8 @@ def is_of_real_numbers(path: str, digest: Digest) -> bool:
 
 def _leaves(value: Any, path: str, depth: int) -> Iterator[tuple[str, list[Any]]]:
     if isinstance(value, _SCALARS):
-        yield path, _leaf(type(value).__name__, repr(value)[:_MOST_VALUES].encode(), repr(value)[:40])
+        text = repr(value[:_MOST_CHARACTERS] if isinstance(value, str | bytes) else value)
+        yield path, _leaf(type(value).__name__, text.encode(errors="replace"), text[:40])
     elif hasattr(value, "shape") and hasattr(value, "dtype") and hasattr(value, "tolist"):
         with suppress(Exception):  # sparse, quantized, on a device that is gone: it is not compared
             yield path, _leaf_of_array(value)

@@ -12,11 +12,11 @@ import random
 import struct
 import sys
 from collections import deque
-from collections.abc import Iterator, Mapping
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache, partial
 from itertools import islice
-from types import BuiltinFunctionType, CellType, FunctionType, MethodType, ModuleType
-from typing import Any, cast
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from typing import Any, NamedTuple, cast
 
 _logger = logging.getLogger("aengine.data")
 
@@ -163,35 +163,86 @@ def _find(data: Any) -> Iterator[tuple[str, str, Any]]:
     """Yield the path, the kind and the object of each generator, and of each sampler that has a state, once."""
     has_own_state = hasattr(data, "state_dict")  # which has that of its samplers
     for path, found in walk(data):
-        if kind := _kind_of(found):
-            yield path, kind, found
-        elif not has_own_state and path and _is_sampler_with_state(path, found):
+        about = _about(type(found))
+        if about.generator:
+            yield path, about.generator, found
+        elif about.has_state and not has_own_state and path and (about.is_sampler or "sampler" in path.lower()):
             yield path, "sampler", found
 
 
 def walk(data: Any) -> Iterator[tuple[str, Any]]:
     """Yield what the data is made of, itself first, each object once, with the path to it: breadth first, bounded."""
-    ndarray = getattr(sys.modules.get("numpy"), "ndarray", None)
-    tensor = getattr(sys.modules.get("torch"), "Tensor", None)
-    arrays = tuple(one for one in (ndarray, tensor) if one is not None)
     seen: dict[int, Any] = {id(data): data}  # holds them, so that no id is used again
     to_do: deque[tuple[str, Any]] = deque([("", data)])
     while to_do:
         path, owner = to_do.popleft()
         yield path, owner
         for name, value in _parts_of(owner):
-            if type(value) in _LEAVES or id(value) in seen or isinstance(value, arrays):
+            if id(value) in seen or _about(type(value)).is_leaf:
                 continue
             if len(seen) >= _MOST_OBJECTS:
                 _logger.debug("the data is made of more than %d objects; the rest is not looked at", _MOST_OBJECTS)
                 yield from to_do
                 return
             seen[id(value)] = value
-            to_do.append((f"{path}{name}", value))
+            to_do.append((path + name, value))
+
+
+class _About(NamedTuple):
+    """What is to be known of a type."""
+
+    generator: str  # which kind of generator it is, "" if it is none
+    is_leaf: bool  # nothing that orders data is in it
+    is_opaque: bool  # nothing in it is looked at but what a function refers to
+    is_sampler: bool
+    has_state: bool
+    slots: tuple[str, ...]
+
+
+def _look_at(kind: type) -> _About:
+    has_state = hasattr(kind, "state_dict") and hasattr(kind, "load_state_dict")
+    return _About(
+        generator=_generator_kind(kind),
+        is_leaf=kind in _LEAVES or issubclass(kind, _type_of("torch", "Tensor") + _type_of("numpy", "ndarray")),
+        # An engine leads to what its steps draw from.
+        is_opaque=issubclass(kind, type | FunctionType | MethodType) or hasattr(kind, "fire_event"),
+        is_sampler=issubclass(kind, _type_of("torch.utils.data", "Sampler")),
+        # A model, an optimizer or an engine is nothing that orders data.
+        has_state=has_state and not (hasattr(kind, "zero_grad") or hasattr(kind, "fire_event")),
+        slots=tuple(_slots_of(kind)),
+    )
+
+
+_about: Callable[[type], _About] = lru_cache(maxsize=1_024)(_look_at)
+
+
+def _generator_kind(kind: type) -> str:
+    if issubclass(kind, random.Random):
+        return "" if issubclass(kind, random.SystemRandom) else "python"
+    for name in ("Generator", "RandomState", "BitGenerator"):
+        if issubclass(kind, _type_of("numpy.random", name)):
+            return f"numpy {name}"
+    return "torch" if issubclass(kind, _type_of("torch", "Generator")) else ""
+
+
+def _type_of(module: str, name: str) -> tuple[type, ...]:
+    """Return a type of a library, as a tuple; an empty one if it is not loaded, since nothing is of that type then."""
+    loaded = sys.modules.get(module)
+    return (getattr(loaded, name),) if hasattr(loaded, name) else ()
+
+
+def _slots_of(kind: type) -> Iterator[str]:
+    for base in kind.__mro__:
+        slots: Any = base.__dict__.get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            if name not in ("__dict__", "__weakref__"):
+                is_private = name.startswith("__") and not name.endswith("__")
+                yield f"_{base.__name__.lstrip('_')}{name}" if is_private else name
 
 
 def _parts_of(owner: Any) -> Iterator[tuple[str, Any]]:  # noqa: C901, PLR0912 -- a branch for each kind of object
-    if _kind_of(owner):
+    about = _about(type(owner))
+    if about.generator:
         return
     if isinstance(owner, dict):
         for key, value in islice(cast(dict[str, Any], owner).items(), _MOST_ITEMS):
@@ -203,77 +254,46 @@ def _parts_of(owner: Any) -> Iterator[tuple[str, Any]]:  # noqa: C901, PLR0912 -
         yield from _parts_of_function(owner)
     elif isinstance(owner, MethodType):
         yield "", owner.__self__
-        yield from _parts_of_function(cast(FunctionType, owner.__func__))
+        if isinstance(owner.__func__, FunctionType):
+            yield from _parts_of_function(owner.__func__)
     elif isinstance(owner, partial):
         of_partial = cast("partial[object]", owner)
         yield ".func", of_partial.func
         yield ".args", of_partial.args
         yield ".keywords", of_partial.keywords
-    if isinstance(owner, type | FunctionType | MethodType) or hasattr(type(owner), "fire_event"):
-        return  # an engine leads to what its steps draw from
+    if about.is_opaque:
+        return
     attributes: dict[str, Any] = getattr(owner, "__dict__", {})
     for name, value in list(attributes.items()):
         if name != "_iterator":  # of a DataLoader that keeps its workers
             yield f".{name}", value
-    for base in type(owner).__mro__:
-        slots: Any = base.__dict__.get("__slots__", ())
-        for name in (slots,) if isinstance(slots, str) else slots:
-            if name not in ("__dict__", "__weakref__") and (value := _slot(owner, base, name)) is not None:
-                yield f".{name}", value
-
-
-def _slot(owner: Any, base: type, name: str) -> Any:
-    if name.startswith("__") and not name.endswith("__"):
-        name = f"_{base.__name__.lstrip('_')}{name}"
-    return getattr(owner, name, None)
+    for name in about.slots:
+        if (value := getattr(owner, name, None)) is not None:
+            yield f".{name}", value
 
 
 def _parts_of_function(function: FunctionType) -> Iterator[tuple[str, Any]]:
-    cells: tuple[CellType, ...] = getattr(function, "__closure__", None) or ()
-    for name, cell in zip(function.__code__.co_freevars, cells, strict=True):
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         try:
             yield f".{name}", cell.cell_contents
         except ValueError:  # not set yet
             continue
-    yield ".defaults", (function.__defaults__, function.__kwdefaults__)
+    if function.__defaults__ or function.__kwdefaults__:
+        yield ".defaults", (function.__defaults__, function.__kwdefaults__)
     for name in function.__code__.co_names:
         value = function.__globals__.get(name)
-        if _kind_of(value):  # and nothing else: most of a program can be reached from there
+        if _about(type(value)).generator:  # and nothing else: most of a program can be reached from there
             yield f".{name}", value
-
-
-def _kind_of(value: Any) -> str:
-    """Return which kind of generator this is, "" if it is none."""
-    if isinstance(value, random.Random):
-        return "" if isinstance(value, random.SystemRandom) else "python"
-    numpys, torch = sys.modules.get("numpy.random"), sys.modules.get("torch")
-    if numpys is not None:
-        if isinstance(value, numpys.Generator):
-            return "numpy"
-        if isinstance(value, numpys.RandomState):
-            return "RandomState"
-        if isinstance(value, numpys.BitGenerator):
-            return "BitGenerator"
-    return "torch" if torch is not None and isinstance(value, torch.Generator) else ""
-
-
-def _is_sampler_with_state(path: str, value: Any) -> bool:
-    kind = type(value)
-    if not (hasattr(kind, "state_dict") and hasattr(kind, "load_state_dict")):
-        return False
-    samplers = getattr(sys.modules.get("torch.utils.data"), "Sampler", ())
-    is_sampler = isinstance(value, samplers) or "sampler" in path.lower()
-    return is_sampler and not hasattr(kind, "zero_grad")  # a model or an optimizer is nothing that orders data
 
 
 def _state_of(kind: str, value: Any) -> Any:
     if kind == "python":
         return value.getstate()
-    if kind == "numpy":
+    if kind == "numpy Generator":
         return value.bit_generator.state
-    if kind == "RandomState":
+    if kind == "numpy RandomState":
         return value.get_state(legacy=False)
-    if kind == "BitGenerator":
+    if kind == "numpy BitGenerator":
         return value.state
     return value.get_state() if kind == "torch" else copy.deepcopy(value.state_dict())
 
@@ -281,11 +301,11 @@ def _state_of(kind: str, value: Any) -> Any:
 def _put_back(kind: str, value: Any, state: Any) -> None:
     if kind == "python":
         value.setstate(tuple(state))
-    elif kind == "numpy":
+    elif kind == "numpy Generator":
         value.bit_generator.state = state
-    elif kind == "RandomState":
+    elif kind == "numpy RandomState":
         value.set_state(state)
-    elif kind == "BitGenerator":
+    elif kind == "numpy BitGenerator":
         value.state = state
     elif kind == "torch":
         value.set_state(state)

@@ -7,12 +7,13 @@ length is fast-forwarded: opened again, with the random numbers of that pass, an
 import logging
 import sys
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
 from types import FunctionType
 from typing import Any
 
 from aengine.data.adapt import Adapted, length_of
-from aengine.data.digest import digest_of
+from aengine.data.digest import Digest, digest_of
 from aengine.data.generators import Opening, capture, has_workers, start_workers
 from aengine.data.prefetch import DataState, Fetched
 from aengine.data.rewind import END, Rewind, begin_anew
@@ -67,7 +68,9 @@ class DataPosition:
         self._after: DataState = None
         self._ended_after: int | None = None  # batches of this pass, once its end was met
         self._opening: Opening | None = None  # where the generators stood as this pass was opened
+        self._first: Digest = {}  # of the first batch of this pass, if its order may be another each time
         self._was_put_back = False
+        self._is_mixed = False
         self._had_workers: bool | None = None  # in the run that is resumed, until the data is opened
 
     # What is completed
@@ -89,21 +92,25 @@ class DataPosition:
 
         That is the batch consumed last, if it is not None, or the one that follows it, if it is not END.
         """
+        if self.rewind is not None:  # not opened since
+            return {**position, "check": self.rewind.check}
         number, digest = position["batches"], {}
-        if self._data.is_one_shot or position["is_at_end"] or number == self.length:
-            number = 0
-        elif consumed is not None and number:
+        if self._data.is_one_shot or position["is_at_end"] or number == self.length:  # no more of this pass is to come
+            return {**position, "check": {"length": self.said, "first": {}, "number": 0, "digest": {}}}
+        if consumed is not None and number:
             digest = digest_of(consumed)
         elif following is not END:
             number, digest = number + 1, digest_of(following)
         else:
             number = 0
-        return {**position, "check": {"length": self.said, "number": number, "digest": digest}}
+        check = {"length": self.said, "first": self._first, "number": number, "digest": digest}
+        return {**position, "check": check}
 
     def end(self, completed: int) -> None:
         """The end of this pass was met, so that its length is known."""
         self._ended_after = batches = completed - self.origin
-        self.length = batches or self.length
+        if batches and not self._is_mixed:
+            self.length = batches
         self._is_exact = batches == self.said
 
     def restart(self, completed: int) -> None:
@@ -111,6 +118,7 @@ class DataPosition:
         self.unread.clear()
         self.origin = completed
         self.rewind = self._opening = None
+        self._first = {}
         self._ended_after = None
         self._taken = 0
         self._before = self._after = None
@@ -127,7 +135,10 @@ class DataPosition:
         """A batch is the first that is taken since the data was opened."""
         rewind, self.rewind = self.rewind, None
         if rewind is not None:
+            self._first = rewind.check["first"]
             rewind.took_first(batch)
+        elif self._opening is not None and self.stateful is None:
+            self._first = digest_of(batch)
 
     def unread_batch(self, batch: Any) -> None:
         """The batch last taken was not stepped on: it is the next one."""
@@ -152,6 +163,22 @@ class DataPosition:
         return said
 
     @property
+    def may_be_at_end(self) -> bool:
+        """Whether the pass to be gone on with seems to have ended, so that only its end is left to be looked for."""
+        position = None if self.rewind is None else self.rewind.position
+        if position is None or not position["batches"] or position["state"] is not None:
+            return False
+        return bool(position.get("is_at_end")) or position["batches"] == self.length
+
+    def look_for_end(self) -> bool:
+        """Have no more than the end of that pass looked for. Returns whether that is over, as the data has changed."""
+        if self.rewind is not None and length_of(self._data.data) == self.said:
+            self.rewind.looks_for_end = True
+            return False
+        self.rewind = None
+        return True
+
+    @property
     def can_return(self) -> bool:
         """Whether the data, opened again, can be put back to where it stands."""
         return self._can_skip or self.stateful is not None
@@ -169,7 +196,8 @@ class DataPosition:
         self._after = position["state"]
         self._opening = opening = Opening.from_plain(position.get("opening"))
         self._had_workers = position.get("has_workers")
-        self.length = self.length or position["length"]
+        self.length = position["length"] or self.length
+        self.said = position.get("check", {"length": self.said})["length"]  # in this pass; each may have another
         is_at_end = position["state"] is None and position.get("is_at_end", False) and not self._data.is_one_shot
         # A sampler with its own generator draws from it again when it is exhausted, so its iterator must really be run
         # to StopIteration.
@@ -202,6 +230,7 @@ class DataPosition:
             self._was_put_back = False
             begin_anew(made)
         if self.rewind is None:
+            self._forget_if_mixed()
             return
         position, level = self.rewind.position, logging.INFO
         if self.stateful is not None and position["state"] is not None:
@@ -218,10 +247,17 @@ class DataPosition:
             self._taken = 0
             self.rewind.leave()
             self.rewind = None
+            self._forget_if_mixed()
             how = "goes on where it is: it cannot be fast-forwarded"
             if not self._data.is_one_shot and not self._data.is_manager:  # only the user knows whether that is right
                 level, how = logging.WARNING, _MAY_REPEAT.format(position["batches"])
         self._logger.log(level, "resuming: the data (%s) %s", self._data.name, how)
+
+    def _forget_if_mixed(self) -> None:
+        """A pass that goes on with what an earlier one had fetched is none that could be gone back to, or counted."""
+        self._is_mixed = bool(self.unread)
+        if self._is_mixed:
+            self._opening = None
 
     def end_rewind(self) -> None:
         """Those that were to be fetched again have been; the first of a pass is the next to be taken."""
@@ -233,11 +269,17 @@ class DataPosition:
 
 def _has_exact_length(data: Any) -> bool:
     """Say whether `len()` of this is surely the number of batches in a pass: of lists, and torch's own DataLoaders."""
-    kind = type(data)
-    if isinstance(data, list | tuple | range | dict | str | bytes):
+    parts = (getattr(data, name, None) for name in ("dataset", "sampler", "batch_sampler"))
+    return _have_exact_length(type(data), *map(type, parts))
+
+
+def _compare_types(kind: type, dataset: type, *samplers: type) -> bool:
+    if issubclass(kind, list | tuple | range | dict | str | bytes):
         return not isinstance(getattr(kind, "__iter__", None), FunctionType)
     torch = sys.modules.get("torch.utils.data")
-    if torch is None or kind is not torch.DataLoader or isinstance(data.dataset, torch.IterableDataset):
+    if torch is None or kind is not torch.DataLoader or issubclass(dataset, torch.IterableDataset):
         return False
-    ours = (data.sampler, data.batch_sampler)
-    return all(one is None or type(one).__module__.startswith("torch.utils.data") for one in ours)
+    return all(one is type(None) or one.__module__.startswith("torch.utils.data") for one in samplers)
+
+
+_have_exact_length: Callable[..., bool] = lru_cache(maxsize=1_024)(_compare_types)  # one of torch's takes 5 us

@@ -11,7 +11,7 @@ from types import coroutine
 from typing import Any
 
 from aengine.data.adapt import Adapted, length_of
-from aengine.data.digest import differing, digest_of, is_of_real_numbers
+from aengine.data.digest import Digest, differing, digest_of, is_of_real_numbers
 from aengine.data.generators import (
     Opening,
     capture_process,
@@ -26,13 +26,17 @@ from aengine.errors import DataOrderWarning
 END: Any = object()
 """In place of a batch: there is none."""
 
+_NO_CHECK: Mapping[str, Any] = {"length": None, "first": {}, "number": 0, "digest": {}}
+
 
 class Rewind:
     """One return to a position, from before the data is opened until its next batch is taken.
 
     Attributes:
         position: where to, as `DataPosition.after` returns it.
+        check: what is compared, as `DataPosition.with_check` returns it.
         opening: where the generators stood as that pass was opened; None where nothing that is drawn changes it.
+        looks_for_end: whether the pass seems to have ended, so that it may do so at any batch.
         to_fetch: batches that are still to be fetched again.
         first: of a pass of which nothing is completed, its first batch: it is the next to be taken, and was drawn with
             the random numbers of that pass. END where there is none.
@@ -43,12 +47,14 @@ class Rewind:
     ) -> None:
         self.position = position
         self.opening = opening
+        self.looks_for_end = False
         self.to_fetch = 0
         self.first = END
         self._data = data
         self._to_skip = 0
+        self._is_warned = False
         self._number = 0  # of the batch fetched last, in its pass
-        self._check: Mapping[str, Any] = position.get("check") or {"length": None, "number": 0, "digest": {}}
+        self.check: Mapping[str, Any] = position.get("check") or _NO_CHECK
         self._may_have_other_length = may_have_other_length
         self._outside: dict[str, Any] | None = None  # where the process's generators stood, while they are in the pass
         self._inside: dict[str, Any] | None = None  # and where they stand in the pass, between two of its fetches
@@ -111,16 +117,18 @@ class Rewind:
         if batch is END:
             if self._number == 0 and self._begin_again():
                 return True
-            if self._to_skip:
+            if self._to_skip and not self.looks_for_end:
                 raise self._too_short(self._number)
             self.to_fetch = 0
             return False
         self._number += 1
         self.to_fetch -= 1
-        if self._number == 1 and self._to_skip:
+        if self._number == 1 and self._to_skip and not self.looks_for_end:
             self._refuse_other_length()
-        if self._number == self._check["number"]:
-            self._compare(batch, self._after_first, self._in_pass)
+        if self._number == 1:
+            self._compare(batch, self.check["first"], {}, {})
+        if self._number == self.check["number"]:
+            self._compare(batch, self.check["digest"], self._after_first, self._in_pass)
         elif self._number == 1:
             self._after_first = self._in_pass
         if not self._to_skip:
@@ -151,26 +159,28 @@ class Rewind:
         Raises:
             ValueError: the length of the data is another than it was.
         """
-        if self._number == 0 and self.position["batches"]:
+        has_skipped, self._number = self._number > 0, self.position["batches"] + 1
+        if not has_skipped and self.position["batches"]:
             self._refuse_other_length()
-        if self._check["number"] == self.position["batches"] + 1 > self._number:
-            self._compare(batch, self._left, capture_process())
+        if self.check["number"] == self._number > int(has_skipped):
+            self._compare(batch, self.check["digest"], self._left, capture_process())
 
-    def _compare(self, batch: Any, before: dict[str, Any], after: dict[str, Any]) -> None:
+    def _compare(self, batch: Any, then: Digest, before: dict[str, Any], after: dict[str, Any]) -> None:
         """`before` and `after` the last fetches, the process's generators stood there."""
-        then, now, number = self._check["digest"], digest_of(batch), self._check["number"]
+        now = digest_of(batch)
         paths = differing(then, now)
-        if not paths:
+        if not paths or self._is_warned:
             return
         # What is drawn at each fetch, as augmentation does it, came between the numbers that the steps drew, and does
         # not come again. It is real numbers; what a batch is chosen by is seen in the others.
         if before and plain(before) != plain(after):
             paths = [path for path in paths if not is_of_real_numbers(path, then)]
         for path in paths[:1]:
+            self._is_warned = True
             warnings.warn(
-                f"the data ({self._data.name}) comes in another order than in the run that is resumed: batch {number}"
-                f" of the pass under way{f', at {path},' if path else ''} was {_shown(then[path])}, and is"
-                f" {_shown(now[path])}. Some samples of this pass come twice, and others never. Draw the order from"
+                f"the data ({self._data.name}) comes in another order than in the run that is resumed: batch"
+                f" {self._number} of the pass under way{f', at {path},' if path else ''} was {_shown(then[path])}, and"
+                f" is {_shown(now[path])}. Some samples of this pass come twice, and others never. Draw the order from"
                 " generators that are attributes of the data (torch.Generator, numpy.random.Generator, random.Random)"
                 " or from the global ones, or give the data state_dict and load_state_dict",
                 DataOrderWarning,
@@ -178,7 +188,7 @@ class Rewind:
             )
 
     def _refuse_other_length(self) -> None:
-        then, now, batches = self._check["length"], length_of(self._data.data), self.position["batches"]
+        then, now, batches = self.check["length"], length_of(self._data.data), self.position["batches"]
         if then is None or now is None or then == now or self._may_have_other_length:
             return
         if now < batches:

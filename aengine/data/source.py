@@ -156,10 +156,9 @@ class Source:
         return await self.arrival() if taken is PENDING else taken
 
     def _start(self) -> None:
-        """The iterator stands where it should: begin to pull ahead, if so wished, and choose how to take."""
+        """The iterator stands where it should: begin to pull ahead, if so wished, and take its first batch."""
         self.position.end_rewind()
-        if self.run is not None and self.run.prefetch and self._prefetcher is None:
-            self._prefetcher = self._pull_ahead(self.run)
+        self._pull_ahead_if_wished()
         self.take = self._take_first
 
     def _take_first(self) -> Any:
@@ -213,6 +212,10 @@ class Source:
         return position.took(batch, position.state())
 
     # Ahead of the step
+
+    def _pull_ahead_if_wished(self) -> None:
+        if self.run is not None and self.run.prefetch and self._prefetcher is None:
+            self._prefetcher = self._pull_ahead(self.run)
 
     def _pull_ahead(self, run: RunContext) -> Prefetcher:
         fetched, state = self.position.fetched, self.position.state
@@ -273,7 +276,8 @@ class Source:
                 self._choose()
 
     def _take_after_suspension(self) -> Any:
-        self._start()
+        self._pull_ahead_if_wished()
+        self._choose()
         return self.take()
 
     def _keep_what_was_pulled(self) -> None:

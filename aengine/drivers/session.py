@@ -221,7 +221,8 @@ class Session:
 
     def _end(self, loop: Loop, generator: LoopGenerator, *, is_suspended: bool) -> None:
         self._bus.stopwatch.stop()
-        self._progress = loop.progress()
+        known = self._state.last_progress  # where the run has ended by itself
+        self._progress = known if known is not None and not is_suspended else loop.progress()
         if is_suspended:
             return
         self._state.last_progress = self._progress

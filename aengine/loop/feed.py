@@ -66,6 +66,20 @@ class Feed:
             source.end(completed)
         raise Exhausted
 
+    def look_for_end(self, completed: int) -> LoopGenerator:
+        """Before an epoch begins: fetch on to where the pass of the epoch before should end.
+
+        Its length may be less than the data gives. The handlers of EPOCH_STARTED may change the data, by `set_epoch()`
+        of a sampler, and that is for the next pass.
+        """
+        batch = END
+        if not self.source.position.look_for_end():
+            batch = yield from self.fetch()
+        if batch is END:
+            self.source.end(completed)
+        else:
+            self.source.unread_batch(batch)
+
     def end(self, completed: int) -> bool:
         """The end of the data was met. Returns whether that is the end of an epoch, whose length was not known.
 

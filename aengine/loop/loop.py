@@ -146,8 +146,7 @@ class Loop:
 
     def _epoch(self) -> LoopGenerator:
         state, requests, began = self._state, self._requests, perf_counter()
-        if self.source.is_one_shot:
-            yield from self._fetching(self.feed.look_ahead(self.completed))
+        yield from self._look_ahead()
         if self._epoch_is_complete:
             state.epoch += 1
             state.epoch_start = state.iteration
@@ -180,6 +179,14 @@ class Loop:
             raise
         else:
             yield from self._complete_epoch(began)
+
+    def _look_ahead(self) -> LoopGenerator:
+        """Before an epoch begins, or was begun but for its first iteration: look whether the data has ended."""
+        state, source = self._state, self.source
+        if source.is_one_shot:
+            yield from self._fetching(self.feed.look_ahead(self.completed))
+        elif source.position.may_be_at_end and (self._epoch_is_complete or state.iteration == state.epoch_start):
+            yield from self._fetching(self.feed.look_for_end(self.completed))
 
     def _complete_epoch(self, began: float, *, fire: bool = True) -> LoopGenerator:
         requests, times = self._requests, self._state.times
@@ -234,7 +241,7 @@ class Loop:
         usual: type | None = None  # what the step has returned last, if that is not to be awaited
         try:
             while (iteration := state.iteration) < end or iteration < (end := self._end):
-                state.batch = consumed = None  # so that its memory is free before the next one comes
+                state.batch = None
                 if is_busy := iteration >= bus.next_count:
                     if self._has_other_data:
                         self._has_other_data = False
@@ -245,12 +252,15 @@ class Loop:
                             watch.next_reading, getting.next_count, got.next_count, started.next_count - 1
                         )
                     if iteration >= getting.next_count:
+                        feed.consumed = consumed
                         if (rest := getting.dispatch(engine, iteration)) is not None:
                             yield from rest
+                        feed.consumed = None
                         if requests.pending:
                             yield from self._serve_requests(between_steps=False)
                     if is_timed:
                         mark = perf_counter()
+                consumed = None  # so that its memory is free before the next one comes
                 try:
                     take = feed.source.take  # calls of a local are specialised, those of such an attribute are not
                     batch = take()

@@ -94,7 +94,7 @@ def begin(
     state.iteration, state.epoch, state.epoch_start = progress.iteration, progress.epoch, progress.epoch_start
     state.last_progress = None
     is_of_passes = progress.is_of_passes and epoch_length is None and data.data is not None
-    return replace(progress, is_of_passes=is_of_passes)
+    return progress if progress.is_of_passes == is_of_passes else replace(progress, is_of_passes=is_of_passes)
 
 
 def _check_limit(name: str, given: int | None, state: State, other: str, done: int) -> None:
