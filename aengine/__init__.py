@@ -43,8 +43,8 @@ from aengine.errors import (
 )
 from aengine.events import Event, EventEnum, Events, EventsList
 from aengine.signals import stop_on_signals
-from aengine.state import State, StopReason
-from aengine.statistics import EngineStatistics
+from aengine.state import ErrorInfo, State, StopReason
+from aengine.statistics import EngineStatistics, ListenerInfo
 
 __version__ = "0.1.0"
 
@@ -63,12 +63,14 @@ __all__ = [
     "Engine",
     "EngineBusy",
     "EngineStatistics",
+    "ErrorInfo",
     "Event",
     "EventEnum",
     "Events",
     "EventsList",
     "HandlerTimeout",
     "InboxOverflow",
+    "ListenerInfo",
     "NotSerializable",
     "Overflow",
     "RemovableEventHandle",

@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
-from types import CoroutineType
+from types import CoroutineType, FunctionType
 from typing import Any, cast
 
 
@@ -14,7 +14,9 @@ def is_awaitable(value: Any) -> bool:
 
 def is_async_callable(function: Any) -> bool:
     """Say whether calling this is sure to return an awaitable; of other callables only each result can tell."""
-    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004
+    if inspect.iscoroutinefunction(function):
+        return True
+    return type(function) is not FunctionType and inspect.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004
 
 
 def name_of(thing: Any) -> str:
@@ -49,6 +51,8 @@ def check_callable(function: Any, what: str, name: str, *arguments: str) -> None
 
     For instance: check_callable(step, "the step", "step", "engine", "batch").
     """
+    if _takes_exactly(function, len(arguments)):
+        return
     check_function(function, what)
     signature = signature_of(function)
     try:
@@ -60,33 +64,79 @@ def check_callable(function: Any, what: str, name: str, *arguments: str) -> None
         ) from None
 
 
-def bind_handler(
-    handler: Callable[..., Any], event_name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> Callable[..., Any]:
-    """Return `f(engine, *payload)` that calls the handler with those of them that it takes, then `args` and `kwargs`.
+def _takes_exactly(function: Any, count: int) -> bool:
+    """Say whether this is a function with so many arguments and no `yield`: most steps are; a signature takes 10 µs."""
+    if type(function) is not FunctionType or function.__dict__:  # which has the function that it wraps
+        return False
+    code = function.__code__
+    return code.co_argcount == count and not code.co_kwonlyargcount and not code.co_flags & _WITH_YIELD
 
-    Which of them it takes is found out here, once: a dispatch inspects no signature.
+
+_WITH_YIELD = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
+
+
+def bind_handler(
+    handler: Callable[..., Any],
+    event_name: str,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    *,
+    has_payload: bool,
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Return `f(engine)` and `f(engine, payload)`, which call the handler with what it takes, then `args` and `kwargs`.
+
+    Which of them it takes is found out here, once: a dispatch inspects no signature. With `has_payload` the event may
+    be fired with a payload, or without: then a handler that needs one is given None.
 
     Raises:
         TypeError: the handler can be called neither with the engine nor without it, or would not run when it is called.
     """
     check_function(handler, "a handler")
     signature = signature_of(handler)
-    calls = _CALLS_WITH_PAYLOAD.get(event_name, _CALLS)
-    payload = (None,) if event_name in _CALLS_WITH_PAYLOAD else ()
-    for call in calls:
-        try:  # `signature.bind` in place of the handler: it refuses what the handler would refuse, and runs nothing
-            call(signature.bind, args, kwargs, None, *payload)
-        except TypeError:
-            continue
-        if call is _with_all and not args and not kwargs:
-            return handler  # itself: no function in between at each event
-        return partial(call, handler, args, kwargs)
-    given = ", ".join([*map(repr, args), *(f"{name}={value!r}" for name, value in kwargs.items())])
-    raise TypeError(
-        f"handler {name_of(handler)}{signature} of {event_name} cannot be called as"
-        f" {name_of(handler)}({', '.join(filter(None, ['engine', given]))}) nor as {name_of(handler)}({given})"
+    ways = [way for way in _WAYS.get(event_name, _USUAL_WAYS) if _binds(way, signature, args, kwargs)]
+    if event_name not in _WAYS and _with_all in ways:
+        others = [way for way in ways if way is not _with_all]
+        if others and not (has_payload and _wants_payload(signature, args)):
+            ways = others
+        elif not others and not has_payload:
+            ways = []
+    if not ways:
+        given = ", ".join([*map(repr, args), *(f"{name}={value!r}" for name, value in kwargs.items())])
+        raise TypeError(
+            f"handler {name_of(handler)}{signature} of {event_name} cannot be called as"
+            f" {name_of(handler)}({', '.join(filter(None, ['engine', given]))}) nor as {name_of(handler)}({given})"
+        )
+    with_payload = ways[0]
+    needs_none = with_payload is _with_all and _with_engine not in ways
+    without = _with_engine if with_payload is _with_all and not needs_none else with_payload
+    is_bare = not args and not kwargs  # then it is the handler itself: no function in between at each event
+    return (
+        handler if without is _with_engine and is_bare else partial(without, handler, args, kwargs),
+        handler if with_payload is _with_all and is_bare else partial(with_payload, handler, args, kwargs),
     )
+
+
+def _binds(way: Callable[..., Any], signature: inspect.Signature, args: Any, kwargs: Any) -> bool:
+    try:  # `signature.bind` in place of the handler: it refuses what the handler would refuse, and runs nothing
+        way(signature.bind, args, kwargs, None)
+    except TypeError:
+        return False
+    return True
+
+
+def _wants_payload(signature: inspect.Signature, args: tuple[Any, ...]) -> bool:
+    """Say whether a handler that can be called without the payload is to be given it: after the engine.
+
+    A parameter whose default is a value, as in `lambda engine, i=i: ...`, is there for that value.
+    """
+    if signature is _UNKNOWN:
+        return False
+    by_keyword = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD)
+    positional = [one for one in signature.parameters.values() if one.kind not in by_keyword]
+    second = positional[1] if len(positional) > 1 else positional[-1]
+    if second.name == "payload":
+        return True
+    return not args and (second.kind is inspect.Parameter.VAR_POSITIONAL or second.default is None)
 
 
 def signature_of(function: Callable[..., Any]) -> inspect.Signature:
@@ -94,7 +144,7 @@ def signature_of(function: Callable[..., Any]) -> inspect.Signature:
     try:
         return inspect.signature(function)
     except ValueError:
-        return inspect.Signature([inspect.Parameter("anything", inspect.Parameter.VAR_POSITIONAL)])
+        return _UNKNOWN
 
 
 def check_function(function: Any, what: str) -> None:
@@ -108,37 +158,40 @@ def check_function(function: Any, what: str) -> None:
         )
 
 
+_UNKNOWN = inspect.Signature([inspect.Parameter("anything", inspect.Parameter.VAR_POSITIONAL)])
+
+
 # The ways to call a handler: each takes the handler and its own arguments, bound once, and what comes with the event.
 
 
-def _with_all(handler: Any, args: Any, kwargs: Any, engine: Any, *payload: Any) -> Any:
-    return handler(engine, *payload, *args, **kwargs)
+def _with_all(handler: Any, args: Any, kwargs: Any, engine: Any, payload: Any = None) -> Any:
+    return handler(engine, payload, *args, **kwargs)
 
 
-def _with_engine(handler: Any, args: Any, kwargs: Any, engine: Any, *_: Any) -> Any:
+def _with_engine(handler: Any, args: Any, kwargs: Any, engine: Any, _: Any = None) -> Any:
     return handler(engine, *args, **kwargs)
 
 
-def _with_payload(handler: Any, args: Any, kwargs: Any, _: Any, *payload: Any) -> Any:
-    return handler(*payload, *args, **kwargs)
+def _with_payload(handler: Any, args: Any, kwargs: Any, _: Any, payload: Any = None) -> Any:
+    return handler(payload, *args, **kwargs)
 
 
 def _with_nothing(handler: Any, args: Any, kwargs: Any, *_: Any) -> Any:
     return handler(*args, **kwargs)
 
 
-def _with_engine_and_counter(handler: Any, args: Any, kwargs: Any, engine: Any, iteration: Any) -> Any:
-    return handler(engine, *args, **kwargs, iter_counter=iteration)
+def _with_engine_and_counter(handler: Any, args: Any, kwargs: Any, engine: Any, payload: Any = None) -> Any:
+    return handler(engine, *args, **kwargs, iter_counter=payload)
 
 
-def _with_counter(handler: Any, args: Any, kwargs: Any, _: Any, iteration: Any) -> Any:
-    return handler(*args, **kwargs, iter_counter=iteration)
+def _with_counter(handler: Any, args: Any, kwargs: Any, _: Any, payload: Any = None) -> Any:
+    return handler(*args, **kwargs, iter_counter=payload)
 
 
-# Tried in this order: the first that fits the signature is the one. The payload of EXCEPTION_RAISED goes by position,
-# that of TERMINATE_SINGLE_EPOCH by the keyword `iter_counter`, as pytorch-ignite gives them to its handlers.
-_CALLS: tuple[Callable[..., Any], ...] = (_with_all, _with_nothing)
-_CALLS_WITH_PAYLOAD: Mapping[str, tuple[Callable[..., Any], ...]] = {
+# Tried in this order: the first that fits the signature is the one. The payload of EXCEPTION_RAISED is also given to a
+# handler that takes nothing else, that of TERMINATE_SINGLE_EPOCH by the keyword `iter_counter`, as pytorch-ignite does.
+_USUAL_WAYS: tuple[Callable[..., Any], ...] = (_with_all, _with_engine, _with_nothing)
+_WAYS: Mapping[str, tuple[Callable[..., Any], ...]] = {
     "EXCEPTION_RAISED": (_with_all, _with_payload, _with_nothing),
-    "TERMINATE_SINGLE_EPOCH": (_with_engine_and_counter, _with_counter, _with_engine, _with_nothing),
+    "TERMINATE_SINGLE_EPOCH": (_with_engine_and_counter, _with_counter, _with_engine, _with_nothing, _with_all),
 }

@@ -4,9 +4,7 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from functools import partial
-from typing import Any, Generic, TypeVar, overload
-
-from anyio.lowlevel import checkpoint_if_cancelled
+from typing import Any, Generic, NoReturn, TypeVar, overload
 
 from aengine.arguments import check_seconds
 from aengine.bus.emitter import EventEmitter, RemovableEventHandle
@@ -21,11 +19,28 @@ from aengine.drivers.session import Session
 from aengine.events import AnyEvent, Event, EventEnum
 from aengine.loop.requests import Request, Requests
 from aengine.state import Randomness, State
-from aengine.statistics import EngineStatistics
+from aengine.statistics import EngineStatistics, ListenerInfo
 
 Batch = TypeVar("Batch")
 Output = TypeVar("Output")
 Handler = TypeVar("Handler", bound=Callable[..., Any])
+
+
+class InsideOfIgnite:
+    """A name from the inside of pytorch-ignite's engine, which ours does not have: getting it says what to do."""
+
+    _name = ""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, engine: Any, owner: type | None = None) -> NoReturn:
+        raise AttributeError(
+            f"{self._name!r} is inside of pytorch-ignite's engine, and this is aengine's: what looks for it takes"
+            " as_ignite(engine), of aengine.interop.ignite, in place of the engine",
+            name=self._name,
+            obj=engine,
+        )
 
 
 class Engine(Generic[Batch, Output]):
@@ -35,13 +50,14 @@ class Engine(Generic[Batch, Output]):
         step: `step(engine, batch)` returns the output, or an awaitable of it. A plain `def` runs on the engine's own
             worker thread, an `async def` on the event loop.
         name: shown in logs, notes, events and statistics; by default the step's name.
-        thread: None for where the step belongs; False to run a plain step on the event loop's own thread; True to
-            insist on the worker.
+        thread: None for where the step belongs: a plain one on the worker, unless a mode or profiler of torch is on
+            where the engine is run, which sees that thread only; False to run a plain step on the event loop's own
+            thread; True to insist on the worker.
         grace: seconds that clean-up may take: handlers of CANCELLED and EXCEPTION_RAISED, subscribers that are behind,
             services, closing the data.
 
     Attributes:
-        state: what the loop knows.
+        state: what the loop knows. Another `State` can be assigned between runs: the next one begins anew.
         state_dict_user_keys: the attributes of the state that are saved and loaded with the engine.
         randomness: what saves and restores the states of random number generators, so that a resumed run draws what it
             would have drawn, and shuffled data comes as it came. None for nothing; `aengine.checkpoint` sets it.
@@ -84,8 +100,30 @@ class Engine(Generic[Batch, Output]):
             self._requests,
             is_async=is_async,
             threaded=not is_async and thread is not False,
+            insists=thread is True,
             grace=grace,
         )
+
+    # What looks into pytorch-ignite's engine finds the way here. Not by __getattr__: each access would be slower by it.
+    _allowed_events = InsideOfIgnite()
+    _assert_allowed_event = InsideOfIgnite()
+    _dataloader_iter = InsideOfIgnite()
+    _event_handlers = InsideOfIgnite()
+    _fire_event = InsideOfIgnite()
+    _handler_wrapper = InsideOfIgnite()
+    _init_iter = InsideOfIgnite()
+    _internal_run = InsideOfIgnite()
+    _internal_run_generator = InsideOfIgnite()
+    _is_done = InsideOfIgnite()
+    _process_function = InsideOfIgnite()
+    _setup_engine = InsideOfIgnite()
+    _state_dict_user_keys = InsideOfIgnite()
+
+    # By name, and not as a property: reading the state, as every handler does, would take several times as long.
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "state" and (session := getattr(self, "_session", None)) is not None:
+            session.replace_state(value)
+        super().__setattr__(name, value)
 
     # Running
 
@@ -121,7 +159,6 @@ class Engine(Generic[Batch, Output]):
         Cancellation waits for the step in flight, fires CANCELLED within `grace` seconds, and goes on. The run can then
         be resumed.
         """
-        await checkpoint_if_cancelled()
         await self._session.run(self, data, (max_epochs, max_iters, epoch_length), prefetch)
         return self.state
 
@@ -188,11 +225,12 @@ class Engine(Generic[Batch, Output]):
     ) -> RemovableEventHandle:
         """Add an inline handler: it runs between two steps, in order of registration, and the loop waits for it.
 
-        It is called as `handler(engine, *args, **kwargs)`, without the engine if it does not take it; for
-        EXCEPTION_RAISED with the exception after the engine; for TERMINATE_SINGLE_EPOCH with `iter_counter=` if it
-        takes that. A plain `def` runs where the step runs, an `async def` is awaited on the event loop; so is whatever
-        else it returns that can be awaited, such as the handle of a task. What it raises fails the run. Inline handlers
-        run before the event is sent to subscribers and streams.
+        It is called as `handler(engine, *args, **kwargs)`, without the engine if it does not take it; and as
+        `handler(engine, payload, *args, **kwargs)` if the event may have a payload, as events of one's own and
+        EXCEPTION_RAISED, and the handler takes it: by a second parameter that has no default, or the default None.
+        TERMINATE_SINGLE_EPOCH gives its payload as `iter_counter=`. A plain `def` runs where the step runs, an `async
+        def` is awaited on the event loop; so is whatever else it returns that can be awaited, such as the handle of a
+        task. What it raises fails the run. Inline handlers run before the event is sent to subscribers and streams.
 
         Raises:
             TypeError: the handler cannot be called so.
@@ -291,13 +329,24 @@ class Engine(Generic[Batch, Output]):
         buffer: int = 64,
         overflow: Overflow | str = "drop_oldest",
         snapshot: Snapshot | None = None,
+        wait_for_run: bool = True,
     ) -> Stream:
         """Return events to be read, as in the class `Stream`.
 
-        It ends with the run. The arguments are those of `subscribe`. A slow reader loses the oldest events, which are
+        It ends with the run under way, or else with the next one, however that ends. `state.stop_reason` and
+        `state.error` say how. The arguments are those of `subscribe`. A slow reader loses the oldest events, which are
         counted, and never slows the loop, unless it asks for that by `overflow="wait"`.
+
+        Args:
+            event: what to read; several with `|` share one stream.
+            buffer: how many events may wait.
+            overflow: what happens when more come.
+            snapshot: what travels in `event.snapshot`.
+            wait_for_run: False has the stream be over at once where no run is under way, as the reader of an engine
+                that may be done wants it.
         """
-        return Stream(self._emitter.bus, self._emitter.select(event), None, buffer, overflow, snapshot)
+        bus, selected = self._emitter.bus, self._emitter.select(event)
+        return Stream(bus, selected, None, buffer, overflow, snapshot, wait_for_run=wait_for_run)
 
     def add_service(
         self, service: Service, *, on_error: str = "raise", name: str | None = None
@@ -326,6 +375,7 @@ class Engine(Generic[Batch, Output]):
 
         Raises:
             TypeError: something that is no event.
+            ValueError: the engine has another event of this name. pytorch-ignite's of the same name will do.
         """
         self._emitter.register(events, event_to_attr)
 
@@ -333,50 +383,73 @@ class Engine(Generic[Batch, Output]):
         """Say whether all of these can be listened to here."""
         return self._emitter.has_registered(event)
 
-    def fire_event(self, event: AnyEvent) -> None:
+    def fire_event(self, event: AnyEvent, payload: Any = None) -> None:
         """Fire an event, from a step or a plain handler: inline handlers run at once, then the inboxes are filled.
 
         On the worker thread it waits for async handlers and for room in inboxes. Elsewhere it never waits: events over
         an inbox's bound are accepted, and the loop waits for room before its next step.
+
+        Args:
+            event: the event.
+            payload: what it is about: `event.payload` of subscribers and streams, the argument after the engine of
+                inline handlers that take it. Not copied. None for nothing.
 
         Raises:
             RuntimeError: the event has an async inline handler, which cannot be awaited here; or an inbox is full, and
                 no run is under way in which it could be emptied.
             ValueError: the event is not registered.
         """
-        self._emitter.fire(self, event)
+        self._emitter.fire(self, event, payload)
 
-    def fire_between_steps(self, event: AnyEvent, *, at_end: Callable[[], object] | None = None) -> bool:
+    def fire_event_soon(self, event: AnyEvent, payload: Any = None) -> bool:
         """Have the loop fire an event before its next step, where the state is that of a completed one.
 
         From any thread or task, without waiting. Where the loop is paused, it is fired there. Returns False, and does
-        nothing, if no run is under way.
+        nothing, if no run is under way. What was accepted is also fired in a run that fails; one that was cancelled
+        before its first event, or given up by a second Ctrl-C, fires nothing any more, and a warning is logged. To be
+        notified of the end of a run, however it came, add a `Service`.
 
         Args:
             event: the event.
-            at_end: called when `run()` is about to return or raise, however it came to that: a run that is cancelled
-                before its first event, or given up by a second Ctrl-C, fires nothing any more.
+            payload: what it is about, as for `fire_event`.
 
         Raises:
             ValueError: the event is not registered.
         """
-        return self._requests.fire(self._emitter.name_to_fire(event), at_end)
+        return self._requests.fire(self._emitter.name_to_fire(event), payload)
 
     def stateful_listeners(self) -> list[Any]:
         """Return the listeners (of a bound method: its object) that have a state to save, each once, event by event."""
         return self._emitter.stateful_listeners(self)
 
-    async def emit(self, event: AnyEvent) -> None:
+    async def emit(self, event: AnyEvent, payload: Any = None) -> None:
         """Fire an event from async code: awaits its inline handlers, and room in the inboxes of its subscribers.
 
         Cancellable; an event that has been sent stays sent. From a subscriber's own handler it never deadlocks: where
         waiting for room would be waiting for itself, the event is accepted over the inbox's bound.
 
+        Args:
+            event: the event.
+            payload: what it is about, as for `fire_event`.
+
         Raises:
             RuntimeError: an inbox is full, and no run is under way that could empty it.
             ValueError: the event is not registered.
         """
-        await self._emitter.emit(self, event)
+        await self._emitter.emit(self, event, payload)
+
+    async def wait_completed(self, iterations: int) -> int:
+        """Wait until so many iterations are completed, in all, and return how many are.
+
+        That is less where the run ended first: the one under way, or, if there is none, the next. From any task, also
+        of another event loop. Cancellable. It costs the run nothing until then.
+
+        Raises:
+            ValueError: `iterations` is no whole number.
+            RuntimeError: the loop waits for the caller, and so would never get there: its step, an inline handler, or
+                data that is not prefetched.
+        """
+        return await self._session.wait_completed(iterations)
 
     async def flush(self) -> None:
         """Wait until every event fired before this call has been handled, and all services are flushed. Cancellable.
@@ -389,7 +462,10 @@ class Engine(Generic[Batch, Output]):
 
     @property
     def last_event_name(self) -> Any:
-        """The event, or its name, that was last dispatched to any listener; None before the first."""
+        """The event, or its name, that was fired last; None before the first.
+
+        The events of an iteration, which are not fired where nothing listens, count if something does.
+        """
         return self._emitter.last_event
 
     @property
@@ -399,18 +475,24 @@ class Engine(Generic[Batch, Output]):
 
     # Stopping
 
-    def terminate(self, *, skip_completed: bool = False) -> None:
+    def terminate(self, *, skip_completed: bool = False) -> bool:
         """End the run before its next step: TERMINATE and COMPLETED are fired, and `run()` returns.
 
-        From any thread or task. A later `run()` resumes. Without a run under way it does nothing.
+        From any thread or task. A later `run()` resumes. Returns whether a run is under way that ends by this. Without
+        one only `should_terminate` is set, until the next run begins: a job that is not running yet is stopped by
+        whatever is about to call `run()`, which looks at `should_terminate` first, or by cancelling the scope or task
+        around it.
 
         Args:
             skip_completed: fire no COMPLETED.
         """
-        self._requests.terminate(skip_completed=skip_completed)
+        return self._session.requests.terminate(skip_completed=skip_completed)
 
-    def terminate_epoch(self, *, skip_epoch_completed: bool = False) -> None:
+    def terminate_epoch(self, *, skip_epoch_completed: bool = False) -> bool:
         """End the epoch before its next step: the data begins again with the next epoch. From any thread or task.
+
+        Returns whether an epoch is under way that ends by this. Without a run only `should_terminate_single_epoch` is
+        set, until the next run begins.
 
         Args:
             skip_epoch_completed: fire no EPOCH_COMPLETED.
@@ -418,11 +500,15 @@ class Engine(Generic[Batch, Output]):
         Raises:
             RuntimeError: called at STARTED or EPOCH_STARTED, where no iteration has begun.
         """
-        self._requests.terminate_epoch(skip_epoch_completed=skip_epoch_completed)
+        return self._session.requests.terminate_epoch(skip_epoch_completed=skip_epoch_completed)
 
-    def interrupt(self) -> None:
-        """Leave the run before its next step, to go on with the very next event at the next `run()`."""
-        self._requests.interrupt()
+    def interrupt(self) -> bool:
+        """Leave the run before its next step, to go on with the very next event at the next `run()`.
+
+        Returns whether a run is under way that is left by this. Without one only `should_interrupt` is set, until the
+        next run begins.
+        """
+        return self._session.requests.interrupt()
 
     def pause(self) -> None:
         """Have the loop wait before its next step, inside `run()`, until `resume()`. From any thread or task."""
@@ -446,19 +532,24 @@ class Engine(Generic[Batch, Output]):
         return self._session.is_running
 
     @property
+    def is_paused(self) -> bool:
+        """Whether `pause()` was called, and not `resume()` since: the loop waits before its next step."""
+        return self._requests.is_requested(Request.PAUSE)
+
+    @property
     def should_terminate(self) -> bool:
-        """Whether `terminate()` was called of the run under way, or of the last one."""
-        return Request.TERMINATE in self._requests.pending
+        """Whether `terminate()` was called since the last run began. The next one clears it."""
+        return self._requests.is_requested(Request.TERMINATE)
 
     @property
     def should_terminate_single_epoch(self) -> bool:
-        """Whether `terminate_epoch()` was called and is yet to take effect."""
-        return Request.TERMINATE_EPOCH in self._requests.pending
+        """Whether `terminate_epoch()` was called and is yet to take effect. The next run clears it."""
+        return self._requests.is_requested(Request.TERMINATE_EPOCH)
 
     @property
     def should_interrupt(self) -> bool:
-        """Whether `interrupt()` was called and is yet to take effect."""
-        return Request.INTERRUPT in self._requests.pending
+        """Whether `interrupt()` was called and is yet to take effect. The next run clears it."""
+        return self._requests.is_requested(Request.INTERRUPT)
 
     # Saving and looking
 
@@ -488,6 +579,10 @@ class Engine(Generic[Batch, Output]):
     def statistics(self) -> EngineStatistics:
         """Return where the time goes, and what becomes of the events. Cheap; at any time, from any thread."""
         return self._session.statistics()
+
+    def listeners(self) -> tuple[ListenerInfo, ...]:
+        """Return what listens, and to what: inline handlers event by event, then subscribers, then open streams."""
+        return self._emitter.listeners()
 
     def __repr__(self) -> str:
         at = self.state

@@ -107,7 +107,8 @@ def raise_failures(name: str, failures: list[BaseException], cancellation: BaseE
         exits = [index for index, error in enumerate(failures) if isinstance(error, KeyboardInterrupt | SystemExit)]
         if exits:
             for other in failures[: exits[0]] + failures[exits[0] + 1 :]:
-                _logger.error("engine %r failed as well", name, exc_info=other)
+                if not isinstance(other, KeyboardInterrupt):  # the same Ctrl-C, or another one
+                    _logger.error("engine %r failed as well", name, exc_info=other)
             raise failures[exits[0]]
         if len(failures) == 1:
             raise failures[0]

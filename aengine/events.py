@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from enum import Enum
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias, cast
 
 from aengine.arguments import check_interval, check_whole
 from aengine.callables import check_callable
@@ -57,7 +57,22 @@ class Filter:
         return due if self.before is None or due < self.before else NEVER
 
 
-class _Named:
+class _JoinsIgnites:
+    """What can stand on the right of `|` where an event of pytorch-ignite's is on the left.
+
+    That one, which Python asks first, raises unless `isinstance()` says that the other is an event of its own. So, once
+    its module is loaded, what `isinstance()` asks for besides the type is its class; the type stays what it is.
+    """
+
+    if not TYPE_CHECKING:
+
+        @property
+        def __class__(self) -> type:
+            theirs = sys.modules.get("ignite.engine.events")
+            return type(self) if theirs is None else theirs.CallableEventWithFilter
+
+
+class _Named(_JoinsIgnites):
     """What has an event's name, and is equal to everything else that has the same one."""
 
     name: Any  # str; an Enum defines it in its own way
@@ -110,6 +125,9 @@ class FilteredEvent(_Named):
     def __repr__(self) -> str:
         return self.name if self.filter is None else f"{self.name}({describe(self.filter)})"
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.name, self.filter)  # by its type: what has another `__class__` cannot be pickled
+
 
 class EventEnum(_Named, Enum):  # pyright: ignore[reportIncompatibleMethodOverride]  # an Enum's own name
     """What one's own events derive from, to be registered with `engine.register_events(*MyEvents)`.
@@ -120,6 +138,17 @@ class EventEnum(_Named, Enum):  # pyright: ignore[reportIncompatibleMethodOverri
     """
 
     __hash__ = _Named.__hash__  # Enum has one of its own, that would not agree with equality by name
+
+    # As Enum has them, but by the type, and not by `__class__`.
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}.{self._name_}: {self._value_!r}>"
+
+    def __str__(self) -> str:
+        return f"{type(self).__name__}.{self._name_}"
+
+    def __reduce_ex__(self, _: Any) -> tuple[Any, ...]:
+        return type(self), (self._value_,)
 
 
 class Events(EventEnum):
@@ -141,11 +170,11 @@ class Events(EventEnum):
     COMPLETED = "completed"
 
 
-class EventsList:
+class EventsList(_JoinsIgnites):
     """Several events to listen to at once: what `a | b` returns. `|` makes a new list and changes neither side."""
 
     def __init__(self, events: Iterable[Any] = ()) -> None:
-        self._events = tuple(events)
+        self._events: tuple[Any, ...] = tuple(flat for one in events for flat in _flat(one))
         for event in self._events:
             _selector(event)  # raises where the mistake is made
 
@@ -159,7 +188,10 @@ class EventsList:
         return self._events[index]
 
     def __or__(self, other: Any) -> "EventsList":
-        return EventsList([*self._events, *(other if isinstance(other, EventsList) else [other])])
+        return EventsList([*self._events, other])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self._events,)
 
     def __repr__(self) -> str:
         return " | ".join(map(repr, self._events))
@@ -199,13 +231,16 @@ class Event(NamedTuple):
         name: the event's name, such as "ITERATION_COMPLETED"; equal to the event itself.
         engine: the name of the engine that fired it.
         sequence: its place among all events that the engine has sent, from 1.
-        iteration: the engine's state at that instant, as the next five.
+        iteration: the engine's state at that instant, as the next six.
         epoch: see `State`.
         epoch_length: see `State`.
         max_epochs: see `State`.
+        max_iters: see `State`.
         output: see `State`.
         metrics: a read-only copy of the metrics by name.
         monotonic: seconds of `time.perf_counter()`, to measure between events.
+        payload: what the event is about, as it was fired with: of EXCEPTION_RAISED the exception, of
+            TERMINATE_SINGLE_EPOCH the iterations that the epoch had begun; None for the loop's other events.
         snapshot: what the listener's `snapshot=` callable returned.
     """
 
@@ -216,9 +251,11 @@ class Event(NamedTuple):
     epoch: int
     epoch_length: int | None
     max_epochs: int | None
+    max_iters: int | None
     output: Any
     metrics: Mapping[str, Any]
     monotonic: float
+    payload: Any
     snapshot: Any
 
     @property
@@ -262,9 +299,16 @@ def event_name(event: object) -> str | None:
 
 def selectors(event: AnyEvent) -> tuple[Selector, ...]:
     """Take apart whatever can be listened to. Raises TypeError for anything else."""
-    is_list = type(event).__name__ == "EventsList"  # ours, or ignite's, which is not imported
-    several: Any = event if is_list else [event]
-    return tuple(_selector(one) for one in several)
+    return tuple(_selector(one) for one in _flat(event))
+
+
+def _flat(event: Any) -> Iterator[Any]:
+    """Take apart a list of events, ours or ignite's, which is not imported. Either may hold lists of the other."""
+    if type(event).__name__ == "EventsList":
+        for one in event:
+            yield from _flat(one)
+    else:
+        yield event
 
 
 def _selector(event: Any) -> Selector:
@@ -277,8 +321,25 @@ def _selector(event: Any) -> Selector:
         )
     condition = getattr(event, "filter", None)
     if callable(condition):  # an event of ignite's
-        condition = Filter(test=cast(Test, condition))
+        condition = _filter_of_ignites(condition)
     return Selector(name, condition)
+
+
+def _filter_of_ignites(function: Callable[..., Any]) -> Filter:
+    """Return the filter of an event of pytorch-ignite's. Equal ones are equal, though each has a function of its own.
+
+    Those functions are closures over what was written, and say the same as ours.
+    """
+    if getattr(function, "__module__", None) == "ignite.engine.events" and inspect.isfunction(function):
+        written = inspect.getclosurevars(function).nonlocals
+        if "once" in written:
+            return Filter(once=tuple(written["once"]))
+        if "every" in written or "before_" in written:
+            before = None if written.get("before_") in (None, float("inf")) else written["before_"]
+            after = written.get("after_")
+            # Where there is only `before=`, ignite's has 0 for `after=`, and ours None.
+            return Filter(every=written.get("every"), before=before, after=after if before is None else after or None)
+    return Filter(test=cast(Test, function))
 
 
 def _filter(  # noqa: C901 -- a branch an argument

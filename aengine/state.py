@@ -1,8 +1,10 @@
 """State: what the loop knows, and whatever users put beside it."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from traceback import format_exception
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, Self, runtime_checkable
 
 if TYPE_CHECKING:
     from aengine.loop.progress import Progress
@@ -21,6 +23,33 @@ class StopReason(Enum):
     def __str__(self) -> str:
         return self.value
 
+
+@dataclass(frozen=True, slots=True)
+class ErrorInfo:
+    """What ended a run, as three texts. It holds no frame, and so neither the engine nor a tensor.
+
+    Attributes:
+        type: the name of the exception's class.
+        message: what `str()` says of it.
+        traceback: as Python prints it, with its notes and causes.
+    """
+
+    type: str
+    message: str
+    traceback: str
+
+    @classmethod
+    def of(cls, error: BaseException) -> Self:
+        """Describe an exception. What the exception cannot say of itself is left out."""
+        try:
+            message = str(error)
+        except Exception:  # noqa: BLE001 -- a user's own `__str__`: the end of the run is told all the same
+            message = ""
+        return cls(type(error).__name__, message, "".join(format_exception(error)))
+
+
+_SHOWN = (int, float, str, Enum, type(None))
+"""The types of values that are shown as they are."""
 
 # The counters that filters of these events look at. Any other event counts its own firings.
 COUNTERS: Mapping[str, str] = {
@@ -41,6 +70,9 @@ class State:
     Attributes:
         iteration: iterations begun so far; while one runs, its number, from 1.
         epoch: epochs begun so far; while one runs, its number, from 1.
+        iterations_completed: iterations whose step has returned: one less than `iteration` during a step, and after one
+            that failed.
+        epochs_completed: epochs whose end was met. At EPOCH_COMPLETED that epoch is one of them.
         epoch_start: the value of `iteration` when the epoch under way began. At EPOCH_STARTED of an epoch
             that is resumed in its middle, `iteration` is larger than this.
         epoch_length: iterations in an epoch; None until it is known.
@@ -49,10 +81,13 @@ class State:
         batch: what the step is given; None between steps. A handler of ITERATION_STARTED may replace it.
         output: what the last step returned.
         metrics: results by name; kept from run to run.
-        dataloader: the data as it was given to `run()`.
+        dataloader: the data as it was given to `run()` or `set_data()`. Read only.
         seed: free for users, as in pytorch-ignite; the loop does not read it.
         times: seconds the last epoch and the last run took, under "EPOCH_COMPLETED" and "COMPLETED".
-        stop_reason: why the last run ended; None before the first end and while running.
+        stop_reason: why the last call of `run()` ended, also one that was refused; None before the first end and while
+            running.
+        error: what the last call of `run()` raised, as text; None while running, and where it raised nothing or a
+            cancellation.
         event_to_attr: which attribute counts which event (by name), for filters.
 
     Any other attribute can be set; it survives from run to run. Those named in `engine.state_dict_user_keys`
@@ -62,6 +97,8 @@ class State:
     def __init__(self, **attributes: Any) -> None:
         self.iteration: int = 0
         self.epoch: int = 0
+        self.iterations_completed: int = 0
+        self.epochs_completed: int = 0
         self.epoch_start: int = 0
         self.epoch_length: int | None = None
         self.max_epochs: int | None = None
@@ -69,15 +106,28 @@ class State:
         self.batch: Any = None
         self.output: Any = None
         self.metrics: dict[str, Any] = {}
-        self.dataloader: Any = None
+        set_dataloader(self, attributes.pop("dataloader", None))
         self.seed: int | None = None
         self.times: dict[str, float | None] = {"EPOCH_COMPLETED": None, "COMPLETED": None}
         self.stop_reason: StopReason | None = None
+        self.error: ErrorInfo | None = None
         self.event_to_attr: dict[str, str] = dict(COUNTERS)
         # Set by the loop and the engine: what is completed where no run is under way; None while one is.
         self.last_progress: Progress | None = None
         for name, value in attributes.items():
             setattr(self, name, value)
+
+    @property
+    def dataloader(self) -> Any:
+        """The data of the run."""
+        return self._dataloader
+
+    @dataloader.setter
+    def dataloader(self, data: Any) -> NoReturn:
+        raise AttributeError(
+            "engine.state.dataloader says what the data is, and does not change it: call engine.set_data(data), or pass"
+            " it to run()"
+        )
 
     if TYPE_CHECKING:
         # Users put what they like on the state. For type checkers only: defined for real, either of the two
@@ -105,12 +155,32 @@ class State:
         progress = self.last_progress
         return progress is not None and progress.reaches(self.max_epochs, self.max_iters, self.epoch_length)
 
+    @property
+    def iterations_left(self) -> int | None:
+        """How many iterations are to be completed until the limit of the run; None while that is not known.
+
+        Where the length of an epoch changes from pass to pass, the epochs to come count as long as the present one.
+        """
+        if self.max_iters is not None:
+            return max(0, self.max_iters - self.iterations_completed)
+        if self.max_epochs is None or self.epoch_length is None:
+            return None
+        is_in_epoch = self.epoch > self.epochs_completed
+        done = self.iterations_completed - self.epoch_start if is_in_epoch else 0
+        return max(0, self.epoch_length * (self.max_epochs - self.epochs_completed) - done)
+
     def __repr__(self) -> str:
         shown = {
-            name: value if isinstance(value, int | float | str | Enum | None) else f"<{type(value).__name__}>"
+            name.removeprefix("_"): value if isinstance(value, _SHOWN) else f"<{type(value).__name__}>"
             for name, value in vars(self).items()
         }
         return f"State({', '.join(f'{name}={value}' for name, value in shown.items())})"
+
+
+def set_dataloader(state: State, data: Any) -> None:
+    """Set which data a run has. Users cannot: in pytorch-ignite, assigning it has the run go on with other data."""
+    # As any attribute: to write into its dictionary would make each access of the loop to the state slower, for good.
+    setattr(state, "_dataloader", data)  # noqa: B010 -- the name is private to this module
 
 
 @runtime_checkable

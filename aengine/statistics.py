@@ -1,12 +1,16 @@
 """Where the time of a run went: the stopwatch that the loop reads, and the frozen records that users get."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from time import perf_counter
+from typing import Literal
 
 PERIOD = 2e-3
 """Seconds between two timed iterations, if iterations are shorter: timing one costs 1 µs, and 5 µs if the step has
 filled the processor's caches."""
+
+_LONGEST_PERIOD = 0.1
+"""The same, where many runs take turns on one event loop: `PERIOD` for each of them, but no more than this."""
 
 SAMPLE = 61
 """Of the shortest iterations one in so many is timed. A prime, so that it falls in with no habit of the user's."""
@@ -40,6 +44,21 @@ class ListenerStatistics:
     discarded: int
     errors: int
     busy: float
+
+
+@dataclass(frozen=True, slots=True)
+class ListenerInfo:
+    """What listens to an engine.
+
+    Attributes:
+        name: the handler's qualified name, or the one given as `name=`.
+        event: what it listens to, filter included, as its user would write it: "ITERATION_COMPLETED(every=100)".
+        kind: "inline", "subscriber" or "stream".
+    """
+
+    name: str
+    event: str
+    kind: Literal["inline", "subscriber", "stream"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +100,9 @@ class EngineStatistics:
             than a turn: how late everything else on it was served.
         listeners: the subscribers and the streams that are open.
         services: the background services.
+        event_loop_lag: how late, in seconds, the event loop served a timer when it was last looked at, four times a
+            second while a run is under way; or how late it is now, where that is more. So it shows what blocks the
+            event loop, also where the step is on the worker. 0 without an event loop.
     """
 
     name: str
@@ -97,6 +119,7 @@ class EngineStatistics:
     lag: float
     listeners: tuple[ListenerStatistics, ...]
     services: tuple[ServiceStatistics, ...] = ()
+    event_loop_lag: float = 0.0
 
 
 class Stopwatch:
@@ -107,15 +130,17 @@ class Stopwatch:
     """
 
     __slots__ = (
-        "_read_at", "_read_iteration", "back_pressure", "began", "data", "ended", "event_loop", "lag",
-        "next_reading", "step", "weight",
+        "_read_at", "_read_iteration", "back_pressure", "began", "data", "ended", "event_loop", "event_loop_lag", "lag",
+        "next_reading", "runs", "step", "weight",
     )  # fmt: skip
 
     def __init__(self) -> None:
         self.data = self.step = self.back_pressure = self.event_loop = self.lag = 0.0
+        self.event_loop_lag: Callable[[], float] = float  # 0.0: there is no event loop
         self.began = perf_counter()
         self.ended: float | None = None
         self.weight = 1
+        self.runs = 1  # that take turns with this one
         self.next_reading = 0
         self._read_at = self.began
         self._read_iteration = -1
@@ -126,10 +151,12 @@ class Stopwatch:
         last = self._read_iteration
         passed = iteration - last if 0 <= last < iteration else 0
         self.weight = passed or 1
-        if (spent := now - self._read_at) >= PERIOD * passed:  # long ones, or the first, of which nothing is known yet
+        # A turn of many runs takes long, and a step of each is short in it.
+        period = PERIOD if self.runs == 1 else min(PERIOD * self.runs, _LONGEST_PERIOD)
+        if (spent := now - self._read_at) >= period * passed:  # long ones, or the first, of which nothing is known yet
             self.next_reading = iteration + 1
         else:
-            self.next_reading = iteration + min(SAMPLE, int(PERIOD * passed / max(spent, 1e-9)) + 1)
+            self.next_reading = iteration + min(SAMPLE, int(period * passed / max(spent, 1e-9)) + 1)
         self._read_at = now
         self._read_iteration = iteration
 

@@ -99,8 +99,8 @@ def test_import_is_quick() -> None:
 
 def test_public_names_are_the_promised_ones() -> None:
     promised = {
-        "Engine", "EngineStatistics", "Event", "EventEnum", "Events", "EventsList", "Overflow", "RemovableEventHandle",
-        "Service", "State", "StopReason", "stop_on_signals",
+        "Engine", "EngineStatistics", "ErrorInfo", "Event", "EventEnum", "Events", "EventsList", "ListenerInfo",
+        "Overflow", "RemovableEventHandle", "Service", "State", "StopReason", "stop_on_signals",
     }  # fmt: skip
     errors = {name for name, _ in inspect.getmembers(aengine.errors, inspect.isclass)}
     assert set(aengine.__all__) == promised | errors

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterable, Mapping
 from threading import RLock
 
+from aengine.bus.completions import Completions
 from aengine.bus.stream import Stream
 from aengine.bus.subscriber import Subscriber, Subscription
 from aengine.bus.topic import Topic
@@ -23,14 +24,19 @@ class Bus:
         lock: held while listeners come and go, and while an event is sent: so all inboxes see one order of events.
             Re-entrant, since a signal handler may emit while its own thread does.
         sequence: the number of the last event that was sent.
+        last_of_subscribers: `sequence` when a subscriber's handler last fired. Written by the emitter.
         own_counts: how often each event was fired that no attribute of the state counts. Written by the topics.
         next_count: the least count of iterations at which the loop has to look closer; found anew by the loop.
+        completions: what waits for iterations to be completed.
         loop_handle: the event loop of the run under way, None where none is.
+        has_company: whether a run on an event loop has, or had, tasks beside the loop, for which its end has to wait.
+        has_run: whether a run is under way, with or without an event loop.
     """
 
     __slots__ = (
-        "_reported", "_subscriptions", "_topics", "last_event_name", "lock", "logger", "loop_handle", "name",
-        "next_count", "own_counts", "sequence", "state", "stopwatch",
+        "_are_waits_over", "_reported", "_subscriptions", "_topics", "completions", "has_company", "has_run",
+        "last_event_name", "last_of_subscribers", "lock", "logger", "loop_handle", "name", "next_count", "own_counts",
+        "sequence", "state", "stopwatch",
     )  # fmt: skip
 
     def __init__(self, name: str, logger: logging.Logger, state: State) -> None:
@@ -38,13 +44,17 @@ class Bus:
         self.logger = logger
         self.state = state
         self.lock = RLock()
-        self.sequence = 0
+        self.sequence = self.last_of_subscribers = 0
+        self.completions = Completions()
         self.own_counts: dict[str, int] = {}
         self.last_event_name: str | None = None
         self.next_count = ALWAYS
         self.stopwatch = Stopwatch()
         self.loop_handle: EventLoopHandle | None = None
+        self.has_company = False
+        self.has_run = False
         self._reported: BaseException | None = None
+        self._are_waits_over = False
         self._subscriptions: tuple[Subscription, ...] = ()
         self._topics: dict[str, Topic] = {}
 
@@ -75,8 +85,10 @@ class Bus:
     def remove(self, subscription: Subscription) -> None:
         """Remove a subscriber, which still handles what it has accepted, or a stream, which discards that."""
         with self.lock:
+            is_there = subscription in self._subscriptions
             self._subscriptions = tuple(one for one in self._subscriptions if one is not subscription)
-        subscription.unsubscribe()
+        if is_there:  # else it was removed before, or its engine is gone
+            subscription.unsubscribe()
         subscription.inbox.close_nowait(discard=isinstance(subscription, Stream))
 
     @property
@@ -94,7 +106,30 @@ class Bus:
         """Whether something listens that needs an event loop."""
         return bool(self.subscribers) or any(one.is_async for topic in self.topics for one in topic.inline)
 
+    def close(self) -> None:
+        """The engine is gone: refer to nothing any more that refers to this. Streams that are still read end."""
+        topics, subscriptions, self._topics, self._subscriptions = self._topics, self._subscriptions, {}, ()
+        for topic in topics.values():
+            topic.close()
+        for subscription in subscriptions:
+            subscription.inbox.close_nowait()
+
     # Runs
+
+    def begin_run(self) -> None:
+        """`run()` was called. What refuses it now ends the streams, too."""
+        self.has_run = True
+
+    def end_run(self, *, is_suspended: bool) -> None:
+        """`run()` is about to return or raise. Unless the run is suspended, the streams end after what waits in them.
+
+        In this order: a stream that is entered at the same time, by another thread, looks after it was added.
+        """
+        self.has_run = False
+        self.completions.end()  # also where the loop has not come to its end, or never began
+        if not is_suspended:
+            for stream in self.streams:
+                stream.inbox.close_nowait()
 
     def reset(self) -> None:
         """A run begins: the clock starts, and filters look ahead from where the counters stand."""
@@ -104,7 +139,20 @@ class Bus:
 
     def attach(self, loop_handle: EventLoopHandle | None) -> None:
         """A run begins on an event loop, where what waits for room in an inbox waits; None when it is over."""
-        self.loop_handle, self._reported = loop_handle, None
+        self.loop_handle, self._reported, self._are_waits_over = loop_handle, None, False
+
+    def end_waits(self) -> None:
+        """The run is about to end: nothing waits for room in an inbox any more. The events are accepted over its bound.
+
+        Otherwise a subscriber that is stuck, or events that something else fires steadily, could keep it from its end.
+        """
+        self._are_waits_over = True
+        for one in self._subscriptions:
+            one.inbox.wake_emitters()
+
+    def are_waits_over(self) -> bool:
+        """Whether nothing is to wait for room in an inbox."""
+        return self._are_waits_over
 
     def report(self, error: BaseException | None) -> None:
         """An error from beside the loop, which was noted where it was raised, is about to be raised in it."""
@@ -120,8 +168,3 @@ class Bus:
         """A run begins, or goes on."""
         self.stopwatch = Stopwatch()
         self.next_count = ALWAYS
-
-    def end_streams(self) -> None:
-        """The run is over: what waits in the streams can still be read, then they end."""
-        for stream in self.streams:
-            stream.inbox.close_nowait()

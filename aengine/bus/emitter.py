@@ -1,19 +1,21 @@
 """EventEmitter: the part of an engine that is about events: their listeners, and firing the user's own."""
 
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Container, Mapping
+from enum import Enum
 from functools import partial
-from typing import Any, Protocol, Self, cast
+from typing import Any, Protocol, Self
 
 from aengine.bus.bus import Bus
-from aengine.bus.dispatch import async_handler_message, drive, drive_blocking, no_room
-from aengine.bus.inbox import BackpressureWait
+from aengine.bus.dispatch import async_handler_message, drive, drive_blocking, no_room, reading
+from aengine.bus.inbox import BackpressureWait, Inbox
 from aengine.bus.listeners import InlineHandler
 from aengine.bus.subscriber import Subscriber
 from aengine.bus.topic import Topic
 from aengine.callables import name_of
 from aengine.events import AnyEvent, Event, EventEnum, Events, Selector, event_name, selectors
 from aengine.state import State, Stateful
+from aengine.statistics import ListenerInfo
 from aengine.threads.worker import close_unawaited
 
 
@@ -64,6 +66,9 @@ class Runner(Protocol):
         """Wait until every event dispatched so far is handled."""
 
 
+_OURS = {event.name: event for event in Events}  # once: the name of a member is slow to get
+
+
 class EventEmitter:
     """Listeners come and go, events are fired: while a run lasts and between runs.
 
@@ -78,7 +83,15 @@ class EventEmitter:
     def __init__(self, name: str, logger: logging.Logger, state: State) -> None:
         self.bus = Bus(name, logger, state)
         self.runner: Runner | None = None
-        self.registered: dict[str, Any] = {event.name: event for event in Events}
+        self.registered: dict[str, Any] = dict(_OURS)
+        self._attributes: dict[str, str] = {}  # of the state, that count events of the user's
+
+    def __del__(self) -> None:
+        """The engine is gone: the bus and its topics refer to each other, and would wait for the garbage collector.
+
+        And with them the state, the last output and all that users have put there; a DataLoader ends its workers late.
+        """
+        self.bus.close()
 
     def attach(self, runner: Runner | None) -> None:
         """A runner begins to advance a run; with None, no run is under way any more."""
@@ -147,6 +160,16 @@ class EventEmitter:
             self.runner.start(subscriber)
         return RemovableEventHandle(partial(self.bus.remove, subscriber))
 
+    def listeners(self) -> tuple[ListenerInfo, ...]:
+        """Return what listens, as `Engine.listeners`."""
+        bus = self.bus
+        inline = [one for topic in bus.topics for one in topic.inline if not one.is_internal]
+        return (
+            *(ListenerInfo(one.name, str(one.selector), "inline") for one in inline),
+            *(ListenerInfo(one.name, one.events, "subscriber") for one in bus.subscribers),
+            *(ListenerInfo(one.name, one.events, "stream") for one in bus.streams),
+        )
+
     def stateful_listeners(self, engine: Any) -> list[Any]:
         """Return the objects that listen and have a state to save, other than the engine itself."""
         handlers = [one.handler for topic in self.bus.topics for one in topic.inline]
@@ -163,23 +186,47 @@ class EventEmitter:
 
     def register(self, events: tuple[str | EventEnum, ...], event_to_attr: Mapping[Any, str] | None) -> None:
         """Register events, and the attributes of the state that count them."""
+        wanted: dict[str, Any] = {}
         for event in events:
             name = event_name(event)
             if name is None or isinstance(event, Event):
-                raise TypeError(f"register_events() takes names and members of a subclass of EventEnum, got {event!r}")
-            self.registered[name] = event
-        for event, attribute in (event_to_attr or {}).items():
-            self.bus.state.event_to_attr[cast(str, event_name(event))] = attribute
-            if not hasattr(self.bus.state, attribute):
-                setattr(self.bus.state, attribute, 0)
+                given: Any = event
+                several = f": write *{given.__name__}" if isinstance(given, type) and issubclass(given, Enum) else ""
+                raise TypeError(
+                    f"register_events() takes names and members of a subclass of EventEnum, got {event!r}{several}"
+                )
+            there = wanted.setdefault(name, self.registered.get(name, event))
+            if not _is_same(there, event):
+                raise ValueError(
+                    f"engine {self.bus.name!r} has an event {name!r} already, {_shown(there)}, and events are equal by"
+                    f" name: handlers of one would run at the other. Give {_shown(event)} another name"
+                )
+        attributes = _attributes_by_name(event_to_attr, {*self.registered, *wanted})
+        self.registered.update(wanted)
+        self._attributes.update(attributes)
+        self._count_in(self.bus.state, attributes)
+
+    def replace_state(self, state: State) -> None:
+        """Have another state in place of this one: it counts the same events by the same attributes."""
+        self._count_in(state, self._attributes)
+        self.bus.state = state
+        for topic in self.bus.topics:
+            topic.reschedule(topic.count)
+
+    @staticmethod
+    def _count_in(state: State, attributes: Mapping[str, str]) -> None:
+        state.event_to_attr.update(attributes)
+        for attribute in attributes.values():
+            if not hasattr(state, attribute):
+                setattr(state, attribute, 0)
 
     def has_registered(self, event: AnyEvent) -> bool:
         """Say whether all of these can be listened to here."""
         return all(selector.name in self.registered for selector in selectors(event))
 
-    def fire(self, engine: Any, event: AnyEvent) -> None:
+    def fire(self, engine: Any, event: AnyEvent, payload: Any) -> None:
         """Fire an event from plain code, as `Engine.fire_event`."""
-        topic, count = self._topic_to_fire(event)
+        topic, count = self._topic_to_fire(event, payload)
         runner = self.runner
         wait_for = None if runner is None else runner.wait_blocking
         if wait_for is None and any(handler.is_async for handler in topic.inline):
@@ -192,17 +239,30 @@ class EventEmitter:
                 raise RuntimeError(async_handler_message(topic.name))  # noqa: TRY004 -- the place is wrong, not the type
             deferred.append(wanted)
 
-        drive_blocking(topic.dispatch(engine, count), wait_for or defer)
+        try:
+            drive_blocking(topic.dispatch(engine, count, payload), wait_for or defer)
+        finally:
+            if (reader := reading.get()) is not None:
+                self._fired_by(reader)
         if deferred and runner is None:
             raise no_room(deferred[0])
         if deferred and runner is not None:
             runner.defer_backpressure(deferred)
 
-    async def emit(self, engine: Any, event: AnyEvent) -> None:
+    async def emit(self, engine: Any, event: AnyEvent, payload: Any) -> None:
         """Fire an event from async code, as `Engine.emit`."""
-        topic, count = self._topic_to_fire(event)
+        topic, count = self._topic_to_fire(event, payload)
         runner = self.runner
-        await drive(topic.dispatch(engine, count), can_wait=runner is not None and runner.can_wait)
+        try:
+            await drive(topic.dispatch(engine, count, payload), can_wait=runner is not None and runner.can_wait)
+        finally:
+            if (reader := reading.get()) is not None:
+                self._fired_by(reader)
+
+    def _fired_by(self, reader: Inbox) -> None:
+        """Have the end of the run wait for what a subscriber's handler has fired; not for what comes from elsewhere."""
+        if reader.is_of(self.bus.lock):  # else the handler is another engine's
+            self.bus.last_of_subscribers = self.bus.sequence
 
     async def flush(self) -> None:
         """Wait until every event that was fired before this call has been handled, as `Engine.flush`."""
@@ -222,12 +282,49 @@ class EventEmitter:
             raise ValueError(f"one event is fired at a time, got {event!r}")
         return chosen[0].name
 
-    def _topic_to_fire(self, event: AnyEvent) -> tuple[Topic, int]:
+    def _topic_to_fire(self, event: AnyEvent, payload: Any) -> tuple[Topic, int]:
         topic = self.bus.topic(self.name_to_fire(event))
-        return topic, topic.count_firing()
+        return topic, topic.count_firing(payload)
 
     @property
     def last_event(self) -> Any:
-        """The event, as it was registered, that was last dispatched to any listener; None before the first."""
+        """The event, as it was registered, that was fired last; None before the first."""
         name = self.bus.last_event_name
         return None if name is None else self.registered[name]
+
+
+def _attributes_by_name(event_to_attr: Any, registered: Container[str]) -> dict[str, str]:
+    """Return what `register_events` was given, by the names of the events; refuse what is nothing of the kind."""
+    example = 'such as {Backward.DONE: "backward_passes"}'
+    if event_to_attr is not None and not isinstance(event_to_attr, Mapping):
+        raise TypeError(
+            f"event_to_attr= is a dictionary of events to attributes of the state, {example}; got {event_to_attr!r}"
+        )
+    attributes: dict[str, str] = {}
+    for event, attribute in (event_to_attr or {}).items():
+        name = event_name(event)
+        if name is None or not isinstance(attribute, str):
+            raise TypeError(
+                f"event_to_attr= maps an event to the name of an attribute of the state, {example}; got {event!r}:"
+                f" {attribute!r}"
+            )
+        if name not in registered:
+            raise ValueError(f"event_to_attr= names the event {name!r}, which is not registered: register it, too")
+        attributes[name] = attribute
+    return attributes
+
+
+def _is_same(there: Any, event: Any) -> bool:
+    """Say whether two events of one name are one and the same, or one of them is pytorch-ignite's of that name."""
+    definitions = [_definition(one) for one in (there, event)]
+    return definitions[0] == definitions[1] or any(module.partition(".")[0] == "ignite" for module, *_ in definitions)
+
+
+def _definition(event: Any) -> tuple[str, str, Any]:
+    """Return where an event was defined, and as what. A class that a notebook executes anew defines the same one."""
+    kind = type(event)
+    return kind.__module__, kind.__qualname__, getattr(event, "value", event)
+
+
+def _shown(event: Any) -> str:
+    return f"the name {event!r}" if isinstance(event, str) else f"{type(event).__qualname__}.{event.name}"

@@ -6,7 +6,6 @@ cancelled natively. Here an item is taken in a stretch of code without an await,
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from contextlib import suppress
 from enum import Enum
 from typing import Any
 
@@ -69,13 +68,17 @@ class Inbox:
         self._overflow = overflow
         self._lock = lock  # the bus's own, so that all its inboxes see events in one order
         self._blocked_on: list[Inbox] = []  # where this inbox's reader waits for room, to find a cycle
-        self._room_waiters: list[ThreadSafeEvent] = []
+        self._room_waiters: list[tuple[int, ThreadSafeEvent]] = []
         self._processed_waiters: list[tuple[int, ThreadSafeEvent]] = []
         self._at_limit: Callable[[Inbox, Event], bool]
         self.reopen_nowait()
 
     def __len__(self) -> int:
         return len(self.waiting)
+
+    def is_of(self, lock: Any) -> bool:
+        """Whether this is an inbox of the bus with this lock."""
+        return self._lock is lock
 
     def counts(self) -> tuple[int, int, int, int, int]:
         """Return what was accepted, handled, dropped and discarded, and what waits, all of one instant."""
@@ -158,16 +161,18 @@ class Inbox:
 
     def drain(self) -> Iterator[Event]:
         """Take one event after another, until none waits. The one before is thereby handled, each time."""
-        waiting, capacity = self.waiting, self._capacity
+        waiting = self.waiting
         if self.in_hand is not None:
             self.mark_handled()
+        if self.is_reader_stopped:  # not looked at for each event: see stop_reader()
+            return
         while True:
             try:
                 self.in_hand = event = waiting.popleft()
             except IndexError:
                 return
-            if self._room_waiters and len(waiting) <= capacity:
-                self.wake_emitters()
+            if self._room_waiters:
+                self._give_room()
             yield event
             self.in_hand = None  # the lines of mark_handled(): a call for each event is felt
             self.handled += 1
@@ -224,8 +229,13 @@ class Inbox:
             self.wake_emitters()
 
     def stop_reader(self) -> None:
-        """Have the reader end, which has just handled everything. What comes from now on is accepted, and waits."""
-        self.is_reader_stopped = True
+        """Have the reader end after the event in hand. What waits, and what comes from now on, is for the next run."""
+        with self._lock:
+            self.is_reader_stopped = True
+            # In the place of this deque comes another, since the reader may be in the middle of it: it finds it empty,
+            # though something else fires steadily. To look for each event whether it is to end would be felt.
+            old, self.waiting = self.waiting, deque(self.waiting)
+            old.clear()
         self.wake_reader()
         self.wake_emitters()
 
@@ -247,6 +257,10 @@ class Inbox:
         """Whether what comes now is not going to be read: in this run at least."""
         return self.closed or self.is_reader_stopped
 
+    def is_behind(self, sequence: int) -> bool:
+        """Whether something up to this sequence number waits or is in hand."""
+        return self._oldest <= sequence
+
     @property
     def is_idle(self) -> bool:
         """Whether nothing waits and nothing is in hand."""
@@ -255,35 +269,55 @@ class Inbox:
     # Waiting for the reader
 
     async def wait_for_room(
-        self, loop_handle: EventLoopHandle, is_abandoned: Callable[[], bool] = lambda: False
+        self,
+        loop_handle: EventLoopHandle,
+        accepted: int | None = None,
+        is_abandoned: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Return when there is room for another event, when nothing is read any more, or when the wait is abandoned."""
+        """Return when of so many accepted events, by default all, no more wait than may: there was room for another.
+
+        What is accepted later does not prolong the wait, so steady firing from elsewhere holds nothing up. Returns also
+        when nothing is read any more, and when the wait is abandoned. Cancellable.
+        """
+        before = self.accepted if accepted is None else accepted
 
         def must_wait() -> bool:
-            return len(self.waiting) > self._capacity and not self.is_at_end and not is_abandoned()
+            return self._has_too_many(before) and not self.is_at_end and not is_abandoned()
 
         if must_wait():
             await loop_handle.turn()
         while must_wait():
             wakeup = ThreadSafeEvent(loop_handle)
-            self._room_waiters.append(wakeup)
-            if must_wait():  # the reader may have made room before it could see that something waits
-                await wakeup.wait()
+            entry = before, wakeup
+            self._room_waiters.append(entry)
+            try:
+                if must_wait():  # the reader may have made room before it could see that something waits
+                    await wakeup.wait()
+            finally:
+                self._room_waiters.remove(entry)
+
+    def _has_too_many(self, accepted: int) -> bool:
+        # In this order: a writer counts an event before it appends it, and to return too early by one does no harm.
+        return len(self.waiting) - self._capacity > self.accepted - accepted
+
+    def _give_room(self) -> None:
+        for accepted, wakeup in tuple(self._room_waiters):
+            if not wakeup.is_posted and not self._has_too_many(accepted):
+                wakeup.set()
 
     def wake_emitters(self) -> None:
         """Have those that wait for room look again. From any thread."""
-        with suppress(IndexError):  # another thread may take the last one
-            while self._room_waiters:
-                self._room_waiters.pop().set()
+        for _, wakeup in tuple(self._room_waiters):
+            wakeup.set()
 
     async def wait_processed(self, sequence: int, loop_handle: EventLoopHandle) -> None:
         """Wait until all up to this sequence number is handled, dropped or discarded. Cancellable."""
-        while self._oldest <= sequence:
+        while self.is_behind(sequence):
             wakeup = ThreadSafeEvent(loop_handle)
             entry = sequence, wakeup
             self._processed_waiters.append(entry)
             try:
-                if self._oldest <= sequence:  # the last may have gone before it could be seen that something waits
+                if self.is_behind(sequence):  # the last may have gone before it could be seen that something waits
                     await wakeup.wait()
             finally:
                 self._processed_waiters.remove(entry)
@@ -309,22 +343,20 @@ class Inbox:
 class BackpressureWait:
     """What is awaited for back-pressure. A type of its own, so that plain code can tell it from a handler's awaitable.
 
+    Made while the lock of the bus is held, so that nothing is accepted between the event and this.
+
     Attributes:
         inbox: the one that is full.
     """
 
-    __slots__ = ("_is_abandoned", "_loop_handle", "inbox")
+    __slots__ = ("_accepted", "_is_abandoned", "_loop_handle", "inbox")
 
-    def __init__(self, inbox: Inbox, loop_handle: EventLoopHandle | None) -> None:
+    def __init__(self, inbox: Inbox, loop_handle: EventLoopHandle | None, is_abandoned: Callable[[], bool]) -> None:
         self.inbox = inbox
+        self._accepted = inbox.accepted
         self._loop_handle = loop_handle
-        self._is_abandoned = False
-
-    def abandon(self) -> None:
-        """End the wait: the event was accepted, and something else matters more. From any thread."""
-        self._is_abandoned = True
-        self.inbox.wake_emitters()
+        self._is_abandoned = is_abandoned
 
     def __await__(self) -> Generator[Any, Any, None]:
         loop_handle = EventLoopHandle() if self._loop_handle is None else self._loop_handle
-        return self.inbox.wait_for_room(loop_handle, lambda: self._is_abandoned).__await__()
+        return self.inbox.wait_for_room(loop_handle, self._accepted, self._is_abandoned).__await__()

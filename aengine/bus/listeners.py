@@ -7,9 +7,12 @@ from typing import Any, TypeAlias
 
 from aengine.bus.inbox import Inbox
 from aengine.callables import bind_handler, is_async_callable, name_of
-from aengine.events import ALWAYS, Filter, Selector
+from aengine.events import ALWAYS, Events, Filter, Selector
 
 Snapshot: TypeAlias = Callable[[Any], Any]
+
+_WITHOUT_PAYLOAD = frozenset(event.name for event in Events) - {"EXCEPTION_RAISED", "TERMINATE_SINGLE_EPOCH"}
+"""The events of the loop that are about nothing but the engine: their handlers are given no more than that."""
 
 
 class Listener:
@@ -89,10 +92,15 @@ class InlineHandler(Listener):
     """A handler that runs between two steps, in order, with the live engine. An observer runs after all that are none.
 
     Attributes:
+        is_internal: whether it is no handler of a user's, to be shown.
+        call: `call(engine)` calls the handler for a firing without a payload.
+        call_with_payload: `call_with_payload(engine, payload)` does, for one that has a payload.
         seconds: that it took in this run of the engine. Written by the topic, where each call more would be felt.
     """
 
-    __slots__ = ("call", "handler", "is_async", "is_observer", "name", "seconds")
+    __slots__ = ("call", "call_with_payload", "handler", "is_async", "is_observer", "name", "seconds")
+
+    is_internal = False
 
     def __init__(
         self,
@@ -106,7 +114,8 @@ class InlineHandler(Listener):
         self.handler = handler
         function = handler.function if isinstance(handler, Observer) else handler
         self.name = handler.name if isinstance(handler, Observer) else name_of(handler)
-        self.call = bind_handler(function, selector.name, args, kwargs)
+        has_payload = selector.name not in _WITHOUT_PAYLOAD
+        self.call, self.call_with_payload = bind_handler(function, selector.name, args, kwargs, has_payload=has_payload)
         self.is_async = is_async_callable(function)
         self.seconds = 0.0
 

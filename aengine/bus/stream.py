@@ -1,6 +1,6 @@
 """Streams: events for an `async for` of one's own."""
 
-from typing import Self
+from typing import Any, Self
 
 import anyio
 import anyio.lowlevel
@@ -17,20 +17,32 @@ class Stream(Subscription):
             async for event in events: ...
 
     It owns no task, so it can be dropped anywhere. It begins with the `async with`, and ends when the run under way,
-    or else the next one, ends; what waits can still be read then. One task reads it. Cancellable; no event is lost by
-    that.
+    or else the next one, ends, also where `run()` is refused; what waits can still be read then. With
+    `wait_for_run=False` it is over at once where no run is under way. When it is over, `engine.state` says how the run
+    ended. One task reads it. Cancellable; no event is lost by that.
 
     Raises:
-        RuntimeError: it is read outside of its `async with`.
+        RuntimeError: it is read outside of its `async with`, or by a second task, or its `async with` is entered twice.
     """
 
     _loop_handle: EventLoopHandle | None = None  # where it is read
     _taken = 0
+    _is_awaited = False  # a task waits for the next event
+
+    def __init__(self, *arguments: Any, wait_for_run: bool = True) -> None:
+        super().__init__(*arguments)
+        self._wait_for_run = wait_for_run
 
     async def __aenter__(self) -> Self:
+        if self._loop_handle is not None:
+            raise RuntimeError(
+                "this stream is being read in another block: open one for each reader, by another engine.stream(...)"
+            )
         self._loop_handle = EventLoopHandle()
         self.inbox.reopen_nowait()
         self._bus.add(self)
+        if not self._wait_for_run and not self._bus.has_run:  # looked at when a run that ends now would find it
+            self.inbox.close_nowait()
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -47,15 +59,28 @@ class Stream(Subscription):
                 "a stream is read inside its block:"
                 " async with engine.stream(...) as events: async for event in events: ..."
             )
+        if self._is_awaited:
+            raise RuntimeError(
+                f"another task waits for the next event of this {self.name}, and one event goes to one reader: open a"
+                " stream for each, by another engine.stream(...)"
+            )
         # A turn of the event loop costs more than an event: it is given away now and then, not for each.
         if self._taken % TURN_EVENTS == TURN_EVENTS - 1:
-            await anyio.lowlevel.checkpoint()
+            self._is_awaited = True
+            try:
+                await anyio.lowlevel.checkpoint()
+            finally:
+                self._is_awaited = False
         else:
             await anyio.lowlevel.checkpoint_if_cancelled()
         while (event := self.inbox.take_nowait()) is None:
             if self.inbox.closed:
                 raise StopAsyncIteration
-            await self.inbox.wait_for_event(loop_handle)
+            self._is_awaited = True
+            try:
+                await self.inbox.wait_for_event(loop_handle)
+            finally:
+                self._is_awaited = False
         self.inbox.mark_handled()
         self._taken += 1
         return event

@@ -7,7 +7,6 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import anyio
-import anyio.to_thread
 
 from aengine.arguments import check_choice, check_whole
 from aengine.bus.dispatch import reading
@@ -17,7 +16,8 @@ from aengine.callables import check_callable, is_async_callable, is_awaitable, n
 from aengine.errors import StrayCancellation
 from aengine.events import Event, Selector
 from aengine.statistics import ListenerStatistics
-from aengine.threads.event_loop import EventLoopHandle
+from aengine.threads.dedicated import DedicatedThread, wait_until_done
+from aengine.threads.event_loop import EventLoopHandle, OwnCancellations
 from aengine.threads.guarded import guarded
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ class Subscriber(Subscription):
         self._is_async = is_async_callable(handler)
         self._isolated = on_error == "log"
         self._scope: anyio.CancelScope | None = None
-        self._limiter: anyio.CapacityLimiter | None = None
+        self._thread: DedicatedThread | None = None  # of a plain handler, while it makes no call
         self._turn_began = 0.0
 
     async def consume(self, loop_handle: EventLoopHandle, fail: Fail) -> None:
@@ -118,7 +118,6 @@ class Subscriber(Subscription):
         Shielded: what was accepted before a cancellation is still handled. `cancel()` ends it all the same.
         """
         reading.set(self.inbox)
-        self._limiter = anyio.CapacityLimiter(1)  # not the application's: a slow handler takes none of its threads
         is_done = False
 
         async def consume() -> None:
@@ -129,6 +128,9 @@ class Subscriber(Subscription):
 
         await guarded(consume, fail, self._stray)
         self._scope = None
+        if (thread := self._thread) is not None:
+            self._thread = None
+            thread.stop()  # it is idle: microseconds
         if not is_done:  # nothing takes from this inbox any more, so nothing may wait for room in it
             self.inbox.close_nowait(discard=True)
 
@@ -142,8 +144,9 @@ class Subscriber(Subscription):
             f"subscriber {self.name!r} was cancelled from outside the run, or let a cancellation out"
         )
 
-    async def _consume(self, loop_handle: EventLoopHandle) -> None:
+    async def _consume(self, loop_handle: EventLoopHandle) -> None:  # noqa: C901, PLR0912 -- a call more for each event is felt
         inbox, handler, is_async = self.inbox, self.handler, self._is_async
+        own_cancellations = OwnCancellations()
         self._begin_work()
         try:
             while True:
@@ -153,9 +156,12 @@ class Subscriber(Subscription):
                             await handler(event)
                         else:
                             await self._handle_in_thread(event)
-                    except Exception as error:
-                        if not self._isolates(error, event):
-                            raise
+                    except BaseException as error:
+                        if own_cancellations.includes(error):
+                            if not isinstance(error, Exception) or not self._isolates(error, event):
+                                raise
+                        else:  # of something that the handler has awaited: an error like any other
+                            self._handle_stray(error, event)
                 if inbox.in_hand is not None:  # the last of so many, and handled: there may be more
                     inbox.mark_handled()
                     if perf_counter() - self._turn_began < _TURN:
@@ -178,6 +184,15 @@ class Subscriber(Subscription):
         if since is not None:
             self._busy += perf_counter() - since
 
+    def _handle_stray(self, cancellation: BaseException, event: Event) -> None:
+        stray = self._stray()
+        stray.__cause__ = cancellation
+        try:
+            if not self._isolates(stray, event):
+                raise stray
+        finally:
+            del stray  # whose traceback holds this frame: no cycle may hold the engine
+
     def _isolates(self, error: Exception, event: Event) -> bool:
         """Note on an error where it was raised. Says whether it was logged, and the handler goes on."""
         self.errors += 1
@@ -189,10 +204,21 @@ class Subscriber(Subscription):
         return self._isolated
 
     async def _handle_in_thread(self, event: Event) -> None:
-        def call() -> tuple[Any]:  # wrapped: trio refuses a coroutine that comes out of a thread
-            return (self.handler(event),)
-
-        (result,) = await anyio.to_thread.run_sync(call, abandon_on_cancel=True, limiter=self._limiter)
+        # A thread of its own, not one of anyio's: a slow handler takes none of the application's threads, and one that
+        # never returns does not keep the process from ending.
+        thread, self._thread = self._thread or DedicatedThread(f"aengine {self.name}"), None
+        future = thread.submit(self.handler, event)
+        try:
+            await wait_until_done(future)
+        finally:
+            if future.done():
+                self._thread = thread
+            else:  # cancelled: the call, and its thread, are left to end by themselves
+                thread.abandon()
+        try:
+            result = future.result()
+        finally:
+            del future  # holds the error, whose traceback holds this frame
         if result is not None and is_awaitable(result):
             await result
 

@@ -35,18 +35,19 @@ class Topic:
 
     Attributes:
         next_count: the least count at which something listens.
-        dispatch: `dispatch(engine, count, payload=())` calls what is due inline, in order of registration, then sends
+        dispatch: `dispatch(engine, count, payload=None)` calls what is due inline, in order of registration, then sends
             what is due to the inboxes. Where something must be awaited, what is left to be done is returned, to be
-            driven. There are three, exchanged as listeners come and go.
+            driven. There are three, exchanged as listeners come and go. A payload of None is none.
         last_count: its counter at the last firing in this run, None before the first. The loop's hot path does not
             keep it: it is recorded at the end of the run.
+        has_at_end: whether a listener is to have a last event at the end of the run.
         is_fired_by_loop: whether the loop fires it. Then the time of its handlers counts as the loop's, otherwise as
             that of the step or the task that fires it.
     """
 
     __slots__ = (
-        "_bus", "_has_filter", "_hot", "dispatch", "inbox_listeners", "inline", "is_fired_by_loop", "last_count",
-        "name", "next_count",
+        "_bus", "_has_filter", "_hot", "_last_payload", "dispatch", "has_at_end", "inbox_listeners", "inline",
+        "is_fired_by_loop", "last_count", "name", "next_count",
     )  # fmt: skip
 
     def __init__(self, name: str, bus: "Bus") -> None:
@@ -58,7 +59,8 @@ class Topic:
         self.is_fired_by_loop = name in _LOOP_EVENTS
         self.dispatch: DispatchFunction = self._send
         self._bus = bus
-        self._has_filter = False
+        self._has_filter = self.has_at_end = False
+        self._last_payload: Any = None  # of the last firing, while something asks for one more event at the end
         # The calls of the inline handlers, the inboxes, and the listeners that these belong to. In one tuple, so that a
         # dispatch finds all of one instant, though another thread adds or removes one meanwhile.
         self._hot: tuple[tuple[Callable[..., Any], ...], tuple[Inbox, ...], _Listeners] = (), (), ((), ())
@@ -85,11 +87,17 @@ class Topic:
     def reset(self) -> None:
         """A run begins: filters look ahead from where the counter stands."""
         with self._bus.lock:
-            self.last_count = None
+            self.last_count = self._last_payload = None
             self.is_fired_by_loop = self.name in _LOOP_EVENTS
             for listener in (*self.inline, *self.inbox_listeners):
                 listener.reset(self.count)
             self._choose_dispatch()
+
+    def close(self) -> None:
+        """The engine is gone: refer to this no more, nor to listeners, which may refer to the bus."""
+        self.dispatch = _dispatch_nothing
+        self.inline = self.inbox_listeners = ()
+        self._hot = (), (), ((), ())
 
     def mark_fired_by_loop(self) -> None:
         """The loop fires this: its handlers are timed as often as the iteration that they are part of."""
@@ -102,7 +110,8 @@ class Topic:
         listeners = (*self.inline, *self.inbox_listeners)
         calls, inboxes = tuple(one.call for one in self.inline), tuple(one.inbox for one in self.inbox_listeners)
         self._hot = calls, inboxes, (self.inline, self.inbox_listeners)
-        self._has_filter = any(one.filter is not None for one in listeners)
+        filters = [one.filter for one in listeners if one.filter is not None]
+        self._has_filter, self.has_at_end = bool(filters), any(one.at_end for one in filters)
         has_snapshot = any(one.snapshot is not None for one in self.inbox_listeners)
         if self._has_filter or has_snapshot or (self.inline and not self.is_fired_by_loop):
             self.dispatch = self._dispatch_to_due
@@ -119,12 +128,16 @@ class Topic:
         counter = state.event_to_attr.get(self.name)
         return self._bus.own_counts.get(self.name, 0) if counter is None else int(getattr(state, counter, 0))
 
-    def count_firing(self) -> int:
+    def count_firing(self, payload: Any = None) -> int:
         """The event is fired: count that, unless an attribute of the state does, and return the counter."""
-        with self._bus.lock:  # a step and a task may fire it at once, and each is to have a count of its own
-            if self.name not in self._bus.state.event_to_attr:
-                self._bus.own_counts[self.name] = self.count + 1
+        self._last_payload = payload if self.has_at_end else None
+        bus = self._bus
+        bus.last_event_name = self.name
+        if self.name in bus.state.event_to_attr:
             count = self.count
+        else:
+            with bus.lock:  # a step and a task may fire it at once, and each is to have a count of its own
+                bus.own_counts[self.name] = count = self.count + 1
         self.record_firing(count)
         return count
 
@@ -149,15 +162,15 @@ class Topic:
     # Dispatch. `_deliver` is the general case. `_dispatch_to_all` and `_send` are what the loop may call at every
     # iteration: they ask no listener whether it is due, time no handler, and make no generator.
 
-    def _dispatch_to_due(self, engine: Any, count: int, payload: tuple[Any, ...] = ()) -> Dispatch:
+    def _dispatch_to_due(self, engine: Any, count: int, payload: Any = None) -> Dispatch:
         return self._deliver(engine, count, payload, self._hot[2])
 
-    def _dispatch_to_all(self, engine: Any, count: int, payload: tuple[Any, ...] = ()) -> Dispatch | None:
+    def _dispatch_to_all(self, engine: Any, count: int, payload: Any = None) -> Dispatch | None:
         """Dispatch where no listener has a filter or a snapshot: if the iteration is not timed, just call."""
         bus = self._bus
         bus.last_event_name = self.name
         calls, inboxes, listeners = self._hot
-        if payload or bus.stopwatch.weight:
+        if payload is not None or bus.stopwatch.weight:
             return self._deliver(engine, count, payload, listeners)
         left = iter(calls)
         try:
@@ -166,13 +179,13 @@ class Topic:
                 if result is not None and is_awaitable(result):
                     inline, inbox_listeners = listeners
                     begun = inline[len(calls) - length_hint(left) - 1 :]
-                    return self._deliver(engine, count, (), (begun, inbox_listeners), awaited=result)
+                    return self._deliver(engine, count, None, (begun, inbox_listeners), awaited=result)
         except Exception as error:
             self._note(error, f"handler {listeners[0][-1 - length_hint(left)].name!r}")
             raise
         return self._send(engine, inboxes=inboxes) if inboxes else None
 
-    def dispatch_to_each(self, engine: Any, count: int, payload: tuple[Any, ...]) -> list[Dispatch]:
+    def dispatch_to_each(self, engine: Any, count: int, payload: Any) -> list[Dispatch]:
         """Return a dispatch for each listener: what fails in one does not keep the event from the others."""
         inline, inbox_listeners = self._hot[2]
         each: list[_Listeners] = [*(((one,), ()) for one in inline), *(((), (one,)) for one in inbox_listeners)]
@@ -183,14 +196,15 @@ class Topic:
         if (count := self.last_count) is not None:
             inline = tuple(one for one in self.inline if one.runs_at_end(count))
             inbox_listeners = tuple(one for one in self.inbox_listeners if one.runs_at_end(count))
+            payload, self._last_payload = self._last_payload, None
             if inline or inbox_listeners:
-                yield from self._deliver(engine, count, (), (inline, inbox_listeners), all_due=True)
+                yield from self._deliver(engine, count, payload, (inline, inbox_listeners), all_due=True)
 
     def _deliver(  # noqa: C901 -- one pass over the handlers: a call more for each is felt
         self,
         engine: Any,
         count: int,
-        payload: tuple[Any, ...],
+        payload: Any,
         listeners: _Listeners,
         *,
         awaited: Any = None,
@@ -212,7 +226,7 @@ class Topic:
             elif all_due or handler.filter is None or self._should_run(handler, handler.name, engine, count):
                 began = now
                 try:
-                    result = handler.call(engine, *payload)
+                    result = handler.call(engine) if payload is None else handler.call_with_payload(engine, payload)
                     must_wait = result is not None and is_awaitable(result)
                 except Exception as error:
                     self._note(error, f"handler {handler.name!r}")
@@ -241,7 +255,7 @@ class Topic:
             if any(one.snapshot is not None for one in due):
                 snapshots = yield from self._take_snapshots(engine, due)
             if due:
-                yield from self._send(engine, inboxes=[one.inbox for one in due], snapshots=snapshots) or ()
+                yield from self._send(engine, count, payload, [one.inbox for one in due], snapshots) or ()
         if self._has_filter:
             self._find_next_count()
 
@@ -273,7 +287,7 @@ class Topic:
         self,
         engine: Any,
         _count: int = 0,
-        _payload: tuple[Any, ...] = (),
+        payload: Any = None,
         inboxes: Iterable[Inbox] | None = None,
         snapshots: Mapping[Inbox, Any] | None = None,
     ) -> Dispatch | None:
@@ -301,9 +315,11 @@ class Topic:
                     state.epoch,
                     state.epoch_length,
                     state.max_epochs,
+                    state.max_iters,
                     state.output,
                     MappingProxyType(dict(metrics)) if metrics else NO_METRICS,
                     perf_counter(),
+                    payload,
                     None,
                 ),
             )
@@ -319,19 +335,23 @@ class Topic:
                     continue
                 try:
                     if not inbox.put_at_limit(event):
-                        full = [inbox] if full is None else [*full, inbox]
+                        full = [*(full or ()), BackpressureWait(inbox, bus.loop_handle, bus.are_waits_over)]
                 except InboxOverflow as error:
                     overflow = error
         finally:
             lock.release()  # a with statement costs twice as much
         if overflow is not None:
             raise overflow
-        return None if full is None else self._wait_for_room(full)
-
-    def _wait_for_room(self, full: list[Inbox]) -> Dispatch:
-        for inbox in full:
-            yield BackpressureWait(inbox, self._bus.loop_handle)
+        return None if full is None else _wait_for_room(full)
 
     def _note(self, error: Exception, what: str) -> None:
         refuse_stop_iteration(error, what)
         self._bus.note(error, f"{what} of {self.name}")
+
+
+def _dispatch_nothing(*_: Any) -> None:
+    """Nothing listens, and nothing fires."""
+
+
+def _wait_for_room(waits: list[BackpressureWait]) -> Dispatch:
+    yield from waits

@@ -18,8 +18,9 @@ from aengine.checkpoint.store.retention import Keep
 
 if TYPE_CHECKING:
     from aengine.checkpoint.capture.randomness import RandomStates
+    from aengine.checkpoint.capture.trainable import trainable
     from aengine.checkpoint.checkpoint import Checkpoint
-    from aengine.checkpoint.events import CheckpointEvents
+    from aengine.checkpoint.events import CheckpointCommitted, CheckpointEvents
     from aengine.checkpoint.formats.serializers import Serializer, TorchFile
 else:  # out of sight of type checkers, which would take any name for one of this module's
 
@@ -30,12 +31,24 @@ else:  # out of sight of type checkers, which would take any name for one of thi
         return value
 
 
-__all__ = ["Checkpoint", "CheckpointEvents", "CheckpointInfo", "Keep", "RandomStates", "Serializer", "TorchFile"]
+__all__ = [
+    "Checkpoint",
+    "CheckpointCommitted",
+    "CheckpointEvents",
+    "CheckpointInfo",
+    "Keep",
+    "RandomStates",
+    "Serializer",
+    "TorchFile",
+    "trainable",
+]
 
 _WITH_TORCH = {
     "Checkpoint": "checkpoint",
+    "CheckpointCommitted": "events",
     "CheckpointEvents": "events",
     "RandomStates": "capture.randomness",
     "Serializer": "formats.serializers",
     "TorchFile": "formats.serializers",
+    "trainable": "capture.trainable",
 }

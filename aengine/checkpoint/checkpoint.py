@@ -24,6 +24,7 @@ from aengine.checkpoint.events import REQUESTED, AnyEngine, CheckpointEvents
 from aengine.checkpoint.formats.contents import Contents
 from aengine.checkpoint.formats.serializers import Serializer, TorchFile, check_serializer
 from aengine.checkpoint.save import Saver
+from aengine.checkpoint.store.files import printable
 from aengine.checkpoint.store.find import Finder, Found, Which, check_which
 from aengine.checkpoint.store.manifest import CheckpointInfo
 from aengine.checkpoint.store.retention import Keep
@@ -32,6 +33,7 @@ from aengine.checkpoint.writer import Writer
 from aengine.engine import Engine
 from aengine.errors import CheckpointWarning, EngineBusy
 from aengine.events import AnyEvent, Events, FilteredEvent, Selector, selectors
+from aengine.threads.dedicated import DedicatedThread, wait_until_done
 
 _logger = logging.getLogger("aengine.checkpoint")
 
@@ -60,7 +62,8 @@ class Checkpoint:
     Args:
         directory: where the checkpoints are; made when the first one is written.
         state: what has `state_dict` and `load_state_dict`, or a dictionary of that, nested. torch's, numpy's and
-            python's random generators may be in it. DistributedDataParallel and compiled modules are unwrapped.
+            python's random generators may be in it. DistributedDataParallel and compiled modules are unwrapped. Of a
+            model that is frozen but for an adapter, pass `trainable(model)`.
             An engine in it, such as an evaluator that a handler runs, is saved with its metrics and its handlers that
             have a `state_dict`; once restored, it begins anew at its next run if it was done, as in memory.
         keep: which checkpoints stay.
@@ -70,6 +73,10 @@ class Checkpoint:
         on_error: what a save that fails does: "raise" fails the run before its next step, "warn" gives a
             CheckpointWarning, counts it in `failures`, and goes on.
         write_in: "thread", or "process", which takes nothing from steps that are short.
+        rng: what a run that goes on from `restore` draws. "process": what it would have drawn without the break, since
+            python's, numpy's and torch's generators are set back, for all that this process does. Right for a program
+            that trains. "data": those are left alone, so that no other job of a server draws the same numbers again;
+            the data still goes on where it stood, in its order. Generators in the state are set back in any case.
 
     Raises:
         TypeError, ValueError: an argument is wrong.
@@ -85,6 +92,7 @@ class Checkpoint:
         when_busy: Literal["wait", "skip"] = "wait",
         on_error: Literal["raise", "warn"] = "raise",
         write_in: Literal["thread", "process"] = "thread",
+        rng: Literal["process", "data"] = "process",
     ) -> None:
         if not isinstance(directory, str | os.PathLike):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"Checkpoint(directory, state) takes a path first, got {type(directory).__qualname__}")
@@ -96,9 +104,11 @@ class Checkpoint:
         check_choice(when_busy, "when_busy=", ["wait", "skip"])
         check_choice(on_error, "on_error=", ["raise", "warn"])
         check_choice(write_in, "write_in=", ["thread", "process"])
+        check_choice(rng, "rng=", ["process", "data"])
+        self._reseeds = rng == "process"
         self._parts = parts_of(state)
         self._contents = Contents(serializer, in_process=write_in == "process")
-        self._name = os.fspath(directory)
+        self._name = printable(os.fspath(directory))
         self._store = Store(directory, keep)
         self._writer = Writer(self._parts, self._store, self._contents)
         self._saver = Saver(self._writer, when_busy, on_error)
@@ -152,9 +162,15 @@ class Checkpoint:
     def attach(self, engine: AnyEngine, event: AnyEvent) -> RemovableEventHandle:
         """Save at an event, filtered or not, or at several: also on time, by `every=timedelta(minutes=10)`.
 
-        Returns what detaches it again. At CANCELLED and EXCEPTION_RAISED it saves unless the step before the one that
-        did not complete is saved already. What is saved then may be in the middle of that step: it is marked so, and
-        `restore()` prefers any that is not.
+        Returns what detaches it again.
+
+        With `at_end=True` the last state is saved however the run ends: also where it fails or is cancelled, within the
+        engine's `grace`, unless that happens in a step, which then did not complete. That state is the one of no
+        iteration: it is not saved, and a CheckpointWarning says which step is.
+
+        At CANCELLED and EXCEPTION_RAISED it saves unless the step before the one that did not complete is saved
+        already. What is saved then may be in the middle of that step: it is marked so, and `restore()` prefers any that
+        is not.
 
         Raises:
             TypeError: this is no engine, or no event.
@@ -209,6 +225,7 @@ class Checkpoint:
             CheckpointError: as `drain` does.
         """
         handles, self._handles, self._engine = self._handles, {}, None
+        self._look_for_end()
         self._saver.refuse_requests()  # before the service is removed, which would say that the run has ended
         for handle in handles:
             handle.remove()
@@ -221,14 +238,17 @@ class Checkpoint:
         with anyio.CancelScope(shield=True):
             await self.close()
 
-    def _serve(self, engine: AnyEngine) -> None:
-        if self._engine is engine:
-            return
-        if self._engine is not None:
+    def _refuse_another(self, engine: AnyEngine) -> None:
+        if self._engine is not None and self._engine is not engine:
             raise ValueError(
                 f"this Checkpoint serves engine {self._engine.name!r}: make another one, with a directory of its own,"
                 f' for {engine.name!r}, or hand that in as state, {{"{engine.name}": engine}}'
             )
+
+    def _serve(self, engine: AnyEngine) -> None:
+        self._refuse_another(engine)
+        if self._engine is engine:
+            return
         self._engine = engine
         if engine.randomness is None:
             engine.randomness = RandomStates()
@@ -253,11 +273,17 @@ class Checkpoint:
             name=f"checkpoint: save {role} ({self._name})",
         )
         self._handles[handle] = where
+        self._look_for_end()
         return handle
 
     def _unsubscribe(self, handle: RemovableEventHandle) -> None:
         handle.remove()
         self._handles.pop(handle, None)
+        self._look_for_end()
+
+    def _look_for_end(self) -> None:
+        filters = [where.filter for where in self._handles.values() if where is not None]
+        self._saver.saves_the_end = any(one is not None and one.at_end for one in filters)
 
     def _served(self) -> AnyEngine:
         if self._engine is None:
@@ -269,7 +295,8 @@ class Checkpoint:
     async def restore(self, engine: AnyEngine, which: Which = None, *, strict: bool = True) -> CheckpointInfo | None:
         """Put the engine and the state back to a checkpoint, before `run()`. Returns which, None if there is none yet.
 
-        Files are read in a thread, and verified by their checksums. The state is loaded in the calling task.
+        Files are read in a thread, and verified by their checksums. The state is loaded in the calling task; random
+        number generators are set back as the run begins, or not, as `rng` says.
 
         Args:
             engine: the one to go on, with its handlers attached.
@@ -293,14 +320,15 @@ class Checkpoint:
         """
         check_which(which, self._store)
         _check_engine(engine, "restore(engine, which)")
-        self._serve(engine)
+        self._refuse_another(engine)
         read = partial(self._contents.read, live=partial(capture, self._parts, engine))
         found = await self._find(which, Finder(self._store, read), engine, "restore")
+        self._serve(engine)
         if found is None:
             return None
-        restore(found.tree, self._parts, engine, strict=strict)
+        restore(found.tree, self._parts, engine, strict=strict, reseeds=self._reseeds)
         info = found.info
-        _logger.info("restored step %d, epoch %d, from %s", info.step, info.epoch, info.path)
+        _logger.info("restored step %d, epoch %d, from %s", info.step, info.epoch, printable(str(info.path)))
         self._writer.go_on_from(info, is_newest=which is None or which == "must")
         return info
 
@@ -335,28 +363,57 @@ class Checkpoint:
         found = await self._find(which, Finder(self._store, read, sets_aside=False), self._engine, "load")
         assert found is not None, "it must be there"  # noqa: S101
         choice.restore(found.tree)
-        _logger.info("loaded %s of step %d from %s", only or "the state", found.info.step, found.info.path)
+        path = printable(str(found.info.path))
+        _logger.info("loaded %s of step %d from %s", only or "the state", found.info.step, path)
         return found.info
 
     async def _find(self, which: Which, finder: Finder, engine: AnyEngine | None, caller: str) -> Found | None:
         _refuse_running(engine, caller)
         await self._saver.flush()  # what is being written may be the one
+        if which in (None, "must", "best"):
+            await in_thread(finder.lock)  # for good: so not by what may be given up
         try:
-            found = await in_thread(finder.find, which)
-        finally:
-            for problem in finder.problems:
-                self._damaged += (problem.path,)
-                _warn(f"a checkpoint is damaged, and was not used ({problem.path}): {problem.why}")
-                if engine is not None:
-                    await engine.emit(CheckpointEvents.CHECKPOINT_DAMAGED)
+            found = await _read(finder, which)
+        except BaseException as error:
+            await self._report(finder, engine if isinstance(error, Exception) else None)
+            raise
+        await self._report(finder, engine)
         _refuse_running(engine, caller)  # once more: a run may have begun while this was awaited
         if found is not None and found.info.is_mid_step and (which is None or which == "must"):
             step, path = found.info.step, found.info.path
             _warn(
                 f"there is no checkpoint but of the middle of a step: the one after step {step} had begun, and what"
-                f" that had changed is in it ({path})"
+                f" that had changed is in it ({path})",
+                stacklevel=4,
             )
         return found
+
+    async def _report(self, finder: Finder, engine: AnyEngine | None) -> None:
+        """Say what was found damaged; to the engine, too, unless there is none or nothing more can be awaited."""
+        for problem in finder.problems:
+            self._damaged += (problem.path,)
+            _warn(f"a checkpoint is damaged, and was not used ({problem.path}): {problem.why}", stacklevel=5)
+            if engine is not None:
+                engine.register_events(*CheckpointEvents)
+                await engine.emit(CheckpointEvents.CHECKPOINT_DAMAGED, problem)
+
+
+async def _read(finder: Finder, which: Which) -> Found | None:
+    """Have the checkpoint found and read, in a thread. On cancellation the thread is left to end by itself."""
+    thread = DedicatedThread("aengine checkpoint: read")  # a daemon: a disk that hangs must not keep the process
+    reading = thread.submit(finder.find, which)
+    thread.abandon()
+    try:
+        try:
+            await wait_until_done(reading)
+        except BaseException:
+            if not finder.give_up():  # it changes the disk: it is to be over before anything else happens
+                with anyio.CancelScope(shield=True):
+                    await wait_until_done(reading)
+            raise
+        return reading.result()
+    finally:
+        del reading  # holds the error, whose traceback holds this frame
 
 
 def _check_engine(engine: Any, call: str) -> None:
@@ -369,6 +426,8 @@ def _refuse_running(engine: AnyEngine | None, caller: str) -> None:
         raise EngineBusy(f"engine {engine.name!r} is running: {caller}() comes before run(), or after it")
 
 
-def _warn(message: str) -> None:
+def _warn(message: str, stacklevel: int) -> None:
+    """Warn at the call of the Checkpoint's method, so many calls above."""
+    message = printable(message)
     _logger.warning(message)
-    warnings.warn(message, CheckpointWarning, stacklevel=4)  # at the call of the Checkpoint's method
+    warnings.warn(message, CheckpointWarning, stacklevel=stacklevel)

@@ -1,7 +1,9 @@
 """Events: those at which a save is special, and those that a Checkpoint fires."""
 
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from aengine.checkpoint.store.manifest import CheckpointInfo
 from aengine.engine import Engine
 from aengine.events import EventEnum
 
@@ -27,12 +29,33 @@ data been read to its end, which a resumed run would draw, or read, once more.""
 
 
 class CheckpointEvents(EventEnum):
-    """What a Checkpoint fires on its engine, beside the step. Subscribe to them."""
+    """What a Checkpoint fires on its engine, beside the step. Subscribe to them.
+
+    Attributes:
+        CHECKPOINT_STAGED: a snapshot was copied, and is being written. The payload is its step.
+        CHECKPOINT_COMMITTED: a checkpoint is on the disk. The payload is a `CheckpointCommitted`.
+        CHECKPOINT_DAMAGED: one was found damaged. The payload has its `path`, where it is now, and says `why`.
+    """
 
     CHECKPOINT_REQUESTED = "checkpoint_requested"
     CHECKPOINT_STAGED = "checkpoint_staged"
     CHECKPOINT_COMMITTED = "checkpoint_committed"
     CHECKPOINT_DAMAGED = "checkpoint_damaged"
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointCommitted:
+    """What CHECKPOINT_COMMITTED is about.
+
+    Attributes:
+        checkpoint: the one that was committed.
+        position: where the data stands in it: what its own `state_dict()` had returned; for data without one, the
+            batches taken of the pass under way and the length of a pass, as {"batches": 40, "length": 100}. A copy:
+            what it says is on the disk.
+    """
+
+    checkpoint: CheckpointInfo
+    position: Any
 
 
 REQUESTED = CheckpointEvents.CHECKPOINT_REQUESTED.name

@@ -7,13 +7,16 @@ event loop's waits for the end. Requests come from any thread.
 import logging
 import threading
 import warnings
+from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import anyio
 from anyio.to_thread import run_sync as in_thread
 
 from aengine.bus.listeners import NotYet
+from aengine.checkpoint.acknowledge import Acknowledgements, acknowledge_of
 from aengine.checkpoint.events import (
     DEFERRED_EVENTS,
     FAILURE_EVENTS,
@@ -26,6 +29,7 @@ from aengine.checkpoint.events import (
 from aengine.checkpoint.store.manifest import CheckpointInfo
 from aengine.checkpoint.writer import Saving, Writer
 from aengine.drivers.services import Service
+from aengine.engine import session_of
 from aengine.errors import CheckpointNotWritten, CheckpointWarning, InboxOverflow
 from aengine.events import Event, Events
 from aengine.state import StopReason
@@ -37,6 +41,12 @@ _RUN_ENDED = (
     "the run ended before the save that was asked for: in a step that did not complete, or while the save before it was"
     " being written"
 )
+
+_ACCIDENTS: dict[StopReason | None, str] = {
+    StopReason.CANCELLED: Events.CANCELLED.name,
+    StopReason.FAILED: Events.EXCEPTION_RAISED.name,
+}
+"""How a run ends that does not come to its own end, and what is fired then."""
 
 
 class SaveRequests:
@@ -109,18 +119,23 @@ class Saver(Service):
     Attributes:
         skipped: saves that were skipped.
         failures: saves that failed and were warned of.
+        saves_the_end: whether the state at the end of a run is to be saved, also of one that fails or is cancelled.
     """
 
     def __init__(self, writer: Writer, when_busy: Literal["wait", "skip"], on_error: Literal["raise", "warn"]) -> None:
         self.skipped = 0
         self.failures = 0
+        self.saves_the_end = False
         self._writer = writer
         self._when_busy = when_busy
         self._on_error = on_error
         self._saving: Saving | None = None  # the last
+        self._saving_of_end: Saving | None = None  # of a run that failed or was cancelled: its error is only warned of
+        self._has_warned_of_end = False
         self._requests = SaveRequests()
         self._is_staging = threading.Lock()  # where the step runs, or, between runs, where save_now() was called
         self._has_failed = False  # nothing more is saved of this run
+        self._acknowledgements = Acknowledgements()
 
     @property
     def under_way(self) -> Saving | None:
@@ -132,7 +147,8 @@ class Saver(Service):
 
     def run_started(self, engine: AnyEngine) -> None:  # noqa: ARG002 -- a service's signature
         """Serve requests from now on."""
-        self._has_failed = False
+        self._has_failed = self._has_warned_of_end = False
+        self._acknowledgements.begin()
         self._requests.open()
 
     async def flush(self) -> None:
@@ -142,11 +158,16 @@ class Saver(Service):
 
     async def run_ended(self, engine: AnyEngine, reason: StopReason, error: BaseException | None) -> None:  # noqa: ARG002 -- a service's signature
         """Refuse what was asked for in vain. Its subscribers have followed the last save to its end by now."""
-        self._requests.close()
+        self._close()
 
     def run_abandoned(self, engine: AnyEngine, reason: StopReason, error: BaseException | None) -> None:  # noqa: ARG002 -- a service's signature
         """Do the same where the run did not get as far as its end."""
+        self._close()
+
+    def _close(self) -> None:
         self._requests.close()
+        if self._saving is not None:  # a subscriber that was cancelled has not followed it
+            self._saving.permit()
 
     # In a run
 
@@ -169,29 +190,44 @@ class Saver(Service):
         before = self.under_way  # before the rest: a save that fails sets `_has_failed` before it is over
         if not self._is_due(event, engine) or self._is_deferred(event, engine):
             return None
+        is_requested = bool(self._requests) or self._requests.deferred == REQUESTED
+        is_of_end = event == REQUESTED and not (is_requested or self._requests.deferred)
         with self._is_staging:
-            if (before := before or self.under_way) is not None:
-                is_requested = self._requests or self._requests.deferred == REQUESTED
-                if self._when_busy == "skip" and not is_requested and event not in FINAL_EVENTS:
-                    self._requests.deferred = ""
-                    self.skipped += 1
-                    return None
+            if (before := before or self.under_way) is None:
+                return self._stage(event, engine, is_of_end=is_of_end)
+            if self._when_busy == "wait" or is_requested or is_of_end or event in FINAL_EVENTS:
                 return NotYet(before.wait())
-            try:
-                self._raise_unreported()
-                name = self._requests.deferred if event == REQUESTED else event
-                is_mid_step = event in FAILURE_EVENTS and is_in_step(engine)
-                write = self._writer.stage(name or event, engine, is_mid_step=is_mid_step)
-                saving = self._saving = Saving(write, self._on_end)
-            except Exception as error:
-                self._requests.refuse(error)
-                if self._on_error == "raise":
-                    self._has_failed = True
-                    raise
-                self._warn(error)
+            self._requests.deferred = ""
+            self.skipped += 1
+            return None
+
+    def _stage(self, event: str, engine: AnyEngine, *, is_of_end: bool) -> Saving | None:
+        try:
+            self._raise_unreported()
+            name = self._requests.deferred if event == REQUESTED else event
+            if is_of_end:
+                name = _ACCIDENTS.get(engine.state.stop_reason, "")
+            is_mid_step = event in FAILURE_EVENTS and is_in_step(engine)
+            staged = self._writer.stage(name or event, engine, is_mid_step=is_mid_step)
+            on_end = partial(self._on_end, acknowledge_of(engine), is_of_end=is_of_end)
+            # `follow` permits it, when the services are done: log lines of steps that a checkpoint covers are on the
+            # disk before it is committed, or a run that is resumed from it would never write them.
+            is_permitted = not session_of(engine).must_prepare_commit
+            saving = self._saving = Saving(staged, on_end, is_permitted=is_permitted)
+        except Exception as error:
+            self._requests.refuse(error)
+            if is_of_end:  # what ended the run is to be raised, and nothing beside it
+                self._warn_of_end(engine, f"its last state could not be saved: {type(error).__name__}: {error}", error)
                 return None
-            self._requests.answer(saving)
-            return saving
+            if self._on_error == "raise":
+                self._has_failed = True
+                raise
+            self._warn(error)
+            return None
+        if is_of_end:
+            self._saving_of_end = saving
+        self._requests.answer(saving)
+        return saving
 
     def _is_due(self, event: str, engine: AnyEngine) -> bool:
         if self._has_failed:
@@ -201,8 +237,36 @@ class Saver(Service):
         if event == REQUESTED:
             if is_in_step(engine):  # as when that step has failed
                 self._requests.refuse()
-            return bool(self._requests or self._requests.deferred)
+            return bool(self._requests or self._requests.deferred) or self._is_end_due(engine)
         return event not in FAILURE_EVENTS or self._writer.saved_step != engine.state_dict()["iteration"]
+
+    def _is_end_due(self, engine: AnyEngine) -> bool:
+        """Say whether a run has failed or was cancelled whose last state is to be saved, and is not yet.
+
+        Between two steps that state is whole. In a step, it is that of no iteration: never saved, and warned of.
+        """
+        if not self.saves_the_end or engine.state.stop_reason not in _ACCIDENTS:
+            return False
+        completed = engine.state_dict()["iteration"]
+        if completed in (0, self._writer.saved_step):
+            return False
+        if is_in_step(engine):
+            self._warn_of_end(
+                engine, f"it ended in step {completed + 1}, whose changes are in the state, and is not saved"
+            )
+            return False
+        return True
+
+    def _warn_of_end(self, engine: AnyEngine, why: str, error: BaseException | None = None) -> None:
+        if self._has_warned_of_end:
+            return
+        self._has_warned_of_end = True
+        saved, last = self._writer.saved_step, "nothing is saved of it"
+        if saved is not None:
+            last = f"the last step that is saved is {saved}"
+        message = f"the run of engine {engine.name!r} did not end as it should: {why}; {last}"
+        _logger.warning(message, exc_info=error)
+        warnings.warn(message, CheckpointWarning, stacklevel=2)
 
     def _is_deferred(self, event: str, engine: AnyEngine) -> bool:
         """Put the save off if a run is under way that could not be resumed from here to the same results, bit by bit.
@@ -217,11 +281,12 @@ class Saver(Service):
         if not engine.is_running:
             return False
         self._requests.deferred = event
-        return engine.fire_between_steps(CheckpointEvents.CHECKPOINT_REQUESTED)
+        return engine.fire_event_soon(CheckpointEvents.CHECKPOINT_REQUESTED)
 
-    def _on_end(self, saving: Saving) -> None:
+    def _on_end(self, acknowledge: Callable[[Any], Any] | None, saving: Saving, *, is_of_end: bool) -> None:
         """In the thread of a save of a run: if it failed, the run fails before its next step."""
-        if saving.error is not None and not saving.is_reported and self._on_error == "raise":
+        self._acknowledgements.add(acknowledge, saving)
+        if saving.error is not None and not saving.is_reported and self._on_error == "raise" and not is_of_end:
             self._has_failed = True
 
     async def follow(self, engine: AnyEngine, event: Event) -> None:
@@ -230,6 +295,8 @@ class Saver(Service):
         if saving is None:
             return
         try:
+            await session_of(engine).before_commit()
+            saving.permit()
             await self._wait_for(saving, engine)
         except Exception:  # of a handler of CHECKPOINT_STAGED: it is raised, unless the save has failed as well
             if saving.error is not None and self._on_error == "raise":
@@ -241,7 +308,10 @@ class Saver(Service):
             self._requests.refuse()  # those that wait for its end, to have a save of their own: the run is over
             raise
         if saving.error is None:
-            await self._fire(engine, CheckpointEvents.CHECKPOINT_COMMITTED)
+            await self._report_committed(engine, saving)
+        elif saving is self._saving_of_end:
+            saving.is_reported = True
+            self._warn_of_end(engine, f"its last state was not saved: {saving.error}", saving.error)
         elif self._on_error == "raise":
             saving.result()
         else:
@@ -251,15 +321,20 @@ class Saver(Service):
     async def _wait_for(self, saving: Saving, engine: AnyEngine) -> None:
         """Fire that it is staged, and wait for its end, even if a handler of that event fails."""
         try:
-            await self._fire(engine, CheckpointEvents.CHECKPOINT_STAGED)
+            await self._fire(engine, CheckpointEvents.CHECKPOINT_STAGED, saving.step)
         except Exception:
             await saving.wait()
             raise
         await saving.wait()
 
-    async def _fire(self, engine: AnyEngine, event: CheckpointEvents) -> None:
+    async def _report_committed(self, engine: AnyEngine, saving: Saving) -> None:
+        """Fire that it is committed, and then have the data acknowledge what it covers."""
+        await self._fire(engine, CheckpointEvents.CHECKPOINT_COMMITTED, saving.result())
+        await self._acknowledgements.call(engine)
+
+    async def _fire(self, engine: AnyEngine, event: CheckpointEvents, payload: Any) -> None:
         try:
-            await engine.emit(event)
+            await engine.emit(event, payload)
         except InboxOverflow:
             if engine.is_running:
                 raise
@@ -292,21 +367,22 @@ class Saver(Service):
         while True:
             request = self._requests.add()
             try:
-                is_in_run = engine.fire_between_steps(CheckpointEvents.CHECKPOINT_REQUESTED)
+                is_in_run = engine.fire_event_soon(CheckpointEvents.CHECKPOINT_REQUESTED)
                 if is_in_run and not self._requests.is_open:  # of that run only the clean-up is left
                     self._requests.refuse()
                 if is_in_run or not self._requests.withdraw(request):
                     await wait_until_done(request)
                     saving = request.result()
                     await saving.wait()
-                    return saving.result()
+                    return saving.result().checkpoint
             finally:
                 del request  # holds the error, whose traceback holds this frame
             with self._is_staging:
                 before = self.under_way
                 if before is None:
                     self._raise_unreported()
-                    saving = self._saving = Saving(self._writer.stage("", engine), lambda _: None)
+                    on_end = partial(self._acknowledgements.add, acknowledge_of(engine))
+                    saving = self._saving = Saving(self._writer.stage("", engine), on_end)
                     break
             await before.wait()  # and meanwhile a run may begin
         try:
@@ -314,14 +390,14 @@ class Saver(Service):
         except BaseException:
             saving.is_unawaited = True
             raise
-        info = saving.result()
-        await self._fire(engine, CheckpointEvents.CHECKPOINT_COMMITTED)
-        return info
+        committed = saving.result()
+        await self._report_committed(engine, saving)
+        return committed.checkpoint
 
     def save_soon(self, engine: AnyEngine) -> None:
         """Have a run under way save before its next step. See `Checkpoint.save_soon`."""
         self._requests.deferred = REQUESTED
-        if not engine.fire_between_steps(CheckpointEvents.CHECKPOINT_REQUESTED):
+        if not engine.fire_event_soon(CheckpointEvents.CHECKPOINT_REQUESTED):
             self._requests.deferred = ""
             raise RuntimeError(
                 "save_soon() asks a run under way, and there is none: write  await checkpoint.save_now()"
@@ -351,4 +427,4 @@ class Saver(Service):
             if (saving := self._saving) is not None and saving.error is not None:
                 # For what still follows it. The traceback of the error itself would hold the engine.
                 saving.error = CheckpointNotWritten(str(saving.error))
-            self._saving = None
+            self._saving = self._saving_of_end = None

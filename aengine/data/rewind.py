@@ -64,12 +64,15 @@ class Rewind:
     # The generators
 
     def enter(self) -> None:
-        """Before the data is opened: put the generators back to where they stood in that pass.
+        """Before the data is opened, or opened further: put the generators back to where they stand in that pass.
 
         Raises:
             ValueError: the data lacks a generator, or a sampler, that it had.
         """
-        if self.opening is not None:
+        if self._inside is not None:
+            self._outside = capture_process()
+            restore_process(self._inside)
+        elif self.opening is not None:
             self._outside = capture_process()
             restore(self.opening, self._data.data)
 
@@ -88,8 +91,7 @@ class Rewind:
         resume, value = waiting.send, None
         while True:
             if self._inside is not None:
-                self._outside = capture_process()
-                restore_process(self._inside)
+                self.enter()
             try:
                 wanted = resume(value)
             except StopIteration as end:

@@ -12,7 +12,7 @@ from functools import partial
 from time import perf_counter
 from types import CoroutineType
 from typing import Any, Final
-from weakref import WeakMethod
+from weakref import WeakMethod, ref
 
 import anyio
 import anyio.abc
@@ -30,18 +30,23 @@ from aengine.errors import HandlerTimeout, StrayCancellation
 from aengine.loop.effects import Effect, LoopGenerator, NextBatch, WaitCancelled
 from aengine.loop.loop import Loop
 from aengine.loop.requests import Request, Requests
-from aengine.threads.event_loop import EventLoopHandle, ThreadSafeEvent, TickCounter
+from aengine.threads.event_loop import CancelOnceScope, EventLoopHandle, ThreadSafeEvent, TickCounter
+from aengine.threads.lag import LagTimer
 from aengine.threads.thread_state import ThreadState
 from aengine.threads.worker import close_unawaited
 
 _TICKS = 4
 """Turns of the event loop to give away in a row: one is not enough for a socket to be served."""
 
+_ENDING: Final = frozenset({Request.TERMINATE, Request.INTERRUPT})
+"""Requests with which the run ends or is suspended."""
+
 _RETURN: Final = object()
 """In place of the result of what was awaited: leave the scope. `_next` says how the loop is to be continued."""
 
-_current: ContextVar["Driver | None"] = ContextVar("aengine_driver", default=None)
-"""The driver of the run that the caller is part of."""
+_current: ContextVar["Callable[[], Driver | None]"] = ContextVar("aengine_driver", default=lambda: None)
+"""Returns the driver of the run that the caller is part of. A weak reference: what was scheduled in a run's context may
+outlive the run, as the timer of a scope does that was left in time, until asyncio comes to it."""
 
 
 class Driver:
@@ -74,25 +79,33 @@ class Driver:
         self.defer_backpressure = requests.defer_backpressure
         self._grace = grace
         self._prefetch = prefetch
-        self._settings = ThreadState()
+        self._settings = ThreadState(is_needed=threaded or prefetch > 0)
         self._worker = RunWorker(f"aengine {bus.name}", self._settings, self._loop_handle) if threaded else None
-        self._parent = _current.get()
-        self._caller = anyio.get_current_task().id
+        self._parent = _current.get()()
+        self._caller = anyio.get_current_task()
         self._task: int | None = None
         # Where the loop stands: how it is to be continued; or, on the worker, what it wants to have awaited first.
         self._next: tuple[Callable[[Any], Any], Any] = (generator.send, None)
         self._wanted: Any = None
-        self._scope = anyio.CancelScope()
+        self._scope = CancelOnceScope(grace)
         self._is_over = False
+        self._cancelled = anyio.get_cancelled_exc_class()
+        self._has_ended = anyio.Event()  # the task of the run is at its end
+        self._is_cancelled = False  # the caller is, or was interrupted by Ctrl-C
         self._is_woken = False  # the wait for the next batch was cancelled, since a request came
         self._deadline: float | None = None  # of the clean-up, once it has begun
         self._outcome = Outcome(bus.name, bus.logger)
         self._reported: BaseException | None = None  # a failure beside the loop that is to be thrown into it
         self._changed: ThreadSafeEvent | None = None  # set when a request comes, while the loop is paused
-        self._backpressure: BackpressureWait | None = None  # what the loop waits for
+        self._last_wait: anyio.CancelScope | None = None  # of the task that ends a wait for data that goes on
         self._subscribers = SubscriberTasks(bus, self._loop_handle, grace)
         self._services = services
         self._group: anyio.abc.TaskGroup
+
+    @property
+    def services(self) -> ServiceTasks:
+        """Those that take part in this run."""
+        return self._services
 
     async def run(self, wanted: Any = None) -> None:
         """Drive the loop to its end or its interruption, and end all that was started for it.
@@ -106,11 +119,16 @@ class Driver:
         if wanted is not None:
             self._next = (lambda _: wanted, None)
         self._connect()
+        lag = LagTimer.here(self._loop_handle)
+        lag.begin()
+        watch = self._bus.stopwatch
+        watch.event_loop_lag = lambda: lag.seconds
         ending: BaseException | None = None
         try:
             self._services.run_started(self.fail)
             async with anyio.create_task_group() as self._group:
                 self._loop_handle.start(self._group, self._main, self._never_started, name=f"aengine {self._bus.name}")
+                await self._wait_for_end()
             if self._outcome.cancellation is not None:
                 # The cancellation reached the loop's task. If the caller's scope is cancelled too, a fresh one is
                 # raised here: a trio Cancelled is only valid inside the scope it was raised for. A native asyncio
@@ -119,8 +137,11 @@ class Driver:
         except BaseException as error:  # noqa: BLE001 -- raised below, unless something worse was
             ending = error
         finally:
+            lag.end()
+            last_lag = lag.seconds
+            watch.event_loop_lag = lambda: last_lag
             self._requests.wake_by(None)
-            self._loop.source.attach(None)
+            self._loop.detach()
             self._bus.attach(None)
         try:
             self._outcome.raise_all(ending, self._loop.also_raised)
@@ -129,33 +150,65 @@ class Driver:
             self._outcome.clear()
             self._reported = None
 
+    async def _wait_for_end(self) -> None:
+        """Wait in the caller's task until that of the run is at its end; have the loop end if this is cancelled.
+
+        On asyncio, anyio cancels a task only where what it waits for has not come yet, looking once in each turn of the
+        event loop. A task that wakes another and is woken by it in each turn, as the loop and a prefetcher do, would
+        never be cancelled; nor would a step that catches its cancellation and returns. The caller waits for one thing,
+        which comes last, so that a cancellation always reaches it here. Then the loop is to return to this driver
+        before its next step, whatever became of the cancellation in the task of the run.
+        """
+        try:
+            await self._has_ended.wait()
+        except BaseException:
+            self._is_cancelled = True
+            if self._deadline is None and not self._is_over:
+                self._requests.return_to_driver()
+                if anyio.current_effective_deadline() == -math.inf:  # by a scope: at each await, as anyio's are
+                    self._scope.release()
+                else:
+                    self._scope.cancel_by(self._group.cancel_scope)
+            raise
+
     def _connect(self) -> None:
         """Tell the loop, its data, the bus and the requests of this run's event loop."""
         loop, handle = self._loop, self._loop_handle
+        self._bus.has_company = self._services.are_any
         context = RunContext(
             handle, self.spawn, self._fail_of_data, self._settings, self._prefetch, loop.can_use, self._grace
         )
-        others_had_a_turn = TickCounter.here().watch() if self._worker is None else None
-        loop.attach(context, anyio.get_cancelled_exc_class(), others_had_a_turn)
+        if self._worker is None:
+            may_go_on: Callable[[], int] | None = _watch_turns(self._caller, handle)
+        else:
+            # Nothing waits for a turn there. But the worker would go on to the end of the run, though the event loop
+            # was closed: a task that is still pending then is just dropped.
+            may_go_on = partial(_is_open, handle) if handle.is_of_asyncio else None
+        loop.attach(context, self._cancelled, self._explain, may_go_on, self._is_given_up)
         self._bus.attach(handle)
         # Posted even from the loop's own thread: a signal handler interrupts select(), which sleeps again unless woken.
         # A weak reference: the scheduled callback lives one more turn of the event loop, and would keep the engine.
         self._requests.wake_by(partial(handle.post, partial(_call_if_alive, WeakMethod(self._on_request))))
+        if not self._requests.pending.isdisjoint(_ENDING):  # requested before this could hear it
+            self._bus.end_waits()
 
     # What the run owns
 
     def spawn(self, function: Callable[[], Any], on_never_started: Callable[[], Any]) -> None:
         """Start a task of this run. From any thread. If it is cancelled before it begins, the other one is called."""
+        self._bus.has_company = True
         self._loop_handle.call(lambda: self._loop_handle.start(self._group, function, on_never_started))
 
     def start(self, subscriber: Subscriber) -> None:
         """Have a subscriber handle what it is sent, from now to the end of the run. From any thread."""
+        self._bus.has_company = True
         start = partial(self._subscribers.start, subscriber)
         # Before its first step, the task of the run starts all there are.
-        self._loop_handle.call(lambda: None if self._is_over or self._task is None else start(self._group, self.fail))
+        self._loop_handle.call(lambda: None if self._task is None else start(self._group, self.fail))
 
     def add_service(self, entry: ServiceEntry) -> None:
         """Have a service take part in this run, from now to its end. From any thread."""
+        self._bus.has_company = True
         self._loop_handle.call(lambda: None if self._is_over else self._services.add(entry))
 
     def remove_service(self, entry: ServiceEntry) -> None:
@@ -182,6 +235,8 @@ class Driver:
             self._scope.cancel()
 
     def _fail_of_data(self, error: BaseException) -> None:
+        if isinstance(error, Exception) and self._loop.log_error_of_data(error):
+            return
         self._bus.note(error, f"the data ({self._loop.source.name})")
         self.fail(error)
 
@@ -201,12 +256,41 @@ class Driver:
 
     def is_task(self, task: int) -> bool:
         """Whether the caller is this task of the run's event loop. False on other threads, and outside of tasks."""
-        return self._loop_handle.is_here and anyio.get_current_task().id == task
+        return self._loop_handle.is_here and self._loop_handle.current_task() == task
 
     @property
     def has_abandoned(self) -> bool:
         """Whether a step is still running, since the user no longer wanted to wait for it."""
         return self._worker is not None and self._worker.item is not None
+
+    @property
+    def is_deserted(self) -> bool:
+        """Whether the event loop was closed before the end of the run, which nothing continues any more."""
+        return self._loop_handle.is_closed
+
+    @property
+    def is_at_work(self) -> bool:
+        """Whether a step is still running, though the run was given up."""
+        return self._worker is not None and self._worker.is_at_work
+
+    def desert(self) -> None:
+        """The event loop was closed before the end of the run: have the step in flight be the last one."""
+        self._is_over = True
+        self._requests.wake_by(None)
+        if self.is_at_work:
+            self._requests.return_to_driver()
+        self._services.desert()
+
+    def leave(self) -> None:
+        """Let go of a run that was given up, whose last step has ended."""
+        self._loop.detach()
+        self._bus.attach(None)
+        if self._worker is not None:
+            self._worker.leave()
+        self._outcome.clear()
+
+    def _is_given_up(self) -> bool:
+        return self.is_deserted or (self._is_over and self.is_at_work)
 
     def worker_for(self, task: int) -> RunWorker | None:
         """Return this run's worker if it is idle because this very task, in an inline handler, runs another engine."""
@@ -215,24 +299,47 @@ class Driver:
     # The task of the run
 
     async def _main(self) -> None:
-        self._task = anyio.get_current_task().id
-        _current.set(self)
+        self._task = self._loop_handle.current_task()
+        _current.set(ref(self))
         for subscriber in self._bus.subscribers:
             self.start(subscriber)
         self._services.start(self._group, self._loop_handle)
         try:
             if self._worker is not None:
-                await self._worker.start(None if self._parent is None else self._parent.worker_for(self._caller))
+                parent = None if self._parent is None else self._parent.worker_for(self._caller.id)
+                await self._worker.start(parent, self._loop.source.take_thread())
             await self._drive()
         except self._loop.cancellations as error:
             self._outcome.add_cancellation(error)
         finally:
             self._is_over = True
-            with anyio.CancelScope(shield=True):
-                await self._close()
+            if not self.is_deserted:  # else this task is being dropped, and can await nothing any more
+                self._subscribers.start_no_more()
+                if self._last_wait is not None:
+                    self._last_wait.cancel()
+                try:
+                    if self._must_wait_at_end:
+                        with anyio.CancelScope(shield=True):
+                            await self._close()
+                    else:
+                        self._subscribers.end_nowait()
+                    self._end_worker()
+                finally:
+                    self._has_ended.set()
 
     def _never_started(self) -> None:
+        self._has_ended.set()
         self._outcome.add(StrayCancellation(f"the run of engine {self._bus.name!r} was cancelled from outside"))
+
+    @property
+    def _must_wait_at_end(self) -> bool:
+        """Whether anything is there to be ended that takes an await: a short run has nothing, and is to cost little."""
+        return (
+            self._subscribers.are_any
+            or self._services.are_any
+            or self._loop.source.must_be_closed
+            or (self._worker is not None and self._worker.is_shared)
+        )
 
     async def _close(self) -> None:
         """End what the run has started, in the order in which one may still need the other."""
@@ -242,13 +349,35 @@ class Driver:
         await self._run_cleanup(partial(self._services.run_ended, error, deadline))
         await self._run_cleanup(self._subscribers.end)
         del error
-        if not self.is_suspended:
-            self._bus.end_streams()
-            if not self.has_abandoned:  # the loop has done so itself, unless it was cancelled in its clean-up
-                await self._run_cleanup(source.aclose, deadline)
+        if not self.is_suspended and not self.has_abandoned:
+            # The loop has done so itself, unless it was cancelled in its clean-up.
+            await self._run_cleanup(source.aclose, deadline)
+            await self._run_cleanup(self._close_data)
         await self._run_cleanup(source.exit, deadline)
         if self._worker is not None:
-            await self._run_cleanup(self._worker.stop)
+            await self._run_cleanup(self._worker.give_back)
+
+    def _end_worker(self) -> None:
+        worker, source = self._worker, self._loop.source
+        if worker is not None and self.is_suspended and source.belongs_to_thread:
+            source.keep_thread(worker.keep())
+        elif worker is not None:
+            worker.stop()
+
+    async def _close_data(self) -> None:
+        """Close plain data on the thread that has pulled it."""
+        source, worker = self._loop.source, self._worker
+        if worker is None or worker.thread is None or not source.is_open:
+            source.close()
+            return
+        item = worker.submit(lambda _: source.close(), None)
+        try:
+            await item.wait(lambda: None)
+        finally:
+            if item.done:
+                worker.finish()
+        if item.error is not None:
+            raise item.error
 
     async def _run_cleanup(self, part: Callable[[], Awaitable[None]], deadline: float = math.inf) -> None:
         """Run one part of the clean-up to its end: again if a native cancellation, which no shield holds off, cut it.
@@ -260,7 +389,12 @@ class Driver:
                 with anyio.CancelScope(deadline=deadline):
                     await part()
             except self._loop.cancellations as error:
-                self._outcome.add_cancellation(error)
+                failure = self._explain(error)
+                if isinstance(failure, self._loop.cancellations):
+                    self._outcome.add_cancellation(failure)
+                else:
+                    self._outcome.failures.append(failure)
+                del failure  # whose cause holds this frame
             except Exception as error:  # noqa: BLE001 -- raised by run(), beside what else went wrong
                 self._outcome.failures.append(error)
                 return
@@ -270,45 +404,81 @@ class Driver:
     # Driving
 
     async def _drive(self) -> None:
-        """Advance the loop in one scope after another until it is over.
+        """Advance the loop until it is over, in one scope, and throw into it what cancels what it awaits.
 
-        A scope is left when what is to be thrown into the loop has come (a cancellation, a failure beside the loop),
-        and when the clean-up begins, which has a shield and a deadline.
+        The scope is not left before the end of the run, since data may hold open a scope of its own, from where it is
+        opened to where it is closed: scopes of one task are left in the order opposite to that in which they were
+        entered. Once what has cancelled it is dealt with, it is a shield, which has a deadline in the clean-up.
         """
         advance = self._advance_here if self._worker is None else self._advance_on_worker
-        while not self._is_over:
-            thrown: BaseException | None = None
-            try:
-                with anyio.CancelScope(
-                    shield=self._deadline is not None, deadline=math.inf if self._deadline is None else self._deadline
-                ) as self._scope:
+        with self._scope:
+            while not self._is_over:
+                try:
                     await advance()
-            except BaseException as error:  # noqa: BLE001 -- thrown into the loop, which lets it out again
-                thrown = error
-                self._outcome.mark_cancelled()
-            else:
-                if self._scope.cancelled_caught:
-                    thrown = self._why_cancelled()
-            if self._is_over:
-                if isinstance(thrown, self._loop.cancellations):
-                    self._outcome.add_cancellation(thrown)
-            elif thrown is not None and self._wanted is Effect.SHIELD:  # the loop has had it, and is ending
-                self._begin_clean_up()
-                self._wanted, self._next = None, (self._generator.send, None)
-            elif thrown is not None:
-                close_unawaited(self._wanted)
-                self._wanted = None
-                self._next = (self._generator.throw, thrown)
-            del thrown
+                except BaseException as error:  # noqa: BLE001 -- thrown into the loop, which lets it out again
+                    self._throw(error)
 
-    def _why_cancelled(self) -> BaseException | None:
-        """Return what is to be raised in the loop: this driver has cancelled its scope, or its deadline has passed."""
+    def _throw(self, error: BaseException) -> None:
+        """Have an exception that ended what the loop awaits, a cancellation most often, be raised in the loop."""
+        thrown = self._why_cancelled(error) if isinstance(error, self._cancelled) else error
+        if thrown is None:
+            return
+        if isinstance(thrown, self._loop.cancellations):
+            self._outcome.mark_cancelled()
+        if self._is_over:
+            if isinstance(thrown, self._loop.cancellations):
+                self._outcome.add_cancellation(thrown)
+        elif self._wanted is Effect.SHIELD:  # the loop has had it, and is ending
+            self._begin_clean_up()
+            self._wanted, self._next = None, (self._generator.send, None)
+        else:
+            close_unawaited(self._wanted)
+            self._wanted = None
+            self._next = (self._generator.throw, thrown)
+
+    def _why_cancelled(self, error: BaseException) -> BaseException | None:
+        """Return what is to be raised in the loop for a cancellation of what it awaits; None for nothing."""
+        is_requested = self._scope.take_requests()
         if self._deadline is not None:
-            return HandlerTimeout(
-                f"the clean-up of engine {self._bus.name!r} did not end within its {self._grace} seconds of grace"
-            )
+            if self._scope.is_late:
+                return HandlerTimeout(
+                    f"the clean-up of engine {self._bus.name!r} did not end within its {self._grace} seconds of grace"
+                )
+            return error if is_requested else self._name_stray(error)
+        self._scope.hold()
         was_woken, self._is_woken = self._is_woken, False
-        return self._take_reported() or (WaitCancelled() if was_woken and self._loop.feed.is_awaited else None)
+        if not was_woken or self._is_cancelled or self._reported is not None:
+            return self._explain(error)
+        return WaitCancelled() if self._loop.feed.is_awaited else None
+
+    def _explain(self, error: BaseException) -> BaseException:
+        """Return what the run fails with, for an error: the reason of a cancellation, where that is not the run's.
+
+        Also called on the worker.
+        """
+        if not isinstance(error, self._cancelled) or self._is_asked_to_end:
+            return error
+        return self._take_reported() or self._name_stray(error)
+
+    @property
+    def _is_asked_to_end(self) -> bool:
+        # The caller's task may be cancelled, and have not taken its next step, in which it sees that.
+        return self._is_cancelled or self._caller.has_pending_cancellation()
+
+    def _explain_in_call(self, error: BaseException) -> BaseException:
+        """Return what is to be raised on the worker for an error of what it has had awaited.
+
+        A failure beside the loop is raised by the loop, between steps: here a step could catch it.
+        """
+        is_ours = not isinstance(error, self._cancelled) or self._is_asked_to_end or self._reported is not None
+        return error if is_ours else self._name_stray(error)
+
+    def _name_stray(self, error: BaseException) -> StrayCancellation:
+        stray = StrayCancellation(
+            f"something that engine {self._bus.name!r} awaited was cancelled, but the run was not: its cause says where"
+        )
+        stray.__cause__ = error
+        return stray
 
     # The hot path on the event loop. What is awaited most, a step or handler and the next batch, is awaited in place: a
     # coroutine between would cost a tenth of the iteration.
@@ -317,7 +487,7 @@ class Driver:
         pending = self._requests.pending
         send: Callable[[Any], Any] = self._generator.send
         throw: Callable[[Any], Any] = self._generator.throw
-        resume, value = self._next
+        (resume, value), self._next = self._next, (send, None)  # an error that stays there would hold its traceback
         while True:
             try:
                 wanted: Any = resume(value)
@@ -334,16 +504,16 @@ class Driver:
                     value = await wanted
                 elif kind is NextBatch and Request.TERMINATE not in pending:
                     value = await wanted.awaitable
-                    if self._is_woken:
-                        self._next = (send, value)
-                        return
+                    if self._is_woken:  # the batch came as the scope was cancelled
+                        self._is_woken = False
+                        self._scope.hold()
                 elif (value := await self._wait_for(wanted)) is _RETURN:
                     return
             except Exception as error:  # noqa: BLE001 -- thrown into the loop, where it was awaited
                 resume, value = throw, error
-                if self._is_woken:  # the scope is cancelled
-                    self._next = (throw, error)
-                    return
+                if self._is_woken:
+                    self._is_woken = False
+                    self._scope.hold()
 
     async def _advance_on_worker(self) -> None:
         """Advance the loop on the worker, a work item at a time: from one thing to be awaited to the next."""
@@ -353,6 +523,9 @@ class Driver:
                 await self._run_work_item()
                 if self._is_over:
                     return
+                if self._is_woken and not self._loop.feed.is_awaited:  # the worker has had the request, and has gone on
+                    self._is_woken = False
+                    self._scope.hold()
             try:
                 value = await self._wait_for(self._wanted)
             except Exception as error:  # noqa: BLE001 -- thrown into the loop, where it was awaited
@@ -364,17 +537,19 @@ class Driver:
                 self._next = (send, value)
                 del value
             self._wanted = None
-            if self._is_woken:  # the scope is cancelled
-                return
+            if self._is_woken:  # the batch came as the scope was cancelled
+                self._is_woken = False
+                self._scope.hold()
 
     async def _run_work_item(self) -> None:
         """Continue the loop on the worker until it wants something awaited, `_wanted`, or is over."""
         worker = self._worker
         assert worker is not None, "started before"  # noqa: S101
         item = worker.submit(*self._next)
+        self._next = (self._generator.send, None)  # an error that stays there would hold its traceback
         try:
             # A cancellation must not wait for the whole loop: it is asked to return to this driver after its step.
-            await item.wait(self._requests.return_to_driver)
+            await item.wait(self._requests.return_to_driver, self._explain_in_call)
         finally:
             if item.done:
                 worker.finish()
@@ -404,11 +579,7 @@ class Driver:
         if Request.TERMINATE in self._requests.pending:
             wanted.close()
             raise WaitCancelled
-        batch = await wanted.awaitable
-        if self._is_woken:  # the batch came as the scope was cancelled: nothing more can be awaited in it
-            self._next = (self._generator.send, batch)
-            return _RETURN
-        return batch
+        return await wanted.awaitable
 
     async def _apply(self, effect: Effect) -> bool:
         """Have an effect that the loop asks for. Returns False if it is to be continued in another scope, or never."""
@@ -429,11 +600,11 @@ class Driver:
             await self._subscribers.finish(deadline)  # what the services fired meanwhile
             return self._reported is None or self._throw_reported()  # which failed at the very last
         elif effect is Effect.SHIELD:
-            if self._deadline is None:
-                self._begin_clean_up()
-                self._next = (self._generator.send, None)
-                return False
+            self._begin_clean_up()
         elif effect is Effect.RAISE_FAILURE:
+            if self._is_cancelled and self._deadline is None:
+                self._scope.release()
+                await checkpoint_if_cancelled()
             return self._throw_reported()
         elif effect is Effect.SUSPEND:
             self.is_suspended = self._is_over = True
@@ -444,6 +615,7 @@ class Driver:
         reported = self._take_reported()
         if reported is None:
             return True
+        self._scope.hold()  # which may have been cancelled for it
         self._next = (self._generator.throw, reported)
         return False
 
@@ -456,15 +628,13 @@ class Driver:
     def _begin_clean_up(self) -> None:
         if self._deadline is None:
             self._deadline = anyio.current_time() + self._grace
+            self._scope.hold(self._deadline)
 
     async def _wait_for_room(self, wait: BackpressureWait) -> None:
         began = perf_counter()
-        self._backpressure = wait
-        self._on_request()  # one that came before this would not be heard
         try:
             await wait
         finally:
-            self._backpressure = None
             self._bus.stopwatch.back_pressure += perf_counter() - began
 
     async def _until_resumed(self) -> None:
@@ -479,17 +649,53 @@ class Driver:
         pending = self._requests.pending
         if self._changed is not None:
             self._changed.set()
-        if self._backpressure is not None and not pending.isdisjoint({Request.TERMINATE, Request.INTERRUPT}):
-            self._backpressure.abandon()
-        if (
-            Request.TERMINATE in pending
-            and self._loop.feed.is_awaited
-            and self._deadline is None
-            and not self._is_over
-            and self._loop.source.can_be_woken
-        ):
-            self._is_woken = True
-            self._scope.cancel()
+        if not pending.isdisjoint(_ENDING):
+            self._bus.end_waits()
+        if Request.TERMINATE in pending and self._waits_for_data:
+            if self._loop.source.can_be_woken:
+                self._wake()
+            elif self._last_wait is None:
+                self._last_wait = anyio.CancelScope(shield=True)
+                self.spawn(self._end_last_wait, lambda: None)
+
+    @property
+    def _waits_for_data(self) -> bool:
+        return self._loop.feed.is_awaited and self._deadline is None and not self._is_over
+
+    def _wake(self) -> None:
+        """Cancel the wait for the next batch."""
+        self._is_woken = True
+        self._scope.cancel()
+
+    async def _end_last_wait(self) -> None:
+        """Cancel the wait for a batch that does not come in half of the grace: the other half is for the clean-up.
+
+        A task of its own. Not at once, since it ends an async generator of the user's, which may be iterated further.
+        """
+        assert self._last_wait is not None, "made with this task"  # noqa: S101
+        with self._last_wait:
+            await anyio.sleep(self._grace / 2)
+            if self._waits_for_data:
+                self._bus.logger.warning(
+                    "the data (%s) gave no batch in the %s seconds after terminate(): the wait is cancelled, which"
+                    " ends an async generator",
+                    self._loop.source.name,
+                    self._grace / 2,
+                )
+                self._wake()
+
+
+def _is_open(handle: EventLoopHandle) -> bool:
+    return not handle.is_closed
+
+
+def _watch_turns(caller: anyio.TaskInfo, loop_handle: EventLoopHandle) -> Callable[[], int]:
+    """Return what says how many runs share the event loop, if others have had a turn since it was called before.
+
+    Else 0; also where the caller is cancelled, and needs a turn to see that.
+    """
+    has_ticked, lag = TickCounter.here().watch(), LagTimer.here(loop_handle)
+    return lambda: lag.runs if has_ticked() and not caller.has_pending_cancellation() else 0
 
 
 def _call_if_alive(method: "WeakMethod[Callable[[], None]]") -> None:

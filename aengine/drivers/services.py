@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger("aengine.engine")
 
-_caller: ContextVar["Service | None"] = ContextVar("aengine_service", default=None)
-"""The service whose task or method this is, None elsewhere."""
+_caller: ContextVar[int | None] = ContextVar("aengine_service", default=None)
+"""The id of the service whose task or method this is, None elsewhere. Not the service, since contexts outlive runs."""
 
 
 class Service:
@@ -57,6 +57,13 @@ class Service:
 
         A run that ends cleanly, or is interrupted, awaits it after its last handler and before it counts as ended, so
         an error still fails the run as any other does. A run that fails or is cancelled calls `run_ended` only.
+        """
+
+    async def before_commit(self) -> None:
+        """A checkpoint of the run is written, and is going to be committed: make safe what was handed over so far.
+
+        So a run that is resumed from it finds on the disk whatever belongs to the steps before. Awaited beside the
+        step, by a `Checkpoint` of the engine, for which the commit waits, though not for longer than `grace` seconds.
         """
 
     async def run_ended(self, engine: Any, reason: StopReason, error: BaseException | None) -> None:
@@ -117,6 +124,11 @@ class ServiceTasks:
         self._start: Callable[..., None] | None = None
         self._fail: Callable[[BaseException], None] = _log_unheard
 
+    @property
+    def are_any(self) -> bool:
+        """Whether one has not heard of the end of the run, or still runs."""
+        return bool(self._open or self._serving)
+
     def run_started(self, fail: Callable[[BaseException], None]) -> None:
         """Call `run_started` of each, in the task that called `run()`. Errors go to `fail`, now and later.
 
@@ -169,7 +181,7 @@ class ServiceTasks:
                     await entry.service.serve(self._engine)
 
         async def run() -> None:
-            _caller.set(entry.service)
+            _caller.set(id(entry.service))
             await guarded(serve, fail, partial(_stray, entry, "serve"))
             end()
 
@@ -191,7 +203,7 @@ class ServiceTasks:
 
     def refuse_own_flush(self) -> None:
         """Raise RuntimeError where waiting for all would be waiting for itself."""
-        if any(entry.service is _caller.get() for entry in self._open):
+        if any(id(entry.service) == _caller.get() for entry in self._open):
             raise RuntimeError(
                 "flush() waits for every service, and so for the one that calls it here: call it from the step, from an"
                 " inline handler, or from outside"
@@ -209,6 +221,23 @@ class ServiceTasks:
             self._ending.add(entry)
             self._cancel(entry)
         self._raise_timeout(late, "flush")
+
+    @property
+    def must_prepare_commit(self) -> bool:
+        """Whether one of them is to be awaited before a checkpoint is committed."""
+        return any(type(entry.service).before_commit is not Service.before_commit for entry in tuple(self._open))
+
+    async def before_commit(self) -> None:
+        """Have each make safe what it was handed so far, in the time of a clean-up. Cancellable."""
+        entries = [entry for entry in self._open if type(entry.service).before_commit is not Service.before_commit]
+        deadline = anyio.current_time() + self._grace
+        late = await self._for_each(entries, lambda entry: entry.service.before_commit(), "before_commit", deadline)
+        for entry in late:
+            _logger.warning(
+                "a checkpoint of engine %r is committed before service %r has made safe what belongs to its steps: that"
+                " took longer than the grace of %s seconds",
+                self._engine.name, entry.name, self._grace,
+            )  # fmt: skip
 
     async def run_ended(self, error: BaseException | None, deadline: float) -> None:
         """Await `run_ended` of each; then cancel their tasks, and wait for these.
@@ -239,10 +268,11 @@ class ServiceTasks:
     ) -> list[ServiceEntry]:
         """Await a method of all at once, so that one that hangs keeps no other from its end. Returns the late ones."""
         late: list[ServiceEntry] = []
+        strays: list[tuple[ServiceEntry, BaseException]] = []
         cancelled = anyio.get_cancelled_exc_class()
 
         async def call(entry: ServiceEntry) -> None:
-            _caller.set(entry.service)
+            _caller.set(id(entry.service))
             # A cancellation of the run is raised in the task that waits for this one, too. Let out of this one, on
             # asyncio, anyio would keep it in a cycle, and with it the engine.
             with suppress(cancelled), anyio.CancelScope(deadline=deadline) as scope:
@@ -252,23 +282,28 @@ class ServiceTasks:
                 except (Exception, KeyboardInterrupt, SystemExit) as error:  # noqa: BLE001 -- handed over, or logged
                     self._handle(entry, where, error)
                 except BaseException as error:
-                    if anyio.current_effective_deadline() == -math.inf:
-                        raise
-                    # No scope around this is cancelled: it is that of something which the service awaited, or a native
-                    # one. Let out, it would have the task group cancel the others.
-                    lost = _stray(entry, where)
-                    lost.__cause__ = error
-                    self._handle(entry, where, lost)
-                    del lost  # the cancellation's traceback holds this frame: no cycle may hold the engine
+                    if anyio.current_effective_deadline() > -math.inf:  # no scope around this is cancelled
+                        strays.append((entry, error))
+                    raise
                 finally:
                     del self._under_way[scope]
             if scope.cancelled_caught and entry in self._open:
                 late.append(entry)
 
-        if entries:
-            async with anyio.create_task_group() as group:
-                for entry in entries:
-                    group.start_soon(call, entry)
+        try:
+            if entries:
+                async with anyio.create_task_group() as group:
+                    for entry in entries:
+                        group.start_soon(call, entry)
+            # This task was not cancelled, or it would not be here. So these are cancellations of something which a
+            # service has awaited, or native ones of their tasks alone.
+            for entry, error in strays:
+                lost = _stray(entry, where)
+                lost.__cause__ = error
+                self._handle(entry, where, lost)
+                del lost, error
+        finally:
+            strays.clear()  # their tracebacks hold frames of this: no cycle may hold the engine
         return late
 
     def _raise_timeout(self, late: list[ServiceEntry], where: str) -> None:
@@ -289,6 +324,11 @@ class ServiceTasks:
             self._abandon_all(error)
         finally:
             self._start, self._fail = None, _log_unheard  # which refer to this: no cycle may hold the engine
+
+    def desert(self) -> None:
+        """The event loop was closed before the end of the run: no task is left that could be cancelled."""
+        self._under_way.clear()
+        self._abandon_all(None)
 
     def _abandon_all(self, error: BaseException | None) -> None:
         try:

@@ -23,16 +23,24 @@ class SubscriberTasks:
         self._loop_handle = loop_handle
         self._grace = grace
         self._ends: dict[Subscriber, ThreadSafeEvent] = {}
+        self._starts_no_more = False
         self._are_over = False
 
     def start(self, subscriber: Subscriber, group: "TaskGroup", fail: Fail) -> None:
         """Have a subscriber handle what it is sent, from now to the end of the run. Errors go to `fail`."""
-        if subscriber not in self._ends:
+        if self._starts_no_more:
+            if not self._are_over:
+                subscriber.inbox.stop_reader()  # what it is sent waits for the next run, and nothing waits for it
+        elif subscriber not in self._ends:
             subscriber.inbox.reopen_nowait()
             self._ends[subscriber] = ThreadSafeEvent(self._loop_handle)
             self._loop_handle.start(
                 group, partial(self._consume, subscriber, fail), partial(self._never_started, subscriber, fail)
             )
+
+    def start_no_more(self) -> None:
+        """The loop is over: a subscriber that is added from now on takes part in the next run."""
+        self._starts_no_more = True
 
     async def _consume(self, subscriber: Subscriber, fail: Fail) -> None:
         try:
@@ -51,7 +59,8 @@ class SubscriberTasks:
 
     @property
     def _awaited(self) -> set[Subscriber]:
-        return {*self._ends, *self._bus.subscribers}  # those that were removed may still have events to handle
+        # Those that were removed may still have events to handle. Others may just be about to be started.
+        return {*self._ends} if self._starts_no_more else {*self._ends, *self._bus.subscribers}
 
     def refuse_own_flush(self) -> None:
         """Raise RuntimeError in a subscriber's handler: waiting for all would be waiting for itself."""
@@ -62,35 +71,46 @@ class SubscriberTasks:
                 " an inline handler, or from outside"
             )
 
+    @property
+    def are_any(self) -> bool:
+        """Whether there are subscribers, or tasks of some that were removed."""
+        return bool(self._ends or self._bus.subscribers)
+
     async def flush(self) -> None:
         """Wait until every event dispatched so far is handled. Cancellable."""
         if self._are_over:  # what is emitted now waits for the next run
             return
-        awaited = self._awaited
-        sequence, loop_handle = self._bus.sequence, EventLoopHandle()
-        for subscriber in awaited:
+        await self._flush_to(self._bus.sequence)
+
+    async def _flush_to(self, sequence: int) -> None:
+        loop_handle = EventLoopHandle()
+        for subscriber in self._awaited:
             await subscriber.inbox.wait_processed(sequence, loop_handle)
 
     async def finish(self, deadline: float) -> None:
         """Wait until all that was accepted has been handled, and what the handlers themselves fire meanwhile.
 
+        Not for what other tasks and threads fire from now on, which may have no end: it waits for the next run, unless
+        there is time for it.
+
         Raises:
             HandlerTimeout: some were not done at the deadline. They have been cancelled; it says what was lost.
         """
+        bus = self._bus
+        sequence = bus.sequence
         with anyio.CancelScope(deadline=deadline) as scope:
-            await self.flush()
-            while self._late:
-                await self.flush()
-        if scope.cancelled_caught and (late := self._late):  # else an event came after the last look
+            await self._flush_to(sequence)
+            while bus.last_of_subscribers > sequence:
+                sequence = bus.last_of_subscribers
+                await self._flush_to(sequence)
+        sequence = max(sequence, bus.last_of_subscribers)
+        late = [one for one in self._ends if one.inbox.is_behind(sequence)]
+        if scope.cancelled_caught and late:  # else the last was handled at the deadline
             lost = "; ".join([one.cancel() for one in late])
             raise HandlerTimeout(
                 f"after {self._grace} seconds of grace these subscribers of engine {self._bus.name!r} were still busy:"
                 f" {lost}"
             )
-
-    @property
-    def _late(self) -> list[Subscriber]:
-        return [one for one in self._ends if not one.inbox.is_idle]
 
     async def end(self) -> None:
         """Have the tasks end, and wait for that. What is emitted from now on waits for the next run."""
@@ -99,6 +119,10 @@ class SubscriberTasks:
             subscriber.inbox.stop_reader()
         for end in ends.values():
             await end.wait()
+        self.end_nowait()
+
+    def end_nowait(self) -> None:
+        """No task is left. What is emitted from now on waits for the next run."""
         self._are_over = True
         for subscriber in self._bus.subscribers:
             subscriber.inbox.reopen_nowait()

@@ -8,6 +8,7 @@ from typing import Any
 from aengine.arguments import check_choice, check_whole
 from aengine.engine import Engine
 from aengine.events import AnyEvent, Events
+from aengine.handlers.attachment import Attachment
 from aengine.handlers.scores import MODES, Score, score_reader
 
 
@@ -58,6 +59,7 @@ class EarlyStopping:
         self._threshold = threshold
         self._is_cumulative = cumulative
         self._is_relative = check_choice(threshold_mode, "threshold_mode=", ("abs", "rel")) == "rel"
+        self._attachment = Attachment()
         self._progress = _Progress()
         self._was_loaded = False
 
@@ -86,22 +88,19 @@ class EarlyStopping:
         Raises:
             ValueError: the event is not registered.
             TypeError: these are no engines.
-            RuntimeError: this is attached to the trainer or the evaluator already.
+            RuntimeError: this is attached already.
         """
         for engine in (trainer, evaluator or trainer):
             if not isinstance(engine, Engine):  # pyright: ignore[reportUnnecessaryIsInstance]
                 raise TypeError(f"EarlyStopping.attach(trainer, evaluator) takes engines, got {engine!r}")
-            if engine.has_event_handler(self._judge):
-                raise RuntimeError(
-                    f"this EarlyStopping is attached to engine {engine.name!r} already: make another one for another"
-                    " score; event= takes several, joined by |"
-                )
+        is_own = evaluator is None or evaluator is trainer
+        judged = trainer if evaluator is None else evaluator
+        event = event or (Events.EPOCH_COMPLETED if is_own else Events.COMPLETED)
+        judged.on(event)  # raises for what is no event of that engine, before anything is added
+        self._attachment.begin(self, trainer, "; event= takes several, joined by |")
         # Also if the score is the evaluator's: a checkpoint of the trainer finds the state through this handler.
         trainer.add_event_handler(Events.STARTED, self._begin)
-        if evaluator is None or evaluator is trainer:
-            trainer.add_event_handler(event or Events.EPOCH_COMPLETED, self._judge)
-        else:
-            evaluator.add_event_handler(event or Events.COMPLETED, self._judge, trainer)
+        judged.add_event_handler(event, self._judge, *(() if is_own else (trainer,)))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the best score, and how many scores in a row were no improvement."""

@@ -9,6 +9,7 @@ from typing import Any, cast
 from aengine.arguments import check_whole
 from aengine.engine import Engine
 from aengine.events import Events
+from aengine.handlers.attachment import Attachment
 
 
 class NanGuard:
@@ -32,10 +33,16 @@ class NanGuard:
     def __init__(self, every: int = 20, output_transform: Callable[[Any], Any] = lambda output: output) -> None:
         self._every = check_whole(every, "every=", minimum=1, of="iterations")
         self._transform = output_transform
+        self._attachment = Attachment()
         self._unread: list[tuple[int, str, Any]] = []  # iteration, path in the output, whether it is finite
 
     def attach(self, engine: Engine[Any, Any]) -> None:
-        """Guard an engine. Between two reads its other handlers run on outputs that may not be finite."""
+        """Guard an engine. Between two reads its other handlers run on outputs that may not be finite.
+
+        Raises:
+            RuntimeError: this is attached already.
+        """
+        self._attachment.begin(self, engine)
         engine.add_event_handler(Events.STARTED, self._unread.clear)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._note)
         for event in (Events.ITERATION_COMPLETED(every=self._every), Events.EPOCH_COMPLETED, Events.COMPLETED):

@@ -20,6 +20,7 @@ from torch.profiler import ProfilerAction, record_function
 from aengine.bus.emitter import RemovableEventHandle
 from aengine.engine import Engine
 from aengine.events import AnyEvent, Event, EventEnum, Events, selectors
+from aengine.handlers.attachment import Attachment
 
 AnyEngine: TypeAlias = Engine[Any, Any]
 Schedule: TypeAlias = Callable[[int], ProfilerAction]
@@ -37,7 +38,7 @@ does this lock. It is held while a window is open, which torch itself does not s
 class ProfilingEvents(EventEnum):
     """What a Profiling fires on its engine, to be sent what it has recorded."""
 
-    TRACE_RECORDED = "trace_recorded"
+    PROFILER_TRACE_RECORDED = "profiler_trace_recorded"
 
 
 def profile(
@@ -122,20 +123,20 @@ class Profiling:
         self._options = options
         self._on_trace = on_trace
         self._compress = compress
+        self._attachment = Attachment()
         self._window: _Window | None = None
         self._handles: list[RemovableEventHandle] = []
-        self._recorded: _Recorded | None = None
 
     def attach(self, engine: AnyEngine) -> None:
-        """Listen to an engine, for `profile`."""
+        """Listen to an engine, for `profile`. Raises RuntimeError if this is attached already."""
+        self._attachment.begin(self, engine)
         engine.register_events(*ProfilingEvents)
         # Before the other handlers, which are not the step's; all others are added while a window is open.
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._end_step)
         engine.add_event_handler(self._windows.event, self._open)
         engine.subscribe(
-            ProfilingEvents.TRACE_RECORDED,
+            ProfilingEvents.PROFILER_TRACE_RECORDED,
             self._write,
-            snapshot=self._take,
             on_error="log",
             name=f"traces of {engine.name}",
         )
@@ -169,19 +170,14 @@ class Profiling:
         assert window is not None, "the handlers that call this are removed with the window"  # noqa: S101
         while self._handles:
             self._handles.pop().remove()
-        self._recorded = window.close(engine)
-        if self._recorded is not None:
-            engine.fire_event(ProfilingEvents.TRACE_RECORDED)
-
-    def _take(self, _: AnyEngine) -> "_Recorded | None":
-        recorded, self._recorded = self._recorded, None
-        return recorded
+        if (recorded := window.close(engine)) is not None:
+            engine.fire_event(ProfilingEvents.PROFILER_TRACE_RECORDED, (self, recorded))
 
     # Beside the step, in a thread
 
     def _write(self, event: Event) -> None:
-        recorded: _Recorded | None = event.snapshot
-        if recorded is None:  # another one of this engine's
+        by, recorded = event.payload
+        if by is not self:  # another one of this engine's
             return
         self._directory.mkdir(parents=True, exist_ok=True)
         name = f"{re.sub(r'[^-.0-9A-Za-z_]+', '_', event.engine)}-{recorded.first}-{recorded.last}"

@@ -26,7 +26,6 @@ _logger = logging.getLogger("aengine.handlers")
 
 _ENDS = Events.TERMINATE | Events.INTERRUPT | Events.COMPLETED | Events.CANCELLED | Events.EXCEPTION_RAISED
 _END_NAMES = frozenset(one.name for one in _ENDS)
-_EPOCH_ENDS = frozenset({Events.EPOCH_COMPLETED.name, Events.COMPLETED.name})
 
 
 class Bar(Protocol):
@@ -106,7 +105,7 @@ def show_progress(
         | Events.EPOCH_COMPLETED
         | _ENDS,
         _Bars(display).draw,
-        snapshot=lambda engine: (engine.state.epoch_start, engine.state.max_iters, values(engine)),
+        snapshot=lambda engine: (engine.state.epoch_start, engine.state.epochs_completed, values(engine)),
         overflow="latest",
         name=f"progress of {engine.name}",
     )
@@ -170,19 +169,15 @@ class _Line(NamedTuple):
 
 
 def _lines(event: Event) -> list[_Line]:
-    epoch_start, max_iters, values = event.snapshot
+    epoch_start, epochs_completed, values = event.snapshot
     text = ", ".join(_formatted(values))
     name, epochs, done = event.engine, event.max_epochs, event.iteration - epoch_start
     if epochs is None:  # the run is limited by its iterations alone
-        return [_Line("it", name, 0, event.iteration, max_iters, text)]
+        return [_Line("it", name, 0, event.iteration, event.max_iters, text)]
     if epochs == 1:
         return [_Line("it", name, 0, done, event.epoch_length, text)]
-    is_complete = event.name in _EPOCH_ENDS or (
-        event.name == Events.TERMINATE.name and done == event.epoch_length  # terminated at its EPOCH_COMPLETED
-    )
-    completed = event.epoch if is_complete else max(0, event.epoch - 1)
     return [
-        _Line("epoch", name, 0, completed, epochs, ""),
+        _Line("epoch", name, 0, epochs_completed, epochs, ""),
         _Line("it", f"{name} {event.epoch}/{epochs}", event.epoch, done, event.epoch_length, text),
     ]
 

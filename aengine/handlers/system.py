@@ -2,7 +2,7 @@
 
     system = SystemStatistics(every=timedelta(seconds=10))
     system.attach(trainer)
-    track(trainer, JSONLines("system.jsonl"), SystemEvents.SAMPLED, values=system.values)
+    track(trainer, JSONLines("system.jsonl"), SystemEvents.SYSTEM_SAMPLED, values=system.values)
 
 The process and the machine are read by psutil, the GPUs by nvidia-ml-py (extra `system`), and what torch has allocated
 on them by torch, if it is in use. What is not installed or not there gives no numbers.
@@ -16,13 +16,14 @@ from time import perf_counter
 from typing import Any
 
 import anyio
-import anyio.to_thread
 
 from aengine.arguments import check_interval
 from aengine.drivers.services import Service
 from aengine.engine import Engine
 from aengine.events import EventEnum, Events
 from aengine.extras import missing_package
+from aengine.handlers.attachment import Attachment
+from aengine.threads.dedicated import DedicatedThread
 
 try:
     import psutil  # type: ignore[import-untyped]  # its stubs are a distribution of their own
@@ -43,11 +44,11 @@ class SystemEvents(EventEnum):
     """What an engine with SystemStatistics fires.
 
     Attributes:
-        SAMPLED: there are new numbers. Fired on the event loop, beside the step: for its handlers the engine may be in
-            the middle of a step.
+        SYSTEM_SAMPLED: there are new numbers. Fired on the event loop, beside the step: for its handlers the engine may
+            be in the middle of a step. The payload has them, by name, as `SystemStatistics.values` returns them.
     """
 
-    SAMPLED = "system_sampled"
+    SYSTEM_SAMPLED = "system_sampled"
 
 
 class SystemStatistics:
@@ -78,17 +79,15 @@ class SystemStatistics:
 
     def __init__(self, every: timedelta = timedelta(seconds=10)) -> None:
         self._sampler = _Sampler(check_interval(every, "every=", 10.0))
-        self._is_attached = False
+        self._attachment = Attachment()
 
     def attach(self, engine: Engine[Any, Any]) -> None:
         """Sample in each run of an engine, also in the one under way.
 
         Raises:
-            RuntimeError: this has been attached before.
+            RuntimeError: this is attached already.
         """
-        if self._is_attached:
-            raise RuntimeError("these SystemStatistics are attached already: make others for another engine")
-        self._is_attached = True
+        self._attachment.begin(self, engine)
         engine.register_events(*SystemEvents)
         engine.add_event_handler(_ENDS, self._sampler.end)
         engine.add_service(self._sampler, name="system statistics")
@@ -114,21 +113,20 @@ class _Sampler(Service):
         self._is_ending = False
 
     async def serve(self, engine: Any) -> None:
-        machine = _Machine()
+        # A thread that is abandoned at the end of the run: neither that nor the process waits for a GPU's driver that
+        # hangs, and such a driver takes none of the application's threads.
+        machine, thread = _Machine(), DedicatedThread("aengine system statistics")
         try:
             while not self._is_ending:
-                # Abandoned at the end of the run, which must not wait for a GPU's driver that hangs; with a limiter of
-                # its own, so that such a driver takes none of the application's threads.
-                self.values = await anyio.to_thread.run_sync(
-                    machine.read, abandon_on_cancel=True, limiter=anyio.CapacityLimiter(1)
-                )
+                self.values = await thread.call(machine.read)
                 if not self._is_ending:
-                    await engine.emit(SystemEvents.SAMPLED)
+                    await engine.emit(SystemEvents.SYSTEM_SAMPLED, dict(self.values))
                 await anyio.sleep(self._seconds)
         except Exception as error:
             error.add_note(f"in the system statistics of engine {engine.name!r}")
             raise
         finally:
+            thread.abandon()
             machine.close()
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from aengine.arguments import check_seconds
 from aengine.engine import Engine
 from aengine.events import Events
+from aengine.handlers.attachment import Attachment
 
 
 class TimeLimit:
@@ -28,10 +29,16 @@ class TimeLimit:
     def __init__(self, limit: float | timedelta) -> None:
         given = limit.total_seconds() if isinstance(limit, timedelta) else limit
         seconds = check_seconds(given, "a TimeLimit", 3600.0, positive=True, alternative="a timedelta")
+        self._attachment = Attachment()
         self._clock = _Clock(lambda: seconds)
 
     def attach(self, engine: Engine[Any, Any]) -> None:
-        """Limit the runs of an engine."""
+        """Limit the runs of an engine.
+
+        Raises:
+            RuntimeError: this is attached already.
+        """
+        self._attachment.begin(self, engine)
         self._clock.attach(engine)
 
 
@@ -57,10 +64,16 @@ class Deadline:
                 f"a Deadline has a time zone, and {moment!r} has none: write  moment.astimezone()  if it is local time"
             )
         self._moment = moment
+        self._attachment = Attachment()
         self._clock = _Clock(self._seconds_left)
 
     def attach(self, engine: Engine[Any, Any]) -> None:
-        """Limit the runs of an engine. One that starts after the moment ends before its first step."""
+        """Limit the runs of an engine. One that starts after the moment ends before its first step.
+
+        Raises:
+            RuntimeError: this is attached already.
+        """
+        self._attachment.begin(self, engine)
         self._clock.attach(engine)
 
     def _seconds_left(self) -> float:

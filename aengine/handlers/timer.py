@@ -8,6 +8,7 @@ from typing import Any, Self
 
 from aengine.engine import Engine
 from aengine.events import AnyEvent, Events
+from aengine.handlers.attachment import Attachment
 
 _ENDS = Events.TERMINATE | Events.COMPLETED | Events.CANCELLED | Events.EXCEPTION_RAISED
 
@@ -42,6 +43,7 @@ class Timer:
         self._interrupted_at: float | None = None  # set if it ran when the run was interrupted
         self._run_began = 0.0
         self._engine: Engine[Any, Any] | None = None
+        self._attachment = Attachment()
 
     def attach(
         self,
@@ -68,8 +70,10 @@ class Timer:
             ValueError: an event is not registered.
             RuntimeError: it is attached already.
         """
-        if self._engine is not None:
-            raise RuntimeError("this Timer is attached already: make another one for each part that is measured")
+        for event in (start, pause, resume, step):
+            if event is not None:
+                engine.on(event)  # raises for what is no event of this engine, before anything is added
+        self._attachment.begin(self, engine, " for each part that is measured")
         engine.add_event_handler(Events.STARTED, self._begin)
         engine.add_event_handler(start, self.reset)
         engine.add_event_handler(start if resume is None else resume, self.resume)

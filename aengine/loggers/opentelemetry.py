@@ -18,6 +18,7 @@ from aengine.drivers.services import Service
 from aengine.engine import Engine
 from aengine.events import Event, EventEnum, Events, EventsList
 from aengine.extras import missing_package
+from aengine.handlers.attachment import Attachment
 from aengine.loggers.sink import Record
 from aengine.state import StopReason
 from aengine.statistics import EngineStatistics
@@ -42,9 +43,9 @@ _BUCKETS = (1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
 
 
 class InstrumentationEvents(EventEnum):
-    """What an Instrumentation fires on its engine: RUN_BEGAN, before the next step after the span of a run began."""
+    """What an Instrumentation fires on its engine, before the next step after the span of a run began."""
 
-    RUN_BEGAN = "run_began"
+    OPENTELEMETRY_RUN_BEGAN = "opentelemetry_run_began"
 
 
 class OpenTelemetry:
@@ -147,6 +148,7 @@ class Instrumentation:
     ) -> None:
         self.context: Context | None = None
         self._name = name
+        self._attachment = Attachment()
         self._tracer = trace.get_tracer(_NAME, tracer_provider=tracer_provider)
         self._costs = _Costs(metrics.get_meter(_NAME, meter_provider=meter_provider), name)
         self._run: _Open | None = None
@@ -158,7 +160,8 @@ class Instrumentation:
         self._until_resumed = RemovableEventHandle(lambda: None)  # the handler of its next event
 
     def attach(self, engine: AnyEngine, iterations_every: int) -> None:
-        """Listen to an engine, for `instrument`."""
+        """Listen to an engine, for `instrument`. Raises RuntimeError if this is attached already."""
+        self._attachment.begin(self, engine)
         started = Events.ITERATION_STARTED(every=iterations_every)
         completed = Events.ITERATION_COMPLETED(every=iterations_every)
         engine.register_events(*InstrumentationEvents)
@@ -259,7 +262,7 @@ class Instrumentation:
         self.context = self._run.context
         self._costs.begin(engine.statistics())
         self._stopped_at = None
-        engine.fire_between_steps(InstrumentationEvents.RUN_BEGAN)
+        engine.fire_event_soon(InstrumentationEvents.OPENTELEMETRY_RUN_BEGAN)
         if interrupted is not None and self._was_in_epoch:
             self._open_epoch(engine, self.context)
         self._interrupted, self._was_in_epoch = None, False

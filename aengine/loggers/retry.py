@@ -8,10 +8,11 @@ from time import perf_counter
 from typing import Any, TypeAlias, cast
 
 import anyio
+import anyio.to_thread
 
 from aengine.callables import is_async_callable, is_awaitable, name_of
 from aengine.loggers.scalars import resolve
-from aengine.loggers.sink import Closable, Record, Sink, Write
+from aengine.loggers.sink import Closable, Durable, Record, Sink, Write
 from aengine.threads.dedicated import DedicatedThread
 
 _logger = logging.getLogger("aengine.loggers")
@@ -46,7 +47,7 @@ class RetryingSink:
 
     def __init__(self, sink: Sink | Write, linger: float, *, must_raise: bool) -> None:
         anything: Any = sink
-        self.name = name_of(sink) if hasattr(sink, "__qualname__") else repr(sink)
+        self.name = name_of_sink(sink)
         self.failures = 0
         self.busy = 0.0
         self.has_raised = False
@@ -54,6 +55,7 @@ class RetryingSink:
         self._thread = DedicatedThread(f"aengine sink {self.name}")
         self._write = self._writer(sink.write if isinstance(sink, Sink) else sink)
         self._close = self._call_in_thread(anything.close) if isinstance(anything, Closable) else None
+        self._sync: Callable[[], object] | None = anything.sync_to_disk if isinstance(anything, Durable) else None
         self._linger = linger
         self._must_raise = must_raise
         self._deadline = math.inf  # of all calls, once the run is ending
@@ -118,6 +120,15 @@ class RetryingSink:
             if error := await self._try(self._close, deadline):
                 self._handle(error)
 
+    async def sync_to_disk(self) -> None:
+        """Have what it has written on the disk, where it can do that. Also while it is called. An error is logged."""
+        if self._sync is not None:
+            try:
+                limiter = anyio.CapacityLimiter(1)  # of its own: the application's threads stay free
+                await anyio.to_thread.run_sync(self._sync, abandon_on_cancel=True, limiter=limiter)
+            except Exception:
+                _logger.exception("%s could not be synchronized to the disk", self.name)
+
     def abandon(self) -> None:
         """Let its thread end when the call that is under way does, without waiting. The next call has another."""
         self._thread.abandon()
@@ -174,6 +185,11 @@ class RetryingSink:
                 await result
 
         return call
+
+
+def name_of_sink(sink: Any) -> str:
+    """Return a name of a sink for people."""
+    return name_of(sink) if hasattr(sink, "__qualname__") else repr(sink)
 
 
 def _in_time_of_event_loop(deadline: float) -> float:

@@ -60,6 +60,11 @@ def snapshot(values: Any) -> dict[str, Any]:
             raise TypeError(
                 f"track(values=) must give single numbers, but {name!r} is {value!r}: leave it out, or give its mean"
             )
+        elif not all(one.is_replicate() for one in getattr(value, "placements", ())):
+            raise TypeError(
+                f"track(values=) must give whole numbers of a DTensor, and this process has a part of {name!r}: call"
+                " full_tensor() on it, in the step, where all processes do"
+            )
         elif isinstance(value, torch.Tensor) and value.device.type != "cpu":
             kept[str(name)] = _OnDevice(value)
         else:

@@ -1,4 +1,4 @@
-"""Record: what is written of a run; Sink, Closable, Witness: what writes it."""
+"""Record: what is written of a run; Sink, and what else it may be: what writes it."""
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -56,6 +56,37 @@ class Closable(Protocol):
 
     def close(self) -> Awaitable[None] | None:
         """Make safe what was written, and close files until the next write."""
+        ...
+
+
+@runtime_checkable
+class Durable(Protocol):
+    """A sink that is also called before a checkpoint of the engine is committed, when its records are written.
+
+    It is called in a thread of its own, perhaps while another one writes.
+    """
+
+    def sync_to_disk(self) -> object:
+        """Have what was written so far survive a crash of the machine, as by fsync."""
+        ...
+
+
+@runtime_checkable
+class Rewindable(Protocol):
+    """A sink to which is also reported that a run goes on from a `state_dict`: what it wrote of later steps is void.
+
+    It only takes note: this is plain, and must not wait, for it is called on the event loop, before the first event of
+    the run. What is to be done about it is done at the next `write`, of whichever engine.
+    """
+
+    def run_went_back(self, engine: str, standing: Mapping[str, int], /) -> None:
+        """A run of the engine of this name went back.
+
+        Args:
+            engine: its name.
+            standing: by the names of events, up to which step the records of that event stand. Those of later steps, if
+                there are any, were written by a run that did not get any further, and come again.
+        """
         ...
 
 

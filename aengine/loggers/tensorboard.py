@@ -2,7 +2,7 @@
 
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ class TensorBoard:
         self.directory = Path(directory)
         self._tag = tag
         self._writer: Any = None
+        self._purge_step: int | None = None  # the first one that is written once more, where a run went back
         self._runs = SharedRun()
         self._lock = threading.Lock()  # each engine that shares this calls it from a thread of its own
 
@@ -45,12 +46,20 @@ class TensorBoard:
         """
         with self._lock:
             writer = self._writer
+            if writer is not None and self._purge_step is not None:
+                writer.close()
+                writer = None
             if writer is None:
-                writer = self._writer = SummaryWriter(str(self.directory))
+                writer = self._writer = SummaryWriter(str(self.directory), purge_step=self._purge_step)
+                self._purge_step = None
             for record in records:
                 for name, value in record.values.items():
                     writer.add_scalar(self._tag(record, name), value, record.step, record.time)
             writer.flush()
+
+    def run_went_back(self, engine: str, standing: Mapping[str, int], /) -> None:  # noqa: ARG002 -- as Rewindable has it
+        """Have TensorBoard show nothing that was written of later steps before, by this engine or others."""
+        self._purge_step = max(standing.values()) + 1
 
     def begin(self, engine: str, time: float, /) -> None:
         """Take note that a run of an engine began."""

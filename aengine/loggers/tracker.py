@@ -1,17 +1,22 @@
 """Tracker: takes the numbers of a run between two steps, and has them written to a sink beside the step."""
 
 import io
+import warnings
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from threading import Lock
 from time import perf_counter
+from types import MethodType
 from typing import Any, Literal, TypeAlias
 
 from aengine.arguments import check_choice, check_seconds, check_whole
 from aengine.bus.listeners import Observer
 from aengine.callables import check_callable
-from aengine.engine import Engine
+from aengine.engine import Engine, session_of
 from aengine.events import AnyEvent, Events, Filter, FilteredEvent, date_of, selectors
+from aengine.loggers.retry import name_of_sink
 from aengine.loggers.scalars import numbers_of, snapshot
 from aengine.loggers.sink import Record, Sink, Write
 from aengine.loggers.writer import RecordWriter
@@ -19,6 +24,8 @@ from aengine.loggers.writer import RecordWriter
 AnyEngine: TypeAlias = Engine[Any, Any]
 
 _OF_ITERATIONS = frozenset({"GET_BATCH_STARTED", "GET_BATCH_COMPLETED", "ITERATION_STARTED", "ITERATION_COMPLETED"})
+_AGAIN = _OF_ITERATIONS - {"ITERATION_COMPLETED"} | {"STARTED", "EPOCH_STARTED", "DATALOADER_STOP_ITERATION"}
+"""Events that come again, at the step that was completed, where a run goes on."""
 _ENDS = Events.TERMINATE | Events.INTERRUPT | Events.COMPLETED | Events.CANCELLED | Events.EXCEPTION_RAISED
 
 
@@ -54,8 +61,8 @@ class Tracker:
 
     def __init__(
         self,
-        engine: AnyEngine,
         sink: Sink | Write,
+        event: AnyEvent,
         values: Callable[[AnyEngine], Mapping[str, Any]],
         step: Callable[[AnyEngine], int] | None,
         spool: int,
@@ -63,10 +70,11 @@ class Tracker:
         *,
         must_raise: bool,
     ) -> None:
-        self._writer = RecordWriter(sink, spool, linger, must_raise=must_raise)
+        self._selectors = selectors(event)
+        standing = partial(_standing, step, frozenset(one.name for one in self._selectors))
+        self._writer = RecordWriter(sink, spool, linger, standing, must_raise=must_raise)
         self.name = self._writer.sink.name
         self._sink = sink
-        self._engine = engine
         self._values = values
         self._step = step
 
@@ -78,14 +86,12 @@ class Tracker:
                 self.name, buffer.taken, buffer.written, buffer.dropped, buffer.waiting, sink.failures, sink.busy
             )
 
-    def attach(self, event: AnyEvent) -> None:
-        """Listen to the engine, for `track`."""
-        engine = self._engine
-        engine.on(event)  # raises for what is no event of this engine, before anything is added
+    def attach(self, engine: AnyEngine) -> None:
+        """Listen to an engine, for `track`. It is not kept: that would be a cycle, and the engine be freed later."""
         # Observers: they run after all other inline handlers, so the records have what those have made.
         takes = [
             (FilteredEvent(one.name, one.filter), self._observer(partial(self._take, one.name), one.filter))
-            for one in selectors(event)
+            for one in self._selectors
         ]
         for one, take in takes:
             if engine.has_event_handler(take, one):
@@ -144,6 +150,11 @@ def track(
             seconds, with the first record that comes then, next after twice as long, up to a minute, and logs when it
             works again; "raise" fails the run, and closes the sink.
 
+    Two engines of one name that are alive and write to one sink are warned of.
+
+    When a run goes on from a checkpoint, the sink is notified up to where its records stand, if it is `Rewindable`, as
+    `JSONLines` is: so none is there twice.
+
     Raises:
         TypeError, ValueError: an argument is wrong.
         RuntimeError: the sink gets the same values of the same engine at one of these events already.
@@ -155,9 +166,50 @@ def track(
     check_seconds(linger, "linger=", 5.0)
     check_whole(spool, "spool=", minimum=1, of="records that may wait")
     check_choice(on_error, "on_error=", ("warn", "raise"))
-    tracker = Tracker(engine, sink, values, step, spool, linger, must_raise=on_error == "raise")
-    tracker.attach(event)
+    engine.on(event)  # raises for what is no event of this engine
+    tracker = Tracker(sink, event, values, step, spool, linger, must_raise=on_error == "raise")
+    tracker.attach(engine)
+    _warn_of_same_name(engine, sink)
     return tracker
+
+
+def _standing(
+    step: Callable[[AnyEngine], int] | None, events: frozenset[str], engine: AnyEngine
+) -> dict[str, int] | None:
+    """Return up to which step no records of these events come again, where a run goes on from a `state_dict`."""
+    progress = session_of(engine).went_back_to
+    if progress is None:
+        return None
+    at = progress.iteration if step is None else step(engine)
+    again = _AGAIN if progress.epoch_is_complete else _AGAIN | {"EPOCH_COMPLETED"}
+    return {event: at - (event in again) for event in events}
+
+
+_sinks: "weakref.WeakKeyDictionary[AnyEngine, list[Any]]" = weakref.WeakKeyDictionary()
+"""The sinks of each engine that is alive. A sink is the user's, and may be a function: in no other place can be seen
+that two engines share it."""
+_sinks_lock = Lock()
+
+
+def _warn_of_same_name(engine: AnyEngine, sink: Any) -> None:
+    with _sinks_lock:
+        namesakes = [
+            other
+            for other, sinks in list(_sinks.items())
+            if other is not engine and other.name == engine.name and any(_is_same(one, sink) for one in sinks)
+        ]
+        _sinks.setdefault(engine, []).append(sink)
+    if namesakes:
+        warnings.warn(
+            f"two engines of the name {engine.name!r} write to one sink, {name_of_sink(sink)}, where nothing tells"
+            ' their records apart: give each a name, as by  create_supervised_evaluator(..., name="validation")  or'
+            "  Engine(step, name=...)",
+            stacklevel=3,
+        )
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    return one is other or (isinstance(one, MethodType) and bool(one == other))  # a bound method is made anew each time
 
 
 def _check_sink(sink: Any) -> None:

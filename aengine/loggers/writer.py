@@ -2,10 +2,11 @@
 
 import logging
 import math
+from collections.abc import Callable, Mapping
 from enum import Enum
 from threading import RLock
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeAlias
 
 import anyio
 
@@ -13,9 +14,12 @@ from aengine.drivers.services import Service
 from aengine.events import date_of
 from aengine.loggers.buffer import RecordBuffer
 from aengine.loggers.retry import RetryingSink
-from aengine.loggers.sink import Record, Sink, Witness, Write
+from aengine.loggers.sink import Record, Rewindable, Sink, Witness, Write
 from aengine.state import StopReason
 from aengine.threads.event_loop import EventLoopHandle, ThreadSafeEvent
+
+Standing: TypeAlias = Callable[[Any], Mapping[str, int] | None]
+"""Of an engine whose run begins, returns what `Rewindable` is called with; None if it does not go back."""
 
 _logger = logging.getLogger("aengine.loggers")
 
@@ -50,12 +54,15 @@ class RecordWriter(Service):
     in a thread that holds it.
     """
 
-    def __init__(self, sink: Sink | Write, size: int, linger: float, *, must_raise: bool) -> None:
+    def __init__(self, sink: Sink | Write, size: int, linger: float, standing: Standing, *, must_raise: bool) -> None:
         anything: Any = sink
         self.sink = RetryingSink(sink, linger, must_raise=must_raise)
         self.buffer: RecordBuffer[Record] = RecordBuffer(size)
+        self._linger = linger
+        self._standing = standing
         self.lock = RLock()
         self._enough = min(_BATCH, size // 2)  # records for which the sink is called at once
+        self._rewindable = anything if isinstance(anything, Rewindable) else None
         self._listener = anything if isinstance(anything, Witness) else None
         self._engine_name = ""
         self._is_begin_reported = False  # to the sink; an interrupted run stays begun until it has gone on and ended
@@ -126,6 +133,8 @@ class RecordWriter(Service):
         self._loop_handle = EventLoopHandle()
         self._engine_name, self._ended_at = engine.name, None
         self.sink.begin()
+        if self._rewindable is not None and (standing := self._standing(engine)) is not None:
+            self._rewindable.run_went_back(engine.name, standing)
         with self.lock:
             self._phase = _Phase.RUNNING
         self._report_begin()
@@ -159,6 +168,18 @@ class RecordWriter(Service):
             end_of_round = self._round
             self._wake()
             await end_of_round.wait()
+
+    async def before_commit(self) -> None:
+        """Have what was taken so far written, and safe on the disk, in the time that a sink has at the end of a run."""
+        with anyio.move_on_after(self._linger) as scope:
+            await self.flush()
+            await self.sink.sync_to_disk()
+        if scope.cancelled_caught:
+            _logger.warning(
+                "a checkpoint is committed before all records of its steps are written: %s has taken longer than the"
+                " %s seconds of linger= for them",
+                self.sink.name, self._linger,
+            )  # fmt: skip
 
     async def run_ended(self, engine: Any, reason: StopReason, error: BaseException | None) -> None:  # noqa: ARG002 -- as Service has it
         """Write what still waits, report the end to the sink, and close it: in `linger` seconds, and one for closing.

@@ -12,7 +12,7 @@ class Effect(Enum):
     """What the loop asks its driver for, besides awaiting something."""
 
     YIELD = auto()  # the time budget is spent: let other tasks have a turn
-    RAISE_FAILURE = auto()  # as requested: throw what failed beside the loop into it
+    RAISE_FAILURE = auto()  # as requested: throw what failed beside the loop into it, or the cancellation of the run
     PAUSE = auto()  # resume the loop when the pause is over
     SUSPEND = auto()  # interrupted: keep this generator for the next run
     FLUSH = auto()  # wait for the subscribers; throw what fails there

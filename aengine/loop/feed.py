@@ -7,7 +7,7 @@ from aengine.data.rewind import END
 from aengine.data.source import PENDING, Source
 from aengine.errors import DataExhausted
 from aengine.loop.effects import Effect, LoopGenerator, NextBatch
-from aengine.state import State
+from aengine.state import State, set_dataloader
 
 
 class Exhausted(Exception):
@@ -40,31 +40,33 @@ class Feed:
         """Return the next batch, END at the end of the data. The hot path does the same, in line."""
         try:
             batch = self.source.take()
-            if batch is PENDING:
+            while batch is PENDING:
                 self.is_awaited = True
                 batch = yield NextBatch(self.source.arrival())
+                self.is_awaited = False
+                if batch is PENDING:
+                    batch = self.source.take()
         except (StopIteration, StopAsyncIteration):
             return END
         finally:
             self.is_awaited = False
         return batch
 
-    def look_ahead(self, completed: int) -> LoopGenerator:
+    def look_ahead(self, completed: int) -> Generator[Awaitable[Any] | Effect, Any, bool]:
         """Before an epoch begins: fetch a batch of data that cannot be restarted, for no epoch is to be empty.
 
-        Raises:
-            Exhausted: there is none.
+        Returns whether there is one.
         """
         source = self.source
-        if completed == self._first:  # empty data is an error, which is raised by the epoch
-            return
+        if not source.is_one_shot or completed == self._first:  # empty data is an error, which is raised by the epoch
+            return True
         if not source.has_ended:
             batch = yield from self.fetch()
             if batch is not END:
                 source.unread_batch(batch)
-                return
+                return True
             source.end(completed)
-        raise Exhausted
+        return False
 
     def look_for_end(self, completed: int) -> LoopGenerator:
         """Before an epoch begins: fetch on to where the pass of the epoch before should end.
@@ -85,7 +87,6 @@ class Feed:
 
         Raises:
             DataExhausted: it gave nothing at all.
-            Exhausted: it cannot be restarted.
         """
         state, source = self._state, self.source
         self.is_awaited = False
@@ -96,8 +97,6 @@ class Feed:
         if state.epoch_length is None and completed > state.epoch_start:
             state.epoch_length = completed - state.epoch_start
             return True
-        if source.is_one_shot:
-            raise Exhausted
         return False
 
     def restart(self, completed: int) -> LoopGenerator:
@@ -121,13 +120,12 @@ class Feed:
         new.follows = old.follows
         old.attach(None)
         new.restart(completed)
-        self._state.dataloader = new.data
+        set_dataloader(self._state, new.data)
         self.source = new
 
     def suspend(self, completed: int) -> LoopGenerator:
         """Leave the data where it stands, for the next run to go on with."""
-        if self.source.must_be_awaited:
-            yield self.source.suspend(completed + (self.in_hand is not END))
+        yield from self.source.suspend(completed + (self.in_hand is not END))
 
     def unread_batch(self) -> None:
         """Have the batch in hand, which is not stepped on, be the next one."""
@@ -135,23 +133,23 @@ class Feed:
         if batch is not END:
             self.source.unread_batch(batch)
 
-    def close(self, *, gently: bool) -> LoopGenerator:
-        """Close the data at the end of a run. A second time does nothing: then closing it is what failed."""
+    def close(self, *, gently: bool, exits: bool) -> LoopGenerator:
+        """Close the data at the end of a run. A second time does nothing: then closing it is what failed.
+
+        Without `exits`, an async context manager is left to the driver to be exited, when nothing needs it any more.
+        """
         if self._is_closed:
             return
         self._is_closed = True
         self.unread_batch()
         if self.source.must_be_awaited:
             yield Effect.SHIELD
-        yield from self._close(gently=gently, is_last=True)
+        yield from self._close(gently=gently, is_last=exits)
 
     def _close(self, *, gently: bool = False, is_last: bool = False) -> LoopGenerator:
-        if self.source.must_be_awaited:
-            yield self.source.aclose(gently=gently)
-            if is_last:
-                yield self.source.exit()
-        else:
-            self.source.close()
+        yield from self.source.close_pass(gently=gently)
+        if is_last and self.source.must_be_awaited:
+            yield self.source.exit()
 
     def position(self, completed: int) -> dict[str, Any]:
         """Return where the data stands, with what is compared when it is put back there."""

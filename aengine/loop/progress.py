@@ -36,6 +36,12 @@ class Progress:
     position: Mapping[str, Any] | None = None
     is_loaded: bool = False
 
+    def show_in(self, state: State) -> None:
+        """Set the counters of a state."""
+        state.iteration = state.iterations_completed = self.iteration
+        state.epoch, state.epoch_start = self.epoch, self.epoch_start
+        state.epochs_completed = self.epoch - (not self.epoch_is_complete)
+
     def reaches(self, max_epochs: int | None, max_iters: int | None, epoch_length: int | None) -> bool:
         """Say whether a run with these limits is done. This is the only place that decides it."""
         if max_iters is not None:
@@ -91,7 +97,7 @@ def begin(
         )
     state.max_epochs, state.max_iters = limits
     state.epoch_length = length
-    state.iteration, state.epoch, state.epoch_start = progress.iteration, progress.epoch, progress.epoch_start
+    progress.show_in(state)
     state.last_progress = None
     is_of_passes = progress.is_of_passes and epoch_length is None and data.data is not None
     return progress if progress.is_of_passes == is_of_passes else replace(progress, is_of_passes=is_of_passes)

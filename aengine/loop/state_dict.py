@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from aengine.arguments import check_whole
 from aengine.data.position import plain_position
 from aengine.loop.progress import Progress
 from aengine.state import State
@@ -37,8 +38,12 @@ def from_state_dict(saved: Mapping[str, Any], state: State, user_keys: Sequence[
     """Set the state's limits and counters from a `state_dict`, ours or pytorch-ignite's. Returns the progress.
 
     Raises:
-        ValueError: a key is missing, or two contradict each other. Nothing has been changed then.
+        TypeError: this is no state_dict.
+        ValueError: a key is missing, a value is none of its kind, or two contradict each other. Nothing has been
+            changed then.
     """
+    if not isinstance(saved, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"load_state_dict() takes what an engine's state_dict() returned, a dictionary; got {saved!r}")
     limits = [name for name in ("max_epochs", "max_iters") if name in saved]
     counters = [name for name in ("iteration", "epoch") if name in saved]
     if "epoch_length" not in saved or len(limits) != 1 or len(counters) != 1:
@@ -49,17 +54,31 @@ def from_state_dict(saved: Mapping[str, Any], state: State, user_keys: Sequence[
     absent = [key for key in user_keys if key not in saved]
     if absent:
         raise ValueError(f"state_dict_user_keys names {absent}, which the state_dict has not: it has {sorted(saved)}")
+    for key in ("epoch_length", *limits, *counters):
+        if saved[key] is not None or key in counters:
+            check_whole(saved[key], f'"{key}" in the state_dict', minimum=0)
     if "progress" in saved:
         progress = Progress(iteration=saved["iteration"], position=saved["data"], is_loaded=True, **saved["progress"])
     else:
         progress = _progress_of_ignite(saved)
+    _refuse_past_its_end(progress, saved)
     state.epoch_length = saved["epoch_length"]
     state.max_epochs, state.max_iters = saved.get("max_epochs"), saved.get("max_iters")
-    state.iteration, state.epoch, state.epoch_start = progress.iteration, progress.epoch, progress.epoch_start
+    progress.show_in(state)
     for key in user_keys:
         setattr(state, key, saved[key])
     state.last_progress = progress
     return progress
+
+
+def _refuse_past_its_end(progress: Progress, saved: Mapping[str, Any]) -> None:
+    for limit, done in (("max_epochs", progress.epoch), ("max_iters", progress.iteration)):
+        if saved.get(limit) is not None and done > saved[limit]:
+            counted = "epochs" if limit == "max_epochs" else "iterations"
+            raise ValueError(
+                f"the state_dict lies past its own end: {done} {counted}, and {limit} is {saved[limit]}. Set"
+                f' state_dict["{limit}"] to where the run is to end'
+            )
 
 
 def _progress_of_ignite(saved: Mapping[str, Any]) -> Progress:

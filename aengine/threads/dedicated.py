@@ -1,15 +1,17 @@
 """DedicatedThread: a thread of one's own for plain calls that may block for long, or never return."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextvars import Context
 from functools import partial
 from queue import SimpleQueue
 from typing import Any, TypeAlias, TypeVar
 
 from aengine.threads.event_loop import EventLoopHandle, ThreadSafeEvent
-from aengine.threads.thread_state import ThreadState, context_for_thread
+from aengine.threads.from_thread import WayBack, way_back
+from aengine.threads.thread_state import context_for_thread
 
 T = TypeVar("T")
 
@@ -32,12 +34,18 @@ class DedicatedThread:
         thread.stop()
     """
 
-    __slots__ = ("_calls", "_ident", "_name", "_settings", "_thread")
+    __slots__ = ("_calls", "_context", "_entering", "_ident", "_name", "_thread")
 
-    def __init__(self, name: str, settings: ThreadState | None = None) -> None:
-        """Give the thread a name, and the torch settings that it is to have."""
+    def __init__(
+        self, name: str, *entering: Callable[[], AbstractContextManager[None]], context: Context | None = None
+    ) -> None:
+        """Give the thread a name, what it is to enter as it begins, in this order, and a context for what is submitted.
+
+        Without one, each call that is submitted has a copy of its caller's.
+        """
         self._name = name
-        self._settings = settings
+        self._entering = entering
+        self._context = context
         self._calls: _Calls | None = None
         self._thread: threading.Thread | None = None
         self._ident: int | None = None
@@ -59,9 +67,13 @@ class DedicatedThread:
             del future  # holds the error, whose traceback holds this frame
 
     def submit(self, function: Callable[..., T], *arguments: Any) -> "Future[T]":
-        """Have this called on the thread after the calls before it, in the caller's context. Does not wait."""
+        """Have this called on the thread after the calls before it, in the caller's context. Does not wait.
+
+        In it, `anyio.from_thread` leads to the event loop of the caller.
+        """
         future: Future[T] = Future()
-        self.post(partial(_run, future, partial(context_for_thread().run, function, *arguments)))
+        context = context_for_thread() if self._context is None else self._context
+        self.post(partial(_run, future, partial(context.run, function, *arguments), way_back()))
         return future
 
     def post(self, call: Callable[[], object]) -> None:
@@ -72,7 +84,7 @@ class DedicatedThread:
         calls = self._calls
         if calls is None:
             calls = self._calls = SimpleQueue()
-            self._thread = threading.Thread(target=_work, args=(calls, self._settings), name=self._name, daemon=True)
+            self._thread = threading.Thread(target=_work, args=(calls, self._entering), name=self._name, daemon=True)
             self._thread.start()
             self._ident = self._thread.ident  # before the first call is put, which may ask for `is_here`
         calls.put(call)
@@ -103,16 +115,19 @@ async def wait_until_done(future: "Future[Any]") -> None:
     await wakeup.wait()
 
 
-def _work(calls: _Calls, settings: ThreadState | None) -> None:
-    with nullcontext() if settings is None else settings.entered():
+def _work(calls: _Calls, entering: Iterable[Callable[[], AbstractContextManager[None]]]) -> None:
+    with ExitStack() as entered:
+        for enter in entering:
+            entered.enter_context(enter())
         while (call := calls.get()) is not None:
             call()
             del call  # while waiting for the next, keep no reference to a batch, an output or what else it holds
 
 
-def _run(future: "Future[T]", call: Callable[[], T]) -> None:
+def _run(future: "Future[T]", call: Callable[[], T], back: WayBack | None) -> None:
     try:
-        result = call()
+        with nullcontext() if back is None else back.entered():
+            result = call()
     except BaseException as error:  # noqa: BLE001 -- every outcome is handed over, none is swallowed
         future.set_exception(error)
         del future  # the error's traceback holds this frame

@@ -4,8 +4,9 @@
     attach_average(trainer, average, model)
     attach_average(trainer, AveragedModel(model), model, Events.EPOCH_COMPLETED(after=75))  # SWA
 
-Evaluate `average` like any model. Its batch normalisation has the statistics that `model` had when the average was
-made, unless `use_buffers=True`; `torch.optim.swa_utils.update_bn` computes new ones.
+Evaluate `average` like any model. Its buffers, such as the statistics of batch normalisation, are those that `model`
+had at the last update; with `use_buffers=True` they are averages, as the weights. `torch.optim.swa_utils.update_bn`
+computes the statistics of the averaged weights.
 """
 
 from typing import Any

@@ -2,7 +2,7 @@
 
     gradients = GradientStatistics(model, optimizer, every=100)
     gradients.attach(trainer)
-    track(trainer, JSONLines("gradients.jsonl"), GradientEvents.MEASURED, values=gradients.values)
+    track(trainer, JSONLines("gradients.jsonl"), GradientEvents.GRADIENTS_MEASURED, values=gradients.values)
 
 Nothing is read from a device here: the results stay there, as tensors of one number, until they are used.
 """
@@ -17,6 +17,7 @@ from aengine.bus.emitter import RemovableEventHandle
 from aengine.callables import name_of
 from aengine.engine import Engine
 from aengine.events import EventEnum, Events
+from aengine.handlers.attachment import Attachment
 
 _foreach_norm: Any = torch._foreach_norm  # noqa: SLF001  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
 """Computes the norms of several tensors at once, as torch.nn.utils does; public only in newer versions of torch."""
@@ -28,11 +29,12 @@ class GradientEvents(EventEnum):
     """What an engine with GradientStatistics fires.
 
     Attributes:
-        MEASURED: in the iteration just completed a step of the optimizer was measured. Its handlers run before those of
-            ITERATION_COMPLETED that were added after the statistics were attached.
+        GRADIENTS_MEASURED: in the iteration just completed a step of the optimizer was measured. Its handlers run
+            before those of ITERATION_COMPLETED that were added after the statistics were attached. The payload is what
+            was measured, by name, as `GradientStatistics.values` returns it.
     """
 
-    MEASURED = "gradients_measured"
+    GRADIENTS_MEASURED = "gradients_measured"
 
 
 class GradientStatistics:
@@ -57,6 +59,8 @@ class GradientStatistics:
     - `update/norm`, of the difference that the step makes, and `update/ratio`, to the norm of the weights.
 
     Parameters without a gradient are left out of the gradients. Norms are Euclidean, deviations those of a population.
+    DTensors, as of `fully_shard`, are measured as a whole: they are gathered one by one, so attach these statistics in
+    all processes. Plain tensors are measured as they are in this process.
 
     Args:
         parameters: a model, as one group; or groups of parameters by name, with which the names of its values begin:
@@ -81,34 +85,30 @@ class GradientStatistics:
         self._optimizer = optimizer
         self._every = check_whole(every, "every=", minimum=1, of="steps of the optimizer")
         self._updates = updates
-        self._is_attached = False
+        self._attachment = Attachment()
         self._steps = 0
         self._values: dict[str, torch.Tensor] = {}
         self._before: list[torch.Tensor] | None = None  # the parameters before the step, during a measured one
         self._is_measured = False  # the current step
-        self._is_new = False  # the last measurement: MEASURED was not fired for it yet
+        self._is_new = False  # the last measurement: GRADIENTS_MEASURED was not fired for it yet
 
     def attach(self, engine: Engine[Any, Any]) -> RemovableEventHandle:
-        """Measure from now on, and fire MEASURED on this engine. Returns a handle that ends it.
+        """Measure from now on, and fire GRADIENTS_MEASURED on this engine. Returns a handle that ends it.
 
         Raises:
             RuntimeError: this is attached already.
         """
-        if self._is_attached:  # also if to another engine: each step of the optimizer would be counted twice
-            raise RuntimeError(
-                "these GradientStatistics are attached already: remove() what attach() returned, or make others for"
-                " another engine"
-            )
+        # Also if to another engine: each step of the optimizer would be counted twice.
+        self._attachment.begin(self, engine, ", or remove() first what attach() returned")
         engine.register_events(*GradientEvents)
         handles: list[Any] = [
             self._optimizer.register_step_pre_hook(self._measure_before),
             self._optimizer.register_step_post_hook(self._measure_after),
             engine.add_event_handler(Events.ITERATION_COMPLETED, self._report),
         ]
-        self._is_attached = True
 
         def remove() -> None:
-            self._is_attached = False
+            self._attachment.end()
             for handle in handles:
                 handle.remove()
 
@@ -179,7 +179,7 @@ class GradientStatistics:
     def _report(self, engine: Engine[Any, Any]) -> None:
         if self._is_new:
             self._is_new = False
-            engine.fire_event(GradientEvents.MEASURED)
+            engine.fire_event(GradientEvents.GRADIENTS_MEASURED, self.values())
 
 
 class _Measures(NamedTuple):
@@ -198,9 +198,10 @@ def _measure(tensors: Mapping[torch.nn.Parameter, torch.Tensor]) -> dict[torch.n
     measured: dict[torch.nn.Parameter, _Measures] = {}
     filled = {one: tensor for one, tensor in tensors.items() if tensor.numel()}
     for (parameter, tensor), norm in zip(filled.items(), _norms(filled.values()), strict=True):
-        least, most = tensor.aminmax()
-        total, finite = tensor.sum(dtype=_wide(tensor.dtype)), tensor.isfinite().sum()
-        measured[parameter] = _Measures(tensor.numel(), norm, total, least, most, tensor.count_nonzero(), finite)
+        whole = _whole(tensor)
+        least, most = whole.aminmax()
+        total, finite = whole.sum(dtype=_wide(whole.dtype)), whole.isfinite().sum()
+        measured[parameter] = _Measures(whole.numel(), norm, total, least, most, whole.count_nonzero(), finite)
     return measured
 
 
@@ -208,9 +209,12 @@ def _norms(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
     """Return the norm of each tensor, computed at once for those of one device and dtype."""
     several = list(tensors)
     kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    for index, tensor in enumerate(several):
-        kinds.setdefault((tensor.device, tensor.dtype), []).append(index)
     norms: dict[int, torch.Tensor] = {}
+    for index, tensor in enumerate(several):
+        if hasattr(tensor, "full_tensor"):  # gathered one by one, not to have all of them in memory
+            norms[index] = torch.linalg.vector_norm(_whole(tensor), dtype=_wide(tensor.dtype))
+        else:
+            kinds.setdefault((tensor.device, tensor.dtype), []).append(index)
     for (_, dtype), indices in kinds.items():
         # In half precision a norm would be right to two or three digits only.
         computed = _foreach_norm([several[index] for index in indices], 2, dtype=_wide(dtype))
@@ -253,6 +257,12 @@ def _stacked(numbers: list[torch.Tensor]) -> torch.Tensor:
     device = numbers[0].device
     dtype = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no double precision
     return torch.stack([one.to(device, dtype, non_blocking=True) for one in numbers])
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a DTensor, of which each process has a part, as a plain tensor: all processes must do it."""
+    gather: Callable[[], torch.Tensor] | None = getattr(tensor, "full_tensor", None)
+    return tensor if gather is None else gather()
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

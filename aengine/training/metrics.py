@@ -9,6 +9,7 @@ for the GPU: `nan_strategy="disable"` and `validate_args=False` are faster.
 """
 
 import logging
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias, cast
 
@@ -19,6 +20,7 @@ from aengine.checkpoint.capture.metrics import MetricStates
 from aengine.engine import Engine
 from aengine.events import AnyEvent, Events
 from aengine.extras import missing_package
+from aengine.handlers.attachment import Attachment
 
 try:
     from torchmetrics import Metric, MetricCollection
@@ -29,6 +31,10 @@ except ImportError as error:
 AnyMetric: TypeAlias = Metric | MetricCollection | MetricTracker
 
 _logger = logging.getLogger("aengine.training")
+
+_in_use: "weakref.WeakValueDictionary[int, AttachedMetric]" = weakref.WeakValueDictionary()
+"""On which engine a metric was last reset, by the id of the metric, which its user keeps alive. It shows that two
+engines have one metric, which is fine while they run one after the other, and would mix their outputs otherwise."""
 
 
 def attach_metric(
@@ -46,6 +52,9 @@ def attach_metric(
     when the epoch is completed. A result of one number becomes a plain number, `engine.state.metrics[name]`; results by
     name, as of collections, become `engine.state.metrics["name/key"]` each. A `Checkpoint` of the engine saves the
     metric without being asked: a run that is resumed within an epoch computes what it would have computed.
+
+    Two engines may have one metric as long as one does not begin in the middle of an epoch of the other, as an
+    evaluator that a handler of the trainer runs may do: the next update of the first is a RuntimeError then.
 
     Args:
         engine: the engine whose outputs are measured.
@@ -77,6 +86,7 @@ class AttachedMetric:
         metric: the metric.
         name: the name of its result.
         iterations: the number of outputs since it was last reset.
+        engine_name: the name of the engine that it is attached to.
     """
 
     def __init__(
@@ -86,6 +96,8 @@ class AttachedMetric:
         self.metric = metric
         self.name = name
         self.iterations = 0
+        self._attachment = Attachment()
+        self.engine_name = ""
         self._transform = output_transform
         self._is_epoch_bound = epoch_bound
         self._states = MetricStates(metric, name)
@@ -104,6 +116,9 @@ class AttachedMetric:
         computed_at: AnyEvent = Events.EPOCH_COMPLETED
         if every is not None:
             computed_at = Events.ITERATION_COMPLETED(every=every) | computed_at
+        self._attachment.begin(self, engine)
+        self.engine_name = engine.name
+        _in_use.setdefault(id(self.metric), self)
         engine.add_event_handler(Events.EPOCH_STARTED, self._begin)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._update)
         engine.add_event_handler(computed_at, self._compute)
@@ -119,12 +134,14 @@ class AttachedMetric:
             ValueError: it is of a metric that consists of other metrics.
         """
         self._states.load_state_dict(state_dict["metrics"])
+        _in_use[id(self.metric)] = self
         self.iterations = state_dict["iterations"]
 
     def _begin(self, engine: Engine[Any, Any]) -> None:
         state = engine.state
         seen = state.iteration - (state.epoch_start if self._is_epoch_bound else 0)
         if seen == 0:
+            _in_use[id(self.metric)] = self
             self.iterations = 0
             if isinstance(self.metric, MetricTracker):
                 self.metric.increment()
@@ -140,6 +157,13 @@ class AttachedMetric:
             )
 
     def _update(self, engine: Engine[Any, Any]) -> None:
+        other = _in_use.get(id(self.metric))
+        if other is not self:
+            name = "another engine" if other is None else f"engine {other.engine_name!r}"
+            raise RuntimeError(
+                f"{name} has begun an epoch with the metric of {self.name!r} in the middle of one of engine"
+                f" {engine.name!r}, and has reset it: make another {name_of(self.metric)} for it"
+            )
         given = self._transform(engine.state.output)
         if isinstance(given, tuple):
             self.metric.update(*given)
@@ -173,6 +197,11 @@ def _plain(result: Any) -> Any:
 
 
 def _check(metric: Any, name: Any) -> None:
+    if any(kind.__module__.partition(".")[0] == "ignite" for kind in type(metric).__mro__):
+        raise TypeError(
+            f"{type(metric).__name__} is a metric of pytorch-ignite's, which attaches itself: write"
+            f" metric.attach(engine, {name!r})"
+        )
     if not isinstance(metric, Metric | MetricCollection | MetricTracker):
         raise TypeError(
             f"attach_metric(engine, metric, name) takes a metric of torchmetrics, got {metric!r}: several go into a"

@@ -26,7 +26,7 @@ import anyio.to_thread
 import torch
 
 from aengine.callables import name_of
-from aengine.data.adapt import adapt, has, is_factory, is_one_shot
+from aengine.data.adapt import adapt, is_async_iterable, is_factory, is_one_shot
 from aengine.engine import Engine
 from aengine.events import Events
 from aengine.state import Stateful
@@ -53,11 +53,11 @@ def move_ahead(engine: Engine[Any, Any], data: Any, device: Device) -> Any:
     """
     if data is None:
         raise TypeError("move_ahead() takes the data that run() would be given, and a run without data has no batches")
-    adapt(data)
+    adapted = adapt(data)
     if not engine.has_event_handler(_hand_over, Events.GET_BATCH_COMPLETED):
         engine.add_event_handler(Events.GET_BATCH_COMPLETED, _hand_over)
     mover = _Mover(device)
-    return _Context(data, mover) if has(data, "__aenter__") else _opened(data, mover)
+    return _Context(data, mover) if adapted.is_manager else _opened(data, mover)
 
 
 class Moved:
@@ -162,11 +162,11 @@ def _opened(data: Any, mover: _Mover) -> Any:
     if not is_one_shot(data):
         return _iterable(data, mover)
     # A generator and a map object, for the engine to see that this is a one-shot iterator, too.
-    return _one_shot(data, mover) if has(data, "__aiter__") else map(mover, data)
+    return _one_shot(data, mover) if is_async_iterable(data) else map(mover, data)
 
 
 def _iterable(data: Any, mover: _Mover) -> Any:
-    return _AsyncIterable(data, mover) if has(data, "__aiter__") else _PlainIterable(data, mover)
+    return _AsyncIterable(data, mover) if is_async_iterable(data) else _PlainIterable(data, mover)
 
 
 async def _one_shot(data: Any, mover: _Mover) -> AsyncIterator[Moved]:

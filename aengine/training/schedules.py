@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from aengine.callables import name_of
 from aengine.engine import Engine
 from aengine.events import AnyEvent
+from aengine.handlers.attachment import Attachment
 from aengine.handlers.scores import Score, score_reader
 
 
@@ -56,6 +57,7 @@ class Schedule:
     def __init__(self, scheduler: LRScheduler, *, metric: Score | None = None) -> None:
         _check(scheduler, metric)
         self.scheduler = scheduler
+        self._attachment = Attachment()
         self._metric = None if metric is None else score_reader(metric, "metric")
 
     def attach(self, engine: Engine[Any, Any], event: AnyEvent) -> None:
@@ -64,8 +66,10 @@ class Schedule:
         if any(one.scheduler is self.scheduler for one in others):
             raise RuntimeError(
                 f"this {name_of(self.scheduler)} is attached to engine {engine.name!r} already, and would step twice:"
-                " its event may be several, joined by |"
+                " make another one; or its event may be several, joined by |"
             )
+        engine.on(event)  # raises for what is no event of this engine
+        self._attachment.begin(self, engine)
         engine.add_event_handler(event, self._step)
 
     def state_dict(self) -> dict[str, Any]:

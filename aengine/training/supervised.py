@@ -4,9 +4,17 @@
     evaluator = create_supervised_evaluator(model, {"accuracy": accuracy}, device="cuda")
 
 The names and their order are those of pytorch-ignite. What differs: `amp_mode` is the type to compute in; a trainer's
-output is by default a detached tensor, so that no step waits for the device; an evaluator leaves the model in its mode.
+output is by default a detached tensor, so that no step waits for the device; modules that are in evaluation mode when
+the rest of the model is trained stay so; an evaluator leaves the model in its mode.
+
+A model of Hugging Face's is trained as it is, on batches that are mappings, by the loss that it returns:
+
+    trainer = create_supervised_trainer(model, optimizer)
+    evaluator = create_supervised_evaluator(model, {"accuracy": accuracy})  # of output.logits and batch["labels"]
 """
 
+import inspect
+import logging
 from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
@@ -17,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
 import torch
 
 from aengine.callables import check_callable, name_of
+from aengine.checkpoint.capture.modules import unwrap
 from aengine.engine import Engine
 from aengine.training.update import Clip, Update
 
@@ -26,6 +35,8 @@ if TYPE_CHECKING:
 Device: TypeAlias = str | torch.device | None
 AnyEngine: TypeAlias = Engine[Any, Any]
 Step: TypeAlias = Callable[[AnyEngine, Any], Any]
+
+_logger = logging.getLogger("aengine.training")
 
 
 class PrepareBatch(Protocol):
@@ -37,16 +48,24 @@ class PrepareBatch(Protocol):
 
 
 def prepare_batch(batch: Any, device: Device = None, *, non_blocking: bool = False) -> tuple[Any, Any]:
-    """Return the inputs and the targets of a batch that has these two, moved to a device if one is given.
+    """Return the inputs and the targets of a batch, moved to a device if one is given.
+
+    A batch is a pair of these two; or a mapping, as Hugging Face's: all of it is the model's inputs, by keyword, and
+    its "labels", if it has them, are the targets.
 
     Raises:
-        ValueError: the batch is no pair.
+        ValueError: the batch is neither.
     """
+    if isinstance(batch, Mapping):
+        named = Keywords(cast(Mapping[str, Any], batch))
+        if device is not None:
+            named = Keywords(move(dict(named), device, non_blocking=non_blocking))
+        return named, named.get("labels")
     if not isinstance(batch, tuple | list) or len(cast(list[Any], batch)) != 2:  # noqa: PLR2004 -- a pair
         came = f"{name_of(batch)} of {len(cast(Any, batch))}" if hasattr(batch, "__len__") else name_of(batch)
         raise ValueError(
-            f"a batch is a pair of inputs and targets, got a {came}: have"
-            " prepare_batch=f(batch, device=..., non_blocking=...) return the two"
+            f"a batch is a pair of inputs and targets, or a mapping of the model's inputs by keyword, got a {came}:"
+            " have prepare_batch=f(batch, device=..., non_blocking=...) return the two"
         )
     inputs, targets = cast(list[Any], batch)
     if device is not None:
@@ -78,9 +97,31 @@ def move(value: Any, device: Device, *, non_blocking: bool = False) -> Any:
     return value
 
 
+class Keywords(dict[str, Any]):
+    """The inputs of a model by keyword; any other mapping is its one argument."""
+
+
 def apply_model(model: torch.nn.Module, x: Any) -> Any:
-    """Return `model(x)`."""
-    return model(x)
+    """Return `model(x)`; of a batch that is a mapping, `model(**x)`."""
+    if not isinstance(x, Keywords):
+        return model(x)
+    try:
+        return model(**x)
+    except TypeError as error:
+        if not _takes(unwrap(model), x):
+            error.add_note(
+                f"a batch that is a mapping has the model's inputs by keyword, here {', '.join(map(str, x))}: have"
+                " prepare_batch=f(batch, device=..., non_blocking=...) return inputs and targets in another way"
+            )
+        raise
+
+
+def _takes(model: Any, x: Keywords) -> bool:
+    try:
+        inspect.signature(model.forward).bind(**x)
+    except (TypeError, ValueError):  # the latter where there is no signature
+        return False
+    return True
 
 
 def unchanged(output: Any) -> Any:
@@ -93,15 +134,64 @@ def detached_loss(_x: Any, _y: Any, _y_pred: Any, loss: torch.Tensor) -> torch.T
     return loss.detach()
 
 
-def predictions_and_targets(_x: Any, y: Any, y_pred: Any) -> tuple[Any, Any]:
-    """Return predictions and targets, in the order in which metrics take them."""
+def predictions_and_targets(x: Any, y: Any, y_pred: Any) -> tuple[Any, Any]:
+    """Return predictions and targets, in the order in which metrics take them; of Hugging Face's outputs the logits."""
+    if hasattr(y_pred, "loss") and hasattr(y_pred, "logits"):
+        return y_pred.logits, y
+    if isinstance(x, Keywords) and isinstance(y_pred, Mapping):
+        named: Mapping[str, Any] = y_pred
+        return named.get("logits", named), y
     return y_pred, y
+
+
+def own_loss(output: Any) -> torch.Tensor:
+    """Return the loss that a model has computed itself, as Hugging Face's do from a batch with "labels".
+
+    Raises:
+        TypeError: there is none in its output.
+    """
+    loss: Any = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if loss is None:
+        raise TypeError(
+            "without loss_fn= the loss is the model's own, output.loss, and there is none in its output, a"
+            f' {name_of(output)}: Hugging Face\'s models compute one where the batch has "labels"; for others pass'
+            " loss_fn=f(y_pred, y)"
+        )
+    return cast(torch.Tensor, loss)
+
+
+class TrainingModes:
+    """The modes in which the modules of a model are trained: those that its user has given them.
+
+    A model that is in evaluation mode as a whole, as one that was loaded or evaluated is left, is put into training
+    mode; but for those modules that were in evaluation mode when it was trained last, as frozen ones are.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._model = model
+        self._frozen: list[torch.nn.Module] = []
+
+    def ensure(self) -> None:
+        """Put the model into these modes: before each step."""
+        modules = list(unwrap(self._model).modules())  # a wrapper may be in training mode while nothing in it is
+        frozen = [module for module in modules if not module.training]
+        if len(frozen) < len(modules):
+            self._frozen = frozen
+            return
+        _logger.info(
+            "the model is in evaluation mode as a whole, and is put into training mode, but for %d modules that were in"
+            " evaluation mode when it was trained before",
+            len(self._frozen),
+        )
+        self._model.train()
+        for module in self._frozen:
+            module.training = False
 
 
 def supervised_training_step(  # noqa: PLR0913 -- pytorch-ignite's arguments
     model: torch.nn.Module,
     update: Update,
-    loss_fn: Callable[[Any, Any], torch.Tensor],
+    loss_fn: Callable[[Any, Any], torch.Tensor] | None = None,
     device: Device = None,
     non_blocking: bool = False,  # noqa: FBT001, FBT002 -- pytorch-ignite's order
     prepare_batch: PrepareBatch = prepare_batch,
@@ -116,15 +206,18 @@ def supervised_training_step(  # noqa: PLR0913 -- pytorch-ignite's arguments
     if isinstance(loss_fn, type):
         name = name_of(loss_fn)
         raise TypeError(f"loss_fn= is called as loss_fn(y_pred, y), and {name} is a class: loss_fn={name}()")
-    check_callable(loss_fn, "loss_fn=", "loss_fn", "y_pred", "y")
+    if loss_fn is not None:
+        check_callable(loss_fn, "loss_fn=", "loss_fn", "y_pred", "y")
+    modes = TrainingModes(model)
 
     def train_step(engine: AnyEngine, batch: Any) -> Any:
-        model.train()
+        modes.ensure()
         x, y = prepare_batch(batch, device=device, non_blocking=non_blocking)
         update.zero_grad()
         with autocast():
-            y_pred = model_transform(model_fn(model, x))
-            loss = loss_fn(y_pred, y)
+            output = model_fn(model, x)
+            y_pred = model_transform(output)
+            loss = own_loss(output) if loss_fn is None else loss_fn(y_pred, y)
         update(engine, loss)
         return output_transform(x, y, y_pred, loss)
 
@@ -158,7 +251,7 @@ def supervised_evaluation_step(
 def create_supervised_trainer(  # noqa: PLR0913 -- pytorch-ignite's arguments
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
-    loss_fn: Callable[[Any, Any], torch.Tensor],
+    loss_fn: Callable[[Any, Any], torch.Tensor] | None = None,
     device: Device = None,
     non_blocking: bool = False,  # noqa: FBT001, FBT002 -- pytorch-ignite's order
     prepare_batch: PrepareBatch = prepare_batch,
@@ -173,16 +266,21 @@ def create_supervised_trainer(  # noqa: PLR0913 -- pytorch-ignite's arguments
     name: str = "trainer",
     thread: bool | None = None,
 ) -> AnyEngine:
-    """Return an engine that trains a model on batches of inputs and targets.
+    """Return an engine that trains a model on batches of inputs and targets, or on mappings, as Hugging Face's.
 
-    The model is in training mode in each step. It is not moved: move it before the optimizer is made. A `Checkpoint` of
-    this engine also saves the scaler, and the gradients of a group of batches that is not complete. The engine fires
-    `UpdateEvents.OPTIMIZER_STEPPED`, for schedules and averages: see `Update`.
+    Modules that are in evaluation mode while others are in training mode stay so: frozen batch normalisation keeps its
+    statistics. A model that is in evaluation mode as a whole is put into training mode, with the modules in evaluation
+    mode that were so when it was trained before.
+
+    The model is not moved: move it before the optimizer is made. A `Checkpoint` of this engine also saves the scaler,
+    and the gradients of a group of batches that is not complete. The engine fires `UpdateEvents.OPTIMIZER_STEPPED`, for
+    schedules and averages: see `Update`.
 
     Args:
         model: the model, also compiled or distributed.
         optimizer: of its parameters.
-        loss_fn: `loss_fn(y_pred, y)` returns a tensor of one number.
+        loss_fn: `loss_fn(y_pred, y)` returns a tensor of one number; None for the one that the model returns, as
+            `output.loss`.
         device: where batches are moved to; by default they stay where they are.
         non_blocking: do not wait for batches in pinned memory to have been copied.
         prepare_batch: makes inputs and targets of a batch.
@@ -192,7 +290,8 @@ def create_supervised_trainer(  # noqa: PLR0913 -- pytorch-ignite's arguments
         amp_mode: what autocast computes in: torch.bfloat16, or torch.float16 with a scaler; None for no autocast but
             the caller's.
         scaler: True, or a GradScaler, for gradients of float16.
-        gradient_accumulation_steps: batches for each step of the optimizer; the last group of an epoch may have fewer.
+        gradient_accumulation_steps: batches for each step of the optimizer, of the mean of their gradients; the last
+            group of an epoch may have fewer. For batches that count differently, see `weight=` of an `Update`.
         clip_gradients: the greatest norm of the gradients, or a function that clips them: see `Update`.
         model_fn: calls the model: `model_fn(model, x)`.
         name: the name of the engine.
@@ -242,7 +341,7 @@ def create_supervised_evaluator(  # noqa: PLR0913 -- pytorch-ignite's arguments
     name: str = "evaluator",
     thread: bool | None = None,
 ) -> AnyEngine:
-    """Return an engine that computes metrics of a model on batches of inputs and targets.
+    """Return an engine that computes metrics of a model on batches of inputs and targets, or on mappings.
 
     In each step the model is in evaluation mode and gradients are off; between two steps each of its modules is in the
     mode it was in before. A model of very many modules is quicker if it is in evaluation mode from the beginning. For
@@ -255,7 +354,8 @@ def create_supervised_evaluator(  # noqa: PLR0913 -- pytorch-ignite's arguments
         non_blocking: do not wait for batches in pinned memory to have been copied.
         prepare_batch: makes inputs and targets of a batch.
         model_transform: makes predictions of what the model returns.
-        output_transform: `f(x, y, y_pred)` returns the output; by default `(y_pred, y)`, as metrics take them.
+        output_transform: `f(x, y, y_pred)` returns the output; by default `(y_pred, y)`, as metrics take them, or
+            `(y_pred.logits, y)` of Hugging Face's outputs.
         amp_mode: what autocast computes in; None for no autocast but the caller's.
         model_fn: calls the model: `model_fn(model, x)`.
         name: the name of the engine.

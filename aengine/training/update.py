@@ -10,12 +10,17 @@ def train_step(engine, batch):
 
 trainer = Engine(train_step)
 update.attach(trainer)
+
+Where the loss of a batch is a mean over a count that differs from batch to batch, as of the tokens that are not
+padding, the mean of such means is not the mean of the group. With the count, it is:  update(engine, loss, weight=count)
 """
 
 import logging
+import math
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from numbers import Real
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -24,6 +29,7 @@ from torch.nn.utils import clip_grad_norm_
 from aengine.arguments import check_whole
 from aengine.engine import Engine
 from aengine.events import EventEnum, Events
+from aengine.handlers.attachment import Attachment
 
 Clip: TypeAlias = Callable[[Iterable[torch.nn.Parameter]], object]
 
@@ -37,7 +43,8 @@ class UpdateEvents(EventEnum):
         OPTIMIZER_STEPPED: the optimizer was stepped, after a complete group of batches, or after the last group of an
             epoch, which may be incomplete. Its handlers run before those of ITERATION_COMPLETED. It counts its own
             firings, for filters. It is fired also where a GradScaler skipped the step because gradients were infinite:
-            finding that out would mean waiting for the device. At this event nothing can be saved.
+            finding that out would mean waiting for the device. At this event nothing can be saved. The payload is the
+            optimizer: an engine may have several.
     """
 
     OPTIMIZER_STEPPED = "optimizer_stepped"
@@ -46,11 +53,14 @@ class UpdateEvents(EventEnum):
 class Update:
     """Turns the losses of a group of batches into a step of the optimizer.
 
-    The loss of each batch is divided by `accumulate`, whether its group is completed or not. The last group of an
-    epoch, or of a run that ends by `max_iters`, may be incomplete; the optimizer is stepped all the same: in the step
-    of its last batch if the length of the epoch is known, else before the other handlers of EPOCH_COMPLETED. A group
-    that `terminate()`, an interruption or an error leaves incomplete continues when the run continues; one of an epoch
-    that is terminated without EPOCH_COMPLETED, in the next epoch.
+    The optimizer gets the mean of the gradients of a group, weighted if its batches have weights. The last group of an
+    epoch, or of a run that ends by `max_iters`, may be incomplete; the optimizer is stepped all the same, with the mean
+    over the batches that there are: in the step of the last of them if the length of the epoch is known, else before
+    the other handlers of EPOCH_COMPLETED. A group that `terminate()`, an interruption or an error leaves incomplete
+    continues when the run continues; one of an epoch that is terminated without EPOCH_COMPLETED, in the next epoch.
+
+    Losses are divided by the size of the group before their gradients are computed, and not afterwards, as far as the
+    size is known when the group begins: a group without weights then has the very gradients of the plain loop.
 
     For several optimizers, as of a GAN, make an Update for each, with the model that it trains.
 
@@ -91,20 +101,22 @@ class Update:
             accumulate, "accumulate= (gradient_accumulation_steps= of a trainer)", minimum=1, of="batches"
         )
         self._clip = _clip(clip_gradients)
+        self._size = self._accumulate  # of the current group, as far as it was known at its beginning
+        self._weight: float | torch.Tensor = 0.0  # of its batches so far
         self._has_stepped = False  # in the current iteration
         self._is_firing = False  # OPTIMIZER_STEPPED
         self._is_adding = False  # gradients: from backward() to ITERATION_COMPLETED; longer, if the step has failed
         # Weak, for the engine refers to this through its handlers: a cycle would keep the engine after its last use.
+        self._attachment = Attachment()
         self._engine: weakref.ref[Engine[Any, Any]] | None = None
 
     def attach(self, engine: Engine[Any, Any]) -> None:
         """Fire the event on an engine, complete its epochs, be saved with it. Call it before other handlers are added.
 
         Raises:
-            ValueError: this is attached already.
+            RuntimeError: this is attached already.
         """
-        if self._engine is not None:
-            raise ValueError("this Update is attached already: make another one, with an optimizer of its own")
+        self._attachment.begin(self, engine, ", with an optimizer of its own")
         self._engine = weakref.ref(engine)
         engine.register_events(*UpdateEvents)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._report)
@@ -127,11 +139,18 @@ class Update:
         if not self.pending:
             self._optimizer.zero_grad()
 
-    def __call__(self, engine: Engine[Any, Any], loss: torch.Tensor) -> None:
+    def __call__(self, engine: Engine[Any, Any], loss: torch.Tensor, *, weight: float | torch.Tensor = 1.0) -> None:
         """Add the gradients of a loss to those of its group; step the optimizer if this is the last batch of the group.
 
+        Args:
+            engine: the engine whose step this is.
+            loss: of the batch: a mean over something.
+            weight: over how many, in relation to the other batches of the group: a number, or a tensor of one, which is
+                not read, so that no step waits for its device. Without effect where there is one batch in the group.
+
         Raises:
-            TypeError: the loss is no tensor of a single number.
+            TypeError: the loss is no tensor of a single number, or the weight is no number.
+            ValueError: the weight is negative, or not finite.
             RuntimeError: this is not attached to the engine, so that the last group could be lost.
         """
         _check_loss(loss)
@@ -139,11 +158,21 @@ class Update:
             raise RuntimeError(
                 f"this Update is not attached to engine {engine.name!r}: call  update.attach(engine)  first"
             )
+        weight = _checked_weight(weight)
+        remaining = _remaining(engine)
         self._is_adding = True
-        share = loss / self._accumulate if self._accumulate > 1 else loss
+        if not self.pending:
+            self._size, self._weight = max(1, int(min(self._accumulate, remaining))), 0.0
+        if self._size == 1:  # whatever the weight of the only one is
+            share, weight = loss, 1.0
+        elif isinstance(weight, float) and weight == 1.0:
+            share = loss / self._size
+        else:
+            share = loss * (weight / self._size)
         (share if self._scaler is None else self._scaler.scale(share)).backward()
         self.pending += 1
-        if self.pending == self._accumulate or _is_last(engine):
+        self._weight = self._weight + weight
+        if self.pending == self._accumulate or remaining == 1:
             self._step()
 
     def state_dict(self) -> dict[str, Any]:
@@ -161,6 +190,8 @@ class Update:
         return {
             "pending": self.pending,
             "accumulate": self._accumulate,
+            "size": self._size,
+            "weight": self._weight,
             "gradients": gradients,
             "scaler": None if self._scaler is None else self._scaler.state_dict(),
         }
@@ -191,10 +222,11 @@ class Update:
             self._scaler.load_state_dict(state_dict["scaler"])
             if pending:  # has it create its scale, which it does as it scales: the next step may unscale before that
                 self._scaler.scale(torch.zeros((), device=parameters[0].device))
-        self.pending = pending
+        self.pending, self._size, self._weight = pending, state_dict["size"], state_dict["weight"]
         self._has_stepped = self._is_adding = False
 
     def _step(self) -> None:
+        self._correct_size()
         scaler = self._scaler
         if self._clip is not None:
             if scaler is not None:
@@ -208,6 +240,22 @@ class Update:
         self.pending = 0
         self._has_stepped = True
 
+    def _correct_size(self) -> None:
+        """Have the gradients be those of a mean over what the group has: it is another size than was expected of it."""
+        weight = self._weight
+        if isinstance(weight, torch.Tensor):
+            factor: float | torch.Tensor = torch.where(weight == 0, torch.ones_like(weight), self._size / weight)
+        elif weight in (0, self._size):  # of the weight 0 are gradients of 0, which no factor changes
+            return
+        else:
+            factor = self._size / weight
+        groups: list[dict[str, Any]] = getattr(self._optimizer, "param_groups", [])
+        optimized: list[torch.nn.Parameter] = [one for group in groups for one in group["params"]]
+        with torch.no_grad():
+            for parameter in dict.fromkeys([*self._model.parameters(), *optimized]):
+                if parameter.grad is not None:
+                    parameter.grad.mul_(factor)
+
     def _report(self, engine: Engine[Any, Any]) -> None:
         # At ITERATION_COMPLETED, not within the step: there schedules and averages would change in a state that is not
         # one to save.
@@ -215,7 +263,7 @@ class Update:
         if self._has_stepped:
             self._has_stepped, self._is_firing = False, True
             try:
-                engine.fire_event(UpdateEvents.OPTIMIZER_STEPPED)
+                engine.fire_event(UpdateEvents.OPTIMIZER_STEPPED, self._optimizer)
             finally:
                 self._is_firing = False
 
@@ -235,12 +283,27 @@ class Update:
             )
 
 
-def _is_last(engine: Engine[Any, Any]) -> bool:
-    """Say whether the iteration is known to be the last of its epoch, or of the run."""
+def _remaining(engine: Engine[Any, Any]) -> float:
+    """Return how many iterations the epoch, or the run, still has, this one included; infinite if that is unknown."""
     state = engine.state
-    if state.iteration == state.max_iters:
-        return True
-    return state.epoch_length is not None and state.iteration == state.epoch_start + state.epoch_length
+    ends = [] if state.max_iters is None else [state.max_iters]
+    if state.epoch_length is not None:
+        ends.append(state.epoch_start + state.epoch_length)
+    return min(ends, default=math.inf) - state.iteration + 1
+
+
+def _checked_weight(weight: Any) -> float | torch.Tensor:
+    if isinstance(weight, torch.Tensor) and weight.numel() == 1 and not weight.is_complex():
+        return weight.detach().reshape(()).to(weight.dtype if weight.is_floating_point() else torch.float32)
+    if not isinstance(weight, Real):  # numpy's numbers are
+        raise TypeError(
+            "weight= is the count over which the loss of the batch is a mean, a number or a tensor of one, such as"
+            f" mask.sum(); got {weight!r}"
+        )
+    number = float(weight)
+    if not 0 <= number < math.inf:
+        raise ValueError(f"weight= is 0 or more, and finite; got {weight!r}")
+    return number
 
 
 def _check_loss(loss: Any) -> None:

@@ -607,3 +607,38 @@ def test_register_events_takes_names_and_enums() -> None:
     assert not engine.has_registered_events("OTHER")
     with pytest.raises(TypeError, match="takes names and members"):
         engine.register_events(3)  # type: ignore[arg-type]  # that it raises is the point
+
+
+class News(EventEnum):
+    SAMPLED = "news"
+
+
+class Sensor(EventEnum):
+    SAMPLED = "a value of a sensor"
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [(News.SAMPLED, Sensor.SAMPLED), (News.SAMPLED, "SAMPLED"), ("SAMPLED", News.SAMPLED), (Events.STARTED, "STARTED")],
+)
+def test_second_event_of_a_name_is_refused_and_nothing_is_registered(first: Any, second: Any) -> None:
+    engine = Engine(step)
+    engine.register_events(first)
+    with pytest.raises(ValueError, match=r"Give .* another name"):
+        engine.register_events("NEWS", second)
+    assert not engine.has_registered_events("NEWS")
+    with pytest.raises(ValueError, match="events are equal by name"):
+        Engine(step).register_events(first, second)
+
+
+def test_same_event_may_be_registered_again() -> None:
+    def define() -> type[EventEnum]:  # as a cell of a notebook does, each time that it is executed
+        class Rollouts(EventEnum):
+            PUBLISHED = "published"
+
+        return Rollouts
+
+    engine = Engine(step)
+    for _ in range(2):
+        engine.register_events("NEWS", *News, *Events, *define())
+    assert engine.has_registered_events("PUBLISHED")

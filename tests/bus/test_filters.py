@@ -10,7 +10,7 @@ from aengine import Engine, EventEnum, Events
 
 
 class Backward(EventEnum):
-    STARTED = "backward_started"
+    BACKWARD_STARTED = "backward_started"
     DONE = "backward_done"
 
 

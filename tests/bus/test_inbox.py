@@ -41,9 +41,11 @@ def event(sequence: int, name: str = "ITERATION_COMPLETED") -> Event:
         epoch=1,
         epoch_length=None,
         max_epochs=1,
+        max_iters=None,
         output=None,
         metrics={},
         monotonic=0.0,
+        payload=None,
         snapshot=None,
     )
 
@@ -308,7 +310,7 @@ async def test_the_last_event_is_taken_while_what_waits_is_looked_at() -> None:
 
 
 async def test_an_inbox_is_closed_while_another_thread_wakes_emitters() -> None:
-    class Taken(list[ThreadSafeEvent]):
+    class Taken(list[tuple[int, ThreadSafeEvent]]):
         def __len__(self) -> int:
             return 1
 

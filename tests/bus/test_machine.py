@@ -62,9 +62,9 @@ class Consumer:
         if self.in_hand is None and self.waiting:
             self.in_hand = self.waiting.popleft()
 
-    @property
-    def has_room(self) -> bool:
-        return self.is_closed or len(self.waiting) <= self.capacity
+    def has_room(self, number: int) -> bool:
+        """Whether this event is within the bound. What came after it does not prolong its emitter's wait."""
+        return self.is_closed or sum(1 for one in self.waiting if one <= number) <= self.capacity
 
     def has(self, numbers: set[int]) -> bool:
         return bool(numbers & {*self.waiting, self.in_hand})
@@ -79,7 +79,7 @@ class BusMachine(RuleBasedStateMachine):
         super().__init__()
         self.number = 0
         self.consumers: list[Consumer] = []
-        self.emitters: list[tuple[Future[Any], list[Consumer]]] = []
+        self.emitters: list[tuple[Future[Any], int, list[Consumer]]] = []
         self.flushes: list[tuple[Future[Any], set[int]]] = []
         self.exits = ExitStack()
         name, options = self.backend
@@ -100,8 +100,8 @@ class BusMachine(RuleBasedStateMachine):
         self.portal.call(anyio.wait_all_tasks_blocked)
         for consumer in self.consumers:
             consumer.take()
-        for _, full in self.emitters:
-            while full and full[0].has_room:
+        for _, number, full in self.emitters:
+            while full and full[0].has_room(number):
                 full.pop(0)
 
     @property
@@ -134,7 +134,7 @@ class BusMachine(RuleBasedStateMachine):
                 assert emitting.exception(timeout=60) is None
             else:
                 full = [one for outcome, one in outcomes if outcome == "wait"]
-                self.emitters.append((emitting, full))
+                self.emitters.append((emitting, self.number, full))
             self.settle()
 
     async def fire_here(self) -> None:
@@ -177,7 +177,7 @@ class BusMachine(RuleBasedStateMachine):
 
     @invariant()
     def emitters_wait_for_room_and_no_longer(self) -> None:
-        for emitting, full in self.emitters:
+        for emitting, _, full in self.emitters:
             assert emitting.done() is not bool(full)
         self.emitters = [entry for entry in self.emitters if not entry[0].done()]
 
@@ -208,7 +208,7 @@ class BusMachine(RuleBasedStateMachine):
                     self.let_handle(consumer)
             self.run.result(timeout=60)
             self.handled_in_order()
-            for waiting, _ in [*self.emitters, *self.flushes]:
+            for waiting in [*(entry[0] for entry in self.emitters), *(entry[0] for entry in self.flushes)]:
                 waiting.result(timeout=60)
 
 

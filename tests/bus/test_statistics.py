@@ -3,6 +3,7 @@
 import dataclasses
 import threading
 from functools import partial
+from itertools import count
 from time import perf_counter
 from typing import Any, TypeAlias
 
@@ -14,6 +15,7 @@ from anyio.lowlevel import checkpoint
 from aengine import Engine, EngineStatistics, Event, Events
 from aengine.loop.effects import BUDGET
 from aengine.statistics import Stopwatch
+from aengine.threads.lag import LagTimer
 
 Thread: TypeAlias = bool | None
 
@@ -132,7 +134,7 @@ async def test_handlers_of_fired_events_are_not_counted_twice(thread: Thread) ->
 
     @engine.on(Events.ITERATION_COMPLETED(once=1))
     def ask(engine: Engine[int, None]) -> None:
-        engine.fire_between_steps("ASKED")
+        engine.fire_event_soon("ASKED")
 
     @engine.on(Events.COMPLETED)
     def look(engine: Engine[int, None]) -> None: ...
@@ -433,3 +435,39 @@ async def test_the_account_adds_up_at_any_time_from_any_thread(thread: Thread) -
     assert looked
     for one in engine.statistics().listeners:
         assert one.accepted == one.handled + one.dropped == 3000
+
+
+# The lag of the event loop
+
+
+@pytest.mark.every_event_loop
+async def test_lag_of_the_event_loop_is_seen_from_another_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step runs on the worker, so that nothing else says that the event loop is blocked."""
+    monkeypatch.setattr(LagTimer, "PERIOD", 0.01)
+    seen: list[float] = []
+    has_looked = threading.Event()
+
+    def look(engine: Engine[int, None], batch: int) -> None:
+        """Iterate until the event loop is late, and then until it has been free again."""
+        seen.append(engine.statistics().event_loop_lag)
+        if seen[-1] > 0.05:
+            has_looked.set()
+        if has_looked.is_set() and seen[-1] < 0.05:
+            engine.terminate()
+
+    engine: Engine[int, None] = Engine(look)
+
+    @engine.subscribe(Events.STARTED)
+    async def block(_: Event) -> None:
+        assert has_looked.wait(60)  # on the event loop's thread
+
+    assert engine.statistics().event_loop_lag == 0
+    await engine.run(count())
+    assert max(seen) > 0.05
+    assert 0 <= engine.statistics().event_loop_lag < 60
+
+
+def test_without_an_event_loop_there_is_no_lag() -> None:
+    engine = Engine(step)
+    engine.run_sync([1, 2])
+    assert engine.statistics().event_loop_lag == 0

@@ -53,7 +53,7 @@ async def test_a_request_to_a_run_that_dies_before_its_first_event_is_refused(
         tasks_of_the_run()[0].cancel()
         with pytest.raises(StrayCancellation):
             await running
-        assert not run.engine.fire_between_steps(CheckpointEvents.CHECKPOINT_REQUESTED)
+        assert not run.engine.fire_event_soon(CheckpointEvents.CHECKPOINT_REQUESTED)
         with anyio.fail_after(60):
             await asking
 

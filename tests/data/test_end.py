@@ -207,6 +207,72 @@ def test_exhausted_iterator_that_is_asked_for_more_says_what_to_pass() -> None:
     assert "function" in str(raised.value)
 
 
+# Other data at its end
+
+
+@pytest.mark.parametrize("epoch_length", [None, 2, 3, 5])
+@pytest.mark.parametrize("make", [numbers, lambda count: [*range(1, count + 1)]], ids=["one-shot", "list"])
+def test_handler_of_the_end_of_one_shot_data_may_set_other_data(
+    make: Callable[[int], Any], epoch_length: int | None
+) -> None:
+    engine = Engine(double)
+    engine.add_event_handler(Events.DATALOADER_STOP_ITERATION, lambda: engine.set_data(make(3)))
+    steps = record_steps(engine)
+    state = engine.run_sync(numbers(3), max_epochs=4, epoch_length=epoch_length)
+    iterations = 4 * (epoch_length or 3)
+    assert [batch for *_, batch in steps] == [n % 3 + 1 for n in range(iterations)]
+    assert [epoch for epoch, *_ in steps] == [n // (epoch_length or 3) + 1 for n in range(iterations)]
+    assert (state.epoch, state.iteration, state.stop_reason) == (4, iterations, StopReason.COMPLETED)
+
+
+def test_end_of_one_shot_data_is_fired_once_for_each_time_and_before_the_epoch_that_needs_more() -> None:
+    engine = Engine(double)
+    once = [numbers(2)]
+    engine.add_event_handler(Events.DATALOADER_STOP_ITERATION, lambda: once and engine.set_data(once.pop()))
+    seen = record(engine, "ES DSI EC C")
+    with pytest.warns(DataExhaustedWarning, match="4 of 6"):
+        state = engine.run_sync(numbers(2), max_epochs=3)
+    assert seen == ["ES@1/0", "EC@1/2", "DSI@1/2", "ES@2/2", "EC@2/4", "DSI@2/4", "C@2/4"]
+    assert state.stop_reason is StopReason.DATA_EXHAUSTED
+
+
+@pytest.mark.parametrize("epoch_length", [2, 3])
+@pytest.mark.parametrize("empty", [lambda: numbers(0), lambda: iter(()), list], ids=["generator", "iterator", "list"])
+def test_empty_data_that_is_set_at_the_end_of_one_shot_data_ends_the_run(
+    empty: Callable[[], Any], epoch_length: int
+) -> None:
+    engine = Engine(double)
+    engine.add_event_handler(Events.DATALOADER_STOP_ITERATION, lambda: engine.set_data(empty()))
+    with pytest.warns(DataExhaustedWarning, match="2 of"):
+        state = engine.run_sync(numbers(2), max_epochs=2, epoch_length=epoch_length)
+    assert (state.epoch, state.iteration, state.stop_reason) == (1, 2, StopReason.DATA_EXHAUSTED)
+
+
+@pytest.mark.parametrize("epoch_length", [2, 3])
+@pytest.mark.parametrize("call", [Engine.terminate, Engine.interrupt])
+def test_run_may_be_ended_at_the_end_of_one_shot_data(call: Callable[[AnyEngine], bool], epoch_length: int) -> None:
+    engine = Engine(double)
+    end = engine.add_event_handler(Events.DATALOADER_STOP_ITERATION, lambda: call(engine))
+    state = engine.run_sync(numbers(2), max_epochs=2, epoch_length=epoch_length)
+    assert state.iteration == 2
+    assert state.stop_reason is (StopReason.TERMINATED if call is Engine.terminate else StopReason.INTERRUPTED)
+    end.remove()
+    if call is Engine.interrupt:
+        with pytest.warns(DataExhaustedWarning):
+            assert engine.run_sync().stop_reason is StopReason.DATA_EXHAUSTED
+
+
+def test_assigning_the_data_of_the_state_says_what_to_call() -> None:
+    engine = Engine(double)
+    engine.add_event_handler(
+        Events.DATALOADER_STOP_ITERATION,
+        lambda: setattr(engine.state, "dataloader", numbers(2)),
+    )
+    with pytest.raises(AttributeError, match=r"engine\.set_data\(data\)"):
+        engine.run_sync(numbers(2), max_epochs=2)
+    assert engine.state.iteration == 2
+
+
 # Restarted
 
 

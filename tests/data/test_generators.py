@@ -89,19 +89,19 @@ PLACES: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("kind", GENERATORS)
-def test_a_generator_of_any_kind_is_found_anywhere_and_put_back(kind: str, place: str) -> None:
+def test_a_generator_of_any_kind_is_found_anywhere_and_put_back(kind: str) -> None:
     """As plain values, and in data that was built anew, as another process does it."""
-    generator, again = GENERATORS[kind](), GENERATORS[kind]()
-    draw(generator)
-    opening = capture(PLACES[place](generator))
-    assert opening is not None
-    expected = [draw(generator) for _ in range(3)]
-    saved = Opening.from_plain(json.loads(json.dumps(opening.plain())))
-    assert saved is not None
-    restore(saved, PLACES[place](again))
-    assert [draw(again) for _ in range(3)] == expected
+    for place in PLACES.values():
+        generator, again = GENERATORS[kind](), GENERATORS[kind]()
+        draw(generator)
+        opening = capture(place(generator))
+        assert opening is not None
+        expected = [draw(generator) for _ in range(3)]
+        saved = Opening.from_plain(json.loads(json.dumps(opening.plain())))
+        assert saved is not None
+        restore(saved, place(again))
+        assert [draw(again) for _ in range(3)] == expected
 
 
 def test_those_of_the_process_are_put_back_as_plain_values_too() -> None:
@@ -181,8 +181,8 @@ def test_models_and_engines_are_left_alone() -> None:
 
 
 def test_large_data_is_looked_at_only_in_part() -> None:
-    many = SimpleNamespace(items=[SimpleNamespace(items=list(map(str, range(100)))) for _ in range(20_000)])
-    assert len(list(walk(many))) < 5_000
+    many = SimpleNamespace(items=[SimpleNamespace(items=list(map(str, range(5)))) for _ in range(2_000)])
+    assert len(list(walk(many))) < 2_500
 
 
 def test_data_that_lacks_a_generator_is_refused_by_its_place() -> None:

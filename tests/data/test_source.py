@@ -2,6 +2,9 @@
 
 import gc
 import multiprocessing
+import os
+import signal
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from typing import Any, TypeAlias
@@ -10,9 +13,10 @@ import anyio
 import pytest
 import torch
 from anyio.lowlevel import checkpoint
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from aengine import DataExhausted, DataExhaustedWarning, Engine, Events, StopReason
+from aengine.drivers.sync import runs_in_event_loop
 
 LENGTH = 5
 
@@ -133,6 +137,65 @@ async def manages_factory() -> AsyncIterator[Callable[[], AsyncIterator[int]]]:
     yield async_generator
 
 
+class BothWays:
+    """A length, and so what lies ready: iterated the plain way."""
+
+    def __len__(self) -> int:
+        return LENGTH
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(LENGTH))
+
+    def __aiter__(self) -> AsyncIterator[int]:
+        raise AssertionError("what lies ready is not awaited")
+
+
+def made_by_a_callable() -> Callable[[], Any]:
+    return BothWays
+
+
+class OwnIteratorBothWays(OwnIterator):
+    def __len__(self) -> int:
+        return LENGTH
+
+    def __aiter__(self) -> "OwnIteratorBothWays":
+        return self
+
+    async def __anext__(self) -> int:
+        raise AssertionError("what lies ready is not awaited")
+
+
+class UsedBothWays(BothWays):
+    """As what serves plain and async code alike often is. Plain, it is entered by its user."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+    async def __aenter__(self) -> None:
+        raise AssertionError("what lies ready is not awaited")
+
+    async def __aexit__(self, *_: object) -> None: ...
+
+
+class EnteredAndIteratedBothWays(BothWays):
+    async def __aenter__(self) -> None: ...
+
+    async def __aexit__(self, *_: object) -> None: ...
+
+
+class Stream(AsyncIterable):
+    """Without a length it may be a connection: the plain way would block the event loop."""
+
+    def __iter__(self) -> Iterator[int]:
+        raise AssertionError("what may have to be waited for is awaited")
+
+
+class StreamWithoutLength(Stream):
+    def __len__(self) -> int:
+        raise TypeError("nobody knows")
+
+
 RESTARTABLE: dict[str, Callable[[], Any]] = {
     "list": lambda: list(range(LENGTH)),
     "range": lambda: range(LENGTH),
@@ -151,7 +214,14 @@ RESTARTABLE: dict[str, Callable[[], Any]] = {
     "__anext__": OwnAsyncIterator,
     "DataLoader": lambda: DataLoader(range(LENGTH), batch_size=None),  # type: ignore[arg-type]  # a range has all it takes
     "DataLoader without a length": lambda: DataLoader(Numbers(), batch_size=None),
+    "both ways": BothWays,
+    "both ways, its own iterator": OwnIteratorBothWays,
+    "both ways, also a context manager": UsedBothWays,
+    "both ways, made by a callable": made_by_a_callable,
+    "both ways without a length": Stream,
+    "both ways with a length that raises": StreamWithoutLength,
     "__aenter__": Managed,
+    "__aenter__, both ways": EnteredAndIteratedBothWays,
     "__aenter__ giving a list": manages_list,
     "__aenter__ giving a callable": manages_factory,
 }
@@ -296,6 +366,30 @@ async def test_empty_data_is_refused(empty: Any) -> None:
         assert engine.state.iteration == 0
 
 
+@pytest.mark.parametrize("kind", [BothWays, OwnIteratorBothWays, UsedBothWays, made_by_a_callable])
+def test_what_can_be_iterated_both_ways_and_has_a_length_needs_no_event_loop(kind: Callable[[], Any]) -> None:
+    seen: list[Any] = []
+    engine = plain_on_loop(seen)
+    engine.add_event_handler(Events.STARTED, lambda: seen.append(runs_in_event_loop()))
+    engine.run_sync(kind())
+    assert seen == [False, *range(LENGTH)]
+
+
+@pytest.mark.parametrize("kind", ONE_SHOT)
+@pytest.mark.parametrize("epoch_length", [None, 3])
+async def test_other_data_may_be_set_at_the_end_of_a_one_shot_iterator(kind: str, epoch_length: int | None) -> None:
+    for make, prefetch in ALL:
+        seen: list[Any] = []
+        engine = make(seen)
+        event = Events.DATALOADER_STOP_ITERATION
+        engine.add_event_handler(event, lambda engine: engine.set_data(ONE_SHOT[kind]()))
+        data = ONE_SHOT[kind]()
+        state = await engine.run(data, max_epochs=3, epoch_length=epoch_length, prefetch=prefetch)
+        assert seen == [n % LENGTH for n in range(3 * (epoch_length or LENGTH))], (make, prefetch)
+        assert why(engine) is StopReason.COMPLETED
+        await close(state.dataloader)
+
+
 # No data
 
 
@@ -345,6 +439,26 @@ async def test_a_loader_whose_run_is_cancelled_ends_its_workers() -> None:
     del engine
     gc.collect()
     assert not [child for child in multiprocessing.active_children() if child.is_alive()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_a_loader_whose_worker_is_killed_fails_the_run_within_seconds(prefetch: int) -> None:
+    loader = DataLoader(KilledInWorker(), batch_size=4, num_workers=2, multiprocessing_context=forkserver())
+    began = time.monotonic()
+    with pytest.raises((RuntimeError, OSError)):  # of the loader, or of a connection to the worker
+        anyio.run(lambda: plain_on_worker([]).run(loader, prefetch=prefetch))
+    assert time.monotonic() - began < 4.5  # torch itself, off the main thread: more than five
+
+
+class KilledInWorker(Dataset[int]):
+    def __len__(self) -> int:
+        return 400
+
+    def __getitem__(self, index: int) -> int:
+        if index == 100:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return index
 
 
 def forkserver() -> Any:

@@ -519,9 +519,13 @@ async def test_a_hung_subscriber_is_named_when_the_grace_is_over(step: str, over
     try:
         with anyio.fail_after(30), pytest.raises(HandlerTimeout) as caught:
             await rig.engine.run(DATA)
+        took = perf_counter() - completed[0]
     finally:
         release.set()
-    assert 0.19 <= perf_counter() - completed[0] < 20
+        for thread in threading.enumerate():  # that of the call which was left behind
+            if thread.name == "aengine hung":
+                thread.join(20)
+    assert 0.19 <= took < 20
     assert rig.stepped == seen == DATA
     assert "hung" in str(caught.value)
     assert "ITERATION_COMPLETED" in str(caught.value)
@@ -529,6 +533,9 @@ async def test_a_hung_subscriber_is_named_when_the_grace_is_over(step: str, over
     assert "see" not in str(caught.value).split("busy:")[1]
     hung = rig.engine.statistics().listeners[1]
     assert hung.discarded + hung.dropped == hung.accepted == len(DATA)
+    for thread in threading.enumerate():
+        if thread.name == "aengine hung":
+            thread.join(30)  # what hangs is abandoned: its thread ends by itself
     rig.check_nothing_is_left()
 
 
@@ -1345,12 +1352,12 @@ async def test_running_the_same_engine_in_its_step_is_refused(step: str) -> None
 
     @rig.engine.on(Events.ITERATION_STARTED(once=2))
     def again(engine: Engine[Any, Any]) -> None:
-        with pytest.raises(RuntimeError) as caught:  # an EngineBusy, or, off the worker: an event loop runs here
+        with pytest.raises(EngineBusy) as caught:  # also off the worker, where an event loop runs
             engine.run_sync(DATA)
-        refused.append(isinstance(caught.value, EngineBusy))
+        refused.append(caught.value)
 
     await rig.goes_on(DATA)
-    assert refused == [step == "worker"]
+    assert len(refused) == 1
 
 
 @each_step

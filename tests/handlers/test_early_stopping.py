@@ -162,19 +162,15 @@ def test_wrong_argument_is_refused(options: dict[str, Any], kind: type[Exception
         EarlyStopping(**arguments)
 
 
-def test_second_attachment_to_an_engine_is_refused_and_one_to_the_next_is_not() -> None:
+def test_second_attachment_is_refused_also_with_an_evaluator_and_to_the_next_engine() -> None:
     trainer, stopping = scoring([1, 2])
-    with pytest.raises(RuntimeError, match="is attached to engine 'trainer' already: make another one"):
-        stopping.attach(trainer)
     evaluator: AnyEngine = Engine(lambda engine, batch: None, name="evaluator")
-    with pytest.raises(RuntimeError, match="is attached to engine 'trainer' already"):
-        stopping.attach(trainer, evaluator)
     next_one: AnyEngine = Engine(lambda engine, batch: None, name="next")
+    for engines in ((trainer,), (trainer, evaluator), (next_one,), (next_one, evaluator)):
+        with pytest.raises(RuntimeError, match=r"is attached to engine .trainer. already.*make another one; event="):
+            stopping.attach(*engines)
     with pytest.raises(ValueError, match="no event 'MINE'"):
         stopping.attach(next_one, evaluator, "MINE")
-    stopping.attach(next_one, evaluator)
-    with pytest.raises(RuntimeError, match="is attached to engine 'evaluator' already"):
-        stopping.attach(Engine(lambda engine, batch: None), evaluator)
 
 
 def test_what_is_no_engine_is_refused() -> None:

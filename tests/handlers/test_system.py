@@ -35,7 +35,12 @@ def sampled(engine: AnyEngine, every: timedelta = OFTEN) -> list[Values]:
     system = SystemStatistics(every)
     system.attach(engine)
     samples: list[Values] = []
-    engine.add_event_handler(SystemEvents.SAMPLED, lambda engine: samples.append(system.values(engine)))
+
+    def note(engine: AnyEngine, payload: Values) -> None:
+        assert payload == system.values(engine)
+        samples.append(payload)
+
+    engine.add_event_handler(SystemEvents.SYSTEM_SAMPLED, note)
     return samples
 
 
@@ -58,7 +63,7 @@ async def sample_until(engine: AnyEngine, samples: list[Values], enough: Callabl
         if enough(samples[-1]):
             engine.terminate()
 
-    handle = engine.add_event_handler(SystemEvents.SAMPLED, look)
+    handle = engine.add_event_handler(SystemEvents.SYSTEM_SAMPLED, look)
     await engine.run(endless)
     handle.remove()
     return samples[-1]
@@ -199,7 +204,7 @@ async def test_each_gpu_gives_what_it_knows_and_is_let_go_of(monkeypatch: pytest
     opened: list[int] = []
     with anyio.CancelScope() as scope:
 
-        @engine.on(SystemEvents.SAMPLED)
+        @engine.on(SystemEvents.SYSTEM_SAMPLED)
         async def leave() -> None:
             opened.append(nvml.open)
             if end == "failed":
@@ -248,9 +253,9 @@ async def test_samples_are_tracked_at_their_own_cadence_while_a_step_lasts(*, th
     engine: AnyEngine = Engine(step, name="trainer", thread=thread)
     system = SystemStatistics(OFTEN)
     system.attach(engine)
-    track(engine, write, SystemEvents.SAMPLED, values=system.values)
+    track(engine, write, SystemEvents.SYSTEM_SAMPLED, values=system.values)
     await engine.run([1] if thread is None else endless)
-    assert {(record.event, record.engine) for record in written} == {("SAMPLED", "trainer")}
+    assert {(record.event, record.engine) for record in written} == {("SYSTEM_SAMPLED", "trainer")}
     assert {record.step for record in written} <= {0, 1}
     assert all(record.values["process/memory_bytes"] > 0 for record in written)
 
@@ -274,8 +279,8 @@ async def test_samples_go_on_when_an_interrupted_run_does(*, again: bool) -> Non
     engine: AnyEngine = Engine(step)
     samples = sampled(engine, NEVER)
     for number, event in enumerate(came, start=1):
-        engine.add_event_handler(SystemEvents.SAMPLED(once=number), event.set)
-    engine.add_event_handler(SystemEvents.SAMPLED(once=1), engine.interrupt)
+        engine.add_event_handler(SystemEvents.SYSTEM_SAMPLED(once=number), event.set)
+    engine.add_event_handler(SystemEvents.SYSTEM_SAMPLED(once=1), engine.interrupt)
     data = [came[0], None, came[1]]
     await engine.run(data)
     assert (engine.state.stop_reason, len(samples)) == (StopReason.INTERRUPTED, 1)
@@ -328,7 +333,7 @@ def test_without_an_event_loop_of_ones_own() -> None:
     engine: AnyEngine = Engine(lambda engine, batch: enough.wait(60))
     enough = threading.Event()
     samples = sampled(engine)
-    engine.add_event_handler(SystemEvents.SAMPLED(once=2), enough.set)
+    engine.add_event_handler(SystemEvents.SYSTEM_SAMPLED(once=2), enough.set)
     engine.run_sync([1])
     assert len(samples) >= 2
 
@@ -347,7 +352,7 @@ def test_what_is_no_time_is_refused(every: Any, kind: type[Exception]) -> None:
 def test_they_are_attached_once() -> None:
     system = SystemStatistics()
     system.attach(doing_nothing())
-    with pytest.raises(RuntimeError, match="make others for another engine"):
+    with pytest.raises(RuntimeError, match="make another one"):
         system.attach(doing_nothing())
 
 

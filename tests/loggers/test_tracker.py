@@ -1,6 +1,7 @@
 """Loggers beside the step: what is written, in which order, and what happens when a sink is slow or down."""
 
 import asyncio
+import gc
 import itertools
 import json
 import logging
@@ -8,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Awaitable, Sequence
 from contextlib import ExitStack, closing
 from datetime import timedelta
@@ -1080,6 +1082,45 @@ async def test_a_sink_that_is_down_has_its_time_when_a_run_found_no_data(caplog:
         await engine.run(lambda: iter(()))
     assert (account(tracker), sink.tries, sink.closed) == ((1, 1, 0, 0), 2, 1)
     assert len(warnings_of(caplog)) == 1
+
+
+# Two engines, one sink
+
+
+class OfMethod:
+    def send(self, records: Sequence[Record]) -> None: ...
+
+
+@pytest.mark.parametrize("is_method", [False, True])
+def test_two_engines_of_one_name_on_one_sink_are_warned_of(*, is_method: bool) -> None:
+    memory, other = Memory(), OfMethod()
+    make: Any = {False: lambda: memory, True: lambda: other.send}[is_method]
+    validation, test = Engine(tenfold, name="evaluator"), Engine(tenfold, name="evaluator")
+    track(validation, make(), Events.COMPLETED)
+    track(validation, make(), Events.EPOCH_COMPLETED)
+    track(test, Memory(), Events.COMPLETED)
+    track(Engine(tenfold, name="test"), make(), Events.COMPLETED)
+    with pytest.warns(UserWarning, match=r"two engines of the name 'evaluator' write to one sink, .* give each a name"):
+        track(test, make(), Events.COMPLETED)
+
+
+async def test_engines_of_one_name_one_after_the_other_are_fine_and_freed_by_reference_count() -> None:
+    sink = Memory()
+    for _ in range(3):
+        engine = Engine(tenfold, name="evaluator", thread=False)
+        tracker = track(engine, sink, Events.COMPLETED)
+        await engine.run([1])
+        is_alive = weakref.ref(engine)
+        gc.disable()
+        try:
+            del engine
+            for _ in range(3):  # what the run has scheduled on the event loop
+                await anyio.lowlevel.checkpoint()
+            assert is_alive() is None
+        finally:
+            gc.enable()
+        assert account(tracker) == (1, 1, 0, 0)
+    assert len(sink.records) == 3
 
 
 # What the end of a run waits for

@@ -15,7 +15,7 @@ def engine_that_requests(where: str, accepted: list[bool]) -> tuple[AnyEngine, l
     """Return an engine in which, at a place, an own event is asked for; and what it fires, that as OWN."""
     engine: AnyEngine = Engine(double)
     engine.register_events("own")
-    at(engine, where, lambda: accepted.append(engine.fire_between_steps("own")))
+    at(engine, where, lambda: accepted.append(engine.fire_event_soon("own")))
     seen = record(engine)
     engine.add_event_handler("own", lambda engine: seen.append(f"OWN@{engine.state.epoch}/{engine.state.iteration}"))
     return engine, seen
@@ -75,7 +75,7 @@ async def test_what_its_handler_raises_in_a_run_that_fails_is_raised_with_it() -
         raise Boom("later")
 
     def fail_first() -> None:
-        engine.fire_between_steps("own")
+        engine.fire_event_soon("own")
         raise Boom("first")
 
     engine.add_event_handler("own", fail)
@@ -91,7 +91,7 @@ async def test_it_is_fired_before_an_interrupted_run_returns() -> None:
     at(engine, "IC@1/1", engine.interrupt)
     await engine.run([1, 2])
     assert (seen[-2:], accepted) == (["INT@1/1", "OWN@1/1"], [True])
-    assert not engine.fire_between_steps("own")
+    assert not engine.fire_event_soon("own")
     await engine.run()
     assert engine.state.stop_reason is StopReason.COMPLETED
     assert sum(one.startswith("OWN") for one in seen) == 1
@@ -115,7 +115,7 @@ async def test_it_is_fired_where_the_loop_is_paused() -> None:
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(engine.run, [1, 2])
         await paused.wait()
-        assert engine.fire_between_steps("own")
+        assert engine.fire_event_soon("own")
         await fired.wait()
         assert engine.state.iteration == 1
         engine.resume()
@@ -125,16 +125,16 @@ async def test_it_is_fired_where_the_loop_is_paused() -> None:
 async def test_nothing_is_fired_where_no_run_is_under_way() -> None:
     accepted: list[bool] = []
     engine, seen = engine_that_requests("C", accepted)
-    assert not engine.fire_between_steps("own")
+    assert not engine.fire_event_soon("own")
     await engine.run([1])
-    assert not engine.fire_between_steps("own")
+    assert not engine.fire_event_soon("own")
     assert [one for one in seen if one.startswith("OWN")] == ["OWN@1/1"]
 
 
 def test_an_event_that_is_not_registered_is_refused_where_it_is_requested() -> None:
     engine: AnyEngine = Engine(double)
     with pytest.raises(ValueError, match="no event 'own'"):
-        engine.fire_between_steps("own")
+        engine.fire_event_soon("own")
 
 
 @pytest.mark.parametrize("threaded", [None, False])

@@ -25,7 +25,7 @@ def in_thread(call: Callable[[], object]) -> None:
     thread.join()
 
 
-CALLS: dict[str, tuple[Callable[[Engine[Any, Any]], None], StopReason, int]] = {
+CALLS: dict[str, tuple[Callable[[Engine[Any, Any]], bool], StopReason, int]] = {
     "terminate": (Engine.terminate, StopReason.TERMINATED, 3),
     "interrupt": (Engine.interrupt, StopReason.INTERRUPTED, 3),
     "terminate_epoch": (Engine.terminate_epoch, StopReason.COMPLETED, 8),
@@ -226,6 +226,77 @@ async def test_calls_without_a_run_do_nothing_to_the_next() -> None:
     engine.terminate()
     await engine.run(range(3))
     assert engine.state.iteration == 3
+
+
+FLAGS: dict[str, Callable[[Engine[Any, Any]], bool]] = {
+    "terminate": lambda engine: engine.should_terminate,
+    "interrupt": lambda engine: engine.should_interrupt,
+    "terminate_epoch": lambda engine: engine.should_terminate_single_epoch,
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+async def test_a_call_says_whether_a_run_will_serve_it(call: str) -> None:
+    function, flag = CALLS[call][0], FLAGS[call]
+    heard: list[bool] = []
+    flags: list[bool] = []
+    engine: Engine[int, int] = Engine(lambda engine, batch: batch)
+    engine.add_event_handler(Events.STARTED, lambda: flags.append(flag(engine)))
+
+    assert function(engine) is False  # before the first run
+    assert flag(engine)
+    with engine.add_event_handler(Events.ITERATION_COMPLETED(once=2), lambda: heard.append(function(engine))):
+        await engine.run(range(4), max_epochs=2)
+    assert heard == [True]
+    await engine.run()
+    assert engine.state.stop_reason is StopReason.COMPLETED
+
+    assert function(engine) is False  # when it is done
+    assert flag(engine)
+    await engine.run(range(4), max_epochs=2)
+    assert engine.state.stop_reason is StopReason.COMPLETED
+    assert engine.state.iteration == 8
+    assert not any(flags)
+    assert not flag(engine)
+
+
+@pytest.mark.parametrize("call", CALLS)
+async def test_a_call_while_the_run_is_suspended_does_nothing_to_it(call: str) -> None:
+    function, flag = CALLS[call][0], FLAGS[call]
+    engine: Engine[int, int] = Engine(lambda engine, batch: batch)
+    with engine.add_event_handler(Events.ITERATION_COMPLETED(once=2), engine.interrupt):
+        await engine.run(range(4), max_epochs=2)
+    assert function(engine) is False
+    assert flag(engine)
+    await engine.run()
+    assert (engine.state.stop_reason, engine.state.iteration) == (StopReason.COMPLETED, 8)
+
+
+@pytest.mark.parametrize("call", CALLS)
+async def test_a_run_that_is_refused_leaves_what_was_called(call: str) -> None:
+    engine: Engine[int, int] = Engine(lambda engine, batch: batch)
+    CALLS[call][0](engine)
+    with pytest.raises(ValueError, match="length 0"):
+        await engine.run([])
+    assert FLAGS[call](engine)
+
+
+async def test_a_job_that_waits_to_run_is_stopped_before_it_begins() -> None:
+    """As README shows it: the flag is looked at by whatever is about to call `run()`."""
+    engine: Engine[int, int] = Engine(lambda engine, batch: batch)
+    slot = anyio.Event()
+
+    async def job() -> None:
+        await slot.wait()
+        if not engine.should_terminate:
+            await engine.run(range(3))
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(job)
+        await anyio.wait_all_tasks_blocked()
+        assert engine.terminate() is False
+        slot.set()
+    assert engine.state.iteration == 0
 
 
 @both_threads

@@ -48,7 +48,7 @@ def build() -> tuple[torch.nn.Sequential, torch.optim.Optimizer]:
     return model, torch.optim.SGD(model.parameters(), **SGD_OF_HALF)
 
 
-def plain_loop(
+def plain_loop(  # noqa: PLR0913 -- what the trainer takes
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     *,
@@ -58,8 +58,13 @@ def plain_loop(
     dtype: torch.dtype | None = None,
     scaler: torch.amp.GradScaler | None = None,
     after_step: Callable[[], object] = lambda: None,
+    knows_length: bool = True,
 ) -> list[float]:
-    """The usual loop over epochs and batches. Returns the losses."""
+    """The usual loop over epochs and batches. Returns the losses.
+
+    A step is made with the mean of the gradients of its batches. Where the length is not known, the size of the last
+    group is not either, until it has ended.
+    """
     losses, data = [], batches()
     scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
     for _ in range(epochs):
@@ -67,8 +72,14 @@ def plain_loop(
             model.train()
             with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
                 loss = LOSS(model(x), y)
-            scaler.scale(loss / accumulate).backward()
+            last = len(data) % accumulate
+            is_of_last = number > len(data) - last
+            scaler.scale(loss / (last if is_of_last and knows_length else accumulate)).backward()
             if number % accumulate == 0 or number == len(data):
+                if is_of_last and not knows_length:
+                    for parameter in model.parameters():
+                        assert parameter.grad is not None
+                        parameter.grad *= accumulate / last
                 if norm is not None:
                     scaler.unscale_(optimizer)
                     clip_grad_norm_(model.parameters(), norm)

@@ -101,7 +101,7 @@ async def test_several_tasks_wait_for_one_call_and_a_cancelled_one_does_not_end_
 async def test_calls_have_the_context_of_the_caller_and_the_settings_of_the_thread() -> None:
     mark: ContextVar[str] = ContextVar("mark")
     with torch.no_grad():
-        thread = DedicatedThread("mine", ThreadState())
+        thread = DedicatedThread("mine", ThreadState().entered)
     mark.set("the caller's")
     assert await thread.call(lambda: (mark.get(), torch.is_grad_enabled())) == ("the caller's", False)
     thread.stop()

@@ -21,6 +21,7 @@ from aengine import Engine, Event, Events, StopReason
 from aengine.threads.dedicated import DedicatedThread
 from aengine.threads.event_loop import EventLoopHandle
 from aengine.threads.openmp import release_idle_threads
+from aengine.threads.thread_state import SharedContext
 from aengine.threads.worker import WorkItem
 
 pytestmark = pytest.mark.every_event_loop
@@ -457,7 +458,7 @@ async def test_a_call_that_is_no_longer_waited_for_waits_for_nothing(calls: str,
             raised.append(error)
         ended.set()
 
-    item = WorkItem(EventLoopHandle(), copy_context(), call)
+    item = WorkItem(EventLoopHandle(), SharedContext(copy_context()), call)
     thread.post(item.run)
     task = asyncio.create_task(item.wait(lambda: cancelled.append(True)))
     await anyio.to_thread.run_sync(begun.wait)

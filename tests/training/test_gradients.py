@@ -1,14 +1,19 @@
 """Statistics of gradients, weights and updates are those of the plain loop at that step, and change not a bit of it."""
 
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed
 from support.plain_loops import LOSS, as_numbers, assert_equal_bits, batches, build, plain_loop, record_losses
 from support.record import AnyEngine
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_module, distribute_tensor
 from torch.nn.utils import clip_grad_norm_
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -69,9 +74,11 @@ class Plain:
 def record_values(engine: AnyEngine, statistics: GradientStatistics) -> list[tuple[int, dict[str, float]]]:
     seen: list[tuple[int, dict[str, float]]] = []
 
-    @engine.on(GradientEvents.MEASURED)
-    def note(engine: AnyEngine) -> None:
+    @engine.on(GradientEvents.GRADIENTS_MEASURED)
+    def note(engine: AnyEngine, payload: dict[str, torch.Tensor]) -> None:
         values = statistics.values(engine)
+        assert payload.keys() == values.keys()
+        assert all(payload[name] is value for name, value in values.items())
         assert all(one.numel() == 1 for one in values.values())
         seen.append((engine.state.iteration, {name: one.item() for name, one in values.items()}))
 
@@ -298,7 +305,7 @@ async def test_numbers_are_tracked_at_their_own_cadence(*, thread: bool | None) 
     statistics.attach(trainer)
     seen = record_values(trainer, statistics)
     written: list[Record] = []
-    track(trainer, written.extend, GradientEvents.MEASURED, values=statistics.values)
+    track(trainer, written.extend, GradientEvents.GRADIENTS_MEASURED, values=statistics.values)
     await trainer.run(batches(), max_epochs=2)
     assert [(record.step, record.values) for record in written] == seen
     assert [record.step for record in written] == [3, 6, 9, 12]
@@ -401,7 +408,7 @@ def test_it_is_attached_once_until_it_is_removed() -> None:
     statistics = GradientStatistics(model, optimizer)
     handle = statistics.attach(trainer)
     for engine in (trainer, create_supervised_trainer(model, optimizer, LOSS)):
-        with pytest.raises(RuntimeError, match=r"these GradientStatistics are attached already: remove\(\)"):
+        with pytest.raises(RuntimeError, match=r"is attached to engine .* already.*make another one, or remove\(\)"):
             statistics.attach(engine)
     handle.remove()
     statistics.attach(trainer)
@@ -409,3 +416,93 @@ def test_it_is_attached_once_until_it_is_removed() -> None:
     with pytest.raises(RuntimeError, match="already"):
         statistics.attach(trainer)
     GradientStatistics(model, optimizer).attach(trainer)
+
+
+# DTensors
+
+
+@pytest.fixture
+def mesh() -> Iterator[DeviceMesh]:
+    store = torch.distributed.HashStore()  # type: ignore[attr-defined]  # it is public, if not exported
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+def test_statistics_of_a_dtensor_are_plain_numbers_of_the_whole(mesh: DeviceMesh) -> None:
+    found: list[dict[str, float]] = []
+    for shard in (lambda model: None, lambda model: distribute_module(model, mesh, shard_rows)):
+        torch.manual_seed(1)
+        model = torch.nn.Linear(3, 5)
+        shard(model)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        statistics = GradientStatistics(model, optimizer, every=1)
+        engine: AnyEngine = Engine(lambda engine, batch: None, thread=False)
+        statistics.attach(engine)
+        for number, parameter in enumerate(model.parameters()):
+            parameter.grad = parameter.detach() * 2 + number
+        optimizer.step()
+        assert all(type(value) is torch.Tensor for value in statistics.values().values())
+        found.append({name: value.item() for name, value in statistics.values().items()})
+    assert found[0] == pytest.approx(found[1])
+    assert len(found[0]) == 14
+
+
+def shard_rows(name: str, module: torch.nn.Module, mesh: DeviceMesh) -> None:
+    for parameter_name, parameter in module.named_parameters(recurse=False):
+        whole = distribute_tensor(parameter.detach(), mesh, [Shard(0)])
+        module.register_parameter(parameter_name, torch.nn.Parameter(whole))
+
+
+# Seven rows: the last process has fewer than the others. It leaves as the test of shards does.
+RANK = """
+import os, sys, torch, torch.distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from aengine import Engine
+from aengine.training.gradients import GradientStatistics
+
+rank, size = int(sys.argv[1]), int(sys.argv[2])
+store = torch.distributed.FileStore(sys.argv[3], size)
+torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=size)
+mesh = init_device_mesh("cpu", (size,))
+whole = torch.arange(21.0).reshape(7, 3) - 3
+values = []
+for make in (lambda tensor: tensor, lambda tensor: distribute_tensor(tensor, mesh, [Shard(0)])):
+    parameter = torch.nn.Parameter(make(whole.clone()))
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    statistics = GradientStatistics({"": [parameter]}, optimizer, every=1)
+    statistics.attach(Engine(lambda engine, batch: None))
+    parameter.grad = make(whole.square())
+    optimizer.step()
+    values.append({name: value.item() for name, value in statistics.values().items()})
+assert values[0].keys() == values[1].keys() and len(values[0]) == 14
+for name, value in values[0].items():
+    assert abs(value - values[1][name]) < 1e-5, (name, values)
+torch.distributed.destroy_process_group()
+os._exit(0)
+"""
+
+
+@pytest.mark.slow
+def test_statistics_of_a_dtensor_are_the_same_in_each_process(tmp_path: Path) -> None:
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, str(rank), "3", str(tmp_path / "store")], stderr=subprocess.PIPE, text=True
+        )
+        for rank in range(3)
+    ]
+    errors = [rank.communicate()[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0] * 3, "\n".join(errors)
+
+
+def test_part_of_a_number_is_not_logged_as_the_whole(mesh: DeviceMesh) -> None:
+    part = DTensor.from_local(torch.tensor(3.0), mesh, [Partial()])
+    engine: AnyEngine = Engine(lambda engine, batch: {"loss": part}, thread=False)
+    records: list[Record] = []
+    track(engine, records.extend, Events.ITERATION_COMPLETED)
+    with pytest.raises(TypeError, match=r"this process has a part of 'loss': call full_tensor\(\)"):
+        engine.run_sync([1])
+    part = part.redistribute(placements=[Replicate()])
+    engine.run_sync([1], max_epochs=2)
+    assert records[-1].values == {"loss": 3.0}

@@ -40,7 +40,9 @@ def plain_curve(rates: list[float], *, accumulate: int = 1) -> list[float]:
         for number, (x, y) in enumerate(batches(), start=1):
             optimizer.param_groups[0]["lr"] = rates[len(found)]
             loss = LOSS(model(x), y)
-            (loss / accumulate if accumulate > 1 else loss).backward()
+            last = len(batches()) % accumulate
+            size = last if number > len(batches()) - last else accumulate
+            (loss / size if size > 1 else loss).backward()
             losses.append(loss.item())
             if number % accumulate == 0 or number == len(batches()):
                 optimizer.step()
@@ -91,9 +93,10 @@ async def test_rate_grows_with_the_steps_that_a_step_of_ones_own_makes(kind: str
 
     def plain(engine: AnyEngine, batch: Any) -> dict[str, torch.Tensor]:
         loss = LOSS(model(batch[0]), batch[1])
-        (loss / 2).backward()
         of_epoch = engine.state.iteration - engine.state.epoch_start
-        if of_epoch % 2 == 0 or of_epoch == engine.state.epoch_length:
+        is_alone = of_epoch % 2 == 1 and of_epoch == engine.state.epoch_length
+        (loss if is_alone else loss / 2).backward()
+        if of_epoch % 2 == 0 or is_alone:
             optimizer.step()
             optimizer.zero_grad()
         return {"loss": loss.detach()}
@@ -469,7 +472,7 @@ async def test_gradient_statistics_show_nothing_of_the_test() -> None:
     gradients = GradientStatistics(model, optimizer, every=2)
     gradients.attach(trainer)
     measured: list[int] = []
-    trainer.add_event_handler(GradientEvents.MEASURED, lambda engine: measured.append(engine.state.iteration))
+    trainer.add_event_handler(GradientEvents.GRADIENTS_MEASURED, lambda engine: measured.append(engine.state.iteration))
     await lr_range_test(trainer, model, optimizer, batches(), RATES)
     assert gradients.values() == {}
     trainer.add_event_handler(Events.ITERATION_COMPLETED(once=3), trainer.terminate)

@@ -12,10 +12,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeAlias, cast
 
 import torch
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from aengine.callables import type_name
 from aengine.checkpoint.capture.metrics import MetricPart, is_metric
+from aengine.checkpoint.capture.modules import PlainNames, unwrap
 from aengine.checkpoint.capture.randomness import PythonGenerator
 from aengine.checkpoint.capture.trees import path_text
 from aengine.engine import Engine
@@ -37,7 +37,7 @@ def parts_of(state: Any, path: str = "state") -> Parts:
     Raises:
         TypeError: something in it has no state that could be saved and loaded.
     """
-    state = _unwrap(state)
+    state = unwrap(state)
     if generator := _generator_of(state):
         return generator
     if isinstance(state, Engine):
@@ -70,16 +70,13 @@ def _generator_of(state: Any) -> Stateful | None:
     return _NumpyGenerator(state) if numpy and isinstance(state, numpy.random.Generator) else None
 
 
-def _unwrap(state: Any) -> Any:
-    """Return the module inside DistributedDataParallel, DataParallel and torch.compile: its keys have no prefix."""
-    compiled = sys.modules.get("torch._dynamo.eval_frame")  # where nothing is compiled, it is not loaded for this
-    while True:
-        if isinstance(state, DistributedDataParallel | DataParallel):
-            state = cast(Any, state).module
-        elif compiled is not None and isinstance(state, compiled.OptimizedModule):
-            state = state._orig_mod  # noqa: SLF001 -- it has no public name
-        else:
-            return state
+def _by_plain_names(part: Stateful) -> Stateful:
+    """Return the part, or, where it is a module in which others are wrapped, its state without their names.
+
+    Whenever it is read or loaded, and not once: parts of a model may be compiled after its Checkpoint was made.
+    """
+    named = PlainNames(part) if isinstance(part, torch.nn.Module) else None
+    return named or part
 
 
 def capture(parts: Parts, engine: Engine[Any, Any]) -> dict[str, Any]:
@@ -87,9 +84,48 @@ def capture(parts: Parts, engine: Engine[Any, Any]) -> dict[str, Any]:
     return {
         "state": _read(parts),
         "engine": engine.state_dict(),
-        "metrics": dict(engine.state.metrics),
+        "metrics": _plain_numbers(engine.state.metrics),
+        "output": _numbers_only(engine.state.output),
         "handlers": _read(cast(Parts, _listeners(parts, engine)), "handlers"),
     }
+
+
+def is_captured(tree: Any) -> bool:
+    """Say whether this has the form of what `capture` reads, as far as that is the same for all states."""
+    return (
+        isinstance(tree, dict)
+        and "state" in tree
+        and all(isinstance(tree.get(one), dict) for one in ("engine", "metrics", "handlers"))
+    )
+
+
+def _plain_numbers(metrics: Any) -> Any:
+    """Return metrics with numpy's scalars as the numbers that they are, at any depth: torch would not load them."""
+    if isinstance(metrics, dict):
+        return {name: _plain_numbers(value) for name, value in cast(Mapping[Any, Any], metrics).items()}
+    if type(metrics) in (list, tuple):
+        return type(metrics)(map(_plain_numbers, metrics))
+    if type(metrics).__module__ != "numpy" or getattr(metrics, "shape", None) != ():
+        return metrics
+    number = metrics.item()
+    return number if type(number).__module__ != "numpy" else float(number)  # of a long double
+
+
+def _numbers_only(output: Any) -> Any:
+    """Return an output that is numbers, and tensors of one, at any depth; None for any other, which may be large.
+
+    At the end of an epoch whose last step was completed before the save, handlers and loggers look at it.
+    """
+
+    def is_of_numbers(value: Any) -> bool:
+        if isinstance(value, torch.Tensor):
+            return value.numel() == 1
+        if type(value) in (dict, list, tuple):
+            return all(map(is_of_numbers, value.values() if type(value) is dict else value))
+        return type(value) in (bool, int, float)
+
+    plain = _plain_numbers(output)
+    return plain if is_of_numbers(plain) else None
 
 
 class Choice:
@@ -141,8 +177,10 @@ def _names_among(parts: Parts, only: Iterable[str]) -> list[str]:
     return names
 
 
-def restore(tree: Mapping[str, Any], parts: Parts, engine: Engine[Any, Any], *, strict: bool) -> None:
-    """Load what `capture` read.
+def restore(
+    tree: Mapping[str, Any], parts: Parts, engine: Engine[Any, Any], *, strict: bool, reseeds: bool = True
+) -> None:
+    """Load what `capture` read; but, unless it `reseeds`, not the generators that all of the process shares.
 
     Raises:
         CheckpointMismatch: it does not fit. What was loaded before stays loaded.
@@ -150,15 +188,19 @@ def restore(tree: Mapping[str, Any], parts: Parts, engine: Engine[Any, Any], *, 
     _load(parts, tree["state"], "state", strict=strict)
     handlers: Any = _listeners(parts, engine)
     _load(handlers, tree["handlers"], "handlers", strict=strict)
-    _load(engine, tree["engine"], "engine", strict=strict)
+    saved: dict[str, Any] = tree["engine"]
+    if not reseeds:
+        saved = {name: one for name, one in saved.items() if name != "random"}
+    _load(engine, saved, "engine", strict=strict)
     engine.state.metrics.update(tree["metrics"])
+    engine.state.output = tree["output"]
 
 
 def _read(parts: Parts, path: str = "state") -> Any:
     if isinstance(parts, dict):
         return {name: _read(one, f"{path}[{name!r}]") for name, one in parts.items()}
     try:
-        return parts.state_dict()
+        return _by_plain_names(parts).state_dict()
     except Exception as error:
         error.add_note(f"in the state_dict() of {path} ({type_name(type(parts))})")
         raise
@@ -167,7 +209,7 @@ def _read(parts: Parts, path: str = "state") -> Any:
 def _load(parts: Parts, saved: Any, path: str, *, strict: bool) -> None:
     if not isinstance(parts, dict):
         try:
-            parts.load_state_dict(saved)
+            _by_plain_names(parts).load_state_dict(saved)
         except Exception as error:
             raise CheckpointMismatch(
                 f"{path} ({type_name(type(parts))}) does not take what was saved of it: {error}"
@@ -200,8 +242,8 @@ def _listeners(parts: Parts, engine: Engine[Any, Any]) -> dict[str, Stateful]:
     for owner, its_engine in (("", engine), *nested):
         kinds: Counter[str] = Counter()
         for one in its_engine.stateful_listeners():
-            if id(_unwrap(one)) not in known and not isinstance(one, Engine):
-                known.add(id(_unwrap(one)))
+            if id(unwrap(one)) not in known and not isinstance(one, Engine):
+                known.add(id(unwrap(one)))
                 kinds[kind := type(one).__qualname__] += 1
                 found[(kind if kinds[kind] == 1 else f"{kind}-{kinds[kind]}") + owner] = one
     return found
@@ -222,7 +264,7 @@ class _NestedEngine:
         self.engine = engine
 
     def state_dict(self) -> dict[str, Any]:
-        return {"engine": self.engine.state_dict(), "metrics": dict(self.engine.state.metrics)}
+        return {"engine": self.engine.state_dict(), "metrics": _plain_numbers(self.engine.state.metrics)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         self.engine.load_state_dict(state_dict["engine"], begins_anew=True)

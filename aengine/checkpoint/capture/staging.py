@@ -62,7 +62,7 @@ class Staging:
             self._plan.copy(tensors)
             staged: dict[int, Any] = dict(zip(survey.tensors, self._plan.results, strict=True))
             for distributed, local in survey.shards.values():
-                staged[id(distributed)] = _distribute(distributed, staged[id(local)])
+                staged[id(distributed)] = distribute_like(distributed, staged[id(local)])
             staged.update(survey.substitutes)
             return rebuild(tree, lambda leaf, _: staged.get(id(leaf), leaf))
 
@@ -282,7 +282,7 @@ def _pieces(
             yield target, source
 
 
-def _distribute(like: Any, local: torch.Tensor) -> Any:
+def distribute_like(like: Any, local: torch.Tensor) -> Any:
     """Return a DTensor with this local shard. Not by `from_local()`, which moves it to the device of the mesh."""
     staged = type(like)(local, like._spec, requires_grad=like.requires_grad)  # noqa: SLF001 -- there is no other way
     return torch.nn.Parameter(staged, like.requires_grad) if isinstance(like, torch.nn.Parameter) else staged

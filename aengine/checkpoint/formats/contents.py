@@ -1,23 +1,22 @@
 """Contents: what a checkpoint's directory holds besides its manifest: the tree, and the shards of what is sharded."""
 
+import os
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
+from aengine.checkpoint.capture.parts import is_captured
 from aengine.checkpoint.capture.staging import Staging
 from aengine.checkpoint.formats.serializers import Serializer
 from aengine.checkpoint.formats.writer_process import WriterProcess
 from aengine.checkpoint.store import files
 from aengine.checkpoint.store.draft import Draft
-from aengine.checkpoint.store.manifest import SUBDIRECTORY, CheckpointInfo
-from aengine.errors import CheckpointMismatch
+from aengine.checkpoint.store.manifest import STATE, SUBDIRECTORY, CheckpointInfo
+from aengine.errors import CheckpointDamaged, CheckpointMismatch
 
 if TYPE_CHECKING:
     from aengine.checkpoint.formats.sharded import ShardStore
-
-STATE = "state.pt"
-"""The file that holds the tree."""
 
 
 class Contents:
@@ -58,10 +57,12 @@ class Contents:
         return {"serializer": self._serializer.name, "shards": len(shards)}
 
     def read(self, info: CheckpointInfo, live: Callable[[], Any], places: tuple[str, ...] = ("",)) -> Mapping[str, Any]:
-        """Return the tree of a checkpoint that verifies. Shards are read into those of the live tree, at these places.
+        """Return the tree of a checkpoint that verifies, with shards as the live tree has them at these places.
+
+        The live tree is not changed. With the checksums right, a file may yet have been forged.
 
         Raises:
-            CheckpointDamaged: a file is not what the serializer wrote.
+            CheckpointDamaged: a file is not what the serializer wrote, or that is no state of a run of so many steps.
             CheckpointMismatch: another serializer wrote it; or it has shards, and they do not fit the live tree.
         """
         written_by = info.extra.get("serializer")
@@ -70,14 +71,22 @@ class Contents:
                 f"{info.path} was written by the serializer {written_by!r}, and is to be read by"
                 f" {self._serializer.name!r}: pass the Checkpoint the serializer= it was written by"
             )
-        with (info.path / STATE).open("rb") as file:
-            tree: Mapping[str, Any] = self._serializer.read(file)
-        if info.extra.get("shards"):
+        with os.fdopen(files.open_to_read(info.path / STATE), "rb") as file:
+            tree: Any = self._serializer.read(file)
+        shards = info.extra.get("shards", 0)
+        if shards:
+            _check(_is_divided(tree, shards), info, f"{shards} shards, and the places where they belong")
+        whole = tree["state"] if shards else tree
+        _check(is_captured(whole), info, "the state of a run")
+        step = whole["engine"].get("iteration")
+        _check(step == info.step, info, f"what was saved after {info.step} iterations, but after {step!r:.20}")
+        if shards:
             from aengine.checkpoint.formats.sharded import put_in_shards  # noqa: PLC0415 -- it loads torch.distributed
 
-            tree, shards = put_in_shards(tree, live(), places)
-            self._shards().read(shards, info.path / SUBDIRECTORY)
-        return tree
+            tree, into = put_in_shards(tree, live(), places)
+            known = {file.name.removeprefix(f"{SUBDIRECTORY}/") for file in info.files}
+            self._shards().read(into, info.path / SUBDIRECTORY, known)
+        return cast("Mapping[str, Any]", tree)
 
     def _shards(self) -> "ShardStore":
         from aengine.checkpoint.formats.sharded import ShardStore  # noqa: PLC0415 -- it loads torch.distributed
@@ -100,3 +109,16 @@ class Contents:
         """Let the other process end, and wait for that."""
         if self._process is not None:
             self._process.close()
+
+
+def _check(is_so: bool, info: CheckpointInfo, what: str) -> None:  # noqa: FBT001 -- as of an assertion
+    if not is_so:
+        raise CheckpointDamaged(f"{info.path / STATE} does not hold {what}")
+
+
+def _is_divided(tree: Any, shards: int) -> bool:
+    """Say whether this is what `take_out_shards()` has made of a tree."""
+    if not isinstance(tree, dict) or tree.keys() != {"state", "shards"} or not isinstance(tree["shards"], dict):
+        return False
+    places: dict[Any, Any] = tree["shards"]
+    return all(type(one) is str for one in (*places, *places.values())) and len({*places.values()}) == shards

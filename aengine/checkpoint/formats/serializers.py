@@ -12,6 +12,7 @@ from typing import Any, BinaryIO, Protocol, cast
 import torch
 
 from aengine.checkpoint.capture.trees import path_text, why_not_loaded
+from aengine.checkpoint.formats.archive import NoArchive, check_archive
 from aengine.errors import CheckpointDamaged, CheckpointMismatch, NotSerializable
 from aengine.extras import missing_package
 
@@ -69,15 +70,22 @@ class TorchFile:
         """Return the tree, with its tensors on the CPU.
 
         Raises:
-            CheckpointDamaged: this is no such file, or not a whole one.
+            CheckpointDamaged: this is no such file, not a whole one, or one that would take more memory than its size.
             CheckpointMismatch: the file asks for a type that weights_only=True does not load here.
+            MemoryError: there is not enough for it.
         """
         try:
+            check_archive(file)
+        except NoArchive as error:
+            raise CheckpointDamaged(f"torch.load() cannot read the file: {error}") from error
+        try:
             return torch.load(file, map_location="cpu", weights_only=True)
-        except OSError:
+        except (OSError, MemoryError):  # which say nothing of the file
             raise
         except Exception as error:
             reason = why_not_loaded(error)
+            if "can't allocate memory" in reason:
+                raise MemoryError(reason) from error
             if "unsupported" not in reason.lower():
                 raise CheckpointDamaged(f"torch.load() cannot read the file: {reason}") from error
             raise CheckpointMismatch(  # not damaged: the type may have been allowed where it was written

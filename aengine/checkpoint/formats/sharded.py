@@ -6,8 +6,9 @@ index is a pickle, and so would be whatever in it is no tensor: it is read here 
 classes of an index of tensors and no other.
 """
 
+import io
 import pickle
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -18,7 +19,9 @@ from torch.distributed.checkpoint import filesystem, metadata, state_dict_loader
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
+from aengine.checkpoint.capture.staging import distribute_like
 from aengine.checkpoint.capture.trees import path_text, rebuild
+from aengine.checkpoint.formats.archive import PlainUnpickler, Window, check_archive
 from aengine.checkpoint.store.files import sync_directory
 from aengine.errors import CheckpointDamaged, CheckpointMismatch, CheckpointNotWritten
 
@@ -49,7 +52,9 @@ def take_out_shards(tree: Any) -> Divided:
 
 
 def put_in_shards(divided: Mapping[str, Any], live: Any, within: tuple[str, ...] = ("",)) -> Divided:
-    """Return the tree that was divided, with the DTensors of a live tree in the empty places; and these, to be read.
+    """Return the tree that was divided, with DTensors as a live one has them in the empty places; and these, to read.
+
+    They are new ones, on the CPU: what is being read may turn out to be damaged, or be given up.
 
     Args:
         divided: what `take_out_shards` made of a tree.
@@ -77,11 +82,16 @@ def put_in_shards(divided: Mapping[str, Any], live: Any, within: tuple[str, ...]
             "torch.distributed.checkpoint.state_dict.get_optimizer_state_dict(model, optimizer)."
         )
 
+    empty: dict[str, Any] = {}
+    for place, name in places.items():
+        like = found[place]
+        empty[name] = distribute_like(like, torch.zeros_like(like.to_local().detach(), device="cpu"))
+
     def replace(leaf: Any, path: Any) -> Any:
         place = path_text(path) if leaf is None else ""
-        return found[place] if place in places else leaf
+        return empty[places[place]] if place in places else leaf
 
-    return Divided(rebuild(divided["state"], replace), {name: found[place] for place, name in places.items()})
+    return Divided(rebuild(divided["state"], replace), empty)
 
 
 class ShardStore:
@@ -108,14 +118,25 @@ class ShardStore:
             raise CheckpointNotWritten(f"rank {rank} could not write its shards: {cause}") from cause
         sync_directory(directory)
 
-    def read(self, shards: Mapping[str, DTensor], directory: Path) -> None:
+    def read(self, shards: Mapping[str, DTensor], directory: Path, known: Container[str] | None = None) -> None:
         """Read into these DTensors, in place, however they are divided now.
+
+        Args:
+            shards: by the names under which they were written.
+            directory: what `write()` has made.
+            known: the names of files there that are as they were written; any other is not read. By default: all.
 
         Raises:
             CheckpointDamaged: the files are not what `write()` left.
             CheckpointMismatch: they are, but of tensors of other names, shapes or types.
         """
-        _compare(_read_index(directory / ".metadata"), shards)
+        index = _read_index(directory / ".metadata")
+        for place in index.storage_data.values():
+            if known is not None and place.relative_path not in known:
+                raise CheckpointDamaged(
+                    f"{directory} has an index that names {place.relative_path!r}, which is unknown"
+                )
+        _compare(index, shards)
         reader = _Reader(directory)
         try:
             state_dict_loader.load(dict(shards), storage_reader=reader, process_group=self._group)
@@ -125,13 +146,23 @@ class ShardStore:
 
 
 class _Reader(filesystem.FileSystemReader):
-    """Reads the index as carefully as we do."""
+    """Reads the index as carefully as we do, and looks at each shard before it is unpacked."""
+
+    def read_data(self, plan: Any, planner: Any) -> Any:
+        for item in plan.items:
+            place = self.storage_data[item.storage_index]
+            with (Path(self.path) / place.relative_path).open("rb") as file:
+                check_archive(io.BufferedReader(Window(file, place.offset, place.length)))
+        return super().read_data(plan, planner)
 
     def read_metadata(self, *_: Any, **__: Any) -> metadata.Metadata:
         index = _read_index(Path(self.path) / ".metadata")
         index.storage_meta = metadata.StorageMeta(load_id=self.load_id)
         return index
 
+
+_PLACE = filesystem._StorageInfo  # noqa: SLF001 # pyright: ignore[reportPrivateUsage]
+"""Where a shard is. It has no public name."""
 
 # All that the index of a checkpoint of tensors refers to. Of what is no tensor there is a BytesStorageMetadata, and
 # that is left out here on purpose: DCP unpickles what it stands for.
@@ -144,18 +175,18 @@ _OF_AN_INDEX: dict[tuple[str, str], Any] = {
         metadata.StorageMeta,
         metadata.TensorProperties,
         metadata.TensorStorageMetadata,
-        # What a tensor's properties are pickled as, and where a shard is: they have no public names.
+        # What a tensor's properties are pickled as. It has no public name.
         metadata._MEM_FORMAT_ENCODING,  # noqa: SLF001 # pyright: ignore[reportPrivateUsage]
-        filesystem._StorageInfo,  # noqa: SLF001 # pyright: ignore[reportPrivateUsage]
+        _PLACE,
         torch.Size,
     )
 }
 
 
-class _IndexUnpickler(pickle.Unpickler):
+class _IndexUnpickler(PlainUnpickler):
     """Knows the classes of an index, and no others: nothing that a pickle asks for is imported."""
 
-    def find_class(self, module: str, name: str, /) -> Any:
+    def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _OF_AN_INDEX:
             return _OF_AN_INDEX[module, name]
         if module == "torch" and isinstance(vars(torch).get(name), torch.dtype):
@@ -178,19 +209,33 @@ def _ignore(*_: object) -> None:
 def _read_index(path: Path) -> metadata.Metadata:
     try:
         with path.open("rb") as file:
-            index = _IndexUnpickler(file).load()
+            index: metadata.Metadata = _IndexUnpickler(file).load()
+        _check_index(index)
     except FileNotFoundError as error:
         raise CheckpointDamaged(f"{path} is missing, and it says where the shards are") from error
-    except OSError:
+    except (OSError, MemoryError):
         raise
     except Exception as error:
         raise CheckpointDamaged(f"{path} cannot be read: {error}. Nothing of it was executed.") from error
-    if not isinstance(index, metadata.Metadata) or not isinstance(index.storage_data, dict):
-        raise CheckpointDamaged(f"{path} is no index of shards")
-    for place in index.storage_data.values():
-        if Path(place.relative_path).name != place.relative_path or getattr(place, "transform_descriptors", None):
-            raise CheckpointDamaged(f"{path} refers to {place.relative_path!r}, which is no plain file beside it")
     return index
+
+
+def _check_index(index: Any) -> None:
+    """Raise an error of any kind if an index is not of the form that DCP gives it, or leads out of its directory."""
+    if not isinstance(index, metadata.Metadata):
+        raise ValueError("it is no index of shards")  # noqa: TRY004 -- no argument is wrong
+    described: dict[str, Any] = {**index.state_dict_metadata}  # by the file, and not by these types
+    for name, one in described.items():
+        is_known = isinstance(one, metadata.TensorStorageMetadata) and isinstance(cast(Any, one).size, torch.Size)
+        if not is_known or not isinstance(one.properties.dtype, torch.dtype):
+            raise ValueError(f"it says of {name!r} that it is {type(one).__name__}, which is no tensor")
+        if sum(int(chunk.sizes.numel()) for chunk in one.chunks) != one.size.numel():
+            raise ValueError(f"it has other parts of {name!r} than make up its size")
+    for place in index.storage_data.values():
+        if not isinstance(place, _PLACE) or type(place.relative_path) is not str:
+            raise ValueError("it has a place that is none")
+        if Path(place.relative_path).name != place.relative_path or getattr(place, "transform_descriptors", None):
+            raise ValueError(f"it refers to {place.relative_path!r}, which is no plain file beside it")
 
 
 def _compare(index: metadata.Metadata, shards: Mapping[str, DTensor]) -> None:

@@ -49,6 +49,7 @@ _ADVICE = {
     errno.EROFS: "Choose a directory that is not mounted read-only.",
     errno.EACCES: "Choose a directory that this user may write to.",
     errno.EPERM: "Choose a directory that this user may write to.",
+    errno.ENAMETOOLONG: "Choose a directory with a shorter name, or with fewer above it.",
     errno.ENOENT: "Something removed it while it was in use.",
     errno.ENOTDIR: "Something else than a directory has that name.",
     errno.EEXIST: "Something else than a directory has that name.",

@@ -151,11 +151,24 @@ def read_at_most(path: Path, limit: int) -> bytes:
         return file.read(limit)
 
 
-def measure(path: Path) -> FileEntry:
-    """Return the entry of a file that is there already, read from its first byte to its last."""
-    with open(open_to_read(path), "rb") as file:
-        digest = hashlib.file_digest(file, "sha256")
+def measure(path: Path, is_stopped: IsStopped | None = None) -> FileEntry:
+    """Return the entry of a file that is there already, read from its first byte to its last.
+
+    Raises:
+        Stopped: `is_stopped()` was true; it is called at every few megabytes.
+    """
+    digest, piece = hashlib.sha256(), memoryview(bytearray(_TOGETHER))
+    with open(open_to_read(path), "rb", buffering=0) as file:
+        while size := file.readinto(piece):
+            if is_stopped is not None and is_stopped():
+                raise Stopped("the reading was given up")
+            digest.update(piece[:size])
         return FileEntry(file_name(path), file.tell(), digest.hexdigest())
+
+
+def printable(text: str) -> str:
+    """Return a text that any file and log takes: what a path has that is not UTF-8 is escaped."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def sync_directory(path: Path) -> None:

@@ -1,17 +1,20 @@
 """Which checkpoint is meant: the newest to go on from, the best, or one that is asked for. Only this module decides it.
 
-Synchronous, for a thread: disks are slow.
+Synchronous, for a thread: disks are slow. Another one may give it up while it reads, and then nothing is changed.
 """
 
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from aengine.callables import type_name
+from aengine.checkpoint.store.files import Stopped
 from aengine.checkpoint.store.manifest import CheckpointInfo
-from aengine.checkpoint.store.verify import Problem, problems, read, verify
+from aengine.checkpoint.store.verify import Problem, problems, read, verify as _verify
 from aengine.errors import CheckpointDamaged, CheckpointLocked, CheckpointNotFound, CheckpointNotWritten
 
 if TYPE_CHECKING:
@@ -55,7 +58,7 @@ class Finder:
         verify: raises CheckpointDamaged for one whose files are not whole; by default `verify.verify`.
 
     Attributes:
-        problems: what was found damaged on the way: where it is now, and why.
+        problems: what was found damaged on the way: where it is now, and why. Set when all is read.
     """
 
     def __init__(
@@ -64,13 +67,37 @@ class Finder:
         read: Callable[[CheckpointInfo], Mapping[str, Any]],
         *,
         sets_aside: bool = True,
-        verify: Callable[[CheckpointInfo], object] = verify,
+        verify: Callable[[CheckpointInfo], object] | None = None,
     ) -> None:
         self.problems: list[Problem] = []
+        self._is_given_up = self._is_changing = False
         self._store = store
         self._read_contents = read
         self._sets_aside = sets_aside
-        self._verify = verify
+        self._verify = verify or partial(_verify, is_stopped=lambda: self._is_given_up)
+        self._passed: list[Problem] = []
+        self._may_change: bool | None = None  # None until that was looked at
+        self._deciding = threading.Lock()
+
+    def lock(self) -> None:
+        """Become the one writer, if there is something that may have to be set aside, and no other writes there.
+
+        `find` does so, too. Before it, where that may be given up: a lock that is taken after that would stay.
+
+        Raises:
+            CheckpointNotWritten: the name of the directory is too long.
+        """
+        if self._may_change is None and self._store.exists():
+            self._may_change = self._sets_aside and self._try_to_lock()
+
+    def give_up(self) -> bool:
+        """Have `find` end at its next look at this, having changed nothing. From another thread.
+
+        Returns False if it is too late: all is read, what is damaged is being set aside, and `find` about to return.
+        """
+        with self._deciding:
+            self._is_given_up = not self._is_changing
+            return self._is_given_up
 
     def find(self, which: Which) -> Found | None:
         """Read the one that is meant; None if that is the newest, and there has never been any.
@@ -82,6 +109,7 @@ class Finder:
             CheckpointNotFound: there is none, and there must be; or none has a number by which it could be the best.
             CheckpointDamaged: the one that was asked for is not whole; of the newest and the best: none of them is.
             OSError: one that comes before all that are whole cannot be looked at. It may be whole itself.
+            Stopped: it was given up.
         """
         if which == "best":
             return self._best()
@@ -111,12 +139,19 @@ class Finder:
         )
 
     def _first_of(self, order: Callable[[list[CheckpointInfo]], list[CheckpointInfo]]) -> Found | None:
-        if not self._store.directory.exists():
+        if not self._store.exists():
             return None
-        self._sets_aside = self._sets_aside and self._may_set_aside()
-        self._pass_over_unreadable()
+        self.lock()
+        self._passed = []
+        try:
+            self._pass_over_unreadable()
+            return self._first_whole(order)
+        finally:
+            self._set_aside_what_was_passed()
+
+    def _first_whole(self, order: Callable[[list[CheckpointInfo]], list[CheckpointInfo]]) -> Found | None:
         while True:  # looked up anew each time: a writer may commit and remove some meanwhile
-            passed = {problem.path for problem in self.problems}
+            passed = {problem.path for problem in self._passed}
             candidates = order([info for info in self._store.list() if info.path not in passed])
             if not candidates:
                 return None
@@ -127,7 +162,7 @@ class Finder:
                 continue
             except CheckpointDamaged as error:
                 if info.path.exists():
-                    self._pass_over(info.path, str(error))
+                    self._passed.append(Problem(info.path, str(error)))
 
     def _causes(self) -> str:
         """Return what is wrong with those that are there and not whole, "" if there are none."""
@@ -136,6 +171,7 @@ class Finder:
 
     def _read(self, info: CheckpointInfo) -> Found:
         self._verify(info)
+        self._go_on()
         return Found(info, self._read_contents(info))
 
     def _pass_over_unreadable(self) -> None:
@@ -144,12 +180,21 @@ class Finder:
                 try:
                     read(problem.path)  # again: an OSError says nothing of what it holds, and is raised
                 except (CheckpointDamaged, CheckpointNotFound) as error:
-                    self._pass_over(problem.path, str(error))
+                    self._passed.append(Problem(problem.path, str(error)))
 
-    def _pass_over(self, path: Path, why: str) -> None:
-        self.problems.append(Problem(self._store.set_aside(path, why) if self._sets_aside else path, why))
+    def _set_aside_what_was_passed(self) -> None:
+        with self._deciding:
+            self._go_on()
+            self._is_changing = True
+        for path, why in ((problem.path, problem.why) for problem in self._passed):
+            self.problems.append(Problem(self._store.set_aside(path, why) if self._may_change else path, why))
+        self._is_changing = False
 
-    def _may_set_aside(self) -> bool:
+    def _go_on(self) -> None:
+        if self._is_given_up:
+            raise Stopped("the reading was given up")
+
+    def _try_to_lock(self) -> bool:
         """Say whether damaged ones can be renamed: not in what another writes, nor in what is read-only."""
         try:
             self._store.lock()

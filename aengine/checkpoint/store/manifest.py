@@ -1,10 +1,13 @@
 """The manifest: what a checkpoint is made of, as JSON. Nothing that is read is trusted. No I/O in here.
 
+It ends with a checksum of its own: with those that it has of the files, each bit of a checkpoint is covered.
+
 A checksum proves integrity, not origin: what can change a file of a checkpoint can change its manifest as well. What
 keeps a malicious checkpoint from doing harm is that nothing in it is ever executed or followed: names are plain base
 names, links are refused, sizes are bounded, and the state is loaded with `weights_only=True`.
 """
 
+import hashlib
 import json
 import math
 import re
@@ -18,13 +21,23 @@ from aengine.errors import CheckpointDamaged
 
 MANIFEST = "manifest.json"
 PINNED = "pinned"
+STATE = "state.pt"
+"""The file that each checkpoint has: it holds the tree."""
+
 SUBDIRECTORY = "dcp"
 """The one directory that a checkpoint may have inside: torch.distributed.checkpoint writes into one of its own."""
+
+INDEX = f"{SUBDIRECTORY}/.metadata"
+"""The file that says which of those beside it holds which shard. One that has shards has it."""
 
 SIZE_LIMIT = 1 << 20
 """Bytes of a manifest. One that is larger is not read: a few hundred bytes a file is what it takes."""
 
-_FORMAT = 1
+_FORMAT = 2
+_SEAL = b',\n "sha256": "'
+"""What the last member begins with. Before it stands what it is the checksum of, after it nothing but the end."""
+
+_LARGEST = 2**63  # of the whole numbers, all of which are counted: a larger one is the work of a forger
 _DIRECTORY = re.compile(r"step-([0-9]{10}|[1-9][0-9]{10,})(?:\.([2-9]|[1-9][0-9]+))?")
 _BASE_NAME = r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}"
 _NAME = re.compile(rf"{_BASE_NAME}|{SUBDIRECTORY}/(?:\.metadata|{_BASE_NAME})")
@@ -61,7 +74,7 @@ class CheckpointInfo:
         files: what it consists of.
         versions: of what wrote it, by name.
         world_size: how many processes took part.
-        extra: plain JSON from its writer, such as the name of the serializer.
+        extra: what its writer says: "serializer", the name of that; "shards", how many tensors are sharded; "mid_step".
         is_mid_step: whether it was taken as a run failed or was cancelled in a step: the step's changes are in it.
     """
 
@@ -122,6 +135,7 @@ def encode(info: CheckpointInfo) -> bytes:
     record = {
         "format": _FORMAT,
         "step": info.step,
+        "revision": info.revision,
         "number": info.number,
         "epoch": info.epoch,
         "event": info.event,
@@ -132,7 +146,7 @@ def encode(info: CheckpointInfo) -> bytes:
         "world_size": info.world_size,
         "extra": dict(info.extra),
     }
-    data = json.dumps(record, indent=1, allow_nan=False).encode()
+    data = _sealed(json.dumps(record, indent=1, allow_nan=False).encode().removesuffix(b"\n}"))
     _parse(data, info.path, pinned=info.pinned)  # what could not be read back is refused before it is written
     return data
 
@@ -157,14 +171,7 @@ def _parse(data: bytes, path: Path, *, pinned: bool) -> CheckpointInfo:
     numbers = step_and_revision(path.name)
     if numbers is None:
         raise ValueError(f"it lies in {path.name!r}, which is no name of a checkpoint, such as {directory_name(500)!r}")
-    value = json.loads(data, object_pairs_hook=_without_duplicates, parse_constant=_no_number)
-    record: dict[str, Any] = _typed(value, dict, "an object", "it")
-    format_number = record.pop("format", None)
-    if type(format_number) is not int or format_number != _FORMAT:
-        raise ValueError(
-            f"its format is {format_number!r}, and this version of aengine reads {_FORMAT}: if a newer one wrote"
-            " it, load it with that"
-        )
+    record = _unsealed(data)
     files = tuple(_file(one) for one in _take(record, "files", list, "a list"))
     metrics: dict[str, Any] = _take(record, "metrics", dict, "an object")
     versions: dict[str, Any] = _take(record, "versions", dict, "an object")
@@ -184,15 +191,68 @@ def _parse(data: bytes, path: Path, *, pinned: bool) -> CheckpointInfo:
             {name: _typed(value, str, "text", f"versions[{name!r}]") for name, value in versions.items()}
         ),
         world_size=_take_whole(record, "world_size", 1),
-        extra=MappingProxyType(_take(record, "extra", dict, "an object")),
+        extra=MappingProxyType(_extra(_take(record, "extra", dict, "an object"))),
     )
-    if record:
-        raise ValueError(f"it has {sorted(record)}, which do not belong there")
-    if len({one.name for one in files}) < len(files):
+    revision = _take_whole(record, "revision", 1)
+    _refuse_unknown(record, "it")
+    if (info.step, revision) != numbers:
+        raise ValueError(f"it is that of {directory_name(info.step, revision)}, and lies in {path.name}")
+    names = {one.name for one in files}
+    if len(names) < len(files):
         raise ValueError("it names a file twice")
-    if info.step != numbers[0]:
-        raise ValueError(f"it is that of step {info.step}, and lies in {path.name}")
+    for needed in (STATE, INDEX) if info.extra.get("shards") else (STATE,):
+        if needed not in names:
+            raise ValueError(f"it does not name {needed}, without which nothing can be loaded")
     return info
+
+
+def _sealed(body: bytes) -> bytes:
+    """Return a manifest: all of it but its last member, and that."""
+    return body + _SEAL + hashlib.sha256(body).hexdigest().encode() + b'"\n}'
+
+
+def _unsealed(data: bytes) -> dict[str, Any]:
+    """Return the object without its checksum, which it must have. It is of the very bytes: each bit of them counts."""
+    record = _loaded(data)
+    if "sha256" not in record:
+        _check_format(record)  # a version that knew no such checksum
+    if data != _sealed(data.rpartition(_SEAL)[0]):
+        raise ValueError("its content is not what was written (sha256)")
+    _check_format(record)
+    del record["sha256"]
+    return record
+
+
+def _loaded(data: bytes) -> dict[str, Any]:
+    value = json.loads(data, object_pairs_hook=_without_duplicates, parse_constant=_no_number)
+    record: dict[str, Any] = _typed(value, dict, "an object", "it")
+    return record
+
+
+def _check_format(record: dict[str, Any]) -> None:
+    number = record.pop("format", None)
+    if type(number) is not int or number != _FORMAT:
+        raise ValueError(
+            f"its format is {_shown(number)}, and this version of aengine reads {_FORMAT}: use the version that"
+            f" has written it: {_shown(record.get('versions'))}"
+        )
+
+
+def _extra(record: dict[str, Any]) -> dict[str, Any]:
+    left = dict(record)
+    if "serializer" in left:
+        _take(left, "serializer", str, "text")
+    if "shards" in left:
+        _take_whole(left, "shards", 0)
+    if left.pop("mid_step", True) is not True:
+        raise ValueError("'mid_step' must be true, or not be there")
+    _refuse_unknown(left, "'extra'")
+    return record
+
+
+def _refuse_unknown(left: dict[str, Any], name: str) -> None:
+    if left:
+        raise ValueError(f"{name} has {_shown(sorted(left))}, which do not belong there")
 
 
 def _take(record: dict[str, Any], name: str, kind: Any, words: str) -> Any:
@@ -205,7 +265,9 @@ def _take(record: dict[str, Any], name: str, kind: Any, words: str) -> Any:
 def _take_whole(record: dict[str, Any], name: str, least: int) -> int:
     value: int = _take(record, name, int, "a whole number")
     if value < least:
-        raise ValueError(f"{name!r} must be {least} or more, and is {value}")
+        raise ValueError(f"{name!r} must be {least} or more, and is {_shown(value)}")
+    if value >= _LARGEST:
+        raise ValueError(f"{name!r} must be less than 2**63, and is {_shown(value)}")
     return value
 
 
@@ -216,8 +278,7 @@ def _file(value: Any) -> FileEntry:
     check_name(name)
     if not _SHA256.fullmatch(sha256):
         raise ValueError(f"the sha256 of {name} is {_shown(sha256)}, not 64 hexadecimal digits")
-    if record:
-        raise ValueError(f"the entry of {name} has {sorted(record)}, which do not belong there")
+    _refuse_unknown(record, f"the entry of {name}")
     return FileEntry(name, size, sha256)
 
 

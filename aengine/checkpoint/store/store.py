@@ -15,6 +15,7 @@ A checksum proves integrity, not origin: load what is in here with `weights_only
 """
 
 import builtins
+import errno
 import itertools
 import os
 from collections.abc import Collection
@@ -65,11 +66,30 @@ class Store:
             is_new = self._lock.acquire()
             there_are = verify.entries(self.directory)
         except OSError as error:
-            raise CheckpointNotWritten(
-                f"no checkpoint can be written to {self.directory}: {words(error)}. {advice(error)}"
-            ) from error
+            raise self._cannot_be_written(error) from error
         if is_new:
             remove_all(path for path in there_are if path.name.startswith((TEMPORARY, TRASH)))
+
+    def exists(self) -> bool:
+        """Say whether the directory is there yet.
+
+        Raises:
+            CheckpointNotWritten: nothing can have such a long name.
+        """
+        try:
+            self.directory.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:
+                raise
+            raise self._cannot_be_written(error) from error
+        return True
+
+    def _cannot_be_written(self, error: OSError) -> CheckpointNotWritten:
+        return CheckpointNotWritten(
+            f"no checkpoint can be written to {self.directory}: {words(error)}. {advice(error)}"
+        )
 
     def unlock(self) -> None:
         """Let others write, if this was the writer."""
@@ -120,7 +140,7 @@ class Store:
         files.sync_directory(path.parent)
         if not target.is_symlink():
             with suppress(OSError):
-                files.write_file(target / WHY, lambda file: file.write(f"{why}\n".encode()))
+                files.write_file(target / WHY, lambda file: file.write(f"{files.printable(why)}\n".encode()))
         return target
 
     def begin(self, step: int) -> Draft:

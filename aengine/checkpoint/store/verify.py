@@ -40,6 +40,9 @@ _DAMAGE = {
 }
 
 
+_NOTHING_THERE = {errno.ENOENT, errno.ENAMETOOLONG}  # nothing can have a name that is too long
+
+
 @dataclass(frozen=True, slots=True)
 class Problem:
     """Something in the directory that should be a checkpoint and is none, and why."""
@@ -78,8 +81,8 @@ def read(path: Path) -> CheckpointInfo:
             _refuse_link(path)
             data = files.read_at_most(path / MANIFEST, SIZE_LIMIT + 1)
             return decode(data, path, pinned=os.path.lexists(path / PINNED))
-        except FileNotFoundError:
-            if not os.path.lexists(path):
+        except OSError as error:
+            if error.errno in _NOTHING_THERE and not os.path.lexists(path):
                 raise CheckpointNotFound(f"there is no checkpoint at {path}") from None
             raise
 
@@ -99,7 +102,7 @@ def problems(directory: Path) -> list[Problem]:
     return found
 
 
-def verify(info: CheckpointInfo) -> None:
+def verify(info: CheckpointInfo, is_stopped: files.IsStopped | None = None) -> None:
     """Read every file of a checkpoint and compare it with the manifest. Takes as long as reading takes.
 
     What the manifest does not name is left alone, unless it is a link: nothing reads it, since names come from the
@@ -108,6 +111,7 @@ def verify(info: CheckpointInfo) -> None:
     Raises:
         CheckpointDamaged: says which file, and how.
         CheckpointNotFound: it was removed meanwhile.
+        Stopped: `is_stopped()` was true.
     """
     if read(info.path).files != info.files:
         raise CheckpointDamaged(f"{info.path / MANIFEST} was changed since it was read")
@@ -120,7 +124,7 @@ def verify(info: CheckpointInfo) -> None:
                 raise CheckpointDamaged(f"{path} has {size} bytes, and {entry.size} were written")
         for entry in info.files:
             path = info.path / entry.name
-            if files.measure(path).sha256 != entry.sha256:
+            if files.measure(path, is_stopped).sha256 != entry.sha256:
                 raise CheckpointDamaged(f"{path} has the right size but another content than was written (sha256)")
 
 
@@ -128,8 +132,10 @@ def entries(directory: Path) -> list[Path]:
     """Return whatever is in the directory, by name; nothing if the directory is not there (yet)."""
     try:
         return sorted(directory.iterdir())
-    except FileNotFoundError:
-        return []
+    except OSError as error:
+        if error.errno in _NOTHING_THERE:
+            return []
+        raise
 
 
 @contextmanager

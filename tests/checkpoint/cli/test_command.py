@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.forged import rewrite
 
 import aengine.checkpoint
 from aengine.checkpoint.cli.command import main
@@ -53,9 +54,13 @@ def say(store: Store, capsys: pytest.CaptureFixture[str]) -> Say:
 
 
 def write(store: Store, step: int, state: Any = None, **about: Any) -> CheckpointInfo:
-    tree = {"state": state, "engine": {}, "metrics": {}, "handlers": {}}
+    tree: dict[str, Any] = {"state": state, "engine": {"iteration": step}, "metrics": {}, "handlers": {}}
+    if "shards" in about.get("extra", {}):
+        tree = {"state": tree, "shards": {"state['state']['weight']": "state['state']['weight']"}}
     with store.begin(step) as draft:
         draft.write("state.pt", lambda file: TorchFile().write(tree, file))
+        if "shards" in about.get("extra", {}):
+            draft.write("dcp/.metadata", lambda file: file.write(b"an index"))
         return draft.commit(
             step=step,
             epoch=1,
@@ -322,11 +327,9 @@ def test_nothing_that_a_file_says_floods_the_terminal(store: Store, say: Say) ->
 
 @pytest.mark.parametrize("number", [-1e300, 1e300])
 def test_numbers_out_of_all_proportion_are_shown_all_the_same(store: Store, say: Say, number: float) -> None:
-    path = write(store, 500).path / "manifest.json"
-    record = json.loads(path.read_text(encoding="utf-8"))
-    record["created"] = number
-    record["files"][0]["size"] = 10**400
-    path.write_text(json.dumps(record), encoding="utf-8")
+    path = write(store, 500).path
+    rewrite(path, "created", number)
+    rewrite(path, "files", [{"name": "state.pt", "size": 2**62, "sha256": "0" * 64}])
     status, said, _ = say("--no-verify")
     assert status == 0
     assert "?  ITERATION_COMPLETED" in said

@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import distribute_module
 
 from aengine import CheckpointMismatch, CheckpointNotWritten, Engine, Events, NotSerializable
-from aengine.checkpoint import Checkpoint, CheckpointEvents
+from aengine.checkpoint import Checkpoint, CheckpointEvents, Keep
 
 
 def halve(model: torch.nn.Module) -> AnyEngine:
@@ -174,11 +174,42 @@ async def test_what_could_not_be_loaded_back_is_refused_at_the_save_with_its_pla
 
 
 async def test_metric_that_could_not_be_loaded_back_is_refused_too(tmp_path: Path) -> None:
-    engine: AnyEngine = Engine(lambda engine, batch: engine.state.metrics.update(accuracy=np.float32(0.5)))
+    engine: AnyEngine = Engine(lambda engine, batch: engine.state.metrics.update(accuracy=np.zeros(2)))
     async with Checkpoint(tmp_path, {}) as checkpoint:
         checkpoint.attach(engine, Events.ITERATION_COMPLETED)
-        with pytest.raises(NotSerializable, match=r"^metrics\['accuracy'\].*float"):
+        with pytest.raises(NotSerializable, match=r"^metrics\['accuracy'\].*array"):
             await engine.run([1])
+
+
+async def test_metric_that_is_a_number_of_numpy_is_saved_as_a_number(tmp_path: Path) -> None:
+    metrics: dict[str, Any] = {
+        "mean": np.mean([1.0, 2.0]),
+        "single": np.float32(0.5),
+        "long": np.longdouble(0.25),
+        "array": np.array(3.0),
+        "count": np.int64(7),
+        "is_good": np.bool_(True),  # noqa: FBT003 -- numpy's only form
+        "name": np.str_("best"),
+        "several": {"of_class": [np.float64(1.0), (np.int32(2),)]},
+    }
+    expected = {
+        "mean": 1.5, "single": 0.5, "long": 0.25, "array": 3.0, "count": 7, "is_good": True, "name": "best",
+        "several": {"of_class": [1.0, (2,)]},
+    }  # fmt: skip
+    engine: AnyEngine = Engine(lambda engine, batch: engine.state.metrics.update(metrics))
+    evaluator: AnyEngine = Engine(lambda engine, batch: None)
+    evaluator.state.metrics.update(metrics)
+    keep = Keep(best=1, metric="mean")
+    async with Checkpoint(tmp_path, {"evaluator": evaluator}, keep=keep) as checkpoint:
+        checkpoint.attach(engine, Events.ITERATION_COMPLETED)
+        await engine.run([1])
+        assert checkpoint.list()[-1].metrics["mean"] == 1.5
+        path = checkpoint.list()[-1].path
+    tree = torch.load(anyio.Path(path / "state.pt"), weights_only=True)
+    for saved in (tree["metrics"], tree["state"]["evaluator"]["metrics"]):
+        assert saved == expected
+        assert [type(one) for one in saved.values()] == [type(one) for one in expected.values()]
+    assert engine.state.metrics["single"] is metrics["single"]  # the run has what it had
 
 
 async def test_modules_are_unwrapped_and_generators_are_parts(tmp_path: Path) -> None:

@@ -5,13 +5,15 @@ import pickle
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed
+from support.forged import repacked
 from torch.distributed.checkpoint import filesystem, metadata
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -81,11 +83,12 @@ def test_staged_shard_is_a_copy_with_the_same_mesh_and_placements(mesh: DeviceMe
 def test_shards_and_the_rest_come_back(mesh: DeviceMesh, store: ShardStore, tmp_path: Path) -> None:
     saved, live = state_of(mesh), state_of(mesh)
     live["model"]["plain"].zero_()
+    before = full(live["model"]["weight"]).clone()
     write(saved, store, tmp_path)
     loaded = read(live, store, tmp_path)
     assert full(loaded["model"]["weight"]).equal(full(saved["model"]["weight"]))
-    assert loaded["model"]["weight"] is live["model"]["weight"]
-    assert loaded["model"]["tied"] is live["model"]["weight"]
+    assert loaded["model"]["tied"] is loaded["model"]["weight"]
+    assert full(live["model"]["weight"]).equal(before), "which is not changed while it is read"
     assert loaded["model"]["plain"].eq(1).all()
     assert loaded["model"]["none"] is None
     average = loaded["optimizer"]["state"][0]["average"]
@@ -113,7 +116,7 @@ def test_shards_of_chosen_places_are_read_and_no_others(mesh: DeviceMesh, store:
         back = put_in_shards(TorchFile().read(file), live, ("state['model']",))
     assert set(back.shards) == {"state['model']['weight']"}
     store.read(back.shards, tmp_path / "dcp")
-    assert full(live["model"]["weight"]).equal(full(saved["model"]["weight"]))
+    assert full(back.tree["model"]["weight"]).equal(full(saved["model"]["weight"]))
     assert back.tree["optimizer"]["state"][0]["average"] is None
 
 
@@ -247,6 +250,83 @@ def test_index_that_refers_to_files_elsewhere_is_refused(mesh: DeviceMesh, store
     index.write_bytes(pickle.dumps(true_index))
     with pytest.raises(CheckpointDamaged, match=r"'\.\./__0_0\.distcp', which is no plain file"):
         read(state, store, tmp_path)
+
+
+def test_a_shard_that_would_unpack_to_more_than_its_size_is_not_unpacked(
+    mesh: DeviceMesh, store: ShardStore, tmp_path: Path
+) -> None:
+    write(state_of(mesh), store, tmp_path)
+    (shards,) = (tmp_path / "dcp").glob("*.distcp")
+    compressed = repacked(torch.zeros(4, 3), compression=zipfile.ZIP_DEFLATED)
+    shards.write_bytes(compressed)
+    index = tmp_path / "dcp" / ".metadata"
+    true_index = pickle.loads(index.read_bytes())
+    for key, place in true_index.storage_data.items():
+        true_index.storage_data[key] = filesystem._StorageInfo(place.relative_path, 0, len(compressed))
+    index.write_bytes(pickle.dumps(true_index))
+    with pytest.raises(CheckpointDamaged, match="is compressed, to"):
+        read(state_of(mesh), store, tmp_path)
+
+
+def test_a_file_that_has_no_checksum_is_not_read(mesh: DeviceMesh, store: ShardStore, tmp_path: Path) -> None:
+    shards = take_out_shards(state_of(mesh)).shards
+    store.write(shards, tmp_path / "dcp")
+    store.read(shards, tmp_path / "dcp", {"__0_0.distcp"})
+    with pytest.raises(CheckpointDamaged, match=r"names '__0_0\.distcp', which is unknown"):
+        store.read(shards, tmp_path / "dcp", {"__1_0.distcp"})
+
+
+def _forge_size(index: Any) -> None:
+    next(iter(index.state_dict_metadata.values())).size = 7
+
+
+def _forge_type(index: Any) -> None:
+    next(iter(index.state_dict_metadata.values())).properties = None
+
+
+def _forge_place(index: Any) -> None:
+    index.storage_data = dict.fromkeys(index.storage_data, torch.Size([1]))
+
+
+def _forge_name(index: Any) -> None:
+    key, place = next(iter(index.storage_data.items()))
+    index.storage_data[key] = filesystem._StorageInfo(7, place.offset, place.length)  # type: ignore[arg-type]
+
+
+def _forge_offset(index: Any) -> None:
+    for key, place in index.storage_data.items():
+        index.storage_data[key] = filesystem._StorageInfo(place.relative_path, 2**60, 2**60)
+
+
+def _lose_places(index: Any) -> None:
+    index.storage_data.clear()
+
+
+def _lose_chunks(index: Any) -> None:
+    for one in index.state_dict_metadata.values():
+        one.chunks = None
+
+
+@pytest.mark.parametrize(
+    "forge", [_forge_size, _forge_type, _forge_place, _forge_name, _forge_offset, _lose_places, _lose_chunks]
+)
+def test_an_index_that_was_forged_is_damaged(
+    mesh: DeviceMesh, store: ShardStore, tmp_path: Path, forge: Callable[[Any], None]
+) -> None:
+    write(state_of(mesh), store, tmp_path)
+    index = tmp_path / "dcp" / ".metadata"
+    true_index = pickle.loads(index.read_bytes())
+    forge(true_index)
+    index.write_bytes(pickle.dumps(true_index))
+    with pytest.raises(CheckpointDamaged):
+        read(state_of(mesh), store, tmp_path)
+
+
+def test_an_index_cannot_have_more_allocated_than_its_size(store: ShardStore, tmp_path: Path) -> None:
+    """Python's unpickler in C makes room for as many values as the number of one says, here 2**32."""
+    (tmp_path / ".metadata").write_bytes(b"\x80\x02}r\xfe\xff\xff\xff.")
+    with pytest.raises(CheckpointDamaged, match="is no index of shards"):
+        store.read({}, tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"nonsense", pickle.dumps({"no": "index"}), pickle.dumps(None)])

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from support.disk_log import locked, save
+from support.forged import rewrite, sealed
 
 from aengine.checkpoint.store.manifest import CheckpointInfo, decode
 from aengine.checkpoint.store.retention import Keep
@@ -66,7 +67,7 @@ def replace_by_a_directory(info: CheckpointInfo) -> None:
 
 
 def change_the_manifest(info: CheckpointInfo) -> None:
-    rewrite(info, "files", [])
+    rewrite(info.path, "files", [entry(size=8), entry(name="dcp/.metadata")])
 
 
 @pytest.mark.parametrize(
@@ -110,14 +111,6 @@ def test_what_the_manifest_does_not_name_is_no_damage(store: Store) -> None:
     verify(info)
 
 
-def rewrite(info: CheckpointInfo, key: str, value: Any) -> None:
-    path = info.path / "manifest.json"
-    record = json.loads(path.read_bytes())
-    path.write_text(
-        json.dumps({**record, key: value} if value is not ... else {k: record[k] for k in record if k != key})
-    )
-
-
 def entry(**changes: Any) -> dict[str, Any]:
     return {"name": "state.pt", "size": 7, "sha256": "0" * 64, **changes}
 
@@ -127,7 +120,28 @@ def raw(content: bytes) -> Callable[[CheckpointInfo], object]:
 
 
 def changed(key: str, value: object) -> Callable[[CheckpointInfo], object]:
-    return lambda info: rewrite(info, key, value)
+    return lambda info: rewrite(info.path, key, value)
+
+
+def of_an_earlier_version(info: CheckpointInfo) -> None:
+    path = info.path / "manifest.json"
+    record = {**json.loads(path.read_bytes()), "format": 1}
+    path.write_text(json.dumps({name: value for name, value in record.items() if name not in {"sha256", "revision"}}))
+
+
+def without_its_checksum(info: CheckpointInfo) -> None:
+    path = info.path / "manifest.json"
+    path.write_bytes(path.read_bytes().rpartition(b',\n "sha256"')[0] + b"\n}")
+
+
+def with_a_second_checksum(info: CheckpointInfo) -> None:
+    path = info.path / "manifest.json"
+    path.write_bytes(sealed(json.loads(path.read_bytes())))
+
+
+def with_other_spaces(info: CheckpointInfo) -> None:
+    path = info.path / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_bytes())))
 
 
 def link_the_manifest(info: CheckpointInfo) -> None:
@@ -158,9 +172,19 @@ def replace_by_a_file(info: CheckpointInfo) -> None:
         pytest.param(raw(b'{"format": 1, "format": 1}'), "the same key twice", id="duplicate key"),
         pytest.param(raw(b"\xff\xff"), "is damaged: ", id="no text"),
         pytest.param(raw(b'{"format": NaN}'), "NaN is not JSON", id="NaN"),
-        pytest.param(changed("format", 2), "its format is 2, and this version of aengine reads 1", id="newer"),
+        pytest.param(changed("format", 3), "its format is 3, and this version of aengine reads 2: .*'0'", id="newer"),
+        pytest.param(of_an_earlier_version, "its format is 1, and this version of aengine reads 2", id="older"),
+        pytest.param(without_its_checksum, r"its content is not what was written \(sha256\)", id="without checksum"),
+        pytest.param(with_a_second_checksum, "the same key twice", id="two checksums"),
+        pytest.param(with_other_spaces, r"its content is not what was written \(sha256\)", id="other spaces"),
         pytest.param(changed("format", value=True), "its format is True", id="format of a wrong type"),
-        pytest.param(changed("step", 501), "it is that of step 501, and lies in step-0000000500", id="other step"),
+        pytest.param(changed("step", 501), "is that of step-0000000501, and lies in step-0000000500", id="other step"),
+        pytest.param(changed("revision", 2), r"is that of step-0000000500\.2, and lies in", id="other revision"),
+        pytest.param(changed("number", 10**4000), r"must be less than 2\*\*63, and is 1000", id="a huge number"),
+        pytest.param(changed("extra", {"rerializer": "torch"}), r"'extra' has \['rerializer'\]", id="extra"),
+        pytest.param(changed("extra", {"serializer": 1}), "'serializer' must be text, and is 1", id="serializer"),
+        pytest.param(changed("extra", {"shards": "2"}), "'shards' must be a whole number", id="shards"),
+        pytest.param(changed("extra", {"mid_step": False}), "'mid_step' must be true, or not be there", id="mid-step"),
         pytest.param(changed("step", "500"), "'step' must be a whole number, and is '500'", id="step as text"),
         pytest.param(changed("step", 500.0), "'step' must be a whole number", id="step as float"),
         pytest.param(changed("epoch", value=True), "'epoch' must be a whole number, and is True", id="epoch as bool"),
@@ -172,6 +196,7 @@ def replace_by_a_file(info: CheckpointInfo) -> None:
         pytest.param(changed("metrics", []), "'metrics' must be an object", id="metrics"),
         pytest.param(changed("versions", {"torch": 2}), r"versions\['torch'\] must be text", id="version"),
         pytest.param(changed("files", {}), "'files' must be a list", id="files"),
+        pytest.param(changed("files", []), "it does not name state.pt, without which nothing can be", id="no files"),
         pytest.param(changed("files", ["state.pt"]), "an entry of 'files' must be an object", id="file"),
         pytest.param(changed("files", [entry(), entry()]), "it names a file twice", id="twice"),
         pytest.param(changed("files", [entry(name="../x")]), r"'\.\./x' is no name for a file", id="../"),
@@ -199,6 +224,22 @@ def test_damaged_manifest_is_found_and_reported_and_the_one_before_is_still_ther
     assert problem.path == info.path
     with pytest.raises(CheckpointDamaged, match=words):
         raise CheckpointDamaged(problem.why)
+
+
+def test_one_that_has_shards_names_their_index(store: Store) -> None:
+    info = save(store, 500, extra={"serializer": "torch", "shards": 2})
+    assert read(info.path) == info
+    rewrite(info.path, "files", [entry()])
+    with pytest.raises(CheckpointDamaged, match=r"it does not name dcp/\.metadata"):
+        read(info.path)
+
+
+def test_what_could_not_be_loaded_is_not_committed(store: Store) -> None:
+    with store.begin(500) as draft:
+        draft.write("other.pt", lambda file: file.write(b"weights"))
+        with pytest.raises(ValueError, match=r"it does not name state\.pt"):
+            draft.commit(step=500, epoch=1, event="e", metrics={}, versions={})
+    assert steps(store) == []
 
 
 def test_manifest_in_a_directory_that_is_none_of_a_checkpoint_is_refused(store: Store) -> None:

@@ -39,13 +39,14 @@ def steps(store: Store) -> list[int]:
 
 def test_committed_checkpoint_is_found_as_it_was_returned(store: Store) -> None:
     metrics = {"loss": 0.5, "count": 3, "bad": math.inf, "worse": -math.inf}
-    returned = save(store, 500, b"content", epoch=2, metrics=metrics, world_size=4, extra={"serializer": ["torch", 1]})
+    extra = {"serializer": "torch", "shards": 1, "mid_step": True}
+    returned = save(store, 500, b"content", epoch=2, metrics=metrics, world_size=4, extra=extra)
     [found] = store.list()
 
     assert found == returned
     assert (found.step, found.revision, found.number, found.epoch, found.world_size) == (500, 1, 1, 2, 4)
     assert dict(found.metrics) == metrics
-    assert found.extra["serializer"] == ["torch", 1]
+    assert dict(found.extra) == extra
     assert found.path == store.directory / "step-0000000500"
     assert found.size == len(b"content") + len(b"shards")
     assert [(one.name, one.size, one.sha256) for one in found.files] == [
@@ -157,9 +158,10 @@ def test_file_written_by_other_means_is_counted_in(store: Store) -> None:
         (draft.path / "dcp").mkdir()
         (draft.path / "dcp" / "__0_0.distcp").write_bytes(b"tensors")
         draft.add(files.measure(draft.path / "dcp" / "__0_0.distcp"))
+        draft.write("state.pt", lambda file: file.write(b"the rest"))
         info = draft.commit(step=1, epoch=1, event="e", metrics={}, versions={})
 
-    assert [one.name for one in info.files] == ["dcp/__0_0.distcp"]
+    assert [one.name for one in info.files] == ["dcp/__0_0.distcp", "state.pt"]
     verify(info)
 
 
