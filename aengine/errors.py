@@ -15,6 +15,7 @@
         └── NotSerializable (TypeError)   something in the state could not be loaded again
 
     DataExhaustedWarning (UserWarning) the data ended before the run was complete
+    DataOrderWarning (UserWarning)     the data of a run that is resumed comes in another order
     CheckpointWarning (UserWarning)    a save failed or a checkpoint was damaged, and the run continues
 
 An exception of a user's own step, handler or data is never wrapped: `run()` raises the very same object, with a note
@@ -89,6 +90,10 @@ class CheckpointWarning(UserWarning):
 
 class DataExhaustedWarning(UserWarning):
     """The data ended before the run was complete, and cannot be restarted. The run ended cleanly."""
+
+
+class DataOrderWarning(UserWarning):
+    """The data of a run that is resumed comes in another order than before: samples of the pass are seen twice."""
 
 
 def raise_failures(name: str, failures: list[BaseException], cancellation: BaseException | None = None) -> None:

@@ -299,7 +299,13 @@ class Session:
         progress = begin(state, self._progress, adapted, *limits)
         self.went_back_to = progress if self._progress.is_loaded else None
         unread = self._unread[1] if self._unread is not None and self._unread[0] is data else ()
-        source = Source(adapted, self._bus.logger, randomness, unread=unread, completed=progress.iteration)
+        source = Source(
+            adapted,
+            self._bus.logger,
+            unread=unread,
+            completed=progress.iteration,
+            may_have_other_length=limits[2] is not None,
+        )
         if progress.position is not None:
             source.resume_at(progress.position, progress.iteration)
         set_dataloader(state, data)
@@ -313,7 +319,7 @@ class Session:
             progress,
             bus=self._bus,
             requests=self._requests,
-            restore_rng=None if randomness is None or rng is None else partial(randomness.restore, rng, data),
+            restore_rng=None if randomness is None or rng is None else partial(randomness.restore, rng),
         )
         generator = self._generator = loop.run()
         return loop, generator
@@ -385,7 +391,8 @@ class Session:
 
     def _end(self, loop: Loop, generator: LoopGenerator, *, is_suspended: bool) -> None:
         self._bus.stopwatch.stop()
-        self._progress = loop.progress()
+        known = self._state.last_progress  # where the run has ended by itself
+        self._progress = known if known is not None and not is_suspended else loop.progress()
         if is_suspended:
             loop.engine = None  # which would otherwise be held by its own generator, until the garbage collector runs
             return
@@ -407,14 +414,14 @@ class Session:
         opened = [] if self._loop is None else [self._loop.source.opened]
         return [*opened, self._state.dataloader]
 
-    def set_data(self, engine: Any, data: Any) -> None:
+    def set_data(self, data: Any) -> None:
         """Have the next batch come from other data, as `Engine.set_data`."""
         adapted = adapt(data)
         if self._loop is None:
             raise RuntimeError(
                 "set_data() changes the data of a run under way, and there is none: pass the data to run()"
             )
-        self._loop.set_data(Source(adapted, self._bus.logger, randomness=engine.randomness))
+        self._loop.set_data(Source(adapted, self._bus.logger))
 
     def add_service(self, service: Service, on_error: str, name: str | None) -> RemovableEventHandle:
         """Add a service, as `Engine.add_service`; where a run is under way, it takes part from now on."""
@@ -484,7 +491,7 @@ class Session:
         progress = self._progress if self._loop is None else self._loop.progress()
         saved = to_state_dict(progress, self._state, self._bus.own_counts, engine.state_dict_user_keys)
         if engine.randomness is not None:
-            saved["random"] = engine.randomness.capture(self._state.dataloader)
+            saved["random"] = engine.randomness.capture()
         return saved
 
     def load_state_dict(self, engine: Any, state_dict: Mapping[str, Any], *, begins_anew: bool) -> None:

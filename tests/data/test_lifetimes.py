@@ -544,7 +544,7 @@ async def test_plain_data_that_hangs_for_ever_is_abandoned_and_closed_when_it_co
         try:
             await engine.run(batches, prefetch=1)
         except HandlerTimeout as timeout:
-            assert end is stop  # noqa: PT017 -- a cancellation goes on, and this is only logged
+            assert end is stop
             assert "clean-up of engine 'trainer'" in str(timeout)  # noqa: PT017
     assert not closed.is_set()
     pulling = [one for one in threading.enumerate() if one.name == "aengine-prefetch"]
