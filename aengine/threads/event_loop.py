@@ -211,6 +211,12 @@ class TickCounter:
 _tick_counter: RunVar[TickCounter] = RunVar("aengine_tick_counter")
 
 
+def watch_turns(caller: "anyio.TaskInfo") -> Callable[[], bool]:
+    """Return what says whether others have had a turn since it was called before, and the caller is not cancelled."""
+    has_ticked = TickCounter.here().watch()
+    return lambda: has_ticked() and not caller.has_pending_cancellation()  # else it needs a turn, to see that
+
+
 class Interrupts:
     """Tells those that wait for something which cannot be stopped that the user no longer wants to wait: by Ctrl-C.
 
