@@ -486,7 +486,7 @@ class Engine(Generic[Batch, Output]):
         Args:
             skip_completed: fire no COMPLETED.
         """
-        return self._requests.terminate(skip_completed=skip_completed)
+        return self._session.requests.terminate(skip_completed=skip_completed)
 
     def terminate_epoch(self, *, skip_epoch_completed: bool = False) -> bool:
         """End the epoch before its next step: the data begins again with the next epoch. From any thread or task.
@@ -500,7 +500,7 @@ class Engine(Generic[Batch, Output]):
         Raises:
             RuntimeError: called at STARTED or EPOCH_STARTED, where no iteration has begun.
         """
-        return self._requests.terminate_epoch(skip_epoch_completed=skip_epoch_completed)
+        return self._session.requests.terminate_epoch(skip_epoch_completed=skip_epoch_completed)
 
     def interrupt(self) -> bool:
         """Leave the run before its next step, to go on with the very next event at the next `run()`.
@@ -508,7 +508,7 @@ class Engine(Generic[Batch, Output]):
         Returns whether a run is under way that is left by this. Without one only `should_interrupt` is set, until the
         next run begins.
         """
-        return self._requests.interrupt()
+        return self._session.requests.interrupt()
 
     def pause(self) -> None:
         """Have the loop wait before its next step, inside `run()`, until `resume()`. From any thread or task."""

@@ -18,6 +18,7 @@ from aengine.checkpoint.store.retention import Keep
 
 if TYPE_CHECKING:
     from aengine.checkpoint.capture.randomness import RandomStates
+    from aengine.checkpoint.capture.trainable import trainable
     from aengine.checkpoint.checkpoint import Checkpoint
     from aengine.checkpoint.events import CheckpointCommitted, CheckpointEvents
     from aengine.checkpoint.formats.serializers import Serializer, TorchFile
@@ -39,6 +40,7 @@ __all__ = [
     "RandomStates",
     "Serializer",
     "TorchFile",
+    "trainable",
 ]
 
 _WITH_TORCH = {
@@ -48,4 +50,5 @@ _WITH_TORCH = {
     "RandomStates": "capture.randomness",
     "Serializer": "formats.serializers",
     "TorchFile": "formats.serializers",
+    "trainable": "capture.trainable",
 }

@@ -62,7 +62,8 @@ class Checkpoint:
     Args:
         directory: where the checkpoints are; made when the first one is written.
         state: what has `state_dict` and `load_state_dict`, or a dictionary of that, nested. torch's, numpy's and
-            python's random generators may be in it. DistributedDataParallel and compiled modules are unwrapped.
+            python's random generators may be in it. DistributedDataParallel and compiled modules are unwrapped. Of a
+            model that is frozen but for an adapter, pass `trainable(model)`.
             An engine in it, such as an evaluator that a handler runs, is saved with its metrics and its handlers that
             have a `state_dict`; once restored, it begins anew at its next run if it was done, as in memory.
         keep: which checkpoints stay.

@@ -30,7 +30,7 @@ from aengine.errors import HandlerTimeout, StrayCancellation
 from aengine.loop.effects import Effect, LoopGenerator, NextBatch, WaitCancelled
 from aengine.loop.loop import Loop
 from aengine.loop.requests import Request, Requests
-from aengine.threads.event_loop import CancelOnceScope, EventLoopHandle, ThreadSafeEvent, watch_turns
+from aengine.threads.event_loop import CancelOnceScope, EventLoopHandle, ThreadSafeEvent, TickCounter
 from aengine.threads.lag import LagTimer
 from aengine.threads.thread_state import ThreadState
 from aengine.threads.worker import close_unawaited
@@ -79,7 +79,7 @@ class Driver:
         self.defer_backpressure = requests.defer_backpressure
         self._grace = grace
         self._prefetch = prefetch
-        self._settings = ThreadState()
+        self._settings = ThreadState(is_needed=threaded or prefetch > 0)
         self._worker = RunWorker(f"aengine {bus.name}", self._settings, self._loop_handle) if threaded else None
         self._parent = _current.get()()
         self._caller = anyio.get_current_task()
@@ -148,6 +148,7 @@ class Driver:
         finally:
             del ending
             self._outcome.clear()
+            self._loop.also_raised.clear()
             self._reported = None
 
     async def _wait_for_end(self) -> None:
@@ -177,8 +178,13 @@ class Driver:
         context = RunContext(
             handle, self.spawn, self._fail_of_data, self._settings, self._prefetch, loop.can_use, self._grace
         )
-        others_had_a_turn = None if self._worker is not None else watch_turns(self._caller)
-        loop.attach(context, self._cancelled, self._explain, others_had_a_turn)
+        if self._worker is None:
+            may_go_on: Callable[[], int] | None = _watch_turns(self._caller, handle)
+        else:
+            # Nothing waits for a turn there. But the worker would go on to the end of the run, though the event loop
+            # was closed: a task that is still pending then is just dropped.
+            may_go_on = partial(_is_open, handle) if handle.is_of_asyncio else None
+        loop.attach(context, self._cancelled, self._explain, may_go_on, self._is_given_up)
         self._bus.attach(handle)
         # Posted even from the loop's own thread: a signal handler interrupts select(), which sleeps again unless woken.
         # A weak reference: the scheduled callback lives one more turn of the event loop, and would keep the engine.
@@ -250,12 +256,41 @@ class Driver:
 
     def is_task(self, task: int) -> bool:
         """Whether the caller is this task of the run's event loop. False on other threads, and outside of tasks."""
-        return self._loop_handle.is_here and anyio.get_current_task().id == task
+        return self._loop_handle.is_here and self._loop_handle.current_task() == task
 
     @property
     def has_abandoned(self) -> bool:
         """Whether a step is still running, since the user no longer wanted to wait for it."""
         return self._worker is not None and self._worker.item is not None
+
+    @property
+    def is_deserted(self) -> bool:
+        """Whether the event loop was closed before the end of the run, which nothing continues any more."""
+        return self._loop_handle.is_closed
+
+    @property
+    def is_at_work(self) -> bool:
+        """Whether a step is still running, though the run was given up."""
+        return self._worker is not None and self._worker.is_at_work
+
+    def desert(self) -> None:
+        """The event loop was closed before the end of the run: have the step in flight be the last one."""
+        self._is_over = True
+        self._requests.wake_by(None)
+        if self.is_at_work:
+            self._requests.return_to_driver()
+        self._services.desert()
+
+    def leave(self) -> None:
+        """Let go of a run that was given up, whose last step has ended."""
+        self._loop.detach()
+        self._bus.attach(None)
+        if self._worker is not None:
+            self._worker.leave()
+        self._outcome.clear()
+
+    def _is_given_up(self) -> bool:
+        return self.is_deserted or (self._is_over and self.is_at_work)
 
     def worker_for(self, task: int) -> RunWorker | None:
         """Return this run's worker if it is idle because this very task, in an inline handler, runs another engine."""
@@ -264,7 +299,7 @@ class Driver:
     # The task of the run
 
     async def _main(self) -> None:
-        self._task = anyio.get_current_task().id
+        self._task = self._loop_handle.current_task()
         _current.set(ref(self))
         for subscriber in self._bus.subscribers:
             self.start(subscriber)
@@ -278,18 +313,19 @@ class Driver:
             self._outcome.add_cancellation(error)
         finally:
             self._is_over = True
-            self._subscribers.start_no_more()
-            if self._last_wait is not None:
-                self._last_wait.cancel()
-            try:
-                if self._must_wait_at_end:
-                    with anyio.CancelScope(shield=True):
-                        await self._close()
-                else:
-                    self._subscribers.end_nowait()
-                self._end_worker()
-            finally:
-                self._has_ended.set()
+            if not self.is_deserted:  # else this task is being dropped, and can await nothing any more
+                self._subscribers.start_no_more()
+                if self._last_wait is not None:
+                    self._last_wait.cancel()
+                try:
+                    if self._must_wait_at_end:
+                        with anyio.CancelScope(shield=True):
+                            await self._close()
+                    else:
+                        self._subscribers.end_nowait()
+                    self._end_worker()
+                finally:
+                    self._has_ended.set()
 
     def _never_started(self) -> None:
         self._has_ended.set()
@@ -642,6 +678,19 @@ class Driver:
                     self._grace / 2,
                 )
                 self._wake()
+
+
+def _is_open(handle: EventLoopHandle) -> bool:
+    return not handle.is_closed
+
+
+def _watch_turns(caller: "anyio.TaskInfo", loop_handle: EventLoopHandle) -> Callable[[], int]:
+    """Return what says how many runs share the event loop, if others have had a turn since it was called before.
+
+    Else 0; also where the caller is cancelled, and needs a turn to see that.
+    """
+    has_ticked, lag = TickCounter.here().watch(), LagTimer.here(loop_handle)
+    return lambda: lag.runs if has_ticked() and not caller.has_pending_cancellation() else 0
 
 
 def _call_if_alive(method: "WeakMethod[Callable[[], None]]") -> None:

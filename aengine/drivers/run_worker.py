@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import anyio
@@ -10,7 +11,7 @@ from aengine.threads.dedicated import DedicatedThread
 from aengine.threads.event_loop import EventLoopHandle
 from aengine.threads.openmp import release_idle_threads
 from aengine.threads.thread_state import SharedContext, ThreadState, context_for_thread
-from aengine.threads.worker import WorkerWayBack, WorkItem
+from aengine.threads.worker import WorkerWayBack, WorkItem, close_unawaited
 
 
 class RunWorker:
@@ -64,13 +65,35 @@ class RunWorker:
         await self._call(self._shared.enter_context, self._settings.entered())
         await self._call(self._shared.enter_context, self._way_back.entered())
 
+    @property
+    def is_at_work(self) -> bool:
+        """Whether a call on the thread has not ended, though nothing waits for it any more."""
+        return self.item is not None and not self.item.done
+
+    def leave(self) -> None:
+        """The event loop of the run is closed: let the thread end, if it is this run's own. It is not at work."""
+        if self.item is not None:
+            close_unawaited(self.item.result)
+        self.item = self._way_back.item = None
+        self._let_end()
+
     def submit(self, function: Callable[[Any], Any], argument: Any) -> WorkItem:
         """Have the thread make one call, and return it. It is `item` until `finish()`."""
         assert self.thread is not None and self._contexts is not None, "started before"  # noqa: PT018, S101
         # Stored before it begins: the step that it runs may ask at once whether it is here.
         item = self.item = self._way_back.item = WorkItem(self._loop_handle, self._contexts, function, argument)
-        self.thread.post(item.run)
+        self.thread.post(partial(self._work, item))
         return item
+
+    def _work(self, item: WorkItem) -> None:
+        """Make the call; on the thread. Where nothing is left that would ever stop the thread, let it end."""
+        item.run()
+        if self._loop_handle.is_of_asyncio and self._loop_handle.is_closed:
+            self._let_end()
+
+    def _let_end(self) -> None:
+        if self._is_own and self.thread is not None:
+            self.thread.abandon()
 
     def finish(self) -> None:
         """The call has returned or raised."""

@@ -325,6 +325,11 @@ class ServiceTasks:
         finally:
             self._start, self._fail = None, _log_unheard  # which refer to this: no cycle may hold the engine
 
+    def desert(self) -> None:
+        """The event loop was closed before the end of the run: no task is left that could be cancelled."""
+        self._under_way.clear()
+        self._abandon_all(None)
+
     def _abandon_all(self, error: BaseException | None) -> None:
         try:
             while self._open:

@@ -53,14 +53,37 @@ class EventLoopHandle:
         return self._post == other._post  # noqa: SLF001 -- another of this class
 
     @property
+    def is_closed(self) -> bool:
+        """Whether the event loop has ended for good. From any thread; on trio it wakes the event loop."""
+        if self._is_asyncio:
+            return bool(self._native.is_closed())
+        try:
+            self._post(int)
+        except RuntimeError:  # trio's RunFinishedError
+            return True
+        return False
+
+    @property
     def is_here(self) -> bool:
         """Whether this is the event loop's thread."""
         return threading.get_ident() == self.thread
 
+    def current_task(self) -> int:
+        """Return the `id` that anyio gives the running task, in a third of the time. On the event loop's thread."""
+        module = sys.modules["asyncio"] if self._is_asyncio else sys.modules["trio"].lowlevel
+        return id(module.current_task())
+
     def call(self, function: Callable[[], object]) -> None:
-        """Call `function` on the event loop's thread: now if this is it, else soon. Never waits, never raises."""
+        """Call `function` on the event loop's thread: now if this is it, else soon. Never waits.
+
+        Raises what it raises, if it is called now. On an event loop that has ended nothing is called.
+        """
         if self.is_here:
-            function()
+            try:
+                function()
+            except RuntimeError:
+                if not self.is_closed:
+                    raise
         else:
             self.post(function)
 
@@ -211,12 +234,6 @@ class TickCounter:
 _tick_counter: RunVar[TickCounter] = RunVar("aengine_tick_counter")
 
 
-def watch_turns(caller: "anyio.TaskInfo") -> Callable[[], bool]:
-    """Return what says whether others have had a turn since it was called before, and the caller is not cancelled."""
-    has_ticked = TickCounter.here().watch()
-    return lambda: has_ticked() and not caller.has_pending_cancellation()  # else it needs a turn, to see that
-
-
 class Interrupts:
     """Tells those that wait for something which cannot be stopped that the user no longer wants to wait: by Ctrl-C.
 
@@ -361,7 +378,7 @@ class CancelOnceScope:
         """Cancel what is awaited inside, or is awaited next."""
         self.cancel_by(self._outer)
 
-    def cancel_by(self, around: anyio.CancelScope) -> None:
+    def cancel_by(self, around: "anyio.CancelScope") -> None:
         """Cancel what is awaited inside, or is awaited next, by a scope around this one."""
         # It may have been reached already: a scope around a run cancels what runs inside the run's step, too.
         if self._requests > self._seen:

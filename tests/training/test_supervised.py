@@ -772,11 +772,15 @@ def test_loss_function_gets_the_output_of_the_model_and_the_labels() -> None:
     ids=["no labels", "pair", "other names"],
 )
 def test_batch_without_a_loss_says_what_is_missing(batch: Any, loss_fn: Any, message: str) -> None:
-    class Strict(Classifier):
-        def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None) -> Any:
-            return super().forward(input_ids, None if labels is input_ids else labels)
+    class Strict(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Classifier(Output)
 
-    model = Strict(Output)
+        def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None) -> Any:
+            return self.inner(input_ids, labels)
+
+    model = Strict()
     trainer = create_supervised_trainer(model, torch.optim.SGD(model.parameters(), lr=0.1), loss_fn)
     with pytest.raises(TypeError, match=message) as caught:
         trainer.run_sync([batch])

@@ -47,25 +47,32 @@ class PlainNames:
         state: Any = self._module.state_dict()
         if not isinstance(state, Mapping):  # of a module that has a state_dict() of its own
             return state
-        named: Any = OrderedDict((self._plain(name), value) for name, value in cast(Mapping[str, Any], state).items())
+        named: Any = OrderedDict((self.plain(name), value) for name, value in cast(Mapping[str, Any], state).items())
         versions: Mapping[str, Any] = getattr(state, "_metadata", {})
-        named._metadata = OrderedDict((self._plain(path), value) for path, value in versions.items())  # noqa: SLF001
+        named._metadata = OrderedDict((self.plain(path), value) for path, value in versions.items())  # noqa: SLF001
         return named
 
-    def load_state_dict(self, state_dict: Any) -> None:
-        """Load what `state_dict` returned, of this module or of one that is wrapped in another way, or not at all."""
+    def load_state_dict(self, state_dict: Any, *, strict: bool = True) -> None:
+        """Load what `state_dict` returned, of this module or of one that is wrapped in another way, or not at all.
+
+        Unless it is `strict`, what the module has besides is left as it is.
+        """
         own: Any = self._module.state_dict()
         if isinstance(own, Mapping) and isinstance(state_dict, Mapping):
-            names = {self._plain(name): name for name in cast(Mapping[str, Any], own)}
+            names = {self.plain(name): name for name in cast(Mapping[str, Any], own)}
             saved = cast(Mapping[str, Any], state_dict)
             state_dict = OrderedDict((names.get(name, name), value) for name, value in saved.items())
             versions, paths = getattr(saved, "_metadata", {}), getattr(own, "_metadata", {})
             state_dict._metadata = OrderedDict(  # noqa: SLF001 -- the versions of the modules, which have no public name
-                (path, versions[plain]) for path in paths if (plain := self._plain(path)) in versions
+                (path, versions[plain]) for path in paths if (plain := self.plain(path)) in versions
             )
-        self._module.load_state_dict(state_dict)
+        if strict:
+            self._module.load_state_dict(state_dict)  # a module's own may have no such argument
+        else:
+            self._module.load_state_dict(state_dict, strict=False)
 
-    def _plain(self, name: str) -> str:
+    def plain(self, name: str) -> str:
+        """Return a name as it would be if nothing was wrapped."""
         path, kept = "", list[str]()
         for step in _steps(name):
             path = f"{path}.{step}" if path else step
