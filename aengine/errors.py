@@ -5,7 +5,7 @@
     ├── DataExhausted (ValueError)        the data had no batch to give, and cannot be restarted
     ├── HandlerTimeout (TimeoutError)     a handler or a clean-up took longer than the grace period
     ├── InboxOverflow (RuntimeError)      an inbox with overflow="error" was full
-    ├── StrayCancellation (RuntimeError)  a task of the run was cancelled, but not by the run
+    ├── StrayCancellation (RuntimeError)  something in the run was cancelled, and the run was not
     └── CheckpointError (RuntimeError)    something went wrong with a checkpoint
         ├── CheckpointNotFound            there is none, or not the one that was requested
         ├── CheckpointDamaged             its files are not those that were written
@@ -48,11 +48,12 @@ class InboxOverflow(AengineError, RuntimeError):
 
 
 class StrayCancellation(AengineError, RuntimeError):
-    """A task of the run was cancelled, but not by the run: by asyncio's `Task.cancel()`, say.
+    """Something that the run awaited was cancelled, but the run was not. Its cause is that cancellation.
 
-    `asyncio.run()` calls it at its end for each task that is left. Also raised where a handler awaits something that is
-    cancelled, and does not catch that cancellation. A run that is itself cancelled as well raises its own cancellation
-    instead.
+    For instance: a step, a handler, the data, a service or the body of `iterate()` awaits a future which other code has
+    cancelled, and does not catch its CancelledError. Let out as one, that would end the run as if it were cancelled, and
+    a task group would drop it without a word. Also raised where one task of the run is cancelled by itself, by asyncio's
+    `Task.cancel()`. A run that is itself cancelled as well raises its own cancellation instead.
     """
 
 

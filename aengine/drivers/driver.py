@@ -155,10 +155,9 @@ class Driver:
         """Wait in the caller's task until that of the run is at its end; have the loop end if this is cancelled.
 
         On asyncio, anyio cancels a task only where what it waits for has not come yet, looking once in each turn of the
-        event loop. A task that wakes another and is woken by it in each turn, as the loop and a prefetcher do, would
-        never be cancelled; nor would a step that catches its cancellation and returns. The caller waits for one thing,
-        which comes last, so that a cancellation always reaches it here. Then the loop is to return to this driver
-        before its next step, whatever became of the cancellation in the task of the run.
+        event loop. So a loop and a prefetcher that wake each other in each turn may never be cancelled; nor is a step
+        that catches its cancellation. The caller waits for one thing, which comes last, so that a cancellation always
+        reaches it here. Then the loop is to return to this driver before its next step.
         """
         try:
             await self._has_ended.wait()
@@ -457,22 +456,17 @@ class Driver:
 
         Also called on the worker.
         """
-        if not isinstance(error, self._cancelled) or self._is_asked_to_end:
+        # The caller's task may be cancelled, and have not taken its next step, in which it sees that.
+        if not isinstance(error, self._cancelled) or self._is_cancelled or self._caller.has_pending_cancellation():
             return error
         return self._take_reported() or self._name_stray(error)
-
-    @property
-    def _is_asked_to_end(self) -> bool:
-        # The caller's task may be cancelled, and have not taken its next step, in which it sees that.
-        return self._is_cancelled or self._caller.has_pending_cancellation()
 
     def _explain_in_call(self, error: BaseException) -> BaseException:
         """Return what is to be raised on the worker for an error of what it has had awaited.
 
         A failure beside the loop is raised by the loop, between steps: here a step could catch it.
         """
-        is_ours = not isinstance(error, self._cancelled) or self._is_asked_to_end or self._reported is not None
-        return error if is_ours else self._name_stray(error)
+        return error if self._reported is not None else self._explain(error)
 
     def _name_stray(self, error: BaseException) -> StrayCancellation:
         stray = StrayCancellation(
@@ -690,7 +684,7 @@ def _is_open(handle: EventLoopHandle) -> bool:
     return not handle.is_closed
 
 
-def _watch_turns(caller: anyio.TaskInfo, loop_handle: EventLoopHandle) -> Callable[[], int]:
+def _watch_turns(caller: "anyio.TaskInfo", loop_handle: EventLoopHandle) -> Callable[[], int]:
     """Return what says how many runs share the event loop, if others have had a turn since it was called before.
 
     Else 0; also where the caller is cancelled, and needs a turn to see that.
