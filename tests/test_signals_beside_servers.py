@@ -63,9 +63,9 @@ class Server:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-        for number in caught:
-            if before[signal.Signals(number)].__class__.__name__ == "method":  # ours, and not what ends the tests
-                signal.raise_signal(number)
+        for caught_number in caught:
+            if before[signal.Signals(caught_number)].__class__.__name__ == "method":  # ours, and not what ends the tests
+                signal.raise_signal(caught_number)
 
     @contextmanager
     def by_event_loop(self) -> Iterator[None]:
