@@ -45,7 +45,7 @@ class Bus:
         self.state = state
         self.lock = RLock()
         self.sequence = self.last_of_subscribers = 0
-        self.completions = Completions(self)
+        self.completions = Completions()
         self.own_counts: dict[str, int] = {}
         self.last_event_name: str | None = None
         self.next_count = ALWAYS

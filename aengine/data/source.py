@@ -223,7 +223,7 @@ class Source:
         buffer = Buffer(run.prefetch or 1, run.loop_handle)
         begin, state = partial(self._begin_ahead, buffer, run), self.position.state
         if opened.is_async:
-            self._prefetcher = TaskPrefetcher(buffer, opened, begin, state)
+            self._prefetcher = TaskPrefetcher(buffer, opened, begin, state, run.grace)
             run.spawn(self._prefetcher.pull, self._prefetcher.never_started)
         else:
             thread = self._thread_of(run)

@@ -79,7 +79,7 @@ class Driver:
         self.defer_backpressure = requests.defer_backpressure
         self._grace = grace
         self._prefetch = prefetch
-        self._settings = ThreadState()
+        self._settings = ThreadState(is_needed=threaded or prefetch > 0)
         self._worker = RunWorker(f"aengine {bus.name}", self._settings, self._loop_handle) if threaded else None
         self._parent = _current.get()()
         self._caller = anyio.get_current_task()
@@ -148,6 +148,7 @@ class Driver:
         finally:
             del ending
             self._outcome.clear()
+            self._loop.also_raised.clear()
             self._reported = None
 
     async def _wait_for_end(self) -> None:
@@ -179,7 +180,7 @@ class Driver:
             handle, self.spawn, self._fail_of_data, self._settings, self._prefetch, loop.can_use, self._grace
         )
         if self._worker is None:
-            may_go_on: Callable[[], bool] | None = _watch_turns(self._caller)
+            may_go_on: Callable[[], int] | None = _watch_turns(self._caller, handle)
         else:
             # Nothing waits for a turn there. But the worker would go on to the end of the run, though the event loop
             # was closed: a task that is still pending then is just dropped.
@@ -256,7 +257,7 @@ class Driver:
 
     def is_task(self, task: int) -> bool:
         """Whether the caller is this task of the run's event loop. False on other threads, and outside of tasks."""
-        return self._loop_handle.is_here and anyio.get_current_task().id == task
+        return self._loop_handle.is_here and self._loop_handle.current_task() == task
 
     @property
     def has_abandoned(self) -> bool:
@@ -299,7 +300,7 @@ class Driver:
     # The task of the run
 
     async def _main(self) -> None:
-        self._task = anyio.get_current_task().id
+        self._task = self._loop_handle.current_task()
         _current.set(ref(self))
         for subscriber in self._bus.subscribers:
             self.start(subscriber)
@@ -689,10 +690,13 @@ def _is_open(handle: EventLoopHandle) -> bool:
     return not handle.is_closed
 
 
-def _watch_turns(caller: anyio.TaskInfo) -> Callable[[], bool]:
-    """Return what says whether others have had a turn since it was called before, and the caller is not cancelled."""
-    has_ticked = TickCounter.here().watch()
-    return lambda: has_ticked() and not caller.has_pending_cancellation()  # else it needs a turn, to see that
+def _watch_turns(caller: anyio.TaskInfo, loop_handle: EventLoopHandle) -> Callable[[], int]:
+    """Return what says how many runs share the event loop, if others have had a turn since it was called before.
+
+    Else 0; also where the caller is cancelled, and needs a turn to see that.
+    """
+    has_ticked, lag = TickCounter.here().watch(), LagTimer.here(loop_handle)
+    return lambda: lag.runs if has_ticked() and not caller.has_pending_cancellation() else 0
 
 
 def _call_if_alive(method: "WeakMethod[Callable[[], None]]") -> None:

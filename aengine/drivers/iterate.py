@@ -89,8 +89,12 @@ class IterationStream:
                 raise
         finally:
             self._handle.remove()
-        if error is None or (self._error is not None and self._error is not error):
-            self._raise_error()  # beside an error of the body, it is a group of both
+            failure, self._error = self._error, None  # whose traceback holds this, where it is the body's
+        try:
+            if failure is not None and failure is not error:
+                raise failure  # beside an error of the body, it is a group of both
+        finally:
+            del failure  # whose traceback holds this frame: no cycle may hold the engine
 
     def _leave(self, error: BaseException | None) -> None:
         """The body is left, with this error: end the run in the same way."""

@@ -12,7 +12,7 @@ from anyio.lowlevel import checkpoint_if_cancelled
 
 from aengine.arguments import check_choice, check_whole
 from aengine.bus.emitter import EventEmitter, RemovableEventHandle
-from aengine.data.adapt import adapt
+from aengine.data.adapt import Adapted, adapt
 from aengine.data.prefetch import Fetched
 from aengine.data.source import Source
 from aengine.drivers.driver import Driver
@@ -107,13 +107,13 @@ class Session:
             await anyio.sleep(_LOOK)
         with self._under_way():
             await checkpoint_if_cancelled()
-            await self._run(engine, data, limits, prefetch)
+            check_whole(prefetch, "prefetch=", minimum=0, of="batches to pull ahead")
+            await self._run(engine, adapt(data), limits, prefetch)
 
-    async def _run(self, engine: Any, data: Any, limits: Limits, prefetch: int) -> None:
-        check_whole(prefetch, "prefetch=", minimum=0, of="batches to pull ahead")
+    async def _run(self, engine: Any, adapted: Adapted, limits: Limits, prefetch: int) -> None:
         if (bound := bound_to_this_thread()) is not None:
             self._stay_on_thread(bound, prefetch)
-        loop, generator = self._begin(engine, data, limits)
+        loop, generator = self._begin(engine, adapted, limits)
         await self._drive(engine, loop, generator, prefetch, threaded=self.threaded and bound is None)
 
     def run_sync(self, engine: Any, data: Any, limits: Limits, prefetch: int) -> None:
@@ -125,13 +125,14 @@ class Session:
             if runs_in_event_loop():
                 raise RuntimeError("run_sync() would block the event loop that runs here: write  await engine.run(...)")
             check_whole(prefetch, "prefetch=", minimum=0, of="batches to pull ahead")
-            if self._is_async or prefetch or self.services or self._must_await or adapt(data).is_async:
-                anyio.run(self._run, engine, data, limits, prefetch)
+            adapted = adapt(data)
+            if self._is_async or prefetch or self.services or self._must_await or adapted.is_async:
+                anyio.run(self._run, engine, adapted, limits, prefetch)
             else:
-                self._run_blocking(engine, data, limits)
+                self._run_blocking(engine, adapted, limits)
 
-    def _run_blocking(self, engine: Any, data: Any, limits: Limits) -> None:
-        loop, generator = self._begin(engine, data, limits)
+    def _run_blocking(self, engine: Any, adapted: Adapted, limits: Limits) -> None:
+        loop, generator = self._begin(engine, adapted, limits)
         runner = BlockingRunner(generator, self._requests)
         self._emitter.attach(runner)
         failures: list[BaseException] = []
@@ -149,6 +150,7 @@ class Session:
             try:
                 raise_failures(self._bus.name, [*failures, *loop.also_raised])
             finally:
+                loop.also_raised.clear()
                 failures.clear()  # an error's traceback holds this frame: no cycle may hold the engine
 
     @contextmanager
@@ -282,14 +284,15 @@ class Session:
             self._end(self._loop, self._generator, is_suspended=False)
             source.close()
 
-    def _begin(self, engine: Any, data: Any, limits: Limits) -> tuple[Loop, LoopGenerator]:
-        adapted = adapt(data)
+    def _begin(self, engine: Any, adapted: Adapted, limits: Limits) -> tuple[Loop, LoopGenerator]:
+        data = adapted.data
         state, randomness = self._state, engine.randomness
         if state.max_epochs is None and state.max_iters is None:
             self._give_up()
         self.went_back_to = None
         if self._loop is not None and self._generator is not None:
             self._refuse_other_arguments(data, limits)
+            self._loop.engine = engine
             self._requests.go_on()
             self._bus.start_clock()
             return self._loop, self._generator
@@ -384,6 +387,7 @@ class Session:
         self._bus.stopwatch.stop()
         self._progress = loop.progress()
         if is_suspended:
+            loop.engine = None  # which would otherwise be held by its own generator, until the garbage collector runs
             return
         self._state.last_progress = self._progress
         self._loop = self._generator = None
@@ -451,7 +455,7 @@ class Session:
                 f"wait_completed({iterations}) waits for the loop, which waits for it here: call it from a subscriber,"
                 " a service, data with prefetch=, or a task of your own"
             )
-        return await self._bus.completions.wait(iterations, self._completes_no_more)
+        return await self._bus.completions.wait(self._bus, iterations, self._completes_no_more)
 
     def _completes_no_more(self) -> bool:
         return self.is_running and self._requests.phase is Phase.IDLE

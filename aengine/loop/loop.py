@@ -61,7 +61,7 @@ class Loop:
         self.also_raised: list[BaseException] = []
         self.cancellations: tuple[type[BaseException], ...] = (KeyboardInterrupt, SystemExit)
         self._explain: Callable[[BaseException], BaseException] | None = None
-        self._engine = engine
+        self.engine = engine
         self._step = step
         self._state = bus.state
         self._bus = bus
@@ -72,7 +72,7 @@ class Loop:
         self._has_other_data = False  # the data was replaced during the epoch: there may now be events of it, or none
         self._first = progress.iteration
         self._is_agreeing = False  # with other processes; also where that has failed
-        self._others_had_a_turn: Callable[[], bool] | None = None
+        self._others_had_a_turn: Callable[[], int] | None = None
         self._is_given_up: Callable[[], bool] | None = None
         self._next_yield = perf_counter() + BUDGET
         # Of what steps return, the types that are not awaitable: asking `inspect` costs as much as a whole iteration.
@@ -83,14 +83,15 @@ class Loop:
         run: RunContext,
         cancelled: type[BaseException],
         explain: Callable[[BaseException], BaseException],
-        others_had_a_turn: Callable[[], bool] | None,
+        others_had_a_turn: Callable[[], int] | None,
         is_given_up: Callable[[], bool],
     ) -> None:
         """A driver on an event loop begins to advance this. Raises as `Source.attach` does.
 
         `cancelled` is what a cancellation raises there. `explain` returns the failure to report for an error: another
-        one for a cancellation of something else, which the user's code has let out. `others_had_a_turn` returns whether
-        other tasks had a turn since it was called before, or on the worker whether there is still an event loop.
+        one for a cancellation of something else, which the user's code has let out. `others_had_a_turn` returns how
+        many runs take turns, if other tasks had one since it was called before, else 0; or on the worker whether there
+        is still an event loop.
         `is_given_up` returns whether nothing is left that would hear of an error.
         """
         self.source.attach(run)
@@ -153,7 +154,7 @@ class Loop:
             state.times["COMPLETED"] = perf_counter() - began
             if not (Request.TERMINATE in requests.pending and requests.skip_completed):
                 yield from self._dispatch("COMPLETED")
-                yield from self._bus.topic("COMPLETED").dispatch_at_end(self._engine)
+                yield from self._bus.topic("COMPLETED").dispatch_at_end(self.engine)
                 state.times["COMPLETED"] = perf_counter() - began
             yield from self._accept_no_more()
             yield from self._flush()
@@ -243,7 +244,9 @@ class Loop:
     # its stopwatch, and `feed` directly, for the same reason.
     def _iterations(self) -> LoopGenerator:  # noqa: C901, PLR0912, PLR0915
         """The hot path: fetch, step, next. `bus.next_count` is the next iteration in which there is more to do."""
-        engine, state, step, requests, bus = self._engine, self._state, self._step, self._requests, self._bus
+        # Set to None wherever the run may be suspended, for then only the engine may hold this generator, not it the engine.
+        engine: Any = self.engine
+        state, step, requests, bus = self._state, self._step, self._requests, self._bus
         feed, watch, plain_types, coroutine = self.feed, bus.stopwatch, self._plain_types, CoroutineType
         getting, got, started, completed = self._topics_of_an_iteration()
         end = min(self._end_of_epoch, NEVER if state.max_iters is None else state.max_iters)
@@ -270,7 +273,9 @@ class Loop:
                         if (rest := getting.dispatch(engine, iteration)) is not None:
                             yield from rest
                         if requests.pending:
+                            engine = None
                             yield from self._serve_requests(between_steps=False)
+                            engine = self.engine
                     if must_agree:
                         last_output = state.output
                     if is_timed:
@@ -291,7 +296,9 @@ class Loop:
                     yield from self._meet_error_of_data(error)
                     raise
                 if batch is END:
+                    engine = None
                     batch = yield from self._meet_end_of_data()
+                    engine = self.engine
                     if batch is END:
                         break
                 state.output = None
@@ -300,7 +307,9 @@ class Loop:
                     if is_timed:
                         watch.data += (perf_counter() - mark) * watch.weight
                     if must_agree:
+                        engine = None
                         batch = yield from self._agree_to_step(batch, last_output)
+                        engine = self.engine
                         state.batch, last_output = None if batch is END else batch, None
                         if batch is END:
                             break
@@ -309,7 +318,9 @@ class Loop:
                             yield from rest
                         if requests.pending:
                             feed.in_hand = batch
+                            engine = None
                             yield from self._serve_requests(between_steps=False)
+                            engine = self.engine
                             feed.in_hand = END
 
                 state.iteration = iteration = iteration + 1
@@ -319,7 +330,9 @@ class Loop:
                             yield from rest
                         if requests.pending:
                             feed.in_hand = batch
+                            engine = None
                             yield from self._serve_requests(between_steps=False)
+                            engine = self.engine
                             feed.in_hand = END
                     if is_timed:
                         mark = perf_counter()
@@ -345,13 +358,17 @@ class Loop:
                     if (rest := dispatch(engine, iteration)) is not None:
                         yield from rest
                 if requests.pending:
+                    engine = None
                     yield from self._serve_requests()
+                    engine = self.engine
 
                 if is_timed:
                     is_timed, watch.weight = False, 0
                     # Read each time: an epoch may go on with another driver than it began with.
                     if (had_turn := self._others_had_a_turn) is not None and perf_counter() >= self._next_yield:
-                        if not had_turn():  # otherwise the step has waited for something
+                        runs = had_turn()
+                        watch.runs = runs or 1
+                        if not runs:  # otherwise the step has waited for something
                             yield Effect.YIELD
                             had_turn()
                         self._next_yield = perf_counter() + BUDGET
@@ -473,7 +490,7 @@ class Loop:
         topic.mark_fired_by_loop()
         count = topic.count_firing(payload)
         if count >= topic.next_count:
-            yield from topic.dispatch(self._engine, count, payload) or ()
+            yield from topic.dispatch(self.engine, count, payload) or ()
 
     def _serve_requests(self, *, between_steps: bool = True) -> LoopGenerator:  # noqa: C901, PLR0912 -- a branch a request
         """Serve what was requested, until nothing is pending that keeps the loop from going on.
@@ -565,7 +582,7 @@ class Loop:
             for name in ("ITERATION_STARTED", "ITERATION_COMPLETED"):
                 self._bus.topic(name).record_firing(self.completed)
         for topic in topics:
-            yield from topic.dispatch_at_end(self._engine)
+            yield from topic.dispatch_at_end(self.engine)
 
     # The end
 
@@ -591,7 +608,7 @@ class Loop:
         self._bus.stopwatch.weight = 1
         topic = self._bus.topic("CANCELLED" if is_cancellation else "EXCEPTION_RAISED")
         payload = None if is_cancellation else error
-        for dispatch in topic.dispatch_to_each(self._engine, topic.count_firing(), payload):
+        for dispatch in topic.dispatch_to_each(self.engine, topic.count_firing(), payload):
             try:
                 yield from dispatch
             except Exception as another:  # noqa: BLE001 -- the others are called, too; it is raised with the first

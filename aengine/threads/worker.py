@@ -59,6 +59,7 @@ class WorkItem:
             self.result = contexts.context.run(self.function, *self.arguments)
         except BaseException as error:  # noqa: BLE001 -- every outcome is handed over, none is swallowed
             self.error = error
+        self.arguments = ()  # an error that was thrown into the loop, whose traceback holds this frame
         self._of_worker = self._contexts.context.copy()
         self.done = True
         self._wakeup.set()
