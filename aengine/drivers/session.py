@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from time import perf_counter, sleep
-from typing import Any, TypeAlias
+from typing import Any
 
 import anyio
 from anyio.lowlevel import checkpoint_if_cancelled
@@ -24,7 +24,7 @@ from aengine.events import Event
 from aengine.loop.agreement import Agreement
 from aengine.loop.effects import LoopGenerator
 from aengine.loop.loop import Loop
-from aengine.loop.progress import Progress, begin
+from aengine.loop.progress import Limits, Progress, begin, refuse_other_arguments
 from aengine.loop.requests import Phase, Request, Requests
 from aengine.loop.state_dict import from_state_dict, to_state_dict
 from aengine.state import ErrorInfo, State, StopReason, set_dataloader
@@ -36,9 +36,6 @@ _ONE_AT_A_TIME = "one engine runs one loop at a time. Await the run under way, o
 
 _LOOK = 0.005
 """Seconds from one look to the next whether a step has ended that nothing waits for."""
-
-Limits: TypeAlias = tuple[int | None, int | None, int | None]
-"""max_epochs, max_iters, epoch_length, as they were given to `run()`."""
 
 
 class Session:
@@ -291,7 +288,7 @@ class Session:
             self._give_up()
         self.went_back_to = None
         if self._loop is not None and self._generator is not None:
-            self._refuse_other_arguments(data, limits)
+            refuse_other_arguments(state, self._bus.name, data, limits)
             self._loop.engine = engine
             self._requests.go_on()
             self._bus.start_clock()
@@ -330,23 +327,6 @@ class Session:
             self._generator.close()
             self._keep_unread(self._loop.source)
         self._loop = self._generator = None
-
-    def _refuse_other_arguments(self, data: Any, limits: Limits) -> None:
-        state = self._state
-        given = zip(("max_epochs", "max_iters", "epoch_length"), limits, strict=True)
-        other = [
-            f"{name}={value} (it has {getattr(state, name)})"
-            for name, value in given
-            if value not in (None, getattr(state, name))
-        ]
-        if data is not None and data is not state.dataloader:
-            other.append("other data")
-        if other:
-            raise ValueError(
-                f"engine {self._bus.name!r} was interrupted and goes on where it was, so it cannot take"
-                f" {', '.join(other)}: call run() with what it was called with, or without arguments; set_data()"
-                " changes the data"
-            )
 
     async def _drive(
         self,

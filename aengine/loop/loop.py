@@ -20,22 +20,12 @@ from aengine.data.source import PENDING, Source
 from aengine.errors import DataExhaustedWarning, HandlerTimeout, StrayCancellation
 from aengine.events import ALWAYS, NEVER
 from aengine.loop.effects import BUDGET, Effect, LoopGenerator, NextBatch, WaitCancelled
+from aengine.loop.ends import EpochTerminated, Terminated
 from aengine.loop.feed import Exhausted, Feed
 from aengine.loop.progress import Progress
 from aengine.loop.requests import Phase, Request, Requests
 from aengine.state import ErrorInfo, StopReason
 from aengine.threads.event_loop import is_cancellation_of_asyncio
-
-
-class Terminated(Exception):
-    """The run is to end here."""
-
-    def __init__(self, reason: StopReason) -> None:
-        self.reason = reason
-
-
-class EpochTerminated(Exception):
-    """The epoch is to end here."""
 
 
 class Loop:

@@ -6,11 +6,14 @@ completed; in memory as from a `state_dict`.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 from aengine.arguments import check_whole
 from aengine.data.adapt import Adapted
 from aengine.state import State
+
+Limits: TypeAlias = tuple[int | None, int | None, int | None]
+"""max_epochs, max_iters, epoch_length, as they were given to `run()`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +104,23 @@ def begin(
     state.last_progress = None
     is_of_passes = progress.is_of_passes and epoch_length is None and data.data is not None
     return progress if progress.is_of_passes == is_of_passes else replace(progress, is_of_passes=is_of_passes)
+
+
+def refuse_other_arguments(state: State, name: str, data: Any, limits: Limits) -> None:
+    """Raise ValueError where a run that was interrupted is to go on with other arguments than it began with."""
+    given = zip(("max_epochs", "max_iters", "epoch_length"), limits, strict=True)
+    other = [
+        f"{argument}={value} (it has {getattr(state, argument)})"
+        for argument, value in given
+        if value not in (None, getattr(state, argument))
+    ]
+    if data is not None and data is not state.dataloader:
+        other.append("other data")
+    if other:
+        raise ValueError(
+            f"engine {name!r} was interrupted and goes on where it was, so it cannot take {', '.join(other)}: call"
+            " run() with what it was called with, or without arguments; set_data() changes the data"
+        )
 
 
 def _check_limit(name: str, given: int | None, state: State, other: str, done: int) -> None:
