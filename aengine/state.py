@@ -123,7 +123,7 @@ class State:
         return self._dataloader
 
     @dataloader.setter
-    def dataloader(self, data: Any) -> NoReturn:
+    def dataloader(self, _: Any) -> NoReturn:
         raise AttributeError(
             "engine.state.dataloader says what the data is, and does not change it: call engine.set_data(data), or pass"
             " it to run()"

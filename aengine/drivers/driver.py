@@ -426,6 +426,7 @@ class Driver:
                 self._is_over = True
                 return
             except BaseException as error:  # noqa: BLE001 -- kept, and raised by run()
+                value = None  # an error that was thrown in: its traceback holds this frame, and so the engine
                 self._end_with(error)
                 return
             resume = send

@@ -259,7 +259,7 @@ class Loop:
     # its stopwatch, and `feed` directly, for the same reason.
     def _iterations(self) -> LoopGenerator:  # noqa: C901, PLR0912, PLR0915
         """The hot path: fetch, step, next. `bus.next_count` is the next iteration in which there is more to do."""
-        # Set to None wherever the run may be suspended, for then only the engine may hold this generator, not it the engine.
+        # Set to None wherever the run may be suspended: then the engine holds this generator, and not the reverse.
         engine: Any = self.engine
         state, step, requests, bus = self._state, self._step, self._requests, self._bus
         feed, watch, plain_types, coroutine = self.feed, bus.stopwatch, self._plain_types, CoroutineType
