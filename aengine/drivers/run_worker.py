@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from functools import partial
 from typing import Any
 
 import anyio
@@ -75,25 +74,16 @@ class RunWorker:
         if self.item is not None:
             close_unawaited(self.item.result)
         self.item = self._way_back.item = None
-        self._let_end()
+        if self._is_own and self.thread is not None:
+            self.thread.abandon()
 
     def submit(self, function: Callable[[Any], Any], argument: Any) -> WorkItem:
         """Have the thread make one call, and return it. It is `item` until `finish()`."""
         assert self.thread is not None and self._contexts is not None, "started before"  # noqa: PT018, S101
         # Stored before it begins: the step that it runs may ask at once whether it is here.
         item = self.item = self._way_back.item = WorkItem(self._loop_handle, self._contexts, function, argument)
-        self.thread.post(partial(self._work, item))
+        self.thread.post(item.run)
         return item
-
-    def _work(self, item: WorkItem) -> None:
-        """Make the call; on the thread. Where nothing is left that would ever stop the thread, let it end."""
-        item.run()
-        if self._loop_handle.is_of_asyncio and self._loop_handle.is_closed:
-            self._let_end()
-
-    def _let_end(self) -> None:
-        if self._is_own and self.thread is not None:
-            self.thread.abandon()
 
     def finish(self) -> None:
         """The call has returned or raised."""

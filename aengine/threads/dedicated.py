@@ -79,6 +79,8 @@ class DedicatedThread:
     def post(self, call: Callable[[], object]) -> None:
         """Have this called on the thread after the calls before it. It must not raise, and has no context of its own.
 
+        If it returns False, the thread ends with it: nothing is left that would call `stop()`.
+
         For what keeps its outcome itself, and is submitted too often for a future and a context each time.
         """
         calls = self._calls
@@ -120,8 +122,10 @@ def _work(calls: _Calls, entering: Iterable[Callable[[], AbstractContextManager[
         for enter in entering:
             entered.enter_context(enter())
         while (call := calls.get()) is not None:
-            call()
+            must_end = call() is False
             del call  # while waiting for the next, keep no reference to a batch, an output or what else it holds
+            if must_end:
+                return
 
 
 def _run(future: "Future[T]", call: Callable[[], T], back: WayBack | None) -> None:

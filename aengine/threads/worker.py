@@ -51,8 +51,11 @@ class WorkItem:
         self._is_left = False
         self._cancellation: BaseException | None = None  # that of the task that waits, while the call still lasts
 
-    def run(self) -> None:
-        """Make the call, keep its outcome, and wake the task that waits for it. On the worker."""
+    def run(self) -> bool:
+        """Make the call, keep its outcome, and wake the task that waits for it. On the worker.
+
+        Returns False where the event loop of that task has ended, so that nothing is left that would stop the thread.
+        """
         try:
             if (contexts := self._contexts).of_worker.is_behind(self._of_task):
                 contexts.context.run(contexts.of_worker.follow, self._of_task)
@@ -61,8 +64,11 @@ class WorkItem:
             self.error = error
         self.arguments = ()  # an error that was thrown into the loop, whose traceback holds this frame
         self._of_worker = self._contexts.context.copy()
+        del self.function  # it holds the loop, and this thread holds the item for a moment after the task has gone on
+        is_heard = not (self._loop_handle.is_of_asyncio and self._loop_handle.is_closed)
         self.done = True
         self._wakeup.set()
+        return is_heard
 
     def call_in_loop(self, wanted: Awaitable[Any]) -> Any:
         """Have the task that waits for this call await `wanted`, and block until it has. On the worker, in the call.
