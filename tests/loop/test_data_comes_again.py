@@ -7,6 +7,7 @@ import random
 import warnings
 from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -304,6 +305,10 @@ async def test_an_epoch_is_a_pass_whatever_its_length(make: type[Passes], prefet
         assert set(lengths) == {None}
 
 
+def has_reached(at: int, engine: AnyEngine, _: int) -> bool:
+    return engine.state.iteration >= at
+
+
 class PassOfTheDay:
     """Data that handlers of EPOCH_STARTED give another length for each pass, as `set_epoch()` of a sampler does."""
 
@@ -340,7 +345,7 @@ def test_passes_of_any_length_are_resumed(
     is_told = make is PassOfTheDay and event is Events.ITERATION_COMPLETED
     for at in range(4 if is_told else 1, 13):
         engine, seen, data = build()
-        reached = event(event_filter=lambda engine, count, at=at: engine.state.iteration >= at)
+        reached = event(event_filter=partial(has_reached, at))
         with engine.add_event_handler(reached, engine.terminate):
             engine.run_sync(data, max_epochs=4)
         if is_saved:

@@ -57,17 +57,19 @@ class Unsized:
 
 
 class Stateful(Shuffled):
-    """It is put back by its own state: the order, and where it stands."""
+    """It is put back by its own state: the order, and where it stands. Else it begins anew, as torchdata's does."""
 
     def __init__(self, size: int, shuffle: Callable[[list[int]], Any]) -> None:
         super().__init__(size, shuffle)
         self.order: list[int] = []
-        self.next = COUNT
+        self.next = 0
+        self.is_put_back = False
 
     def __iter__(self) -> Iterator[list[int]]:
-        if self.next >= COUNT:
+        if not self.is_put_back:
             self.order, self.next = list(range(COUNT)), 0
             self.shuffle(self.order)
+        self.is_put_back = False
         while self.next < COUNT:
             self.next += self.size
             yield self.order[self.next - self.size : self.next]
@@ -76,7 +78,7 @@ class Stateful(Shuffled):
         return {"order": self.order, "next": self.next}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.order, self.next = list(state_dict["order"]), state_dict["next"]
+        self.order, self.next, self.is_put_back = list(state_dict["order"]), state_dict["next"], True
 
 
 # Samplers
