@@ -292,6 +292,8 @@ class Source:
             return
         if prefetcher is not None:
             yield prefetcher.stop()
+            if self._thread is not None:
+                self._thread.settle()
             if not prefetcher.buffer.has_ended:
                 self._keep_what_was_pulled()
                 self.take = self._take_after_suspension

@@ -361,7 +361,9 @@ class Driver:
     def _end_worker(self) -> None:
         worker, source = self._worker, self._loop.source
         if worker is not None and self.is_suspended and source.belongs_to_thread:
-            source.keep_thread(worker.keep())
+            source.keep_thread(thread := worker.keep())
+            if thread is not None:
+                thread.settle()
         elif worker is not None:
             worker.stop()
 
