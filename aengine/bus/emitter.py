@@ -66,6 +66,9 @@ class Runner(Protocol):
         """Wait until every event dispatched so far is handled."""
 
 
+_OURS = {event.name: event for event in Events}  # once: the name of a member is slow to get
+
+
 class EventEmitter:
     """Listeners come and go, events are fired: while a run lasts and between runs.
 
@@ -80,7 +83,7 @@ class EventEmitter:
     def __init__(self, name: str, logger: logging.Logger, state: State) -> None:
         self.bus = Bus(name, logger, state)
         self.runner: Runner | None = None
-        self.registered: dict[str, Any] = {event.name: event for event in Events}
+        self.registered: dict[str, Any] = dict(_OURS)
         self._attributes: dict[str, str] = {}  # of the state, that count events of the user's
 
     def __del__(self) -> None:

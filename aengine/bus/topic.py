@@ -131,11 +131,13 @@ class Topic:
     def count_firing(self, payload: Any = None) -> int:
         """The event is fired: count that, unless an attribute of the state does, and return the counter."""
         self._last_payload = payload if self.has_at_end else None
-        self._bus.last_event_name = self.name
-        with self._bus.lock:  # a step and a task may fire it at once, and each is to have a count of its own
-            if self.name not in self._bus.state.event_to_attr:
-                self._bus.own_counts[self.name] = self.count + 1
+        bus = self._bus
+        bus.last_event_name = self.name
+        if self.name in bus.state.event_to_attr:
             count = self.count
+        else:
+            with bus.lock:  # a step and a task may fire it at once, and each is to have a count of its own
+                bus.own_counts[self.name] = count = self.count + 1
         self.record_firing(count)
         return count
 

@@ -15,7 +15,7 @@ import anyio
 
 from aengine.errors import StrayCancellation
 from aengine.threads.dedicated import DedicatedThread, wait_until_done
-from aengine.threads.event_loop import EventLoopHandle, ThreadSafeEvent
+from aengine.threads.event_loop import CancelOnceScope, EventLoopHandle, ThreadSafeEvent
 from aengine.threads.guarded import guarded
 
 if TYPE_CHECKING:
@@ -170,13 +170,15 @@ class TaskPrefetcher:
     group.
     """
 
-    def __init__(self, buffer: Buffer, opened: "OpenedData", begin: Callable[[], None], state: DataStateOf) -> None:
+    def __init__(
+        self, buffer: Buffer, opened: "OpenedData", begin: Callable[[], None], state: DataStateOf, grace: float
+    ) -> None:
         self.buffer = buffer
         self._opened = opened
         self._begin = begin
         self._state = state
         self._ended = anyio.Event()
-        self._scope = anyio.CancelScope(shield=True)
+        self._scope: CancelOnceScope | anyio.CancelScope = CancelOnceScope(grace, shield=True)
         self._is_fetching = False
         self._closes = False  # when it ends; not where another run is to go on with it
         self._error: BaseException | None = None  # of closing

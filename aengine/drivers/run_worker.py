@@ -92,7 +92,7 @@ class RunWorker:
             self._let_end()
 
     def _let_end(self) -> None:
-        if self._shared is None and self.thread is not None:
+        if self._is_own and self.thread is not None:
             self.thread.abandon()
 
     def finish(self) -> None:

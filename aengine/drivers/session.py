@@ -5,17 +5,18 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from time import perf_counter, sleep
-from typing import Any, TypeAlias
+from typing import Any
 
 import anyio
 from anyio.lowlevel import checkpoint_if_cancelled
 
 from aengine.arguments import check_choice, check_whole
 from aengine.bus.emitter import EventEmitter, RemovableEventHandle
-from aengine.data.adapt import adapt
+from aengine.data.adapt import Adapted, adapt
 from aengine.data.prefetch import Fetched
 from aengine.data.source import Source
 from aengine.drivers.driver import Driver
+from aengine.drivers.records import iteration_of, statistics_of
 from aengine.drivers.services import Service, ServiceEntry, ServiceTasks
 from aengine.drivers.sync import DONE, SUSPENDED, BlockingRunner, runs_in_event_loop
 from aengine.errors import EngineBusy, raise_failures
@@ -23,7 +24,7 @@ from aengine.events import Event
 from aengine.loop.agreement import Agreement
 from aengine.loop.effects import LoopGenerator
 from aengine.loop.loop import Loop
-from aengine.loop.progress import Progress, begin
+from aengine.loop.progress import Limits, Progress, begin, refuse_other_arguments
 from aengine.loop.requests import Phase, Request, Requests
 from aengine.loop.state_dict import from_state_dict, to_state_dict
 from aengine.state import ErrorInfo, State, StopReason, set_dataloader
@@ -35,9 +36,6 @@ _ONE_AT_A_TIME = "one engine runs one loop at a time. Await the run under way, o
 
 _LOOK = 0.005
 """Seconds from one look to the next whether a step has ended that nothing waits for."""
-
-Limits: TypeAlias = tuple[int | None, int | None, int | None]
-"""max_epochs, max_iters, epoch_length, as they were given to `run()`."""
 
 
 class Session:
@@ -106,13 +104,13 @@ class Session:
             await anyio.sleep(_LOOK)
         with self._under_way():
             await checkpoint_if_cancelled()
-            await self._run(engine, data, limits, prefetch)
+            check_whole(prefetch, "prefetch=", minimum=0, of="batches to pull ahead")
+            await self._run(engine, adapt(data), limits, prefetch)
 
-    async def _run(self, engine: Any, data: Any, limits: Limits, prefetch: int) -> None:
-        check_whole(prefetch, "prefetch=", minimum=0, of="batches to pull ahead")
+    async def _run(self, engine: Any, adapted: Adapted, limits: Limits, prefetch: int) -> None:
         if (bound := bound_to_this_thread()) is not None:
             self._stay_on_thread(bound, prefetch)
-        loop, generator = self._begin(engine, data, limits)
+        loop, generator = self._begin(engine, adapted, limits)
         await self._drive(engine, loop, generator, prefetch, threaded=self.threaded and bound is None)
 
     def run_sync(self, engine: Any, data: Any, limits: Limits, prefetch: int) -> None:
@@ -124,13 +122,14 @@ class Session:
             if runs_in_event_loop():
                 raise RuntimeError("run_sync() would block the event loop that runs here: write  await engine.run(...)")
             check_whole(prefetch, "prefetch=", minimum=0, of="batches to pull ahead")
-            if self._is_async or prefetch or self.services or self._must_await or adapt(data).is_async:
-                anyio.run(self._run, engine, data, limits, prefetch)
+            adapted = adapt(data)
+            if self._is_async or prefetch or self.services or self._must_await or adapted.is_async:
+                anyio.run(self._run, engine, adapted, limits, prefetch)
             else:
-                self._run_blocking(engine, data, limits)
+                self._run_blocking(engine, adapted, limits)
 
-    def _run_blocking(self, engine: Any, data: Any, limits: Limits) -> None:
-        loop, generator = self._begin(engine, data, limits)
+    def _run_blocking(self, engine: Any, adapted: Adapted, limits: Limits) -> None:
+        loop, generator = self._begin(engine, adapted, limits)
         runner = BlockingRunner(generator, self._requests)
         self._emitter.attach(runner)
         failures: list[BaseException] = []
@@ -282,14 +281,14 @@ class Session:
             self._end(self._loop, self._generator, is_suspended=False)
             source.close()
 
-    def _begin(self, engine: Any, data: Any, limits: Limits) -> tuple[Loop, LoopGenerator]:
-        adapted = adapt(data)
+    def _begin(self, engine: Any, adapted: Adapted, limits: Limits) -> tuple[Loop, LoopGenerator]:
+        data = adapted.data
         state, randomness = self._state, engine.randomness
         if state.max_epochs is None and state.max_iters is None:
             self._give_up()
         self.went_back_to = None
         if self._loop is not None and self._generator is not None:
-            self._refuse_other_arguments(data, limits)
+            refuse_other_arguments(state, self._bus.name, data, limits)
             self._loop.engine = engine
             self._requests.go_on()
             self._bus.start_clock()
@@ -297,7 +296,13 @@ class Session:
         progress = begin(state, self._progress, adapted, *limits)
         self.went_back_to = progress if self._progress.is_loaded else None
         unread = self._unread[1] if self._unread is not None and self._unread[0] is data else ()
-        source = Source(adapted, self._bus.logger, randomness, unread=unread, completed=progress.iteration)
+        source = Source(
+            adapted,
+            self._bus.logger,
+            unread=unread,
+            completed=progress.iteration,
+            may_have_other_length=limits[2] is not None,
+        )
         if progress.position is not None:
             source.resume_at(progress.position, progress.iteration)
         set_dataloader(state, data)
@@ -311,7 +316,7 @@ class Session:
             progress,
             bus=self._bus,
             requests=self._requests,
-            restore_rng=None if randomness is None or rng is None else partial(randomness.restore, rng, data),
+            restore_rng=None if randomness is None or rng is None else partial(randomness.restore, rng),
         )
         generator = self._generator = loop.run()
         return loop, generator
@@ -322,23 +327,6 @@ class Session:
             self._generator.close()
             self._keep_unread(self._loop.source)
         self._loop = self._generator = None
-
-    def _refuse_other_arguments(self, data: Any, limits: Limits) -> None:
-        state = self._state
-        given = zip(("max_epochs", "max_iters", "epoch_length"), limits, strict=True)
-        other = [
-            f"{name}={value} (it has {getattr(state, name)})"
-            for name, value in given
-            if value not in (None, getattr(state, name))
-        ]
-        if data is not None and data is not state.dataloader:
-            other.append("other data")
-        if other:
-            raise ValueError(
-                f"engine {self._bus.name!r} was interrupted and goes on where it was, so it cannot take"
-                f" {', '.join(other)}: call run() with what it was called with, or without arguments; set_data()"
-                " changes the data"
-            )
 
     async def _drive(
         self,
@@ -383,7 +371,8 @@ class Session:
 
     def _end(self, loop: Loop, generator: LoopGenerator, *, is_suspended: bool) -> None:
         self._bus.stopwatch.stop()
-        self._progress = loop.progress()
+        known = self._state.last_progress  # where the run has ended by itself
+        self._progress = known if known is not None and not is_suspended else loop.progress()
         if is_suspended:
             loop.engine = None  # which would otherwise be held by its own generator, until the garbage collector runs
             return
@@ -405,14 +394,14 @@ class Session:
         opened = [] if self._loop is None else [self._loop.source.opened]
         return [*opened, self._state.dataloader]
 
-    def set_data(self, engine: Any, data: Any) -> None:
+    def set_data(self, data: Any) -> None:
         """Have the next batch come from other data, as `Engine.set_data`."""
         adapted = adapt(data)
         if self._loop is None:
             raise RuntimeError(
                 "set_data() changes the data of a run under way, and there is none: pass the data to run()"
             )
-        self._loop.set_data(Source(adapted, self._bus.logger, randomness=engine.randomness))
+        self._loop.set_data(Source(adapted, self._bus.logger))
 
     def add_service(self, service: Service, on_error: str, name: str | None) -> RemovableEventHandle:
         """Add a service, as `Engine.add_service`; where a run is under way, it takes part from now on."""
@@ -482,7 +471,7 @@ class Session:
         progress = self._progress if self._loop is None else self._loop.progress()
         saved = to_state_dict(progress, self._state, self._bus.own_counts, engine.state_dict_user_keys)
         if engine.randomness is not None:
-            saved["random"] = engine.randomness.capture(self._state.dataloader)
+            saved["random"] = engine.randomness.capture()
         return saved
 
     def load_state_dict(self, engine: Any, state_dict: Mapping[str, Any], *, begins_anew: bool) -> None:
@@ -498,48 +487,9 @@ class Session:
 
     def statistics(self) -> EngineStatistics:
         """Return where the time goes, as `Engine.statistics`."""
-        bus, watch = self._bus, self._bus.stopwatch
-        handlers: dict[str, float] = {}
-        of_fired: dict[str, float] = {}
-        for topic in bus.topics:
-            seconds = handlers if topic.is_fired_by_loop else of_fired
-            for handler in topic.inline:
-                if handler.is_internal:
-                    continue
-                seconds[handler.name] = seconds.get(handler.name, 0.0) + handler.seconds
-        return EngineStatistics(
-            name=bus.name,
-            running=self.is_running,
-            epoch=self._state.epoch,
-            iteration=self._state.iteration,
-            total=watch.total,
-            data=watch.data,
-            step=watch.step,
-            handlers=handlers,
-            handlers_of_fired=of_fired,
-            back_pressure=watch.back_pressure,
-            event_loop=watch.event_loop,
-            lag=watch.lag,
-            event_loop_lag=watch.event_loop_lag(),
-            listeners=tuple(one.statistics() for one in (*bus.subscribers, *bus.streams)),
-            services=tuple(entry.statistics() for entry in self.services),
-        )
+        services = tuple(entry.statistics() for entry in self.services)
+        return statistics_of(self._bus, services, is_running=self.is_running)
 
     def record_iteration(self) -> Event:
         """Return the event of the iteration that was completed last, as a subscriber would get it."""
-        state, bus = self._state, self._bus
-        return Event(
-            "ITERATION_COMPLETED",
-            bus.name,
-            bus.sequence,
-            state.iteration,
-            state.epoch,
-            state.epoch_length,
-            state.max_epochs,
-            state.max_iters,
-            state.output,
-            dict(state.metrics),
-            perf_counter(),
-            None,
-            None,
-        )
+        return iteration_of(self._bus)

@@ -68,6 +68,11 @@ class EventLoopHandle:
         """Whether this is the event loop's thread."""
         return threading.get_ident() == self.thread
 
+    def current_task(self) -> int:
+        """Return the `id` that anyio gives the running task, in a third of the time. On the event loop's thread."""
+        module = sys.modules["asyncio"] if self._is_asyncio else sys.modules["trio"].lowlevel
+        return id(module.current_task())
+
     def call(self, function: Callable[[], object]) -> None:
         """Call `function` on the event loop's thread: now if this is it, else soon. Never waits.
 
@@ -356,6 +361,15 @@ class CancelOnceScope:
         return bool(self._outer.__exit__(kind, error, traceback)) or error is None
 
     @property
+    def deadline(self) -> float:
+        """When each await inside is cancelled, in the event loop's time; unless `hold()` or `cancel()` was called."""
+        return self._outer.deadline
+
+    @deadline.setter
+    def deadline(self, deadline: float) -> None:
+        self._outer.deadline = deadline
+
+    @property
     def is_late(self) -> bool:
         """Whether the deadline that was given to `hold()` has passed."""
         return self._inner.cancel_called
@@ -364,7 +378,7 @@ class CancelOnceScope:
         """Cancel what is awaited inside, or is awaited next."""
         self.cancel_by(self._outer)
 
-    def cancel_by(self, around: anyio.CancelScope) -> None:
+    def cancel_by(self, around: "anyio.CancelScope") -> None:
         """Cancel what is awaited inside, or is awaited next, by a scope around this one."""
         # It may have been reached already: a scope around a run cancels what runs inside the run's step, too.
         if self._requests > self._seen:

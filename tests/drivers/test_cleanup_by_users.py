@@ -94,6 +94,32 @@ def in_the_data(place: Place) -> tuple[AnyEngine, Any]:
     return Engine(step), batches
 
 
+def in_data_that_is_pulled_ahead(place: Place) -> tuple[AnyEngine, Any]:
+    engine, data = in_the_data(place)
+    engine.state.prefetch = 2
+    return engine, data
+
+
+class Connection:
+    """Data that waits as it is entered."""
+
+    def __init__(self, place: Place) -> None:
+        self._place = place
+
+    async def __aenter__(self) -> None:
+        await self._place.wait()
+
+    async def __aexit__(self, *_: object) -> None:
+        """It was not entered."""
+
+    async def __aiter__(self) -> AsyncIterator[int]:
+        yield 1
+
+
+def in_entering_the_data(place: Place) -> tuple[AnyEngine, Any]:
+    return Engine(step), Connection(place)
+
+
 def in_a_run_in_a_step(place: Place) -> tuple[AnyEngine, Any]:
     async def waits(engine: AnyEngine, batch: int) -> int:
         await place.wait()
@@ -125,17 +151,20 @@ PLACES = [
     in_a_handler_beside_the_worker,
     in_a_handler_that_a_plain_step_waits_for,
     in_the_data,
+    in_data_that_is_pulled_ahead,
+    in_entering_the_data,
     in_a_run_in_a_step,
     after_a_shield,
 ]
 
 
 async def by_run(engine: AnyEngine, data: Any) -> None:
-    await engine.run(data, max_epochs=1)
+    await engine.run(data, max_epochs=1, prefetch=getattr(engine.state, "prefetch", 0))
 
 
 async def by_iterate(engine: AnyEngine, data: Any) -> None:
-    async with engine.iterate(data, max_epochs=1) as iterations:
+    prefetch = getattr(engine.state, "prefetch", 0)
+    async with engine.iterate(data, max_epochs=1, prefetch=prefetch) as iterations:
         async for _ in iterations:
             pass
 
@@ -181,7 +210,7 @@ async def test_it_ends_under_a_timeout_of_asyncio(make: Callable[[Place], tuple[
     async def run() -> None:
         async with asyncio.timeout(None) as timeout:
             group.start_soon(pass_deadline_of, timeout)
-            await engine.run(data, max_epochs=1)
+            await by_run(engine, data)
 
     async def pass_deadline_of(timeout: asyncio.Timeout) -> None:
         await place.waits.wait()
@@ -195,7 +224,7 @@ async def test_it_ends_under_a_timeout_of_asyncio(make: Callable[[Place], tuple[
     assert engine.state.stop_reason is StopReason.CANCELLED
 
 
-@pytest.mark.parametrize("make", [in_a_step, in_a_handler, in_the_data])
+@pytest.mark.parametrize("make", [in_a_step, in_a_handler, in_the_data, in_data_that_is_pulled_ahead])
 async def test_it_ends_when_something_beside_the_loop_fails(make: Callable[[Place], tuple[AnyEngine, Any]]) -> None:
     place = Place()
     engine, data = make(place)
@@ -206,14 +235,17 @@ async def test_it_ends_when_something_beside_the_loop_fails(make: Callable[[Plac
         raise OSError("beside")
 
     with anyio.fail_after(30), pytest.raises(OSError, match="beside"):
-        await engine.run(data, max_epochs=1)
+        await by_run(engine, data)
     assert (place.cleaned_up, place.cancellations) == (1, 1)
     assert engine.state.stop_reason is StopReason.FAILED
 
 
-async def test_it_ends_when_the_wait_for_data_is_ended_by_terminate() -> None:
+@pytest.mark.parametrize("make", [in_the_data, in_data_that_is_pulled_ahead])
+async def test_it_ends_when_the_wait_for_data_is_ended_by_terminate(
+    make: Callable[[Place], tuple[AnyEngine, Any]],
+) -> None:
     place = Place()
-    engine, data = in_the_data(place)
+    engine, data = make(place)
     async with anyio.create_task_group() as group:
         group.start_soon(by_run, engine, data)
         await place.waits.wait()
