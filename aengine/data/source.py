@@ -72,8 +72,7 @@ class Source:
         self._pass: OpenedData | None = None
         self._is_closed = False
         self._prefetcher: Prefetcher | None = None
-        # That pulls plain data ahead, pass after pass, across interruptions.
-        self._thread: DedicatedThread | None = None
+        self._thread: DedicatedThread | None = None  # pulls plain data ahead, pass after pass, across interruptions
         self._worker: DedicatedThread | None = None  # that of an interrupted run, which has pulled what is open
         self._making: Future[bool] | None = None  # the call of a function that makes the data, in that thread
         self._begun_in: EventLoopHandle | None = None  # where an async iterator was begun that outlives a run
