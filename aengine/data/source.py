@@ -437,10 +437,10 @@ class Source:
             if managed is not None:
                 await managed.exit()
         finally:
-            thread = self._thread
-            if thread is not None and self._is_closed:  # else the next run goes on with it
-                thread.abandon() if self._is_thread_busy else thread.stop()
-                self._prefetcher = self._thread = None
+            if self._is_closed:  # else the next run goes on with what is open, in this thread
+                if self._thread is not None:
+                    self._thread.abandon() if self._is_thread_busy else self._thread.stop()
+                self._prefetcher = self._thread = None  # where its end was not waited for, it still refers to this
 
     @property
     def _is_thread_busy(self) -> bool:
