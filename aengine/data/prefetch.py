@@ -113,6 +113,7 @@ class Buffer:
         """Have the prefetcher stop after the batch that it is fetching."""
         with self._condition:
             self.closed = True
+            self._wanted = _never  # not the run's, which this may outlive
             self._make_room()
 
     @property
@@ -161,6 +162,10 @@ class Buffer:
         with self._condition:
             self._condition.wait_for(lambda: self.closed or self._has_room)
             return not self.closed
+
+
+def _never(_: int) -> bool:
+    return False
 
 
 class TaskPrefetcher:

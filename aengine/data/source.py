@@ -72,8 +72,7 @@ class Source:
         self._pass: OpenedData | None = None
         self._is_closed = False
         self._prefetcher: Prefetcher | None = None
-        # That pulls plain data ahead, pass after pass, across interruptions.
-        self._thread: DedicatedThread | None = None
+        self._thread: DedicatedThread | None = None  # pulls plain data ahead, pass after pass, across interruptions
         self._worker: DedicatedThread | None = None  # that of an interrupted run, which has pulled what is open
         self._making: Future[bool] | None = None  # the call of a function that makes the data, in that thread
         self._begun_in: EventLoopHandle | None = None  # where an async iterator was begun that outlives a run
@@ -309,6 +308,8 @@ class Source:
             return
         if prefetcher is not None:
             yield prefetcher.stop()
+            if self._thread is not None:
+                self._thread.settle()
             if not prefetcher.buffer.has_ended:
                 self._keep_what_was_pulled()
                 self.take = self._take_after_suspension
@@ -436,10 +437,10 @@ class Source:
             if managed is not None:
                 await managed.exit()
         finally:
-            thread = self._thread
-            if thread is not None and self._is_closed:  # else the next run goes on with it
-                thread.abandon() if self._is_thread_busy else thread.stop()
-                self._prefetcher = self._thread = None
+            if self._is_closed:  # else the next run goes on with what is open, in this thread
+                if self._thread is not None:
+                    self._thread.abandon() if self._is_thread_busy else self._thread.stop()
+                self._prefetcher = self._thread = None  # where its end was not waited for, it still refers to this
 
     @property
     def _is_thread_busy(self) -> bool:

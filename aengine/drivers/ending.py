@@ -65,7 +65,9 @@ class Ending:
         """End the worker; or keep its thread, to which the data belongs that the next run goes on with."""
         worker, source = self._worker, self._source
         if worker is not None and is_suspended and source.belongs_to_thread:
-            source.keep_thread(worker.keep())
+            source.keep_thread(thread := worker.keep())
+            if thread is not None:
+                thread.settle()
         elif worker is not None:
             worker.stop()
 

@@ -91,6 +91,10 @@ class DedicatedThread:
             self._ident = self._thread.ident  # before the first call is put, which may ask for `is_here`
         calls.put(call)
 
+    def settle(self) -> None:
+        """Block until it holds nothing any more of the calls that it has made: some 50 µs if it is idle."""
+        self.submit(_do_nothing).result()
+
     @property
     def is_here(self) -> bool:
         """Whether the caller runs on this thread; also on the one that was abandoned last."""
@@ -115,6 +119,10 @@ async def wait_until_done(future: "Future[Any]") -> None:
     wakeup = ThreadSafeEvent(EventLoopHandle())
     future.add_done_callback(lambda _: wakeup.set())
     await wakeup.wait()
+
+
+def _do_nothing() -> None:
+    pass
 
 
 def _work(calls: _Calls, entering: Iterable[Callable[[], AbstractContextManager[None]]]) -> None:
