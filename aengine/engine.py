@@ -524,7 +524,7 @@ class Engine(Generic[Batch, Output]):
         Raises:
             RuntimeError, TypeError: no run is under way, or this cannot be data.
         """
-        self._session.set_data(self, data)
+        self._session.set_data(data)
 
     @property
     def is_running(self) -> bool:

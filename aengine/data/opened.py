@@ -3,13 +3,12 @@
 import inspect
 import threading
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 
 from aengine.data.adapt import is_async_iterable, is_factory, is_iterable
 from aengine.data.position import DataPosition
-
-_END = object()
+from aengine.data.rewind import END
 
 
 class OpenedData:
@@ -24,14 +23,14 @@ class OpenedData:
     """
 
     def __init__(
-        self, data: Any, user_data: Any, position: DataPosition, rewind: Callable[[Any], None] | None = None
+        self, data: Any, user_data: Any, position: DataPosition, put_back: Callable[[Any], None] | None = None
     ) -> None:
         self.is_async: bool | None = None
         self.iterator: Any = None
         self._data = data
         self._user_data = user_data
         self._position = position
-        self._rewind = rewind or position.rewind
+        self._put_back = put_back or position.put_back
         self._made: Any = None
 
     @property
@@ -46,7 +45,7 @@ class OpenedData:
             TypeError: what it made is no data.
         """
         if self.is_async is None:
-            made: Any = self._data() if is_factory(self._data) else self._data
+            made: Any = self._call() if is_factory(self._data) else self._data
             is_async = is_async_iterable(made)
             if not (is_async or is_iterable(made)):
                 raise TypeError(
@@ -54,6 +53,13 @@ class OpenedData:
                 )
             self._made, self.is_async = made, is_async
         return self.is_async
+
+    def _call(self) -> Any:
+        try:
+            self._position.open()
+            return self._data()
+        finally:
+            self._position.leave()
 
     @property
     def is_ours(self) -> bool:
@@ -66,29 +72,39 @@ class OpenedData:
         if self.iterator is not None:
             return
         position = self._position
-        self._rewind(self._made)
         try:
-            iterator = self.iterator = iter(cast(Iterable[Any], self._made))
-            _look_after_workers(iterator)
-            for fetched in range(position.to_skip):
-                if next(iterator, _END) is _END:
-                    raise position.too_short(fetched)
+            position.open()
+            self._put_back(self._made)
+            self.iterator = self._iterate()
+            rewind = position.rewind
+            while rewind is not None and rewind.to_fetch:
+                if rewind.fetched(next(self.iterator, END)):
+                    self.iterator = self._iterate()
         finally:
-            position.end_rewind()
+            position.leave()
+        position.end_rewind()
+
+    def _iterate(self) -> Iterator[Any]:
+        iterator = iter(cast(Iterable[Any], self._made))
+        _look_after_workers(iterator)
+        return iterator
 
     async def open_async(self) -> None:
         """Open async data, unless it is open."""
         if self.iterator is not None:
             return
         position = self._position
-        self._rewind(self._made)
         try:
-            iterator = self.iterator = aiter(self._made)
-            for fetched in range(position.to_skip):
-                if await anext(iterator, _END) is _END:
-                    raise position.too_short(fetched)
+            position.open()
+            self._put_back(self._made)
+            self.iterator = aiter(self._made)
         finally:
-            position.end_rewind()
+            position.leave()
+        rewind = position.rewind
+        while rewind is not None and rewind.to_fetch:
+            if rewind.fetched(await rewind.within(anext(self.iterator, END))):
+                self.iterator = aiter(self._made)
+        position.end_rewind()
 
     def close(self) -> None:
         """Close a plain iterator, if the engine has opened it."""

@@ -196,7 +196,7 @@ class TaskPrefetcher:
     async def _pull(self) -> None:
         try:
             # Shielded: a run that is cancelled stops this at the right moment, and waits for it.
-            with self._scope as scope:
+            with self._scope:
                 try:
                     await self._fetch_all()
                 except Exception as error:  # noqa: BLE001 -- raised where the batches are taken
@@ -204,7 +204,7 @@ class TaskPrefetcher:
                 await self._close()  # in this scope, inside which those are that the data has left open
         finally:
             # A generator whose fetch was cancelled has ended by that. What else was cancelled is closed here.
-            with anyio.CancelScope(shield=True, deadline=scope.deadline) as self._scope:
+            with anyio.CancelScope(shield=True, deadline=self._scope.deadline) as self._scope:
                 await self._close()
 
     async def _fetch_all(self) -> None:

@@ -21,7 +21,7 @@ from aengine.data.opened import OpenedData
 from aengine.data.position import DataPosition
 from aengine.data.prefetch import Buffer, ClosingInThread, Fetched, Prefetcher, TaskPrefetcher, ThreadPrefetcher
 from aengine.errors import StrayCancellation
-from aengine.state import Randomness
+from aengine.state import State
 from aengine.threads.dedicated import DedicatedThread, wait_until_done
 from aengine.threads.event_loop import EventLoopHandle
 from aengine.threads.thread_state import context_for_thread
@@ -44,24 +44,26 @@ class Source:
         has_ended: whether the end was met, so that only a restart gives more.
         opened: what is iterated: the data itself, or what it made or gave when it was called or entered.
         run: the run on an event loop that reads this; without one nothing is awaited.
+        follows: the state whose `epoch_length` is that of the pass under way; None where it is fixed.
     """
 
     def __init__(
         self,
         data: Adapted,
         logger: logging.Logger,
-        randomness: Randomness | None,
         *,
         unread: Iterable[Fetched] = (),
         completed: int = 0,
+        may_have_other_length: bool = False,
     ) -> None:
         self.data = data.data
         self.name = data.name
         self.is_one_shot = data.is_one_shot
-        self.position = DataPosition(data, logger, randomness, unread, completed)
+        self.position = DataPosition(data, logger, unread, completed, may_have_other_length=may_have_other_length)
         self.has_ended = False
         self.opened: Any = None
         self.run: RunContext | None = None
+        self.follows: State | None = None
         self._logger = logger
         self._is_manager = data.is_manager
         self._managed: ManagedData | None = None  # while it is entered
@@ -124,7 +126,7 @@ class Source:
         if data is None:
             self.take = lambda: None
             return None
-        opened = self._pass = OpenedData(data, self.data, self.position, self._rewind)
+        opened = self._pass = OpenedData(data, self.data, self.position, self._put_back)
         run = self.run
         # Where a thread of its own would not have what is in force here, plain data is pulled here.
         if run is not None and run.prefetch and (run.settings.bound is None or opened.make()):
@@ -135,7 +137,9 @@ class Source:
             return PENDING
         opened.open()
         self._choose()
-        return self.take()
+        batch = self.take()
+        self._took_first(batch)
+        return batch
 
     async def _open_and_wait(self) -> Any:
         if self._entered is _NOT_ENTERED:
@@ -145,26 +149,37 @@ class Source:
         assert opened is not None, "made by take()"  # noqa: S101
         await opened.open_async()
         self._choose()
-        taken = _without_stop(self.take)
-        return await self.arrival() if taken is PENDING else taken
+        batch = _without_stop(self.take)
+        if batch is PENDING:
+            batch = await self.arrival()
+        self._took_first(batch)
+        return batch
+
+    def _took_first(self, batch: Any) -> None:
+        """Only now is the length surely that of this pass: samplers may plan it as its first batch is fetched."""
+        position, state, known = self.position, self.follows, self.position.said
+        position.took_first(batch)
+        length = position.ask_length()
+        if state is not None and length not in (None, known) and position.origin == state.epoch_start:
+            state.epoch_length = length
 
     async def _enter(self) -> None:
         assert self.run is not None, "what is awaited is awaited on an event loop"  # noqa: S101
         if is_stateful(self.data) and not self._is_put_back:  # before it is entered: that may begin to fetch
-            self.position.rewind(self.data)
+            try:
+                self.position.open()
+                self.position.put_back(self.data)
+            finally:
+                self.position.leave()
             self._is_put_back = True
         managed = ManagedData(self.data, self.run)
-        try:
-            self._entered = await managed.enter()
-        except BaseException:
-            self.position.end_rewind()
-            raise
+        self._entered = await managed.enter()
         self._managed = managed
 
-    def _rewind(self, made: Any) -> None:
+    def _put_back(self, made: Any) -> None:
         self.opened = made
         if not self._is_put_back:
-            self.position.rewind(self.data if self._is_manager and is_stateful(self.data) else made)
+            self.position.put_back(self.data if self._is_manager and is_stateful(self.data) else made)
         self._is_put_back = False
 
     def _choose(self) -> None:
@@ -217,7 +232,9 @@ class Source:
         else:
             opened.make()
         self._pull_ahead(opened, run)
-        return await self._arrival_ahead()
+        batch = await self._arrival_ahead()
+        self._took_first(batch)
+        return batch
 
     def _pull_ahead(self, opened: OpenedData, run: RunContext) -> None:
         buffer = Buffer(run.prefetch or 1, run.loop_handle)

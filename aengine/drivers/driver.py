@@ -22,6 +22,7 @@ from aengine.bus.bus import Bus
 from aengine.bus.inbox import BackpressureWait
 from aengine.bus.subscriber import Subscriber
 from aengine.data.managed import RunContext
+from aengine.drivers.ending import Ending
 from aengine.drivers.outcome import Outcome
 from aengine.drivers.run_worker import RunWorker
 from aengine.drivers.services import ServiceEntry, ServiceTasks
@@ -155,10 +156,9 @@ class Driver:
         """Wait in the caller's task until that of the run is at its end; have the loop end if this is cancelled.
 
         On asyncio, anyio cancels a task only where what it waits for has not come yet, looking once in each turn of the
-        event loop. A task that wakes another and is woken by it in each turn, as the loop and a prefetcher do, would
-        never be cancelled; nor would a step that catches its cancellation and returns. The caller waits for one thing,
-        which comes last, so that a cancellation always reaches it here. Then the loop is to return to this driver
-        before its next step, whatever became of the cancellation in the task of the run.
+        event loop. So a loop and a prefetcher that wake each other in each turn may never be cancelled; nor is a step
+        that catches its cancellation. The caller waits for one thing, which comes last, so that a cancellation always
+        reaches it here. Then the loop is to return to this driver before its next step.
         """
         try:
             await self._has_ended.wait()
@@ -319,88 +319,23 @@ class Driver:
                 if self._last_wait is not None:
                     self._last_wait.cancel()
                 try:
-                    if self._must_wait_at_end:
-                        with anyio.CancelScope(shield=True):
-                            await self._close()
-                    else:
-                        self._subscribers.end_nowait()
-                    self._end_worker()
+                    await self._end()
                 finally:
                     self._has_ended.set()
+
+    async def _end(self) -> None:
+        """End what the run has started."""
+        ending = Ending(self._loop, self._worker, self._subscribers, self._services, self._outcome, self._explain)
+        if ending.must_wait:
+            with anyio.CancelScope(shield=True):
+                await ending.close(self._deadline or anyio.current_time() + self._grace, is_suspended=self.is_suspended)
+        else:
+            self._subscribers.end_nowait()
+        ending.end_worker(is_suspended=self.is_suspended)
 
     def _never_started(self) -> None:
         self._has_ended.set()
         self._outcome.add(StrayCancellation(f"the run of engine {self._bus.name!r} was cancelled from outside"))
-
-    @property
-    def _must_wait_at_end(self) -> bool:
-        """Whether anything is there to be ended that takes an await: a short run has nothing, and is to cost little."""
-        return (
-            self._subscribers.are_any
-            or self._services.are_any
-            or self._loop.source.must_be_closed
-            or (self._worker is not None and self._worker.is_shared)
-        )
-
-    async def _close(self) -> None:
-        """End what the run has started, in the order in which one may still need the other."""
-        deadline = self._deadline or anyio.current_time() + self._grace
-        source, error = self._loop.source, self._outcome.first_error
-        await self._run_cleanup(partial(self._subscribers.finish, deadline))
-        await self._run_cleanup(partial(self._services.run_ended, error, deadline))
-        await self._run_cleanup(self._subscribers.end)
-        del error
-        if not self.is_suspended and not self.has_abandoned:
-            # The loop has done so itself, unless it was cancelled in its clean-up.
-            await self._run_cleanup(source.aclose, deadline)
-            await self._run_cleanup(self._close_data)
-        await self._run_cleanup(source.exit, deadline)
-        if self._worker is not None:
-            await self._run_cleanup(self._worker.give_back)
-
-    def _end_worker(self) -> None:
-        worker, source = self._worker, self._loop.source
-        if worker is not None and self.is_suspended and source.belongs_to_thread:
-            source.keep_thread(worker.keep())
-        elif worker is not None:
-            worker.stop()
-
-    async def _close_data(self) -> None:
-        """Close plain data on the thread that has pulled it."""
-        source, worker = self._loop.source, self._worker
-        if worker is None or worker.thread is None or not source.is_open:
-            source.close()
-            return
-        item = worker.submit(lambda _: source.close(), None)
-        try:
-            await item.wait(lambda: None)
-        finally:
-            if item.done:
-                worker.finish()
-        if item.error is not None:
-            raise item.error
-
-    async def _run_cleanup(self, part: Callable[[], Awaitable[None]], deadline: float = math.inf) -> None:
-        """Run one part of the clean-up to its end: again if a native cancellation, which no shield holds off, cut it.
-
-        Each part can be called again: it goes on where it was. Its error is raised by `run()`, with the others.
-        """
-        while True:
-            try:
-                with anyio.CancelScope(deadline=deadline):
-                    await part()
-            except self._loop.cancellations as error:
-                failure = self._explain(error)
-                if isinstance(failure, self._loop.cancellations):
-                    self._outcome.add_cancellation(failure)
-                else:
-                    self._outcome.failures.append(failure)
-                del failure  # whose cause holds this frame
-            except Exception as error:  # noqa: BLE001 -- raised by run(), beside what else went wrong
-                self._outcome.failures.append(error)
-                return
-            else:
-                return
 
     # Driving
 
@@ -457,22 +392,17 @@ class Driver:
 
         Also called on the worker.
         """
-        if not isinstance(error, self._cancelled) or self._is_asked_to_end:
+        # The caller's task may be cancelled, and have not taken its next step, in which it sees that.
+        if not isinstance(error, self._cancelled) or self._is_cancelled or self._caller.has_pending_cancellation():
             return error
         return self._take_reported() or self._name_stray(error)
-
-    @property
-    def _is_asked_to_end(self) -> bool:
-        # The caller's task may be cancelled, and have not taken its next step, in which it sees that.
-        return self._is_cancelled or self._caller.has_pending_cancellation()
 
     def _explain_in_call(self, error: BaseException) -> BaseException:
         """Return what is to be raised on the worker for an error of what it has had awaited.
 
         A failure beside the loop is raised by the loop, between steps: here a step could catch it.
         """
-        is_ours = not isinstance(error, self._cancelled) or self._is_asked_to_end or self._reported is not None
-        return error if is_ours else self._name_stray(error)
+        return error if self._reported is not None else self._explain(error)
 
     def _name_stray(self, error: BaseException) -> StrayCancellation:
         stray = StrayCancellation(
@@ -496,6 +426,7 @@ class Driver:
                 self._is_over = True
                 return
             except BaseException as error:  # noqa: BLE001 -- kept, and raised by run()
+                value = None  # an error that was thrown in: its traceback holds this frame, and so the engine
                 self._end_with(error)
                 return
             resume = send
@@ -690,7 +621,7 @@ def _is_open(handle: EventLoopHandle) -> bool:
     return not handle.is_closed
 
 
-def _watch_turns(caller: anyio.TaskInfo, loop_handle: EventLoopHandle) -> Callable[[], int]:
+def _watch_turns(caller: "anyio.TaskInfo", loop_handle: EventLoopHandle) -> Callable[[], int]:
     """Return what says how many runs share the event loop, if others have had a turn since it was called before.
 
     Else 0; also where the caller is cancelled, and needs a turn to see that.

@@ -7,6 +7,7 @@ from typing import Any
 
 import anyio
 import anyio.abc
+from anyio.lowlevel import checkpoint
 
 from aengine.drivers.session import Session
 from aengine.errors import StrayCancellation
@@ -134,8 +135,8 @@ class IterationStream:
             self._body_may_go_on.set()
             await self._loop_may_go_on.wait()
         if self._is_cancelled:
-            await anyio.sleep_forever()  # the run is cancelled where it awaits something that has not come
-        if self._is_left:  # the block was left: end the run in the same way
+            await checkpoint()  # a turn, in which the run sees that it is cancelled, and ends before its next step
+        elif self._is_left:  # the block was left: end the run in the same way
             if self._error is not None:
                 raise self._error
             self._engine.terminate()

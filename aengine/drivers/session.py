@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from time import perf_counter, sleep
-from typing import Any, TypeAlias
+from typing import Any
 
 import anyio
 from anyio.lowlevel import checkpoint_if_cancelled
@@ -24,7 +24,7 @@ from aengine.events import Event
 from aengine.loop.agreement import Agreement
 from aengine.loop.effects import LoopGenerator
 from aengine.loop.loop import Loop
-from aengine.loop.progress import Progress, begin
+from aengine.loop.progress import Limits, Progress, begin, refuse_other_arguments
 from aengine.loop.requests import Phase, Request, Requests
 from aengine.loop.state_dict import from_state_dict, to_state_dict
 from aengine.state import ErrorInfo, State, StopReason, set_dataloader
@@ -36,9 +36,6 @@ _ONE_AT_A_TIME = "one engine runs one loop at a time. Await the run under way, o
 
 _LOOK = 0.005
 """Seconds from one look to the next whether a step has ended that nothing waits for."""
-
-Limits: TypeAlias = tuple[int | None, int | None, int | None]
-"""max_epochs, max_iters, epoch_length, as they were given to `run()`."""
 
 
 class Session:
@@ -291,7 +288,7 @@ class Session:
             self._give_up()
         self.went_back_to = None
         if self._loop is not None and self._generator is not None:
-            self._refuse_other_arguments(data, limits)
+            refuse_other_arguments(state, self._bus.name, data, limits)
             self._loop.engine = engine
             self._requests.go_on()
             self._bus.start_clock()
@@ -299,7 +296,13 @@ class Session:
         progress = begin(state, self._progress, adapted, *limits)
         self.went_back_to = progress if self._progress.is_loaded else None
         unread = self._unread[1] if self._unread is not None and self._unread[0] is data else ()
-        source = Source(adapted, self._bus.logger, randomness, unread=unread, completed=progress.iteration)
+        source = Source(
+            adapted,
+            self._bus.logger,
+            unread=unread,
+            completed=progress.iteration,
+            may_have_other_length=limits[2] is not None,
+        )
         if progress.position is not None:
             source.resume_at(progress.position, progress.iteration)
         set_dataloader(state, data)
@@ -313,7 +316,7 @@ class Session:
             progress,
             bus=self._bus,
             requests=self._requests,
-            restore_rng=None if randomness is None or rng is None else partial(randomness.restore, rng, data),
+            restore_rng=None if randomness is None or rng is None else partial(randomness.restore, rng),
         )
         generator = self._generator = loop.run()
         return loop, generator
@@ -324,23 +327,6 @@ class Session:
             self._generator.close()
             self._keep_unread(self._loop.source)
         self._loop = self._generator = None
-
-    def _refuse_other_arguments(self, data: Any, limits: Limits) -> None:
-        state = self._state
-        given = zip(("max_epochs", "max_iters", "epoch_length"), limits, strict=True)
-        other = [
-            f"{name}={value} (it has {getattr(state, name)})"
-            for name, value in given
-            if value not in (None, getattr(state, name))
-        ]
-        if data is not None and data is not state.dataloader:
-            other.append("other data")
-        if other:
-            raise ValueError(
-                f"engine {self._bus.name!r} was interrupted and goes on where it was, so it cannot take"
-                f" {', '.join(other)}: call run() with what it was called with, or without arguments; set_data()"
-                " changes the data"
-            )
 
     async def _drive(
         self,
@@ -385,7 +371,8 @@ class Session:
 
     def _end(self, loop: Loop, generator: LoopGenerator, *, is_suspended: bool) -> None:
         self._bus.stopwatch.stop()
-        self._progress = loop.progress()
+        known = self._state.last_progress  # where the run has ended by itself
+        self._progress = known if known is not None and not is_suspended else loop.progress()
         if is_suspended:
             loop.engine = None  # which would otherwise be held by its own generator, until the garbage collector runs
             return
@@ -407,14 +394,14 @@ class Session:
         opened = [] if self._loop is None else [self._loop.source.opened]
         return [*opened, self._state.dataloader]
 
-    def set_data(self, engine: Any, data: Any) -> None:
+    def set_data(self, data: Any) -> None:
         """Have the next batch come from other data, as `Engine.set_data`."""
         adapted = adapt(data)
         if self._loop is None:
             raise RuntimeError(
                 "set_data() changes the data of a run under way, and there is none: pass the data to run()"
             )
-        self._loop.set_data(Source(adapted, self._bus.logger, randomness=engine.randomness))
+        self._loop.set_data(Source(adapted, self._bus.logger))
 
     def add_service(self, service: Service, on_error: str, name: str | None) -> RemovableEventHandle:
         """Add a service, as `Engine.add_service`; where a run is under way, it takes part from now on."""
@@ -484,7 +471,7 @@ class Session:
         progress = self._progress if self._loop is None else self._loop.progress()
         saved = to_state_dict(progress, self._state, self._bus.own_counts, engine.state_dict_user_keys)
         if engine.randomness is not None:
-            saved["random"] = engine.randomness.capture(self._state.dataloader)
+            saved["random"] = engine.randomness.capture()
         return saved
 
     def load_state_dict(self, engine: Any, state_dict: Mapping[str, Any], *, begins_anew: bool) -> None:

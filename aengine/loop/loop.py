@@ -15,26 +15,17 @@ from aengine.bus.bus import Bus
 from aengine.bus.topic import Topic
 from aengine.callables import is_awaitable, refuse_stop_iteration
 from aengine.data.managed import RunContext
+from aengine.data.rewind import END
 from aengine.data.source import PENDING, Source
 from aengine.errors import DataExhaustedWarning, HandlerTimeout, StrayCancellation
 from aengine.events import ALWAYS, NEVER
 from aengine.loop.effects import BUDGET, Effect, LoopGenerator, NextBatch, WaitCancelled
-from aengine.loop.feed import END, Exhausted, Feed
+from aengine.loop.ends import EpochTerminated, Terminated
+from aengine.loop.feed import Exhausted, Feed
 from aengine.loop.progress import Progress
 from aengine.loop.requests import Phase, Request, Requests
 from aengine.state import ErrorInfo, StopReason
 from aengine.threads.event_loop import is_cancellation_of_asyncio
-
-
-class Terminated(Exception):
-    """The run is to end here."""
-
-    def __init__(self, reason: StopReason) -> None:
-        self.reason = reason
-
-
-class EpochTerminated(Exception):
-    """The epoch is to end here."""
 
 
 class Loop:
@@ -71,6 +62,9 @@ class Loop:
         self._restore_rng = restore_rng
         self._has_other_data = False  # the data was replaced during the epoch: there may now be events of it, or none
         self._first = progress.iteration
+        self._pass_length = self._state.epoch_length  # as it was found out: what is set in its place is to stay
+        self._is_of_passes = progress.is_of_passes
+        source.follows = bus.state if progress.is_of_passes else None
         self._is_agreeing = False  # with other processes; also where that has failed
         self._others_had_a_turn: Callable[[], int] | None = None
         self._is_given_up: Callable[[], bool] | None = None
@@ -184,10 +178,10 @@ class Loop:
             yield from self._tell_end_of_data()
             if not (yield from self._fetching(self.feed.look_ahead(self.completed))):
                 raise Exhausted  # other data was set, and it is empty, too
+        if self.source.position.may_be_at_end and (self._epoch_is_complete or state.iteration == state.epoch_start):
+            yield from self._fetching(self.feed.look_for_end(self.completed))
         if self._epoch_is_complete:
-            state.epoch += 1
-            state.epoch_start = state.iteration
-            self._epoch_is_complete = False
+            self._begin_epoch()
         try:
             # Otherwise the epoch was resumed after its last iteration, and only EPOCH_COMPLETED is left to fire.
             if state.iteration < self._end_of_epoch:
@@ -213,10 +207,21 @@ class Loop:
         else:
             yield from self._complete_epoch(began)
 
+    def _begin_epoch(self) -> None:
+        state = self._state
+        state.epoch += 1
+        state.epoch_start = state.iteration
+        self._epoch_is_complete = False
+        if self._is_of_passes and state.epoch_length != self._pass_length:
+            self._fix_epoch_length()
+        if self._is_of_passes:
+            state.epoch_length = self.source.position.ask_length()
+
     def _complete_epoch(self, began: float, *, fire: bool = True) -> LoopGenerator:
         requests, times = self._requests, self._state.times
         requests.enter(Phase.ENDING_EPOCH)
         self._epoch_is_complete = True
+        self._pass_length = self._state.epoch_length
         times["EPOCH_COMPLETED"] = perf_counter() - began
         if fire:
             yield from self._dispatch("EPOCH_COMPLETED")
@@ -229,10 +234,20 @@ class Loop:
         if restore is not None:
             restore()
 
+    def _fix_epoch_length(self) -> None:
+        """From here on an epoch is no longer a pass over the data: it has the length of the one under way."""
+        self._is_of_passes, self.source.follows = False, None
+
     @property
     def _end_of_epoch(self) -> int:
         length = self._state.epoch_length
         return NEVER if length is None else self._state.epoch_start + length
+
+    @property
+    def _end(self) -> int:
+        """Where the epoch ends, or the run within it."""
+        max_iters = self._state.max_iters
+        return min(self._end_of_epoch, NEVER if max_iters is None else max_iters)
 
     @property
     def _is_done(self) -> bool:
@@ -244,20 +259,22 @@ class Loop:
     # its stopwatch, and `feed` directly, for the same reason.
     def _iterations(self) -> LoopGenerator:  # noqa: C901, PLR0912, PLR0915
         """The hot path: fetch, step, next. `bus.next_count` is the next iteration in which there is more to do."""
-        # Set to None wherever the run may be suspended, for then only the engine may hold this generator, not it the engine.
+        # Set to None wherever the run may be suspended: then the engine holds this generator, and not the reverse.
         engine: Any = self.engine
         state, step, requests, bus = self._state, self._step, self._requests, self._bus
         feed, watch, plain_types, coroutine = self.feed, bus.stopwatch, self._plain_types, CoroutineType
         getting, got, started, completed = self._topics_of_an_iteration()
-        end = min(self._end_of_epoch, NEVER if state.max_iters is None else state.max_iters)
+        # The first batch of a pass may show that it has another length than it was said to have.
+        end = min(self._end, state.iteration + 1) if self._is_of_passes else self._end
+        feed.consumed = consumed = None
         watch.weight, bus.next_count = 0, ALWAYS  # the epoch before may have ended at this very iteration
         is_timed, mark, batch = False, 0.0, END
         usual: type | None = None  # what the step has returned last, if that is not to be awaited
         # Where processes agree, each iteration is one in which there is more to do: `bus.next_count` stays where it is.
         must_agree, last_output = requests.agreement is not None, None
         try:
-            while (iteration := state.iteration) < end:
-                state.batch = None  # so that its memory is free before the next one comes
+            while (iteration := state.iteration) < end or iteration < (end := self._end):
+                state.batch = None
                 if is_busy := iteration >= bus.next_count:
                     if self._has_other_data:
                         self._has_other_data = False
@@ -270,8 +287,10 @@ class Loop:
                             else min(watch.next_reading, getting.next_count, got.next_count, started.next_count - 1)
                         )
                     if iteration >= getting.next_count:
+                        feed.consumed = consumed
                         if (rest := getting.dispatch(engine, iteration)) is not None:
                             yield from rest
+                        feed.consumed = None
                         if requests.pending:
                             engine = None
                             yield from self._serve_requests(between_steps=False)
@@ -280,6 +299,7 @@ class Loop:
                         last_output = state.output
                     if is_timed:
                         mark = perf_counter()
+                consumed = None  # so that its memory is free before the next one comes
                 try:
                     take = feed.source.take  # calls of a local are specialised, those of such an attribute are not
                     batch = take()
@@ -351,16 +371,18 @@ class Loop:
                 if is_timed:
                     watch.step += (perf_counter() - mark) * watch.weight
                 state.output = output
-                batch = END
+                consumed, batch = batch, END
                 state.iterations_completed = iteration
                 if iteration >= completed.next_count:
+                    feed.consumed = consumed
                     dispatch = completed.dispatch
                     if (rest := dispatch(engine, iteration)) is not None:
                         yield from rest
+                    feed.consumed = None
                 if requests.pending:
-                    engine = None
+                    feed.consumed, engine = consumed, None
                     yield from self._serve_requests()
-                    engine = self.engine
+                    feed.consumed, engine = None, self.engine
 
                 if is_timed:
                     is_timed, watch.weight = False, 0
@@ -374,6 +396,7 @@ class Loop:
                         self._next_yield = perf_counter() + BUDGET
         finally:
             feed.in_hand = batch  # what was fetched and not stepped on is not lost
+            feed.consumed = consumed
         if self._end_of_epoch > state.iteration:  # max_iters, inside an epoch
             raise Terminated(StopReason.COMPLETED)
 
@@ -436,6 +459,16 @@ class Loop:
         """Have the next batch come from another source. From any thread."""
         self.feed.replace(source)
         self._requests.request(Request.CHANGE_DATA)
+
+    def _change_data(self) -> LoopGenerator:
+        """In the middle of an epoch of known length, epochs keep that length; else they follow the new data."""
+        state, is_under_way = self._state, not self._epoch_is_complete
+        is_in_middle = is_under_way and state.iteration > state.epoch_start
+        if is_in_middle and state.epoch_length is not None:
+            self._fix_epoch_length()
+        yield from self.feed.change(self.completed)
+        if self._is_of_passes and is_under_way and not is_in_middle:
+            state.epoch_length = self.source.position.said
 
     def can_use(self, fetched: int) -> bool:
         """Say whether this run can use another batch, when batches were fetched for so many of its iterations."""
@@ -505,7 +538,7 @@ class Loop:
             if requests.take(Request.RAISE_FAILURE):
                 yield Effect.RAISE_FAILURE
             elif requests.take(Request.CHANGE_DATA):
-                yield from self.feed.change(self.completed)
+                yield from self._change_data()
                 self._has_other_data, self._bus.next_count = True, ALWAYS
             elif Request.TERMINATE in requests.pending:
                 raise Terminated(StopReason.TERMINATED)
@@ -649,7 +682,8 @@ class Loop:
             epoch=self._state.epoch,
             epoch_start=self._state.epoch_start,
             epoch_is_complete=self._epoch_is_complete,
-            position=self.source.position.after(self.completed),
+            is_of_passes=self._is_of_passes,
+            position=self.feed.position(self.completed),
         )
 
     def _is_awaitable(self, output: Any) -> bool:

@@ -1,4 +1,4 @@
-"""What data holds may belong to a thread or a task: whoever opens it pulls from it and closes it, however a run ends."""
+"""What data holds may belong to a thread or a task: what opens it pulls from it and closes it, however a run ends."""
 
 import sqlite3
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -224,12 +224,14 @@ async def test_data_is_closed_where_it_was_opened(
         return
     # Without a prefetcher, what is left open is closed by the next run, which is another task.
     log = Log(has_context=prefetch > 0 or way not in (interrupt, interrupt_and_begin_anew))
-    engine = Engine(lambda engine, batch: batch, thread=thread, grace=0.05 if way is cancel_in_clean_up else 30)
+    engine: Engine[int, int] = Engine(
+        lambda engine, batch: batch, thread=thread, grace=0.05 if way is cancel_in_clean_up else 30
+    )
     await way(engine, kind(log), prefetch)
     assert log.opened > 0
     with anyio.fail_after(60):
         while log.closed < log.opened and way is cancel_in_clean_up:
-            await anyio.sleep(0.001)  # a thread that was not waited for, since the grace was over
+            await checkpoint()  # a thread that was not waited for, since the grace was over
     assert log.closed == log.opened
     logged = [record.exc_info[1] for record in caplog.records if record.exc_info]
     assert not [error for error in logged if not (way is cancel_in_clean_up and isinstance(error, HandlerTimeout))]

@@ -4,6 +4,7 @@ import gc
 import threading
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import nullcontext
 from typing import Any, TypeAlias
 
 import anyio
@@ -277,7 +278,7 @@ async def as_async(batches: Iterator[int]) -> AsyncIterator[int]:
 @pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
 @pytest.mark.parametrize("epochs", [1, 2])
 async def test_an_error_of_the_data_does_not_replace_the_clean_end_that_was_requested(
-    thread: Thread, prefetch: int, is_async: bool, epochs: int, caplog: pytest.LogCaptureFixture
+    thread: Thread, prefetch: int, is_async: Any, epochs: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A signal to the process group ends a loader's workers as this process is to save its run."""
     engine = Engine(step, thread=thread)
@@ -308,7 +309,7 @@ async def test_an_error_of_the_data_does_not_replace_the_clean_end_that_was_requ
 @prefetches
 @pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
 async def test_an_error_in_closing_the_data_does_not_replace_the_clean_end_that_was_requested(
-    thread: Thread, prefetch: int, is_async: bool, caplog: pytest.LogCaptureFixture
+    thread: Thread, prefetch: int, is_async: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     error = OSError("could not close")
 
@@ -541,11 +542,10 @@ async def test_plain_data_that_hangs_for_ever_is_abandoned_and_closed_when_it_co
             await end(engine, group.cancel_scope)
 
         group.start_soon(end_it)
-        try:
+        # A cancellation goes on, and the error is only logged.
+        late = pytest.raises(HandlerTimeout, match="clean-up of engine 'trainer'") if end is stop else nullcontext()
+        with late:
             await engine.run(batches, prefetch=1)
-        except HandlerTimeout as timeout:
-            assert end is stop  # noqa: PT017 -- a cancellation goes on, and this is only logged
-            assert "clean-up of engine 'trainer'" in str(timeout)  # noqa: PT017
     assert not closed.is_set()
     pulling = [one for one in threading.enumerate() if one.name == "aengine-prefetch"]
     gate.set()
@@ -658,8 +658,8 @@ async def test_a_source_with_plain_batches_that_is_interrupted_goes_on_where_it_
 @pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
 @pytest.mark.parametrize("gives", ["itself", "another"])
 @pytest.mark.parametrize("way", ["loaded", "in memory", "interrupted"])
-async def test_a_source_is_put_back_before_it_is_entered(
-    thread: Thread, prefetch: int, is_async: bool, gives: str, way: str
+async def test_a_source_is_put_back_before_it_is_entered(  # noqa: C901 -- a source and its kinds
+    thread: Thread, prefetch: int, is_async: Any, gives: str, way: str
 ) -> None:
     """Entering it may begin to fetch, from where it is."""
     calls: list[str] = []

@@ -364,7 +364,7 @@ async def test_a_step_that_failed_gets_its_batch_again(kind: type[Stateful], pre
     data = kind(5)
     with pytest.raises(ValueError, match="once"):
         await engine.run(data, prefetch=prefetch)
-    assert engine.state_dict()["data"] == {"batches": 2, "length": None, "state": {"position": 2}}
+    assert {"batches": 2, "length": None, "state": {"position": 2}}.items() <= engine.state_dict()["data"].items()
     await engine.run(data, prefetch=prefetch)
     assert seen == [0, 1, 2, 2, 3, 4]
 

@@ -9,8 +9,8 @@ import threading
 import weakref
 from contextlib import suppress
 from functools import partial
-from io import FileIO
 from pathlib import Path
+from typing import Any
 
 from aengine.errors import CheckpointLocked
 
@@ -24,7 +24,10 @@ class DirectoryLock:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._file: FileIO | None = None  # not a bare descriptor, which would stay open if this is dropped
+        self._descriptor: int | None = None
+        # Closes it, also if this is dropped. One of python's files would warn of that, where both are in a cycle and it
+        # is the first to be collected.
+        self._close: weakref.finalize[Any, Any] | None = None
         self._watches_forks = False
         self._is_acquiring = threading.Lock()
 
@@ -38,36 +41,40 @@ class DirectoryLock:
         # flock() belongs to the open file: of two threads of one Checkpoint, each with a file of its own, the second
         # would take the first for another writer.
         with self._is_acquiring:
-            if self._file is not None:
+            if self._descriptor is not None:
                 return False
-            self._file = self._open_and_lock()
+            descriptor = self._open_and_lock()
+            self._close = weakref.finalize(self, os.close, descriptor)
+            self._close.atexit = False  # the system does that, for the whole process at once
+            self._descriptor = descriptor
             return True
 
-    def _open_and_lock(self) -> FileIO:
+    def _open_and_lock(self) -> int:
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        file = FileIO(os.open(self._path, flags, 0o600), "r+")
+        descriptor = os.open(self._path, flags, 0o600)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            with file:
-                raise CheckpointLocked(_describe_holder(self._path.parent, file.read(300))) from None
+            holder = os.read(descriptor, 300)
+            os.close(descriptor)
+            raise CheckpointLocked(_describe_holder(self._path.parent, holder)) from None
         except OSError:
-            file.close()
+            os.close(descriptor)
             raise
         if not self._watches_forks:
             # Weak: what is registered stays for the life of the process.
             os.register_at_fork(after_in_child=partial(_drop_in_child, weakref.ref(self)))
             self._watches_forks = True
         with suppress(OSError):  # on a full disk the lock holds without a name on it
-            file.truncate(0)
-            file.write(_signature())
-        return file
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, _signature())
+        return descriptor
 
     def release(self) -> None:
         """Give the lock up, if it is held."""
-        if self._file is not None:
+        if self._descriptor is not None:
             # Closing is not enough: a child that was forked in C has the file open.
-            fcntl.flock(self._file, fcntl.LOCK_UN)
+            fcntl.flock(self._descriptor, fcntl.LOCK_UN)
             self.drop()
 
     def check(self) -> None:
@@ -77,19 +84,16 @@ class DirectoryLock:
             RuntimeError: it was never taken.
             OSError: the directory was removed meanwhile, and perhaps made anew.
         """
-        if self._file is None:
+        if self._descriptor is None:
             raise RuntimeError(f"writing to {self._path.parent} needs its lock: call lock() first, in this process")
-        if not os.path.samestat(os.fstat(self._file.fileno()), self._path.lstat()):
+        if not os.path.samestat(os.fstat(self._descriptor), self._path.lstat()):
             raise OSError(errno.ESTALE, "the lock file was replaced, so another writer may be at work", str(self._path))
-
-    def __del__(self) -> None:
-        self.drop()  # the file is closed here, so that there is no ResourceWarning
 
     def drop(self) -> None:
         """Forget the lock without giving it up: another process holds it."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        if self._close is not None:
+            self._close()
+        self._close = self._descriptor = None
 
 
 def _drop_in_child(lock: "weakref.ref[DirectoryLock]") -> None:

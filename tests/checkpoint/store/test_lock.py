@@ -107,9 +107,9 @@ def test_child_that_outlives_a_killed_writer_does_not_hold_its_lock(tmp_path: Pa
 
 def test_lock_that_is_given_up_is_free_even_if_its_file_is_open_elsewhere(store: Store) -> None:
     """As a child has that was forked by a library in C, and did not close its files."""
-    lock_file = store._lock._file
-    assert lock_file
-    inherited = os.dup(lock_file.fileno())
+    descriptor = store._lock._descriptor
+    assert descriptor is not None
+    inherited = os.dup(descriptor)
     store.unlock()
     other = Store(store.directory)
     other.lock()
