@@ -597,10 +597,10 @@ class Loop:
 
     def _topics_of_an_iteration(self) -> tuple[Topic, Topic, Topic, Topic]:
         bus = self._bus
-        never_fired = bus.topic("")
-        has_data = self.source.data is not None
-        getting = bus.topic("GET_BATCH_STARTED") if has_data else never_fired
-        got = bus.topic("GET_BATCH_COMPLETED") if has_data else never_fired
+        if self.source.data is None:
+            getting = got = bus.topic("")  # which is never fired
+        else:
+            getting, got = bus.topic("GET_BATCH_STARTED"), bus.topic("GET_BATCH_COMPLETED")
         topics = getting, got, bus.topic("ITERATION_STARTED"), bus.topic("ITERATION_COMPLETED")
         for topic in topics:
             topic.reschedule(self._state.iteration)

@@ -471,3 +471,19 @@ def test_without_an_event_loop_there_is_no_lag() -> None:
     engine = Engine(step)
     engine.run_sync([1, 2])
     assert engine.statistics().event_loop_lag == 0
+
+
+@pytest.mark.parametrize(("runs", "expected"), [(1, 1), (4, 3), (100, 34), (1000, 34)])
+def test_where_many_runs_take_turns_each_is_timed_less_often(
+    runs: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A turn of all takes long, and the step of each is a short part of it."""
+    now = 0.0
+    monkeypatch.setattr("aengine.statistics.perf_counter", lambda: now)
+    watch = Stopwatch()
+    watch.read(0)
+    watch.runs = runs
+    now += 3e-3  # one turn of all
+    watch.read(1)
+    assert watch.next_reading - 1 == expected
+    assert watch.weight == 1
