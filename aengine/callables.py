@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
-from types import CoroutineType
+from types import CoroutineType, FunctionType
 from typing import Any, cast
 
 
@@ -14,7 +14,9 @@ def is_awaitable(value: Any) -> bool:
 
 def is_async_callable(function: Any) -> bool:
     """Say whether calling this is sure to return an awaitable; of other callables only each result can tell."""
-    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004
+    if inspect.iscoroutinefunction(function):
+        return True
+    return type(function) is not FunctionType and inspect.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004
 
 
 def name_of(thing: Any) -> str:
@@ -49,6 +51,8 @@ def check_callable(function: Any, what: str, name: str, *arguments: str) -> None
 
     For instance: check_callable(step, "the step", "step", "engine", "batch").
     """
+    if _takes_exactly(function, len(arguments)):
+        return
     check_function(function, what)
     signature = signature_of(function)
     try:
@@ -58,6 +62,17 @@ def check_callable(function: Any, what: str, name: str, *arguments: str) -> None
             f"{what} {name_of(function)}{signature} cannot be called as {name}({', '.join(arguments)}): have it take"
             f" {' and '.join(arguments)}"
         ) from None
+
+
+def _takes_exactly(function: Any, count: int) -> bool:
+    """Say whether this is a function with so many arguments and no `yield`: most steps are; a signature takes 10 µs."""
+    if type(function) is not FunctionType or function.__dict__:  # which has the function that it wraps
+        return False
+    code = function.__code__
+    return code.co_argcount == count and not code.co_kwonlyargcount and not code.co_flags & _WITH_YIELD
+
+
+_WITH_YIELD = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
 
 
 def bind_handler(

@@ -486,7 +486,7 @@ class Engine(Generic[Batch, Output]):
         Args:
             skip_completed: fire no COMPLETED.
         """
-        return self._requests.terminate(skip_completed=skip_completed)
+        return self._session.requests.terminate(skip_completed=skip_completed)
 
     def terminate_epoch(self, *, skip_epoch_completed: bool = False) -> bool:
         """End the epoch before its next step: the data begins again with the next epoch. From any thread or task.
@@ -500,7 +500,7 @@ class Engine(Generic[Batch, Output]):
         Raises:
             RuntimeError: called at STARTED or EPOCH_STARTED, where no iteration has begun.
         """
-        return self._requests.terminate_epoch(skip_epoch_completed=skip_epoch_completed)
+        return self._session.requests.terminate_epoch(skip_epoch_completed=skip_epoch_completed)
 
     def interrupt(self) -> bool:
         """Leave the run before its next step, to go on with the very next event at the next `run()`.
@@ -508,7 +508,7 @@ class Engine(Generic[Batch, Output]):
         Returns whether a run is under way that is left by this. Without one only `should_interrupt` is set, until the
         next run begins.
         """
-        return self._requests.interrupt()
+        return self._session.requests.interrupt()
 
     def pause(self) -> None:
         """Have the loop wait before its next step, inside `run()`, until `resume()`. From any thread or task."""
@@ -524,7 +524,7 @@ class Engine(Generic[Batch, Output]):
         Raises:
             RuntimeError, TypeError: no run is under way, or this cannot be data.
         """
-        self._session.set_data(self, data)
+        self._session.set_data(data)
 
     @property
     def is_running(self) -> bool:
@@ -534,22 +534,22 @@ class Engine(Generic[Batch, Output]):
     @property
     def is_paused(self) -> bool:
         """Whether `pause()` was called, and not `resume()` since: the loop waits before its next step."""
-        return Request.PAUSE in self._requests.pending
+        return self._requests.is_requested(Request.PAUSE)
 
     @property
     def should_terminate(self) -> bool:
         """Whether `terminate()` was called since the last run began. The next one clears it."""
-        return Request.TERMINATE in self._requests.pending
+        return self._requests.is_requested(Request.TERMINATE)
 
     @property
     def should_terminate_single_epoch(self) -> bool:
         """Whether `terminate_epoch()` was called and is yet to take effect. The next run clears it."""
-        return Request.TERMINATE_EPOCH in self._requests.pending
+        return self._requests.is_requested(Request.TERMINATE_EPOCH)
 
     @property
     def should_interrupt(self) -> bool:
         """Whether `interrupt()` was called and is yet to take effect. The next run clears it."""
-        return Request.INTERRUPT in self._requests.pending
+        return self._requests.is_requested(Request.INTERRUPT)
 
     # Saving and looking
 

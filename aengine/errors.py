@@ -5,7 +5,7 @@
     ├── DataExhausted (ValueError)        the data had no batch to give, and cannot be restarted
     ├── HandlerTimeout (TimeoutError)     a handler or a clean-up took longer than the grace period
     ├── InboxOverflow (RuntimeError)      an inbox with overflow="error" was full
-    ├── StrayCancellation (RuntimeError)  a task of the run was cancelled, but not by the run
+    ├── StrayCancellation (RuntimeError)  something in the run was cancelled, and the run was not
     └── CheckpointError (RuntimeError)    something went wrong with a checkpoint
         ├── CheckpointNotFound            there is none, or not the one that was requested
         ├── CheckpointDamaged             its files are not those that were written
@@ -15,6 +15,7 @@
         └── NotSerializable (TypeError)   something in the state could not be loaded again
 
     DataExhaustedWarning (UserWarning) the data ended before the run was complete
+    DataOrderWarning (UserWarning)     the data of a run that is resumed comes in another order
     CheckpointWarning (UserWarning)    a save failed or a checkpoint was damaged, and the run continues
 
 An exception of a user's own step, handler or data is never wrapped: `run()` raises the very same object, with a note
@@ -47,11 +48,12 @@ class InboxOverflow(AengineError, RuntimeError):
 
 
 class StrayCancellation(AengineError, RuntimeError):
-    """A task of the run was cancelled, but not by the run: by asyncio's `Task.cancel()`, say.
+    """Something that the run awaited was cancelled, but the run was not. Its cause is that cancellation.
 
-    `asyncio.run()` calls it at its end for each task that is left. Also raised where a handler awaits something that is
-    cancelled, and does not catch that cancellation. A run that is itself cancelled as well raises its own cancellation
-    instead.
+    For instance: a step, a handler, the data, a service or the body of `iterate()` awaits a future which other code has
+    cancelled, and does not catch its CancelledError. Let out as one, that would end the run as if it were cancelled, and
+    a task group would drop it without a word. Also raised where one task of the run is cancelled by itself, by asyncio's
+    `Task.cancel()`. A run that is itself cancelled as well raises its own cancellation instead.
     """
 
 
@@ -89,6 +91,10 @@ class CheckpointWarning(UserWarning):
 
 class DataExhaustedWarning(UserWarning):
     """The data ended before the run was complete, and cannot be restarted. The run ended cleanly."""
+
+
+class DataOrderWarning(UserWarning):
+    """The data of a run that is resumed comes in another order than before: samples of the pass are seen twice."""
 
 
 def raise_failures(name: str, failures: list[BaseException], cancellation: BaseException | None = None) -> None:

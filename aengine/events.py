@@ -332,17 +332,13 @@ def _filter_of_ignites(function: Callable[..., Any]) -> Filter:
     """
     if getattr(function, "__module__", None) == "ignite.engine.events" and inspect.isfunction(function):
         written = inspect.getclosurevars(function).nonlocals
-        match sorted(written):
-            case ["every"]:
-                return Filter(every=int(written["every"]))
-            case ["once"]:
-                return Filter(once=tuple(written["once"]))
-            case ["after_", "before_"] | ["after_", "before_", "every"]:
-                before = None if written["before_"] == float("inf") else int(written["before_"])
-                after = (
-                    written["after_"] if before is None else written["after_"] or None
-                )  # as it was written: not at all
-                return Filter(every=written.get("every"), before=before, after=after)
+        if "once" in written:
+            return Filter(once=tuple(written["once"]))
+        if "every" in written or "before_" in written:
+            before = None if written.get("before_") in (None, float("inf")) else written["before_"]
+            after = written.get("after_")
+            # Where there is only `before=`, ignite's has 0 for `after=`, and ours None.
+            return Filter(every=written.get("every"), before=before, after=after if before is None else after or None)
     return Filter(test=cast(Test, function))
 
 

@@ -123,7 +123,7 @@ class State:
         return self._dataloader
 
     @dataloader.setter
-    def dataloader(self, data: Any) -> NoReturn:
+    def dataloader(self, _: Any) -> NoReturn:
         raise AttributeError(
             "engine.state.dataloader says what the data is, and does not change it: call engine.set_data(data), or pass"
             " it to run()"
@@ -195,14 +195,10 @@ class Stateful(Protocol):
 
 
 class Randomness(Protocol):
-    """Captures and restores the states of random number generators, so that data comes again in the same order."""
+    """Captures and restores the states of the random number generators that all code of the process shares."""
 
-    def capture(self, data: Any) -> Any:
-        """Return the states of the generators: of the process's, and of those that the data has of its own."""
+    def capture(self) -> Any:
+        """Return the states of the generators."""
 
-    def restore(self, captured: Any, data: Any) -> None:
-        """Put them back to those states; with None for the data, only the process's."""
-
-    def has_own(self, data: Any) -> bool:
-        """Say whether the data has generators of its own."""
-        ...
+    def restore(self, captured: Any) -> None:
+        """Put them back to those states."""

@@ -9,6 +9,9 @@ PERIOD = 2e-3
 """Seconds between two timed iterations, if iterations are shorter: timing one costs 1 µs, and 5 µs if the step has
 filled the processor's caches."""
 
+_LONGEST_PERIOD = 0.1
+"""The same, where many runs take turns on one event loop: `PERIOD` for each of them, but no more than this."""
+
 SAMPLE = 61
 """Of the shortest iterations one in so many is timed. A prime, so that it falls in with no habit of the user's."""
 
@@ -128,7 +131,7 @@ class Stopwatch:
 
     __slots__ = (
         "_read_at", "_read_iteration", "back_pressure", "began", "data", "ended", "event_loop", "event_loop_lag", "lag",
-        "next_reading", "step", "weight",
+        "next_reading", "runs", "step", "weight",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -137,6 +140,7 @@ class Stopwatch:
         self.began = perf_counter()
         self.ended: float | None = None
         self.weight = 1
+        self.runs = 1  # that take turns with this one
         self.next_reading = 0
         self._read_at = self.began
         self._read_iteration = -1
@@ -147,10 +151,12 @@ class Stopwatch:
         last = self._read_iteration
         passed = iteration - last if 0 <= last < iteration else 0
         self.weight = passed or 1
-        if (spent := now - self._read_at) >= PERIOD * passed:  # long ones, or the first, of which nothing is known yet
+        # A turn of many runs takes long, and a step of each is short in it.
+        period = PERIOD if self.runs == 1 else min(PERIOD * self.runs, _LONGEST_PERIOD)
+        if (spent := now - self._read_at) >= period * passed:  # long ones, or the first, of which nothing is known yet
             self.next_reading = iteration + 1
         else:
-            self.next_reading = iteration + min(SAMPLE, int(PERIOD * passed / max(spent, 1e-9)) + 1)
+            self.next_reading = iteration + min(SAMPLE, int(period * passed / max(spent, 1e-9)) + 1)
         self._read_at = now
         self._read_iteration = iteration
 

@@ -12,6 +12,7 @@ Method (`measure.py` has the rest: samples, interleaved rounds, medians with the
 - "ignite" is its `Engine` with default settings: no debug logging, no handlers but those named. It has no async, so an
   async step, async handlers and async data have nothing to be compared with.
 - "worker": a plain step in the default mode, on the engine's own thread; "loop": `thread=False`, on the event loop.
+- A short run: an engine is made and run for one step, 200 times in a row, with torch loaded.
 - One event to n subscribers: the cost of the run with n subscribers to ITERATION_COMPLETED, each a trivial `async def`,
   minus the same run without, per iteration. The buffer is the default (64), but for "error", which gets one that holds
   the whole run. With policies that drop, many events are dropped: that is their purpose, and the share delivered is
@@ -59,7 +60,7 @@ AnyEngine: TypeAlias = Engine[Any, Any]
 Prepare: TypeAlias = Callable[[AnyEngine, int], None]
 POLICIES = ("wait", "latest", "drop_oldest", "drop_new", "error")
 BUFFER = 64  # the default
-GROUPS = ("loop", "async", "bus", "torch")
+GROUPS = ("loop", "async", "short", "bus", "torch")
 
 
 # The subjects: bare loops, ours, ignite's.
@@ -242,24 +243,12 @@ def async_group(report: Report, backends: list[str], rounds: int, seconds: float
     five = partial(with_handlers, handler=async_handler, number=5)
     variants: dict[str, tuple[str, dict[str, Any]]] = {
         "async step": ("bare async step", {"the_step": async_step}),
-        "async step, async data": (
-            "bare async both",
-            {"the_step": async_step, "async_data": True},
-        ),
+        "async step, async data": ("bare async both", {"the_step": async_step, "async_data": True}),
         "async data, loop": ("bare async data", {"async_data": True, "thread": False}),
         "async data, worker": ("bare async data", {"async_data": True}),
-        "async data, worker, prefetch=64": (
-            "bare async data",
-            {"async_data": True, "prefetch": 64},
-        ),
-        "1 async handler, async step": (
-            "bare async step",
-            {"the_step": async_step, "prepare": one},
-        ),
-        "5 async handlers, async step": (
-            "bare async step",
-            {"the_step": async_step, "prepare": five},
-        ),
+        "async data, worker, prefetch=64": ("bare async data", {"async_data": True, "prefetch": 64}),
+        "1 async handler, async step": ("bare async step", {"the_step": async_step, "prepare": one}),
+        "5 async handlers, async step": ("bare async step", {"the_step": async_step, "prepare": five}),
         "1 async handler, loop": ("bare for", {"thread": False, "prepare": one}),
         "5 async handlers, loop": ("bare for", {"thread": False, "prepare": five}),
         "1 async handler, worker": ("bare for", {"prepare": one}),
@@ -283,12 +272,7 @@ def async_group(report: Report, backends: list[str], rounds: int, seconds: float
             f"Async steps, data and handlers, on {backend}: µs an iteration",
             ("", "cpu", "cpu over its bare loop", "wall"),
             [
-                (
-                    name,
-                    each.cpu,
-                    each.cpu_over(series[variants[name][0]]) if name in variants else "",
-                    each.wall,
-                )
+                (name, each.cpu, each.cpu_over(series[variants[name][0]]) if name in variants else "", each.wall)
                 for name, each in series.items()
             ],
         )
@@ -296,6 +280,41 @@ def async_group(report: Report, backends: list[str], rounds: int, seconds: float
         claim("async step: µs over the bare loop that awaits it", 0.55, over),
         claim("async step: µs over the bare loop of a plain step", 0.55, over_plain),
     ]
+
+
+def short(
+    count: int, *, backend: str, the_step: Callable[[Any, Any], Any] = step, thread: bool | None = None
+) -> Sample:
+    """`count` engines, made and run for one step each, one after the other."""
+
+    async def main() -> Sample:
+        with Stopwatch(count) as watch:
+            for _ in range(count):
+                await Engine(step, thread=thread).run([1])
+        return watch.sample
+
+    return run_on(backend, main)
+
+
+def short_sync(count: int) -> Sample:
+    with Stopwatch(count) as watch:
+        for _ in range(count):
+            Engine(step).run_sync([1])
+    return watch.sample
+
+
+def short_group(report: Report, backends: list[str], rounds: int) -> None:
+    """What a run costs that is short: evaluators, episodes, engines of a user's own."""
+    subjects = {"run_sync": Subject(short_sync, most=200, least=200)}
+    for name in backends:
+        for where, thread in (("worker", None), ("loop", False)):
+            subjects[f"{name}, {where}"] = Subject(partial(short, backend=name, thread=thread), most=200, least=200)
+    series = interleave(subjects, rounds=rounds, seconds=0)
+    rows = [(name, each.cpu, each.wall) for name, each in series.items()]
+    report.table("An engine, and a run of one step that does nothing: µs", ("", "cpu", "wall"), rows)
+    for where, limit in (("worker", 450), ("loop", 200), ("run_sync", 60)):
+        figures = {name: each.cpu for name, each in series.items() if where in name}
+        report.claims.append(claim(f"a short run, {where}: µs", limit, figures))
 
 
 async def receive(event: object) -> None:
@@ -485,6 +504,8 @@ def main() -> None:
         loop_group(report, backends, rounds, seconds)
     if "async" in chosen.only:
         async_group(report, backends, rounds, seconds)
+    if "short" in chosen.only:
+        short_group(report, backends, rounds)
     if "bus" in chosen.only:
         bus_group(report, backends, rounds if fast else 9, seconds, (1, 4) if fast else (1, 4, 16))
     if "torch" in chosen.only:

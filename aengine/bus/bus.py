@@ -45,7 +45,7 @@ class Bus:
         self.state = state
         self.lock = RLock()
         self.sequence = self.last_of_subscribers = 0
-        self.completions = Completions(self)
+        self.completions = Completions()
         self.own_counts: dict[str, int] = {}
         self.last_event_name: str | None = None
         self.next_count = ALWAYS
@@ -85,8 +85,10 @@ class Bus:
     def remove(self, subscription: Subscription) -> None:
         """Remove a subscriber, which still handles what it has accepted, or a stream, which discards that."""
         with self.lock:
+            is_there = subscription in self._subscriptions
             self._subscriptions = tuple(one for one in self._subscriptions if one is not subscription)
-        subscription.unsubscribe()
+        if is_there:  # else it was removed before, or its engine is gone
+            subscription.unsubscribe()
         subscription.inbox.close_nowait(discard=isinstance(subscription, Stream))
 
     @property
@@ -103,6 +105,14 @@ class Bus:
     def must_await(self) -> bool:
         """Whether something listens that needs an event loop."""
         return bool(self.subscribers) or any(one.is_async for topic in self.topics for one in topic.inline)
+
+    def close(self) -> None:
+        """The engine is gone: refer to nothing any more that refers to this. Streams that are still read end."""
+        topics, subscriptions, self._topics, self._subscriptions = self._topics, self._subscriptions, {}, ()
+        for topic in topics.values():
+            topic.close()
+        for subscription in subscriptions:
+            subscription.inbox.close_nowait()
 
     # Runs
 

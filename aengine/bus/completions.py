@@ -29,19 +29,20 @@ class _Waiter(InlineHandler):
 
 
 class Completions:
-    """What waits for the number of completed iterations of one engine."""
+    """What waits for the number of completed iterations of one engine.
 
-    def __init__(self, bus: "Bus") -> None:
-        self._bus = bus
+    It holds no bus, since the bus holds it.
+    """
+
+    def __init__(self) -> None:
         self._waiting: list[_Waiter] = []
 
-    async def wait(self, count: int, is_over: Callable[[], bool]) -> int:
+    async def wait(self, bus: "Bus", count: int, is_over: Callable[[], bool]) -> int:
         """Return the number of completed iterations when it is so large, or the run has ended first.
 
         That of the run under way, or else of the next one. `is_over` says whether a run is under way that completes no
         more. Cancellable.
         """
-        bus = self._bus
         await checkpoint()
         if bus.state.iterations_completed < count and not is_over():
             waiter, topic = _Waiter(count), bus.topic(_EVENT)

@@ -66,6 +66,9 @@ class Runner(Protocol):
         """Wait until every event dispatched so far is handled."""
 
 
+_OURS = {event.name: event for event in Events}  # once: the name of a member is slow to get
+
+
 class EventEmitter:
     """Listeners come and go, events are fired: while a run lasts and between runs.
 
@@ -80,8 +83,15 @@ class EventEmitter:
     def __init__(self, name: str, logger: logging.Logger, state: State) -> None:
         self.bus = Bus(name, logger, state)
         self.runner: Runner | None = None
-        self.registered: dict[str, Any] = {event.name: event for event in Events}
+        self.registered: dict[str, Any] = dict(_OURS)
         self._attributes: dict[str, str] = {}  # of the state, that count events of the user's
+
+    def __del__(self) -> None:
+        """The engine is gone: the bus and its topics refer to each other, and would wait for the garbage collector.
+
+        And with them the state, the last output and all that users have put there; a DataLoader ends its workers late.
+        """
+        self.bus.close()
 
     def attach(self, runner: Runner | None) -> None:
         """A runner begins to advance a run; with None, no run is under way any more."""

@@ -17,7 +17,7 @@ from aengine.errors import StrayCancellation
 from aengine.events import Event, Selector
 from aengine.statistics import ListenerStatistics
 from aengine.threads.dedicated import DedicatedThread, wait_until_done
-from aengine.threads.event_loop import EventLoopHandle
+from aengine.threads.event_loop import EventLoopHandle, OwnCancellations
 from aengine.threads.guarded import guarded
 
 if TYPE_CHECKING:
@@ -144,8 +144,9 @@ class Subscriber(Subscription):
             f"subscriber {self.name!r} was cancelled from outside the run, or let a cancellation out"
         )
 
-    async def _consume(self, loop_handle: EventLoopHandle) -> None:
+    async def _consume(self, loop_handle: EventLoopHandle) -> None:  # noqa: C901, PLR0912 -- a call more for each event is felt
         inbox, handler, is_async = self.inbox, self.handler, self._is_async
+        own_cancellations = OwnCancellations()
         self._begin_work()
         try:
             while True:
@@ -155,9 +156,12 @@ class Subscriber(Subscription):
                             await handler(event)
                         else:
                             await self._handle_in_thread(event)
-                    except Exception as error:
-                        if not self._isolates(error, event):
-                            raise
+                    except BaseException as error:
+                        if own_cancellations.includes(error):
+                            if not isinstance(error, Exception) or not self._isolates(error, event):
+                                raise
+                        else:  # of something that the handler has awaited: an error like any other
+                            self._handle_stray(error, event)
                 if inbox.in_hand is not None:  # the last of so many, and handled: there may be more
                     inbox.mark_handled()
                     if perf_counter() - self._turn_began < _TURN:
@@ -179,6 +183,15 @@ class Subscriber(Subscription):
         since, self._busy_since = self._busy_since, None
         if since is not None:
             self._busy += perf_counter() - since
+
+    def _handle_stray(self, cancellation: BaseException, event: Event) -> None:
+        stray = self._stray()
+        stray.__cause__ = cancellation
+        try:
+            if not self._isolates(stray, event):
+                raise stray
+        finally:
+            del stray  # whose traceback holds this frame: no cycle may hold the engine
 
     def _isolates(self, error: Exception, event: Event) -> bool:
         """Note on an error where it was raised. Says whether it was logged, and the handler goes on."""

@@ -93,6 +93,12 @@ class Topic:
                 listener.reset(self.count)
             self._choose_dispatch()
 
+    def close(self) -> None:
+        """The engine is gone: refer to this no more, nor to listeners, which may refer to the bus."""
+        self.dispatch = _dispatch_nothing
+        self.inline = self.inbox_listeners = ()
+        self._hot = (), (), ((), ())
+
     def mark_fired_by_loop(self) -> None:
         """The loop fires this: its handlers are timed as often as the iteration that they are part of."""
         if not self.is_fired_by_loop:
@@ -125,11 +131,13 @@ class Topic:
     def count_firing(self, payload: Any = None) -> int:
         """The event is fired: count that, unless an attribute of the state does, and return the counter."""
         self._last_payload = payload if self.has_at_end else None
-        self._bus.last_event_name = self.name
-        with self._bus.lock:  # a step and a task may fire it at once, and each is to have a count of its own
-            if self.name not in self._bus.state.event_to_attr:
-                self._bus.own_counts[self.name] = self.count + 1
+        bus = self._bus
+        bus.last_event_name = self.name
+        if self.name in bus.state.event_to_attr:
             count = self.count
+        else:
+            with bus.lock:  # a step and a task may fire it at once, and each is to have a count of its own
+                bus.own_counts[self.name] = count = self.count + 1
         self.record_firing(count)
         return count
 
@@ -339,6 +347,10 @@ class Topic:
     def _note(self, error: Exception, what: str) -> None:
         refuse_stop_iteration(error, what)
         self._bus.note(error, f"{what} of {self.name}")
+
+
+def _dispatch_nothing(*_: Any) -> None:
+    """Nothing listens, and nothing fires."""
 
 
 def _wait_for_room(waits: list[BackpressureWait]) -> Dispatch:

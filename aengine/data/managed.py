@@ -7,7 +7,7 @@ from typing import Any, cast
 import anyio
 
 from aengine.errors import StrayCancellation
-from aengine.threads.event_loop import EventLoopHandle, ThreadSafeEvent
+from aengine.threads.event_loop import CancelOnceScope, EventLoopHandle, ThreadSafeEvent
 from aengine.threads.guarded import guarded
 from aengine.threads.thread_state import ThreadState
 
@@ -38,7 +38,7 @@ class ManagedData:
         self._value: Any = None
         self._error: BaseException | None = None
         self._entered, self._released, self._exited = (ThreadSafeEvent(run.loop_handle) for _ in range(3))
-        self._scope = anyio.CancelScope(shield=True)
+        self._scope = CancelOnceScope(run.grace, shield=True)
 
     async def enter(self) -> Any:
         """Enter it, and stay inside until `exit()`. Returns what to iterate: what entering gave, else the manager.

@@ -5,13 +5,19 @@ length is fast-forwarded: opened again, with the random numbers of that pass, an
 """
 
 import logging
+import sys
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
+from types import FunctionType
 from typing import Any
 
-from aengine.data.adapt import Adapted
+from aengine.data.adapt import Adapted, is_stateful, length_of
+from aengine.data.digest import Digest, digest_of
+from aengine.data.generators import Opening, capture, has_workers, start_workers
 from aengine.data.prefetch import DataState, Fetched
-from aengine.state import Randomness, Stateful
+from aengine.data.rewind import END, Rewind, begin_anew
+from aengine.state import Stateful
 
 _MAY_REPEAT = (
     "goes on where it is, and is not fast-forwarded by {} batches: without a length it may be a stream. If it gives the"
@@ -19,58 +25,103 @@ _MAY_REPEAT = (
 )
 
 
+def plain_position(position: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Return a position as plain values, for a `state_dict`; the data's own state is as the data made it."""
+    if position is None:
+        return None
+    opening = position.get("opening")
+    return {**position, "opening": opening.plain() if isinstance(opening, Opening) else opening}
+
+
 class DataPosition:
     """The position in one pass after another over the data.
 
     Attributes:
-        length: batches in a pass; None while that is not known.
+        length: batches in a pass, as the data says or as a pass was found to have; None while that is not known.
+        said: what `len(data)` was when it was last asked for; None where the data does not say.
+        origin: the count of completed iterations at which this pass over the data began.
         unread: fetched and not stepped on, in an earlier run or ahead of the step: the next to be taken.
         stateful: what was opened, where it has a `state_dict` of its own.
-        to_skip: batches that are to be fetched and dropped before the first that is taken.
+        rewind: the return to a position that is under way, if there is one.
     """
 
     def __init__(
         self,
         data: Adapted,
         logger: logging.Logger,
-        randomness: Randomness | None,
         unread: Iterable[Fetched],
         completed: int,
+        *,
+        may_have_other_length: bool,
     ) -> None:
-        self.length = data.length
+        self.length = self.said = data.length
+        self.origin = completed
         self.unread: deque[Fetched] = deque(unread)
-        self.to_skip = 0
+        self.stateful: Stateful | None = None
+        self.rewind: Rewind | None = None
         self._data = data
         self._logger = logger
-        self.stateful: Stateful | None = None
-        self._origin = completed  # the count of completed iterations at which this pass over the data began
+        self._may_have_other_length = may_have_other_length
+        self._is_exact = _has_exact_length(data.data)  # whether a pass is known to have as many batches as that
         self._taken = 0  # batches of this pass
         self._before: DataState = None  # the data's own state before and after the batch last taken
         self._after: DataState = None
-        self._resume_at: Mapping[str, Any] | None = None
+        self._ended_after: int | None = None  # batches of this pass, once its end was met
+        self._opening: Opening | None = None  # where the generators stood as this pass was opened
+        self._first: Digest = {}  # of the first batch of this pass, if its order may be another each time
+        self._is_opened = False
         self._was_put_back = False
-        self._randomness = randomness
-        self._rng_at_start: Any = None  # RNG states at the start of this pass
-        self._rng_before_rewind: Any = None  # RNG states to return to after the rewind
+        self._is_mixed = False
+        self._had_workers: bool | None = None  # in the run that is resumed, until the data is opened
 
     # What is completed
 
     def after(self, completed: int) -> dict[str, Any]:
         """Return the position after the last completed step: what `resume_at` takes."""
-        batches = completed - self._origin
-        state = self._after if self._taken <= batches else self._before  # a batch in hand is not stepped on
-        position = {"batches": batches, "length": self.length, "state": state}
-        return position if self._randomness is None else {**position, "opening": self._rng_at_start}
+        batches = completed - self.origin
+        return {
+            "batches": batches,
+            "length": self.length,
+            "state": self._after if self._taken <= batches else self._before,  # a batch in hand is not stepped on
+            "is_at_end": batches > 0 and (batches == self._ended_after or (batches == self.said and self._is_exact)),
+            "opening": self._opening,
+            "has_workers": has_workers(self._data.data),
+        }
+
+    def with_check(self, position: Mapping[str, Any], consumed: Any, following: Any) -> dict[str, Any]:
+        """Return a position with what is compared when the data is put back there: its length, and one of its batches.
+
+        That is the batch consumed last, if it is not None, or the one that follows it, if it is not END.
+        """
+        if self.rewind is not None:  # not opened since
+            return {**position, "check": self.rewind.check}
+        number, digest = position["batches"], {}
+        if self._data.is_one_shot or position["is_at_end"] or number == self.length:  # no more of this pass is to come
+            return {**position, "check": {"length": self.said, "first": {}, "number": 0, "digest": {}}}
+        if consumed is not None and number:
+            digest = digest_of(consumed)
+        elif following is not END:
+            number, digest = number + 1, digest_of(following)
+        else:
+            number = 0
+        check = {"length": self.said, "first": self._first, "number": number, "digest": digest}
+        return {**position, "check": check}
 
     def end(self, completed: int) -> None:
         """The end of this pass was met, so that its length is known."""
-        self.length = completed - self._origin
+        self._ended_after = batches = completed - self.origin
+        if batches and not self._is_mixed:
+            self.length = batches
+        self._is_exact = batches == self.said
 
     def restart(self, completed: int) -> None:
         """The next pass begins."""
         self.unread.clear()
-        self._origin = completed
-        self._resume_at = None
+        self.origin = completed
+        self.rewind = self._opening = None
+        self._first = {}
+        self._ended_after = None
+        self._is_opened = False
         self._taken = 0
         self._before = self._after = None
 
@@ -82,6 +133,15 @@ class DataPosition:
         self._before, self._after = self._after, state
         return batch
 
+    def took_first(self, batch: Any) -> None:
+        """A batch is the first that is taken since the data was opened."""
+        rewind, self.rewind = self.rewind, None
+        if rewind is not None:
+            self._first = rewind.check["first"]
+            rewind.took_first(batch)
+        elif self._opening is not None and self.stateful is None:
+            self._first = digest_of(batch)
+
     def unread_batch(self, batch: Any) -> None:
         """The batch last taken was not stepped on: it is the next one."""
         self.unread.appendleft(Fetched(batch, self._after))
@@ -91,11 +151,34 @@ class DataPosition:
     @property
     def fetched(self) -> int:
         """For how many iterations batches were fetched, since the first run."""
-        return self._origin + self._taken + len(self.unread)
+        return self.origin + self._taken + len(self.unread)
 
     def state(self) -> DataState:
         """Return the data's own state, None if it has none."""
         return None if self.stateful is None else self.stateful.state_dict()
+
+    def ask_length(self) -> int | None:
+        """Ask the data how many batches a pass has: it may be another number for each. None if it does not say."""
+        said = length_of(self._data.data)
+        if said is not None and said != self.said:
+            self.said = self.length = said
+        return said
+
+    @property
+    def may_be_at_end(self) -> bool:
+        """Whether the pass to be gone on with seems to have ended, so that only its end is left to be looked for."""
+        position = None if self.rewind is None else self.rewind.position
+        if position is None or not position["batches"] or position["state"] is not None:
+            return False
+        return bool(position.get("is_at_end")) or position["batches"] == self.length
+
+    def look_for_end(self) -> bool:
+        """Have no more than the end of that pass looked for. Returns whether that is over, as the data has changed."""
+        if self.rewind is not None and length_of(self._data.data) == self.said:
+            self.rewind.looks_for_end = True
+            return False
+        self.rewind = None
+        return True
 
     @property
     def can_return(self) -> bool:
@@ -110,68 +193,101 @@ class DataPosition:
 
     def resume_at(self, position: Mapping[str, Any], completed: int) -> bool:
         """Have the data put back to a position when it is opened. Returns whether that is its end, with no need to."""
-        self._resume_at = position
-        self._origin = completed - position["batches"]
+        self.origin = completed - position["batches"]
         self._taken = position["batches"]
         self._after = position["state"]
-        self._rng_at_start = position.get("opening")
-        self.length = self.length or position["length"]
-        is_at_end = position["state"] is None and position["batches"] == self.length and not self._data.is_one_shot
+        self._opening = opening = Opening.from_plain(position.get("opening"))
+        self._had_workers = position.get("has_workers")
+        self.length = position["length"] or self.length
+        self.said = position.get("check", {"length": self.said})["length"]  # in this pass; each may have another
+        is_at_end = position["state"] is None and position.get("is_at_end", False) and not self._data.is_one_shot
         # A sampler with its own generator draws from it again when it is exhausted, so its iterator must really be run
         # to StopIteration.
-        if is_at_end and not (self._randomness is not None and self._randomness.has_own(self._data.data)):
-            self._resume_at = None
+        if is_at_end and not (opening is not None and opening.own):
+            self._ended_after = position["batches"]
             return True
+        if position["batches"] or position["state"] or opening is not None:
+            self.rewind = Rewind(self._data, position, opening, may_have_other_length=self._may_have_other_length)
         return False
 
-    def rewind(self, made: Any) -> None:
-        """Put back what was opened to the position to be resumed at, before it is iterated; `to_skip` says the rest.
+    def open(self) -> None:
+        """Before the data is opened: keep where the generators stand, or put them back for a pass to be gone on with.
 
-        Data may draw random numbers when it is opened. It has done so in the run that is resumed, and is to draw the
-        same ones now and none of the process's: call `end_rewind()` once the batches are skipped.
+        It may be opened in several parts. After each, `leave()` puts those of the process back to where they stood.
+
+        Raises:
+            ValueError: the data lacks a generator, or a sampler, that it had.
         """
-        # Not by isinstance(made, Stateful), which took a third of the time of a short epoch.
-        self.stateful = made if hasattr(made, "state_dict") and hasattr(made, "load_state_dict") else None
-        if self._was_put_back and type(made).__module__.partition(".")[0] == "datasets":
-            # Hugging Face's go back to the state that they were given at each pass, until they are given another.
-            made.load_state_dict({})
-        position, self._resume_at = self._resume_at, None
-        self.to_skip, randomness, level = 0, self._randomness, logging.INFO
-        if position is None or not (position["batches"] or position["state"]):
-            if randomness is not None:
-                self._rng_at_start = randomness.capture(self._data.data)
+        if self.rewind is not None:
+            self.rewind.enter()
+        elif not self._is_opened and not self._data.is_one_shot:
+            if self._had_workers:
+                start_workers(self._data.data)
+            self._opening = capture(self._data.data)
+        self._is_opened, self._had_workers = True, None
+
+    def leave(self) -> None:
+        """Put the generators of the process back to where they stood before `open()`."""
+        if self.rewind is not None:
+            self.rewind.leave()
+
+    def put_back(self, made: Any) -> None:
+        """Put back what was opened, before it is iterated, to the position to be resumed at, if there is one."""
+        self.stateful = made if is_stateful(made) else None
+        if self._was_put_back:
+            self._was_put_back = False
+            begin_anew(made)
+        if self.rewind is None:
+            self._forget_if_mixed()
             return
-        if randomness is not None:
-            self._rng_before_rewind = randomness.capture(None)
+        position, level = self.rewind.position, logging.INFO
         if self.stateful is not None and position["state"] is not None:
             self.unread.clear()
             self.stateful.load_state_dict(position["state"])
             self._was_put_back = True
             how = "was put back to its own state"
-        elif self._can_skip:
+        elif self._can_skip or not position["batches"]:
             self.unread.clear()
-            self.to_skip = int(position["batches"])
-            if randomness is not None and self._rng_at_start is not None:
-                randomness.restore(self._rng_at_start, self._data.data)
-            how = f"is fast-forwarded: {self.to_skip} batches are fetched and dropped"
+            self.rewind.skip(position["batches"])
+            how = f"is fast-forwarded: {position['batches']} batches are fetched and dropped"
         else:
-            self._origin += position["batches"]
+            self.origin += position["batches"]
             self._taken = 0
+            self.rewind.leave()
+            self.rewind = None
+            self._forget_if_mixed()
             how = "goes on where it is: it cannot be fast-forwarded"
             if not self._data.is_one_shot and not self._data.is_manager:  # only the user knows whether that is right
                 level, how = logging.WARNING, _MAY_REPEAT.format(position["batches"])
         self._logger.log(level, "resuming: the data (%s) %s", self._data.name, how)
 
-    def end_rewind(self) -> None:
-        """The batches are skipped: have the process draw the random numbers that it would have drawn without that."""
-        self.to_skip = 0
-        before, self._rng_before_rewind = self._rng_before_rewind, None
-        if before is not None and self._randomness is not None:
-            self._randomness.restore(before, None)
+    def _forget_if_mixed(self) -> None:
+        """A pass that goes on with what an earlier one had fetched is none that could be gone back to, or counted."""
+        self._is_mixed = bool(self.unread)
+        if self._is_mixed:
+            self._opening = None
 
-    def too_short(self, length: int) -> ValueError:
-        """Return the error for data that ended while batches of it were skipped."""
-        return ValueError(
-            f"cannot resume after {self.to_skip} batches of the data ({self._data.name}): it has only {length}. Pass"
-            " the same data"
-        )
+    def end_rewind(self) -> None:
+        """Those that were to be fetched again have been; the first of a pass is the next to be taken."""
+        rewind = self.rewind
+        if rewind is not None and rewind.first is not END:
+            self.unread.append(Fetched(rewind.first, self.state()))
+            rewind.first = END
+
+
+def _has_exact_length(data: Any) -> bool:
+    """Say whether `len()` of this is surely the number of batches in a pass: of lists, and torch's own DataLoaders."""
+    parts = (getattr(data, name, None) for name in ("dataset", "sampler", "batch_sampler"))
+    return _have_exact_length(type(data), *map(type, parts))
+
+
+def _compare_types(kind: type, dataset: type, *samplers: type) -> bool:
+    if issubclass(kind, list | tuple | range | dict | str | bytes):
+        return not isinstance(getattr(kind, "__iter__", None), FunctionType)
+    torch = sys.modules.get("torch.utils.data")
+    if torch is None or kind is not torch.DataLoader or issubclass(dataset, torch.IterableDataset):
+        return False
+    return all(one is type(None) or one.__module__.startswith("torch.utils.data") for one in samplers)
+
+
+_have_exact_length: Callable[..., bool] = lru_cache(maxsize=1_024)(_compare_types)  # one of torch's takes 5 us

@@ -6,20 +6,25 @@ data has ended, so the next pass begins when the loop asks for it, after the han
 
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterable
 from concurrent.futures import Future
-from typing import Any, NamedTuple, TypeAlias
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import anyio
 
 from aengine.errors import StrayCancellation
 from aengine.threads.dedicated import DedicatedThread, wait_until_done
-from aengine.threads.event_loop import EventLoopHandle, ThreadSafeEvent
+from aengine.threads.event_loop import CancelOnceScope, EventLoopHandle, ThreadSafeEvent
 from aengine.threads.guarded import guarded
-from aengine.threads.thread_state import ThreadState
+
+if TYPE_CHECKING:
+    from aengine.data.opened import OpenedData
 
 DataState: TypeAlias = Any
 """What the data's own `state_dict()` returned, or None."""
+
+DataStateOf: TypeAlias = Callable[[], DataState]
 
 
 class Fetched(NamedTuple):
@@ -36,10 +41,10 @@ class Buffer:
     holds it, so that whatever the other side does next sets that event.
     """
 
-    def __init__(self, size: int, loop_handle: EventLoopHandle, wanted: Callable[[int], bool]) -> None:
+    def __init__(self, size: int, loop_handle: EventLoopHandle) -> None:
         self._size = size
         self._loop_handle = loop_handle
-        self._wanted = wanted  # given how many were put so far, says whether the run can use one more
+        self._wanted: Callable[[int], bool] = lambda _: True
         self._put = 0
         self._batches: deque[Fetched] = deque()
         self._error: BaseException | None = None
@@ -73,6 +78,17 @@ class Buffer:
         if self._room is not None:
             self._room.set()
             self._room = None
+
+    def begin(self, unread: Iterable[Fetched], wanted: Callable[[int], bool]) -> None:
+        """The data is open: begin with what was fetched before.
+
+        `wanted` is given how many were put so far, and says whether the run can use one more.
+        """
+        with self._condition:
+            self._batches.extend(unread)
+            self._wanted = wanted
+            if self._batches:
+                self._arrived()
 
     def put_nowait(self, fetched: Fetched) -> None:
         """Add a batch, after `room()` or `room_in_thread()` has returned True."""
@@ -147,87 +163,228 @@ class Buffer:
             return not self.closed
 
 
-class Prefetcher:
-    """Pulls from one iterator into a buffer, until the data ends or it is stopped."""
+class TaskPrefetcher:
+    """Opens async data, pulls from it into a buffer, and closes it, all in one task of the run's group.
 
-    def __init__(self, buffer: Buffer, state: Callable[[], DataState]) -> None:
+    For what the data holds may belong to a task, or nest in it: the token of a context variable, a cancel scope, a task
+    group.
+    """
+
+    def __init__(
+        self, buffer: Buffer, opened: "OpenedData", begin: Callable[[], None], state: DataStateOf, grace: float
+    ) -> None:
         self.buffer = buffer
+        self._opened = opened
+        self._begin = begin
         self._state = state
-        self._ended: Future[None] = Future()
-
-    async def stop(self) -> None:
-        """Let the fetch under way end, and wait for that. Cancellable."""
-        self.buffer.close_nowait()
-        if not self._ended.done():
-            await wait_until_done(self._ended)
-
-
-class TaskPrefetcher(Prefetcher):
-    """Pulls from an async iterator, in a task of the run's group."""
-
-    def __init__(self, buffer: Buffer, state: Callable[[], DataState], iterator: AsyncIterator[Any]) -> None:
-        super().__init__(buffer, state)
-        self._iterator = iterator
-        self._scope: anyio.CancelScope | None = None
-        self._is_cancelled = False
+        self._ended = anyio.Event()
+        self._scope: CancelOnceScope | anyio.CancelScope = CancelOnceScope(grace, shield=True)
+        self._is_fetching = False
+        self._closes = False  # when it ends; not where another run is to go on with it
+        self._error: BaseException | None = None  # of closing
 
     async def pull(self) -> None:
         """The task. What the data raises is raised where its batches are taken."""
-        buffer = self.buffer
-
-        async def pull() -> None:
-            # Shielded: a run that is cancelled stops this at the right moment, and waits for it.
-            with anyio.CancelScope(shield=True) as self._scope:
-                if self._is_cancelled:
-                    self._scope.cancel()
-                while await buffer.room():
-                    batch = await anext(self._iterator)
-                    buffer.put_nowait(Fetched(batch, self._state()))
-                    del batch  # while waiting for room, keep no reference to it
-
-        await guarded(pull, buffer.end_nowait, _stray)
-        self._ended.set_result(None)
+        await guarded(self._pull, self.buffer.end_nowait, _stray)
+        self._ended.set()
 
     def never_started(self) -> None:
         """The task was cancelled natively before its first step."""
         self.buffer.end_nowait(_stray())
-        self._ended.set_result(None)
+        self._ended.set()
 
-    async def cancel(self) -> None:
-        """Stop now, also within a fetch. An async generator does not survive that."""
-        self._is_cancelled = True
-        if self._scope is not None:
+    async def _pull(self) -> None:
+        try:
+            # Shielded: a run that is cancelled stops this at the right moment, and waits for it.
+            with self._scope:
+                try:
+                    await self._fetch_all()
+                except Exception as error:  # noqa: BLE001 -- raised where the batches are taken
+                    self.buffer.end_nowait(error)
+                await self._close()  # in this scope, inside which those are that the data has left open
+        finally:
+            # A generator whose fetch was cancelled has ended by that. What else was cancelled is closed here.
+            with anyio.CancelScope(shield=True, deadline=self._scope.deadline) as self._scope:
+                await self._close()
+
+    async def _fetch_all(self) -> None:
+        buffer = self.buffer
+        if buffer.closed:
+            return
+        await self._fetch(self._opened.open_async())
+        self._begin()
+        iterator = self._opened.iterator
+        while await buffer.room():
+            batch = await self._fetch(anext(iterator))
+            buffer.put_nowait(Fetched(batch, self._state()))
+            del batch  # while waiting for room, keep no reference to it
+
+    async def _fetch(self, fetch: Awaitable[Any]) -> Any:
+        self._is_fetching = True
+        try:
+            return await fetch
+        finally:
+            self._is_fetching = False
+
+    async def _close(self) -> None:
+        if self._closes or self.buffer.has_ended:
+            try:
+                await self._opened.aclose()
+            except Exception as error:  # noqa: BLE001 -- raised by close()
+                self._error = error
+
+    def cancel(self) -> None:
+        """End the fetch under way. An async generator does not survive that."""
+        # Not between two fetches: the data may have left a scope open, which must not outlive the one around it. There
+        # the task waits for room, and ends by itself.
+        if self._is_fetching:
             self._scope.cancel()
+
+    async def stop(self) -> None:
+        """Let the fetch under way end, and wait for that. The data stays open. Cancellable."""
+        self.buffer.close_nowait()
+        await self._ended.wait()
+
+    async def close(self, deadline: float) -> None:
+        """Let the fetch under way end, have the data closed, and wait for that. At the deadline both are cancelled.
+
+        Cancellable: the task then goes on, until it is done or the deadline is past.
+
+        Raises:
+            BaseException: what closing it raised.
+        """
+        self._closes = True
+        self._scope.deadline = min(self._scope.deadline, deadline)
         await self.stop()
+        await self._close()  # where the task was stopped before, or never started
+        error, self._error = self._error, None
+        try:
+            if error is not None:
+                raise error
+        finally:
+            del error  # whose traceback holds this frame
 
 
 def _stray() -> StrayCancellation:
     return StrayCancellation("the task that pulls batches ahead was cancelled from outside the run")
 
 
-class ThreadPrefetcher(Prefetcher):
-    """Pulls from a plain iterator, in a thread of its own, which has the settings of the run's caller."""
+class ThreadPrefetcher:
+    """Opens plain data, pulls from it into a buffer, and closes it, all in one thread.
+
+    For what the data holds may belong to a thread, as a connection of sqlite3 does. The thread is the source's, not
+    this one's: one pass may leave such a thing to the next.
+    """
 
     def __init__(
-        self, buffer: Buffer, state: Callable[[], DataState], iterator: Iterator[Any], settings: ThreadState
+        self,
+        buffer: Buffer,
+        opened: "OpenedData",
+        begin: Callable[[], None],
+        state: DataStateOf,
+        thread: DedicatedThread,
+        report: Callable[[BaseException], None],
     ) -> None:
-        super().__init__(buffer, state)
-        self._iterator = iterator
-        self._thread = DedicatedThread("aengine-prefetch", settings.entered)
-        self._ended = self._thread.submit(self._pull)
-        self._thread.abandon()  # it makes this one call, and ends by itself where nothing waits for it
+        self.buffer = buffer
+        self._opened = opened
+        self._begin = begin
+        self._state = state
+        self._thread = thread
+        self._report = report
+        self._closing: ClosingInThread | None = None
+        self._ended = thread.submit(self._pull)
 
     def _pull(self) -> None:
         buffer = self.buffer
         try:
+            if buffer.closed:
+                return
+            self._opened.open()
+            self._begin()
+            iterator = self._opened.iterator
             while buffer.room_in_thread():
-                batch = next(self._iterator)
+                batch = next(iterator)
                 buffer.put_nowait(Fetched(batch, self._state()))
                 del batch  # while waiting for room, keep no reference to it
         except BaseException as error:  # noqa: BLE001 -- StopIteration or the data's own: raised where it is taken
             buffer.end_nowait(error)
 
+    def cancel(self) -> None:
+        """Nothing can end the fetch under way."""
+
     async def stop(self) -> None:
-        """Wait for the fetch under way: nothing can stop it. Cancellable, which leaves the thread to end by itself."""
-        await super().stop()
-        self._thread.stop()  # its one call has returned: microseconds
+        """Wait for the fetch under way. The data stays open. Cancellable."""
+        self.buffer.close_nowait()
+        if not self._ended.done():
+            await wait_until_done(self._ended)
+
+    async def close(self, deadline: float) -> None:  # noqa: ARG002 -- nothing ends what a thread does
+        """Have the data closed after the fetch under way, and wait for that.
+
+        Cancellable: the data is then closed whenever the fetch returns, and the errors of both are logged.
+
+        Raises:
+            BaseException: what closing it raised.
+        """
+        self.buffer.close_nowait()
+        self._closing = self._closing or ClosingInThread(self._thread, self._opened, self._report, self.buffer)
+        await self._closing.wait()
+
+    def close_soon(self) -> None:
+        """Have the data closed after the fetch under way, and the errors of both logged. Does not wait."""
+        self.buffer.close_nowait()
+        self._closing = self._closing or ClosingInThread(self._thread, self._opened, self._report, self.buffer)
+        self._closing.leave()
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether the thread is in a fetch, or closes the data; neither may ever return."""
+        return not self._ended.done() or (self._closing is not None and self._closing.is_busy)
+
+
+class ClosingInThread:
+    """Plain data is closed in the thread that has opened it, after what that thread does now."""
+
+    def __init__(
+        self,
+        thread: DedicatedThread,
+        opened: "OpenedData",
+        report: Callable[[BaseException], None],
+        buffer: Buffer | None = None,
+    ) -> None:
+        self._report = report  # an error for which nothing waits any more
+        self._buffer = buffer  # which may get one
+        self._is_left = False
+        self._closed = thread.submit(opened.close)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether it is not closed yet."""
+        return not self._closed.done()
+
+    async def wait(self) -> None:
+        """Wait until it is closed, and raise what that raised. A cancellation leaves it to be closed later."""
+        try:
+            await wait_until_done(self._closed)
+        except BaseException:
+            self.leave()
+            raise
+        if not self._is_left:
+            self._closed.result()
+
+    def leave(self) -> None:
+        """Have errors logged: nothing waits for it any more."""
+        if not self._is_left:
+            self._is_left = True
+            # Not a method: the future keeps its callbacks, and this keeps the future.
+            self._closed.add_done_callback(partial(_report_errors, self._report, self._buffer))
+
+
+def _report_errors(report: Callable[[BaseException], None], buffer: Buffer | None, closed: "Future[None]") -> None:
+    for error in (None if buffer is None else buffer.unreported(), closed.exception()):
+        if error is not None:
+            report(error)
+        del error
+
+
+Prefetcher: TypeAlias = TaskPrefetcher | ThreadPrefetcher

@@ -6,22 +6,28 @@ a list costs one call of its iterator and nothing of ours.
 """
 
 import logging
-from collections.abc import AsyncIterable, Awaitable, Callable, Generator, Iterable, Mapping
-from types import AsyncGeneratorType
-from typing import Any, NoReturn, cast
+import math
+from collections.abc import Awaitable, Callable, Generator, Iterable, Mapping
+from concurrent.futures import Future
+from functools import partial
+from types import AsyncGeneratorType, GeneratorType
+from typing import Any, NoReturn
 
 import anyio
 
-from aengine.data.adapt import Adapted, has, is_async_iterable, is_factory, is_iterable
+from aengine.data.adapt import Adapted, is_stateful
 from aengine.data.managed import ManagedData, RunContext
+from aengine.data.opened import OpenedData
 from aengine.data.position import DataPosition
-from aengine.data.prefetch import Buffer, Fetched, Prefetcher, TaskPrefetcher, ThreadPrefetcher
+from aengine.data.prefetch import Buffer, ClosingInThread, Fetched, Prefetcher, TaskPrefetcher, ThreadPrefetcher
 from aengine.errors import StrayCancellation
-from aengine.state import Randomness
+from aengine.state import State
+from aengine.threads.dedicated import DedicatedThread, wait_until_done
 from aengine.threads.event_loop import EventLoopHandle
+from aengine.threads.thread_state import context_for_thread
 
 PENDING: Any = object()
-"""What `take()` returns when the next batch must be awaited."""
+"""What `take()` returns when the next batch must be awaited; and what is awaited, where it is to be taken after all."""
 
 
 class Source:
@@ -33,34 +39,43 @@ class Source:
         is_one_shot: whether nothing can restart it.
         position: where it stands, and what of it was fetched and not stepped on.
         take: returns the next batch, or PENDING; raises StopIteration at the end of the data.
-        arrival: returns an awaitable of the next batch, which raises StopAsyncIteration at the end.
+        arrival: returns an awaitable of the next batch, which raises StopAsyncIteration at the end. It may return
+            PENDING: then the data was entered, and `take()` is called again, on the thread of the loop.
         has_ended: whether the end was met, so that only a restart gives more.
         opened: what is iterated: the data itself, or what it made or gave when it was called or entered.
         run: the run on an event loop that reads this; without one nothing is awaited.
+        follows: the state whose `epoch_length` is that of the pass under way; None where it is fixed.
     """
 
     def __init__(
         self,
         data: Adapted,
         logger: logging.Logger,
-        randomness: Randomness | None,
         *,
         unread: Iterable[Fetched] = (),
         completed: int = 0,
+        may_have_other_length: bool = False,
     ) -> None:
         self.data = data.data
         self.name = data.name
         self.is_one_shot = data.is_one_shot
-        self.position = DataPosition(data, logger, randomness, unread, completed)
+        self.position = DataPosition(data, logger, unread, completed, may_have_other_length=may_have_other_length)
         self.has_ended = False
         self.opened: Any = None
         self.run: RunContext | None = None
+        self.follows: State | None = None
         self._logger = logger
         self._is_manager = data.is_manager
         self._managed: ManagedData | None = None  # while it is entered
+        self._is_put_back = False  # the context manager was, before it was entered
         self._entered: Any = _NOT_ENTERED if data.is_manager else data.data  # what is opened
-        self._iterator: Any = None
+        self._pass: OpenedData | None = None
+        self._is_closed = False
         self._prefetcher: Prefetcher | None = None
+        # That pulls plain data ahead, pass after pass, across interruptions.
+        self._thread: DedicatedThread | None = None
+        self._worker: DedicatedThread | None = None  # that of an interrupted run, which has pulled what is open
+        self._making: Future[bool] | None = None  # the call of a function that makes the data, in that thread
         self._begun_in: EventLoopHandle | None = None  # where an async iterator was begun that outlives a run
         self.arrival: Callable[[], Awaitable[Any]] = self._open_and_wait
         self.take: Callable[[], Any] = self._open_and_take
@@ -93,7 +108,7 @@ class Source:
 
     def restart(self, completed: int) -> None:
         """Begin the data again at the next fetch. What is open has been closed; what is unread is dropped."""
-        self.has_ended = False
+        self.has_ended = self._is_closed = False
         self.take, self.arrival = self._open_and_take, self._open_and_wait
         self.position.restart(completed)
 
@@ -105,74 +120,83 @@ class Source:
     # Opening
 
     def _open_and_take(self) -> Any:
-        data, position = self._entered, self.position
+        data = self._entered
         if data is _NOT_ENTERED:
             return PENDING
         if data is None:
             self.take = lambda: None
             return None
-        made: Any = data() if is_factory(data) else data
-        self.opened = made
-        if is_async_iterable(made):
-            position.rewind(made)
-            self._iterator = aiter(cast(AsyncIterable[Any], made))
-            if not position.to_skip:
-                position.end_rewind()
-            self.take = lambda: PENDING
+        opened = self._pass = OpenedData(data, self.data, self.position, self._put_back)
+        run = self.run
+        # Where a thread of its own would not have what is in force here, plain data is pulled here.
+        if run is not None and run.prefetch and (run.settings.bound is None or opened.make()):
+            self.take, self.arrival = _take_later, self._open_ahead
             return PENDING
-        if not is_iterable(made):
-            raise TypeError(
-                f"data() returned {made!r}, which is no iterable and no async iterable: return or yield batches"
-            )
-        position.rewind(made)
-        try:
-            self._iterator = iter(cast(Iterable[Any], made))
-            for fetched in range(position.to_skip):
-                if next(self._iterator, _END) is _END:
-                    raise position.too_short(fetched)
-        finally:
-            position.end_rewind()
-        self._start()
-        return self.take()
+        if opened.make():
+            self.take = _take_later
+            return PENDING
+        opened.open()
+        self._choose()
+        batch = self.take()
+        self._took_first(batch)
+        return batch
 
     async def _open_and_wait(self) -> Any:
         if self._entered is _NOT_ENTERED:
-            assert self.run is not None, "what is awaited is awaited on an event loop"  # noqa: S101
-            managed = ManagedData(self.data, self.run)
-            self._entered = await managed.enter()
-            self._managed = managed
-            taken = _without_stop(self._open_and_take)
-            if taken is not PENDING:
-                return taken
-        position = self.position
-        try:
-            for fetched in range(position.to_skip):
-                if await anext(self._iterator, _END) is _END:
-                    raise position.too_short(fetched)
-        finally:
-            position.end_rewind()
-        self._start()
-        taken = _without_stop(self.take)
-        return await self.arrival() if taken is PENDING else taken
-
-    def _start(self) -> None:
-        """The iterator stands where it should: begin to pull ahead, if so wished, and choose how to take."""
-        if self.run is not None and self.run.prefetch and self._prefetcher is None:
-            self._prefetcher = self._pull_ahead(self.run)
+            await self._enter()
+            return PENDING
+        opened = self._pass
+        assert opened is not None, "made by take()"  # noqa: S101
+        await opened.open_async()
         self._choose()
+        batch = _without_stop(self.take)
+        if batch is PENDING:
+            batch = await self.arrival()
+        self._took_first(batch)
+        return batch
+
+    def _took_first(self, batch: Any) -> None:
+        """Only now is the length surely that of this pass: samplers may plan it as its first batch is fetched."""
+        position, state, known = self.position, self.follows, self.position.said
+        position.took_first(batch)
+        length = position.ask_length()
+        if state is not None and length not in (None, known) and position.origin == state.epoch_start:
+            state.epoch_length = length
+
+    async def _enter(self) -> None:
+        assert self.run is not None, "what is awaited is awaited on an event loop"  # noqa: S101
+        if is_stateful(self.data) and not self._is_put_back:  # before it is entered: that may begin to fetch
+            try:
+                self.position.open()
+                self.position.put_back(self.data)
+            finally:
+                self.position.leave()
+            self._is_put_back = True
+        managed = ManagedData(self.data, self.run)
+        self._entered = await managed.enter()
+        self._managed = managed
+
+    def _put_back(self, made: Any) -> None:
+        self.opened = made
+        if not self._is_put_back:
+            self.position.put_back(self.data if self._is_manager and is_stateful(self.data) else made)
+        self._is_put_back = False
 
     def _choose(self) -> None:
-        position, iterator = self.position, self._iterator
+        """The data stands where it should: choose how to take from it."""
+        position, opened = self.position, self._pass
         has_state = position.stateful is not None
         if position.unread:
             self.take = self._take_unread
         elif self._prefetcher is not None:
             self.take, self.arrival = self._take_ahead, self._arrival_ahead
-        elif has(iterator, "__anext__"):
-            self.take = lambda: PENDING
-            self.arrival = self._arrival_of_stateful if has_state else iterator.__anext__
+        elif opened is None:
+            self.take = _raise_stop
+        elif opened.is_async:
+            self.take = _take_later
+            self.arrival = self._arrival_of_stateful if has_state else opened.iterator.__anext__
         else:
-            self.take = self._take_of_stateful if has_state else iterator.__next__
+            self.take = self._take_of_stateful if has_state else opened.iterator.__next__
 
     def _take_unread(self) -> Any:
         fetched = self.position.unread.popleft()
@@ -188,19 +212,55 @@ class Source:
         batch, position = await anext(self._iterator), self.position
         return position.took(batch, position.state())
 
+    @property
+    def _iterator(self) -> Any:
+        return None if self._pass is None else self._pass.iterator
+
     # Ahead of the step
 
-    def _pull_ahead(self, run: RunContext) -> Prefetcher | None:
-        is_plain = not has(self._iterator, "__anext__")
-        if is_plain and run.settings.bound is not None:  # a thread of its own would not have what is in force here
-            return None
-        fetched, state = self.position.fetched, self.position.state
-        buffer = Buffer(run.prefetch, run.loop_handle, lambda more: run.can_use(fetched + more))
-        if is_plain:
-            return ThreadPrefetcher(buffer, state, self._iterator, run.settings)
-        prefetcher = TaskPrefetcher(buffer, state, self._iterator)
-        run.spawn(prefetcher.pull, prefetcher.never_started)
-        return prefetcher
+    async def _open_ahead(self) -> Any:
+        opened, run = self._pass, self.run
+        assert opened is not None and run is not None, "opened by take(), awaited by a run"  # noqa: S101, PT018
+        if opened.is_async is None and opened.is_made_by_plain_code:
+            making = self._making = self._thread_of(run).submit(opened.make)
+            try:
+                await wait_until_done(making)
+                making.result()
+                self._making = None
+            finally:
+                del making  # holds the error, whose traceback holds this frame
+        else:
+            opened.make()
+        self._pull_ahead(opened, run)
+        batch = await self._arrival_ahead()
+        self._took_first(batch)
+        return batch
+
+    def _pull_ahead(self, opened: OpenedData, run: RunContext) -> None:
+        buffer = Buffer(run.prefetch or 1, run.loop_handle)
+        begin, state = partial(self._begin_ahead, buffer, run), self.position.state
+        if opened.is_async:
+            self._prefetcher = TaskPrefetcher(buffer, opened, begin, state, run.grace)
+            run.spawn(self._prefetcher.pull, self._prefetcher.never_started)
+        else:
+            thread = self._thread_of(run)
+            report = _reporter(self._logger, self.name)
+            self._prefetcher = ThreadPrefetcher(buffer, opened, begin, state, thread, report)
+        self.take, self.arrival = self._take_ahead, self._arrival_ahead
+
+    def _begin_ahead(self, buffer: Buffer, run: RunContext) -> None:
+        """The data is open. Called where it is pulled, while the loop waits for the first batch."""
+        unread, fetched = self.position.unread, self.position.fetched
+        if run.prefetch:
+            buffer.begin(unread, lambda more: run.can_use(fetched + more))
+        else:  # an interrupted run goes on with data that another thread has pulled ahead: now only on demand
+            buffer.begin(unread, lambda _: False)
+        unread.clear()
+
+    def _thread_of(self, run: RunContext) -> DedicatedThread:
+        if self._thread is None:
+            self._thread = DedicatedThread("aengine-prefetch", run.settings.entered, context=context_for_thread())
+        return self._thread
 
     def _take_ahead(self) -> Any:
         fetched = self._buffer.take_nowait()
@@ -220,45 +280,86 @@ class Source:
     @property
     def must_be_awaited(self) -> bool:
         """Whether suspending or closing this takes an await."""
-        return self._prefetcher is not None or self._is_manager or self._is_async_of_ours
+        return self._prefetcher is not None or self._thread is not None or self._is_manager or self._is_async_of_ours
+
+    @property
+    def is_open(self) -> bool:
+        """Whether `close()` is still to be called."""
+        return self._pass is not None
 
     @property
     def must_be_closed(self) -> bool:
-        """Whether anything is open, or under way, that `aclose()` and `exit()` end."""
-        return self._iterator is not None or self._prefetcher is not None or self._managed is not None
+        """Whether anything is open, or under way, that `aclose()`, `close()` and `exit()` end."""
+        return self.is_open or self._prefetcher is not None or self._thread is not None or self._managed is not None
 
-    async def suspend(self, completed: int) -> None:
-        """Stop pulling ahead, but stay where the data stands. Waits for the fetch under way. Cancellable."""
-        if self._prefetcher is not None:
-            await self._prefetcher.stop()
-        if self._prefetcher is not None and not self._buffer.has_ended:
-            self._keep_what_was_pulled()
-            self.take = self._take_after_suspension
+    def suspend(self, completed: int) -> Generator[Awaitable[None], Any, None]:
+        """Stop pulling ahead, but stay where the data stands. Yields what must be awaited; each is cancellable."""
+        prefetcher = self._prefetcher
         if (self._is_async_of_ours or self._is_manager) and self.position.can_return:
             # The event loop may end before the next run, and an async generator with it; an async context manager is
             # exited, and entered again: begin again, by position.
             position = self.position.after(completed)
-            await self.aclose()
+            if prefetcher is not None:
+                yield prefetcher.close(math.inf)  # after the fetch under way
+            yield from self.close_pass()
             self.restart(completed)
             self.resume_at(position, completed)
             if self._is_manager:
                 self._entered = _NOT_ENTERED
             return
+        if prefetcher is not None:
+            yield prefetcher.stop()
+            if not prefetcher.buffer.has_ended:
+                self._keep_what_was_pulled()
+                self.take = self._take_after_suspension
         if self._is_async_of_ours and self.run is not None:
             self._begun_in = self.run.loop_handle
         if self._is_manager:  # it is exited with this run, and entered by the next
             is_ahead = self._prefetcher is not None and self._buffer.has_ended
             error = self._buffer.unreported() if is_ahead else None
-            await self.aclose()
-            self._entered = _NOT_ENTERED
+            yield from self.close_pass()
+            self._entered, self._is_closed = _NOT_ENTERED, False
             self.take, self.arrival = self._open_and_take, self._open_and_wait
             if is_ahead or self.has_ended:  # it goes on with what was pulled, then the end; a restart enters it again
-                self._iterator = _end_of_data(error)
+                self._pass = OpenedData(_end_of_data(error), None, self.position, lambda _: None)
+                self._pass.make()
+                self._pass.open()
                 self._choose()
 
+    @property
+    def belongs_to_thread(self) -> bool:
+        """Whether plain data that was left open by an interruption may belong to the thread of the loop."""
+        iterator = None if self._thread is not None or self._pass is None or self._pass.is_async else self._iterator
+        # What Python itself makes, as of a list, belongs to none: no thread need be kept for it.
+        return isinstance(iterator, GeneratorType) or type(iterator).__module__ != "builtins"
+
+    def keep_thread(self, thread: DedicatedThread | None) -> None:
+        """Keep the thread of the loop, which is idle, for the next run, or to close in it what is open."""
+        self._worker = thread
+
+    def take_thread(self) -> DedicatedThread | None:
+        """Return the thread that was kept, if there is one, and keep it no longer."""
+        thread, self._worker = self._worker, None
+        return thread
+
+    @property
+    def has_kept_thread(self) -> bool:
+        """Whether the next run must go on in the thread of the run before."""
+        return self._worker is not None
+
     def _take_after_suspension(self) -> Any:
-        self._start()
-        return self.take()
+        self.take, self.arrival = _take_later, self._arrival_after_suspension
+        return PENDING
+
+    async def _arrival_after_suspension(self) -> Any:
+        opened, run = self._pass, self.run
+        assert opened is not None and run is not None, "left open, awaited by a run"  # noqa: S101, PT018
+        if run.prefetch or self._thread is not None:
+            self._pull_ahead(opened, run)
+        else:
+            self._choose()
+        taken = _without_stop(self.take)
+        return await self.arrival() if taken is PENDING else taken
 
     def _keep_what_was_pulled(self) -> None:
         self.position.unread.extend(self._buffer.unread())
@@ -268,40 +369,83 @@ class Source:
         del unreported
         self._prefetcher = None
 
+    def close_pass(self, *, gently: bool = False) -> Generator[Awaitable[None], Any, None]:
+        """Stop pulling ahead, and close what the engine has opened. Yields what must be awaited, as `aclose()` says.
+
+        On the thread of the loop, which has pulled what was not pulled ahead.
+        """
+        try:
+            if self.must_be_awaited:
+                yield self.aclose(gently=gently)
+        finally:
+            self.close()
+
     async def aclose(self, *, gently: bool = False) -> None:
-        """Stop pulling ahead, and close the iterator if the engine opened it. The caller shields and bounds this.
+        """Close what must be awaited for that. The caller shields and bounds this, and then calls `close()`.
 
         With `gently`, a fetch from an async generator of the user's may end by itself, within half of the grace: to
         cancel it would end the generator, which the user may iterate further.
         """
-        prefetcher = self._prefetcher
-        if isinstance(prefetcher, TaskPrefetcher):
-            if gently and self.run is not None and self._is_generator_of_users:
-                with anyio.move_on_after(self.run.grace / 2):
-                    await prefetcher.stop()
-            await prefetcher.cancel()
-        elif prefetcher is not None:
-            await prefetcher.stop()
+        prefetcher, opened = self._prefetcher, self._pass
         if prefetcher is not None:
+            grace = math.inf if self.run is None else self.run.grace
+            if gently and self._is_generator_of_users:
+                with anyio.move_on_after(grace / 2):
+                    await prefetcher.stop()
+            prefetcher.cancel()
+            deadline = anyio.current_effective_deadline()
+            try:
+                await prefetcher.close(anyio.current_time() + grace if math.isinf(deadline) else deadline)
+            except Exception:
+                self._keep_what_was_pulled()
+                raise
             self._keep_what_was_pulled()
-        if self._is_async_of_ours:
-            iterator, self._iterator = self._iterator, None
-            await iterator.aclose()
-        self.close()
-
-    async def exit(self) -> None:
-        """Exit the async context manager that the data is. Cancellable, which makes it exit at once."""
-        managed, self._managed = self._managed, None
-        if managed is not None:
-            await managed.exit()
+        elif opened is not None and opened.is_async:
+            await opened.aclose()
+        elif opened is not None and self._thread is not None:  # it was left open by an interruption
+            await ClosingInThread(self._thread, opened, _reporter(self._logger, self.name)).wait()
 
     def close(self) -> None:
-        """Close the iterator if the engine opened it; where nothing must be awaited for that."""
-        is_ours, iterator, self._iterator = self._is_ours, self._iterator, None
+        """Close what takes no await, on the thread that has pulled it. Does nothing a second time."""
         # Bound methods of its own would keep this alive until the collector runs, and a DataLoader's workers with it.
         self.take, self.arrival = _raise_stop, _arrive_never
-        if is_ours and hasattr(iterator, "close"):
-            iterator.close()
+        self._is_closed = True
+        opened, is_elsewhere = self._pass, self._thread is not None or self._worker is not None
+        if opened is not None and not opened.is_async and not is_elsewhere:
+            opened.close()
+        if opened is None or opened.iterator is None:  # else `aclose()` was cut off, and is called again
+            self._pass = None
+
+    def give_up(self) -> None:
+        """Close what an interrupted run has left open, where nothing can be awaited any more. An error is logged."""
+        prefetcher, thread, opened = self._prefetcher, self._thread or self._worker, self._pass
+        if isinstance(prefetcher, ThreadPrefetcher):
+            prefetcher.close_soon()
+        elif thread is not None and opened is not None:
+            ClosingInThread(thread, opened, _reporter(self._logger, self.name)).leave()
+        is_busy = self._is_thread_busy
+        self.close()
+        self._pass = self._prefetcher = self._thread = self._worker = None
+        if thread is not None:
+            thread.abandon() if is_busy or thread.is_here else thread.stop()
+
+    async def exit(self) -> None:
+        """Exit the async context manager that the data is, and end the thread. Cancellable: then it exits at once."""
+        managed, self._managed = self._managed, None
+        try:
+            if managed is not None:
+                await managed.exit()
+        finally:
+            thread = self._thread
+            if thread is not None and self._is_closed:  # else the next run goes on with it
+                thread.abandon() if self._is_thread_busy else thread.stop()
+                self._prefetcher = self._thread = None
+
+    @property
+    def _is_thread_busy(self) -> bool:
+        prefetcher, making = self._prefetcher, self._making
+        is_making = making is not None and not making.done()
+        return is_making or (isinstance(prefetcher, ThreadPrefetcher) and prefetcher.is_busy)
 
     @property
     def can_be_woken(self) -> bool:
@@ -309,21 +453,28 @@ class Source:
         return self._prefetcher is not None or not self._is_generator_of_users
 
     @property
-    def _is_ours(self) -> bool:
-        iterator = self._iterator
-        return iterator is not None and iterator is not self.data and iterator is not self._entered
-
-    @property
     def _is_async_of_ours(self) -> bool:
-        return self._is_ours and hasattr(self._iterator, "aclose")
+        opened = self._pass
+        return opened is not None and opened.is_ours and hasattr(opened.iterator, "aclose")
 
     @property
     def _is_generator_of_users(self) -> bool:
-        return not self._is_ours and isinstance(self._iterator, AsyncGeneratorType)
+        opened = self._pass
+        return opened is not None and not opened.is_ours and isinstance(opened.iterator, AsyncGeneratorType)
 
 
-_END = object()
 _NOT_ENTERED = object()
+
+
+def _take_later() -> Any:
+    return PENDING
+
+
+def _reporter(logger: logging.Logger, name: str) -> Callable[[BaseException], None]:
+    def report(error: BaseException) -> None:
+        logger.error("the data (%s) failed when its run was over", name, exc_info=error)
+
+    return report
 
 
 def _end_of_data(error: BaseException | None) -> Generator[NoReturn]:

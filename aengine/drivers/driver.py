@@ -22,6 +22,7 @@ from aengine.bus.bus import Bus
 from aengine.bus.inbox import BackpressureWait
 from aengine.bus.subscriber import Subscriber
 from aengine.data.managed import RunContext
+from aengine.drivers.ending import Ending
 from aengine.drivers.outcome import Outcome
 from aengine.drivers.run_worker import RunWorker
 from aengine.drivers.services import ServiceEntry, ServiceTasks
@@ -79,7 +80,7 @@ class Driver:
         self.defer_backpressure = requests.defer_backpressure
         self._grace = grace
         self._prefetch = prefetch
-        self._settings = ThreadState()
+        self._settings = ThreadState(is_needed=threaded or prefetch > 0)
         self._worker = RunWorker(f"aengine {bus.name}", self._settings, self._loop_handle) if threaded else None
         self._parent = _current.get()()
         self._caller = anyio.get_current_task()
@@ -148,16 +149,16 @@ class Driver:
         finally:
             del ending
             self._outcome.clear()
+            self._loop.also_raised.clear()
             self._reported = None
 
     async def _wait_for_end(self) -> None:
         """Wait in the caller's task until that of the run is at its end; have the loop end if this is cancelled.
 
         On asyncio, anyio cancels a task only where what it waits for has not come yet, looking once in each turn of the
-        event loop. A task that wakes another and is woken by it in each turn, as the loop and a prefetcher do, would
-        never be cancelled; nor would a step that catches its cancellation and returns. The caller waits for one thing,
-        which comes last, so that a cancellation always reaches it here. Then the loop is to return to this driver
-        before its next step, whatever became of the cancellation in the task of the run.
+        event loop. So a loop and a prefetcher that wake each other in each turn may never be cancelled; nor is a step
+        that catches its cancellation. The caller waits for one thing, which comes last, so that a cancellation always
+        reaches it here. Then the loop is to return to this driver before its next step.
         """
         try:
             await self._has_ended.wait()
@@ -178,8 +179,13 @@ class Driver:
         context = RunContext(
             handle, self.spawn, self._fail_of_data, self._settings, self._prefetch, loop.can_use, self._grace
         )
-        others_had_a_turn = None if self._worker is not None else _watch_turns(self._caller)
-        loop.attach(context, self._cancelled, self._explain, others_had_a_turn)
+        if self._worker is None:
+            may_go_on: Callable[[], int] | None = _watch_turns(self._caller, handle)
+        else:
+            # Nothing waits for a turn there. But the worker would go on to the end of the run, though the event loop
+            # was closed: a task that is still pending then is just dropped.
+            may_go_on = partial(_is_open, handle) if handle.is_of_asyncio else None
+        loop.attach(context, self._cancelled, self._explain, may_go_on, self._is_given_up)
         self._bus.attach(handle)
         # Posted even from the loop's own thread: a signal handler interrupts select(), which sleeps again unless woken.
         # A weak reference: the scheduled callback lives one more turn of the event loop, and would keep the engine.
@@ -251,12 +257,41 @@ class Driver:
 
     def is_task(self, task: int) -> bool:
         """Whether the caller is this task of the run's event loop. False on other threads, and outside of tasks."""
-        return self._loop_handle.is_here and anyio.get_current_task().id == task
+        return self._loop_handle.is_here and self._loop_handle.current_task() == task
 
     @property
     def has_abandoned(self) -> bool:
         """Whether a step is still running, since the user no longer wanted to wait for it."""
         return self._worker is not None and self._worker.item is not None
+
+    @property
+    def is_deserted(self) -> bool:
+        """Whether the event loop was closed before the end of the run, which nothing continues any more."""
+        return self._loop_handle.is_closed
+
+    @property
+    def is_at_work(self) -> bool:
+        """Whether a step is still running, though the run was given up."""
+        return self._worker is not None and self._worker.is_at_work
+
+    def desert(self) -> None:
+        """The event loop was closed before the end of the run: have the step in flight be the last one."""
+        self._is_over = True
+        self._requests.wake_by(None)
+        if self.is_at_work:
+            self._requests.return_to_driver()
+        self._services.desert()
+
+    def leave(self) -> None:
+        """Let go of a run that was given up, whose last step has ended."""
+        self._loop.detach()
+        self._bus.attach(None)
+        if self._worker is not None:
+            self._worker.leave()
+        self._outcome.clear()
+
+    def _is_given_up(self) -> bool:
+        return self.is_deserted or (self._is_over and self.is_at_work)
 
     def worker_for(self, task: int) -> RunWorker | None:
         """Return this run's worker if it is idle because this very task, in an inline handler, runs another engine."""
@@ -265,78 +300,42 @@ class Driver:
     # The task of the run
 
     async def _main(self) -> None:
-        self._task = anyio.get_current_task().id
+        self._task = self._loop_handle.current_task()
         _current.set(ref(self))
         for subscriber in self._bus.subscribers:
             self.start(subscriber)
         self._services.start(self._group, self._loop_handle)
         try:
             if self._worker is not None:
-                await self._worker.start(None if self._parent is None else self._parent.worker_for(self._caller.id))
+                parent = None if self._parent is None else self._parent.worker_for(self._caller.id)
+                await self._worker.start(parent, self._loop.source.take_thread())
             await self._drive()
         except self._loop.cancellations as error:
             self._outcome.add_cancellation(error)
         finally:
             self._is_over = True
-            self._subscribers.start_no_more()
-            if self._last_wait is not None:
-                self._last_wait.cancel()
-            try:
-                if self._must_wait_at_end:
-                    with anyio.CancelScope(shield=True):
-                        await self._close()
-                else:
-                    self._subscribers.end_nowait()
-                if self._worker is not None and not self._worker.is_shared:
-                    self._worker.stop()
-            finally:
-                self._has_ended.set()
+            if not self.is_deserted:  # else this task is being dropped, and can await nothing any more
+                self._subscribers.start_no_more()
+                if self._last_wait is not None:
+                    self._last_wait.cancel()
+                try:
+                    await self._end()
+                finally:
+                    self._has_ended.set()
+
+    async def _end(self) -> None:
+        """End what the run has started."""
+        ending = Ending(self._loop, self._worker, self._subscribers, self._services, self._outcome, self._explain)
+        if ending.must_wait:
+            with anyio.CancelScope(shield=True):
+                await ending.close(self._deadline or anyio.current_time() + self._grace, is_suspended=self.is_suspended)
+        else:
+            self._subscribers.end_nowait()
+        ending.end_worker(is_suspended=self.is_suspended)
 
     def _never_started(self) -> None:
         self._has_ended.set()
         self._outcome.add(StrayCancellation(f"the run of engine {self._bus.name!r} was cancelled from outside"))
-
-    @property
-    def _must_wait_at_end(self) -> bool:
-        """Whether anything is there to be ended that takes an await: a short run has nothing, and is to cost little."""
-        return (
-            self._subscribers.are_any
-            or self._services.are_any
-            or self._loop.source.must_be_closed
-            or (self._worker is not None and self._worker.is_shared)
-        )
-
-    async def _close(self) -> None:
-        """End what the run has started, in the order in which one may still need the other."""
-        deadline = self._deadline or anyio.current_time() + self._grace
-        source, error = self._loop.source, self._outcome.first_error
-        await self._run_cleanup(partial(self._subscribers.finish, deadline))
-        await self._run_cleanup(partial(self._services.run_ended, error, deadline))
-        await self._run_cleanup(self._subscribers.end)
-        del error
-        if not self.is_suspended and not self.has_abandoned:
-            # The loop has done so itself, unless it was cancelled in its clean-up.
-            await self._run_cleanup(source.aclose, deadline)
-        await self._run_cleanup(source.exit, deadline)
-        if self._worker is not None and self._worker.is_shared:
-            await self._run_cleanup(self._worker.give_back)
-
-    async def _run_cleanup(self, part: Callable[[], Awaitable[None]], deadline: float = math.inf) -> None:
-        """Run one part of the clean-up to its end: again if a native cancellation, which no shield holds off, cut it.
-
-        Each part can be called again: it goes on where it was. Its error is raised by `run()`, with the others.
-        """
-        while True:
-            try:
-                with anyio.CancelScope(deadline=deadline):
-                    await part()
-            except self._loop.cancellations as error:
-                self._outcome.add_cancellation(error)
-            except Exception as error:  # noqa: BLE001 -- raised by run(), beside what else went wrong
-                self._outcome.failures.append(error)
-                return
-            else:
-                return
 
     # Driving
 
@@ -393,22 +392,17 @@ class Driver:
 
         Also called on the worker.
         """
-        if not isinstance(error, self._cancelled) or self._is_asked_to_end:
+        # The caller's task may be cancelled, and have not taken its next step, in which it sees that.
+        if not isinstance(error, self._cancelled) or self._is_cancelled or self._caller.has_pending_cancellation():
             return error
         return self._take_reported() or self._name_stray(error)
-
-    @property
-    def _is_asked_to_end(self) -> bool:
-        # The caller's task may be cancelled, and have not taken its next step, in which it sees that.
-        return self._is_cancelled or self._caller.has_pending_cancellation()
 
     def _explain_in_call(self, error: BaseException) -> BaseException:
         """Return what is to be raised on the worker for an error of what it has had awaited.
 
         A failure beside the loop is raised by the loop, between steps: here a step could catch it.
         """
-        is_ours = not isinstance(error, self._cancelled) or self._is_asked_to_end or self._reported is not None
-        return error if is_ours else self._name_stray(error)
+        return error if self._reported is not None else self._explain(error)
 
     def _name_stray(self, error: BaseException) -> StrayCancellation:
         stray = StrayCancellation(
@@ -432,6 +426,7 @@ class Driver:
                 self._is_over = True
                 return
             except BaseException as error:  # noqa: BLE001 -- kept, and raised by run()
+                value = None  # an error that was thrown in: its traceback holds this frame, and so the engine
                 self._end_with(error)
                 return
             resume = send
@@ -622,10 +617,17 @@ class Driver:
                 self._wake()
 
 
-def _watch_turns(caller: anyio.TaskInfo) -> Callable[[], bool]:
-    """Return what says whether others have had a turn since it was called before, and the caller is not cancelled."""
-    has_ticked = TickCounter.here().watch()
-    return lambda: has_ticked() and not caller.has_pending_cancellation()  # else it needs a turn, to see that
+def _is_open(handle: EventLoopHandle) -> bool:
+    return not handle.is_closed
+
+
+def _watch_turns(caller: "anyio.TaskInfo", loop_handle: EventLoopHandle) -> Callable[[], int]:
+    """Return what says how many runs share the event loop, if others have had a turn since it was called before.
+
+    Else 0; also where the caller is cancelled, and needs a turn to see that.
+    """
+    has_ticked, lag = TickCounter.here().watch(), LagTimer.here(loop_handle)
+    return lambda: lag.runs if has_ticked() and not caller.has_pending_cancellation() else 0
 
 
 def _call_if_alive(method: "WeakMethod[Callable[[], None]]") -> None:

@@ -1,14 +1,18 @@
 """IterationStream: a run for users who keep their own `for`."""
 
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable
 from types import TracebackType
 from typing import Any
 
 import anyio
 import anyio.abc
+from anyio.lowlevel import checkpoint
 
 from aengine.drivers.session import Session
+from aengine.errors import StrayCancellation
 from aengine.events import Event, Events
+from aengine.threads.event_loop import CancelOnceScope, OwnCancellations
 
 
 class IterationStream:
@@ -32,10 +36,13 @@ class IterationStream:
         self._loop_waits = False  # the body has an event, and the loop waits for it
         self._error: BaseException | None = None  # the run's, or the body's: raised once, in the user's task
         self._group: anyio.abc.TaskGroup
+        self._scope: CancelOnceScope
+        self._own_cancellations: OwnCancellations
         self._handle: Any = None
 
     async def __aenter__(self) -> AsyncIterator[Event]:
         self._body_may_go_on, self._loop_may_go_on = anyio.Event(), anyio.Event()
+        self._scope, self._own_cancellations = CancelOnceScope(math.inf), OwnCancellations()
         self._handle = self._engine.add_event_handler(Events.ITERATION_COMPLETED, self._wait_for_body)
         self._group = anyio.create_task_group()
         await self._group.__aenter__()
@@ -68,15 +75,7 @@ class IterationStream:
     async def __aexit__(
         self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None
     ) -> None:
-        self._is_left = True
-        self._session.wait_for_body(None)
-        if (error is None or isinstance(error, Exception)) and not self._is_over:
-            self._error = error  # raised inside the run, where the loop waits for the body
-            self._engine.terminate()  # where the loop waits for something else, such as data
-        elif error is not None:
-            self._is_cancelled = True
-            self._group.cancel_scope.cancel()
-        self._loop_may_go_on.set()
+        self._leave(error)
         try:
             await self._group.__aexit__(None, None, None)
         except BaseExceptionGroup as group:  # trio raises Ctrl-C in whatever waits, in this task group too
@@ -91,12 +90,37 @@ class IterationStream:
                 raise
         finally:
             self._handle.remove()
-        if error is None or (self._error is not None and self._error is not error):
-            self._raise_error()  # beside an error of the body, it is a group of both
+            failure, self._error = self._error, None  # whose traceback holds this, where it is the body's
+        try:
+            if failure is not None and failure is not error:
+                raise failure  # beside an error of the body, it is a group of both
+        finally:
+            del failure  # whose traceback holds this frame: no cycle may hold the engine
+
+    def _leave(self, error: BaseException | None) -> None:
+        """The body is left, with this error: end the run in the same way."""
+        self._is_left = True
+        self._session.wait_for_body(None)
+        if error is not None and not self._own_cancellations.includes(error):
+            stray = StrayCancellation(
+                "something that the body of iterate() awaited was cancelled, but the body was not: the cause says where"
+            )
+            stray.__cause__, error = error, stray
+        if (error is None or isinstance(error, Exception)) and not self._is_over:
+            self._error = error  # raised inside the run, where the loop waits for the body
+            self._engine.terminate()  # where the loop waits for something else, such as data
+        elif error is not None:
+            self._is_cancelled = True
+            if anyio.current_effective_deadline() == -math.inf or isinstance(error, KeyboardInterrupt | SystemExit):
+                self._group.cancel_scope.cancel()
+            else:  # natively: once, so that the user's code can clean up
+                self._scope.cancel()
+        self._loop_may_go_on.set()
 
     async def _run_to_its_end(self) -> None:
         try:
-            await self._run()
+            with self._scope:
+                await self._run()
         except (Exception, KeyboardInterrupt, SystemExit) as error:  # noqa: BLE001 -- raised in the user's own task
             if error is not self._error:
                 self._error = error
@@ -111,8 +135,8 @@ class IterationStream:
             self._body_may_go_on.set()
             await self._loop_may_go_on.wait()
         if self._is_cancelled:
-            await anyio.sleep_forever()  # the run is cancelled where it awaits something that has not come
-        if self._is_left:  # the block was left: end the run in the same way
+            await checkpoint()  # a turn, in which the run sees that it is cancelled, and ends before its next step
+        elif self._is_left:  # the block was left: end the run in the same way
             if self._error is not None:
                 raise self._error
             self._engine.terminate()

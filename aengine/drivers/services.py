@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger("aengine.engine")
 
-_caller: ContextVar["Service | None"] = ContextVar("aengine_service", default=None)
-"""The service whose task or method this is, None elsewhere."""
+_caller: ContextVar[int | None] = ContextVar("aengine_service", default=None)
+"""The id of the service whose task or method this is, None elsewhere. Not the service, since contexts outlive runs."""
 
 
 class Service:
@@ -181,7 +181,7 @@ class ServiceTasks:
                     await entry.service.serve(self._engine)
 
         async def run() -> None:
-            _caller.set(entry.service)
+            _caller.set(id(entry.service))
             await guarded(serve, fail, partial(_stray, entry, "serve"))
             end()
 
@@ -203,7 +203,7 @@ class ServiceTasks:
 
     def refuse_own_flush(self) -> None:
         """Raise RuntimeError where waiting for all would be waiting for itself."""
-        if any(entry.service is _caller.get() for entry in self._open):
+        if any(id(entry.service) == _caller.get() for entry in self._open):
             raise RuntimeError(
                 "flush() waits for every service, and so for the one that calls it here: call it from the step, from an"
                 " inline handler, or from outside"
@@ -272,7 +272,7 @@ class ServiceTasks:
         cancelled = anyio.get_cancelled_exc_class()
 
         async def call(entry: ServiceEntry) -> None:
-            _caller.set(entry.service)
+            _caller.set(id(entry.service))
             # A cancellation of the run is raised in the task that waits for this one, too. Let out of this one, on
             # asyncio, anyio would keep it in a cycle, and with it the engine.
             with suppress(cancelled), anyio.CancelScope(deadline=deadline) as scope:
@@ -324,6 +324,11 @@ class ServiceTasks:
             self._abandon_all(error)
         finally:
             self._start, self._fail = None, _log_unheard  # which refer to this: no cycle may hold the engine
+
+    def desert(self) -> None:
+        """The event loop was closed before the end of the run: no task is left that could be cancelled."""
+        self._under_way.clear()
+        self._abandon_all(None)
 
     def _abandon_all(self, error: BaseException | None) -> None:
         try:

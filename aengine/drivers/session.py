@@ -4,26 +4,28 @@ from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from time import perf_counter
-from typing import Any, TypeAlias
+from time import perf_counter, sleep
+from typing import Any
 
 import anyio
 from anyio.lowlevel import checkpoint_if_cancelled
 
 from aengine.arguments import check_choice, check_whole
 from aengine.bus.emitter import EventEmitter, RemovableEventHandle
-from aengine.data.adapt import adapt
+from aengine.data.adapt import Adapted, adapt
 from aengine.data.prefetch import Fetched
 from aengine.data.source import Source
 from aengine.drivers.driver import Driver
+from aengine.drivers.records import iteration_of, statistics_of
 from aengine.drivers.services import Service, ServiceEntry, ServiceTasks
 from aengine.drivers.sync import DONE, SUSPENDED, BlockingRunner, runs_in_event_loop
 from aengine.errors import EngineBusy, raise_failures
 from aengine.events import Event
+from aengine.loop.agreement import Agreement
 from aengine.loop.effects import LoopGenerator
 from aengine.loop.loop import Loop
-from aengine.loop.progress import Progress, begin
-from aengine.loop.requests import Phase, Requests
+from aengine.loop.progress import Limits, Progress, begin, refuse_other_arguments
+from aengine.loop.requests import Phase, Request, Requests
 from aengine.loop.state_dict import from_state_dict, to_state_dict
 from aengine.state import ErrorInfo, State, StopReason, set_dataloader
 from aengine.statistics import EngineStatistics
@@ -32,8 +34,8 @@ from aengine.threads.worker import close_unawaited
 
 _ONE_AT_A_TIME = "one engine runs one loop at a time. Await the run under way, or make another engine"
 
-Limits: TypeAlias = tuple[int | None, int | None, int | None]
-"""max_epochs, max_iters, epoch_length, as they were given to `run()`."""
+_LOOK = 0.005
+"""Seconds from one look to the next whether a step has ended that nothing waits for."""
 
 
 class Session:
@@ -44,7 +46,6 @@ class Session:
     Attributes:
         step: the engine's step.
         threaded: whether a plain step runs on a worker thread, where nothing of torch is bound to the caller's.
-        is_running: whether a run is under way.
         services: those that take part in each run.
         went_back_to: what was completed where a `state_dict` was taken, if the run under way goes on from one.
         body_task: the task of a body of `iterate()`, while the loop waits for it.
@@ -61,7 +62,8 @@ class Session:
         insists: bool,
         grace: float,
     ) -> None:
-        self.is_running = False
+        self._is_running = False
+        self._call = 0  # the number of the run that is under way, or was the last one
         self.services: tuple[ServiceEntry, ...] = ()
         self.went_back_to: Progress | None = None
         self.body_task: int | None = None
@@ -74,6 +76,7 @@ class Session:
         self._insists = insists  # on the worker
         self._grace = grace
         self._driver: Driver | None = None
+        self._left: Driver | None = None  # of a run that was given up, and whose step may still be at work
         # Both are kept while a run is interrupted: the next one goes on with this very generator.
         self._loop: Loop | None = None
         self._generator: LoopGenerator | None = None
@@ -96,30 +99,37 @@ class Session:
 
     async def run(self, engine: Any, data: Any, limits: Limits, prefetch: int) -> None:
         """Run the loop on the event loop that runs here, as `Engine.run`."""
+        deadline = perf_counter() + self._grace
+        while self._is_left_at_work and perf_counter() < deadline:  # noqa: ASYNC110 -- its event loop may be gone
+            await anyio.sleep(_LOOK)
         with self._under_way():
             await checkpoint_if_cancelled()
-            await self._run(engine, data, limits, prefetch)
+            check_whole(prefetch, "prefetch=", minimum=0, of="batches to pull ahead")
+            await self._run(engine, adapt(data), limits, prefetch)
 
-    async def _run(self, engine: Any, data: Any, limits: Limits, prefetch: int) -> None:
-        check_whole(prefetch, "prefetch=", minimum=0, of="batches to pull ahead")
+    async def _run(self, engine: Any, adapted: Adapted, limits: Limits, prefetch: int) -> None:
         if (bound := bound_to_this_thread()) is not None:
             self._stay_on_thread(bound, prefetch)
-        loop, generator = self._begin(engine, data, limits)
+        loop, generator = self._begin(engine, adapted, limits)
         await self._drive(engine, loop, generator, prefetch, threaded=self.threaded and bound is None)
 
     def run_sync(self, engine: Any, data: Any, limits: Limits, prefetch: int) -> None:
         """Run the loop without an event loop until something must be awaited, as `Engine.run_sync`."""
+        deadline = perf_counter() + self._grace
+        while self._is_left_at_work and perf_counter() < deadline:
+            sleep(_LOOK)
         with self._under_way():
             if runs_in_event_loop():
                 raise RuntimeError("run_sync() would block the event loop that runs here: write  await engine.run(...)")
             check_whole(prefetch, "prefetch=", minimum=0, of="batches to pull ahead")
-            if self._is_async or prefetch or self.services or self._bus.must_await or adapt(data).is_async:
-                anyio.run(self._run, engine, data, limits, prefetch)
+            adapted = adapt(data)
+            if self._is_async or prefetch or self.services or self._must_await or adapted.is_async:
+                anyio.run(self._run, engine, adapted, limits, prefetch)
             else:
-                self._run_blocking(engine, data, limits)
+                self._run_blocking(engine, adapted, limits)
 
-    def _run_blocking(self, engine: Any, data: Any, limits: Limits) -> None:
-        loop, generator = self._begin(engine, data, limits)
+    def _run_blocking(self, engine: Any, adapted: Adapted, limits: Limits) -> None:
+        loop, generator = self._begin(engine, adapted, limits)
         runner = BlockingRunner(generator, self._requests)
         self._emitter.attach(runner)
         failures: list[BaseException] = []
@@ -137,13 +147,14 @@ class Session:
             try:
                 raise_failures(self._bus.name, [*failures, *loop.also_raised])
             finally:
+                loop.also_raised.clear()
                 failures.clear()  # an error's traceback holds this frame: no cycle may hold the engine
 
     @contextmanager
     def _under_way(self) -> Generator[None]:
         """Have a call of `run()` be under way. However it ends, the state says how, and then the streams end."""
         self.refuse_running(_ONE_AT_A_TIME)  # which ends nothing
-        state = self._state
+        state, call = self._state, self._call + 1
         try:
             with self.busy():
                 state.stop_reason = state.error = None
@@ -151,10 +162,12 @@ class Session:
                 try:
                     yield
                 except BaseException as error:
-                    self._record_error(error)
+                    if call == self._call:
+                        self._record_error(error)
                     raise
         finally:
-            self._bus.end_run(is_suspended=state.stop_reason is StopReason.INTERRUPTED)
+            if call == self._call:  # else its event loop was closed, and it was given up
+                self._bus.end_run(is_suspended=state.stop_reason is StopReason.INTERRUPTED)
 
     def _record_error(self, error: BaseException) -> None:
         """Have the state say what `run()` raises. Why it ended the loop has said, unless it had not begun."""
@@ -182,42 +195,114 @@ class Session:
                 where,
             )
 
+    @property
+    def _must_await(self) -> bool:
+        has_kept_thread = self._loop is not None and self._loop.source.has_kept_thread
+        return has_kept_thread or self._bus.must_await
+
     @contextmanager
     def busy(self) -> Generator[None]:
         """Have the engine be running; another run is refused meanwhile."""
         self.refuse_running(_ONE_AT_A_TIME)
-        self.is_running = True
+        self._is_running = True
+        call = self._call = self._call + 1
         try:
             yield
         finally:
-            self.is_running = False
-            if left := self._requests.end():  # cancelled before its first event, or given up by a second Ctrl-C
-                self._bus.logger.warning(
-                    "the run of engine %r ended before it could fire what fire_event_soon() had accepted: %s",
-                    self._bus.name,
-                    ", ".join(left),
-                )
+            if call == self._call:  # else its event loop was closed, and it was given up
+                self._end_call()
+
+    def _end_call(self) -> None:
+        self._is_running = False
+        if left := self._requests.end():  # cancelled before its first event, or given up by a second Ctrl-C
+            self._bus.logger.warning(
+                "the run of engine %r ended before it could fire what fire_event_soon() had accepted: %s",
+                self._bus.name,
+                ", ".join(left),
+            )
+
+    @property
+    def is_running(self) -> bool:
+        """Whether a run is under way."""
+        self._give_up_deserted()
+        return self._is_running
+
+    @property
+    def requests(self) -> Requests:
+        """Where the run under way is requested to end."""
+        self._give_up_deserted()
+        return self._requests
 
     def refuse_running(self, advice: str) -> None:
-        """Raise EngineBusy while a run is under way."""
+        """Raise EngineBusy while a run is under way, or the step of one that was given up is still at work."""
         if self.is_running:
             raise EngineBusy(f"engine {self._bus.name!r} is running: {advice}")
+        if self._is_left_at_work:
+            raise EngineBusy(
+                f"engine {self._bus.name!r} still makes a step of a run that was given up, on a thread that nothing can"
+                " stop: wait until it has returned, or make another engine"
+            )
+        self._end_left()
 
-    def _begin(self, engine: Any, data: Any, limits: Limits) -> tuple[Loop, LoopGenerator]:
-        adapted = adapt(data)
+    # A run that was given up: by a second Ctrl-C while a step was at work, or since its event loop was closed. In the
+    # latter case nothing says so: the tasks of the run are still pending, and are never continued.
+
+    def _give_up_deserted(self) -> None:
+        """If the event loop of the run under way was closed, give the run up. From any thread."""
+        driver = self._driver
+        if driver is None or not driver.is_deserted:
+            return
+        self._driver, self._left = None, driver
+        self._call += 1  # so that what is left of its tasks, if it is ever dropped, changes nothing here
+        self._bus.logger.warning(
+            "the event loop of engine %r was closed during its run, which is given up where it is", self._bus.name
+        )
+        if self._state.stop_reason is None:
+            self._state.stop_reason = StopReason.CANCELLED
+        self._emitter.attach(None)
+        try:
+            driver.desert()
+        finally:
+            self._end_call()
+            self._bus.end_run(is_suspended=False)
+
+    @property
+    def _is_left_at_work(self) -> bool:
+        self._give_up_deserted()
+        return self._left is not None and self._left.is_at_work
+
+    def _end_left(self) -> None:
+        """Go on, at the next run, where one ended that was given up."""
+        left, self._left = self._left, None
+        if left is not None and self._loop is not None and self._generator is not None:
+            self._requests.cancel(Request.RAISE_FAILURE)  # with which its step was to be the last
+            source = self._loop.source
+            left.leave()
+            self._end(self._loop, self._generator, is_suspended=False)
+            source.close()
+
+    def _begin(self, engine: Any, adapted: Adapted, limits: Limits) -> tuple[Loop, LoopGenerator]:
+        data = adapted.data
         state, randomness = self._state, engine.randomness
         if state.max_epochs is None and state.max_iters is None:
             self._give_up()
         self.went_back_to = None
         if self._loop is not None and self._generator is not None:
-            self._refuse_other_arguments(data, limits)
+            refuse_other_arguments(state, self._bus.name, data, limits)
+            self._loop.engine = engine
             self._requests.go_on()
             self._bus.start_clock()
             return self._loop, self._generator
         progress = begin(state, self._progress, adapted, *limits)
         self.went_back_to = progress if self._progress.is_loaded else None
         unread = self._unread[1] if self._unread is not None and self._unread[0] is data else ()
-        source = Source(adapted, self._bus.logger, randomness, unread=unread, completed=progress.iteration)
+        source = Source(
+            adapted,
+            self._bus.logger,
+            unread=unread,
+            completed=progress.iteration,
+            may_have_other_length=limits[2] is not None,
+        )
         if progress.position is not None:
             source.resume_at(progress.position, progress.iteration)
         set_dataloader(state, data)
@@ -231,7 +316,7 @@ class Session:
             progress,
             bus=self._bus,
             requests=self._requests,
-            restore_rng=None if randomness is None or rng is None else partial(randomness.restore, rng, data),
+            restore_rng=None if randomness is None or rng is None else partial(randomness.restore, rng),
         )
         generator = self._generator = loop.run()
         return loop, generator
@@ -242,23 +327,6 @@ class Session:
             self._generator.close()
             self._keep_unread(self._loop.source)
         self._loop = self._generator = None
-
-    def _refuse_other_arguments(self, data: Any, limits: Limits) -> None:
-        state = self._state
-        given = zip(("max_epochs", "max_iters", "epoch_length"), limits, strict=True)
-        other = [
-            f"{name}={value} (it has {getattr(state, name)})"
-            for name, value in given
-            if value not in (None, getattr(state, name))
-        ]
-        if data is not None and data is not state.dataloader:
-            other.append("other data")
-        if other:
-            raise ValueError(
-                f"engine {self._bus.name!r} was interrupted and goes on where it was, so it cannot take"
-                f" {', '.join(other)}: call run() with what it was called with, or without arguments; set_data()"
-                " changes the data"
-            )
 
     async def _drive(
         self,
@@ -289,19 +357,24 @@ class Session:
             failure = error
             raise
         finally:
-            self._driver = None
-            self._emitter.attach(None)
-            try:
-                services.close(failure)
-            finally:  # Ctrl-C may have come in it
-                del failure  # whose traceback holds this frame
-                if not driver.has_abandoned:  # else the step still runs, and the generator with it
-                    self._end(loop, generator, is_suspended=driver.is_suspended)
+            if self._driver is driver:  # else its event loop was closed, and it was given up
+                self._driver = None
+                self._emitter.attach(None)
+                try:
+                    services.close(failure)
+                finally:  # Ctrl-C may have come in it
+                    del failure  # whose traceback holds this frame
+                    if driver.has_abandoned:  # the step still runs, and the generator with it
+                        self._left = driver
+                    else:
+                        self._end(loop, generator, is_suspended=driver.is_suspended)
 
     def _end(self, loop: Loop, generator: LoopGenerator, *, is_suspended: bool) -> None:
         self._bus.stopwatch.stop()
-        self._progress = loop.progress()
+        known = self._state.last_progress  # where the run has ended by itself
+        self._progress = known if known is not None and not is_suspended else loop.progress()
         if is_suspended:
+            loop.engine = None  # which would otherwise be held by its own generator, until the garbage collector runs
             return
         self._state.last_progress = self._progress
         self._loop = self._generator = None
@@ -321,14 +394,14 @@ class Session:
         opened = [] if self._loop is None else [self._loop.source.opened]
         return [*opened, self._state.dataloader]
 
-    def set_data(self, engine: Any, data: Any) -> None:
+    def set_data(self, data: Any) -> None:
         """Have the next batch come from other data, as `Engine.set_data`."""
         adapted = adapt(data)
         if self._loop is None:
             raise RuntimeError(
                 "set_data() changes the data of a run under way, and there is none: pass the data to run()"
             )
-        self._loop.set_data(Source(adapted, self._bus.logger, randomness=engine.randomness))
+        self._loop.set_data(Source(adapted, self._bus.logger))
 
     def add_service(self, service: Service, on_error: str, name: str | None) -> RemovableEventHandle:
         """Add a service, as `Engine.add_service`; where a run is under way, it takes part from now on."""
@@ -369,10 +442,15 @@ class Session:
                 f"wait_completed({iterations}) waits for the loop, which waits for it here: call it from a subscriber,"
                 " a service, data with prefetch=, or a task of your own"
             )
-        return await self._bus.completions.wait(iterations, self._completes_no_more)
+        return await self._bus.completions.wait(self._bus, iterations, self._completes_no_more)
 
     def _completes_no_more(self) -> bool:
         return self.is_running and self._requests.phase is Phase.IDLE
+
+    def agree_by(self, agreement: Agreement | None) -> None:
+        """Have the runs of this engine do what this agrees on with those of other processes; with None, no more."""
+        self.refuse_running("what it agrees by is set before run()")
+        self._requests.agreement = agreement
 
     def wait_for_body(self, task: int | None) -> None:
         """The loop waits for this task, with the body of an `iterate()`; None where it waits no longer."""
@@ -393,7 +471,7 @@ class Session:
         progress = self._progress if self._loop is None else self._loop.progress()
         saved = to_state_dict(progress, self._state, self._bus.own_counts, engine.state_dict_user_keys)
         if engine.randomness is not None:
-            saved["random"] = engine.randomness.capture(self._state.dataloader)
+            saved["random"] = engine.randomness.capture()
         return saved
 
     def load_state_dict(self, engine: Any, state_dict: Mapping[str, Any], *, begins_anew: bool) -> None:
@@ -409,48 +487,9 @@ class Session:
 
     def statistics(self) -> EngineStatistics:
         """Return where the time goes, as `Engine.statistics`."""
-        bus, watch = self._bus, self._bus.stopwatch
-        handlers: dict[str, float] = {}
-        of_fired: dict[str, float] = {}
-        for topic in bus.topics:
-            seconds = handlers if topic.is_fired_by_loop else of_fired
-            for handler in topic.inline:
-                if handler.is_internal:
-                    continue
-                seconds[handler.name] = seconds.get(handler.name, 0.0) + handler.seconds
-        return EngineStatistics(
-            name=bus.name,
-            running=self.is_running,
-            epoch=self._state.epoch,
-            iteration=self._state.iteration,
-            total=watch.total,
-            data=watch.data,
-            step=watch.step,
-            handlers=handlers,
-            handlers_of_fired=of_fired,
-            back_pressure=watch.back_pressure,
-            event_loop=watch.event_loop,
-            lag=watch.lag,
-            event_loop_lag=watch.event_loop_lag(),
-            listeners=tuple(one.statistics() for one in (*bus.subscribers, *bus.streams)),
-            services=tuple(entry.statistics() for entry in self.services),
-        )
+        services = tuple(entry.statistics() for entry in self.services)
+        return statistics_of(self._bus, services, is_running=self.is_running)
 
     def record_iteration(self) -> Event:
         """Return the event of the iteration that was completed last, as a subscriber would get it."""
-        state, bus = self._state, self._bus
-        return Event(
-            "ITERATION_COMPLETED",
-            bus.name,
-            bus.sequence,
-            state.iteration,
-            state.epoch,
-            state.epoch_length,
-            state.max_epochs,
-            state.max_iters,
-            state.output,
-            dict(state.metrics),
-            perf_counter(),
-            None,
-            None,
-        )
+        return iteration_of(self._bus)

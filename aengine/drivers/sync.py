@@ -24,14 +24,14 @@ class BlockingRunner:
         self._generator = generator
         self._requests = requests
         self.defer_backpressure = requests.defer_backpressure
-        self._changed = threading.Event()
+        self._changed: threading.Event | None = None  # set when a request comes, while the loop is paused
 
     def run(self, failures: list[BaseException]) -> Any:
         """Advance the loop until it is DONE, SUSPENDED, or wants something awaited, which is then returned.
 
         What failed the run, or Ctrl-C, is added to `failures`.
         """
-        self._requests.wake_by(self._changed.set)
+        self._requests.wake_by(self._wake)
         try:
             for wanted in self._generator:  # nothing is sent: nothing has been awaited
                 if wanted is Effect.SUSPEND:
@@ -49,10 +49,15 @@ class BlockingRunner:
             self._requests.wake_by(None)
         return DONE
 
+    def _wake(self) -> None:
+        if (changed := self._changed) is not None:
+            changed.set()
+
     def _wait_while_paused(self) -> None:
+        changed = self._changed = threading.Event()  # before the look at what is pending
         while self._requests.pending == {Request.PAUSE}:
-            self._changed.wait()
-            self._changed.clear()
+            changed.wait()
+            changed.clear()
 
     def start(self, subscriber: Subscriber) -> None:  # noqa: ARG002 -- a Runner's
         """A subscriber was added, which needs an event loop: leave this, to be continued on one."""

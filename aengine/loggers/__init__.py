@@ -8,7 +8,9 @@ track(trainer, JSONLines("log.jsonl"), Events.ITERATION_COMPLETED(every=10) | Ev
 One module for each place to write to; `sink` says what a sink of your own needs.
 """
 
-from aengine.loggers.sink import Closable, Record, Sink, Witness, Write
+from aengine.loggers.sink import Closable, Durable, Record, Rewindable, Sink, Witness, Write
 from aengine.loggers.tracker import Tracker, TrackerStatistics, track
 
-__all__ = ["Closable", "Record", "Sink", "Tracker", "TrackerStatistics", "Witness", "Write", "track"]
+__all__ = [
+    "Closable", "Durable", "Record", "Rewindable", "Sink", "Tracker", "TrackerStatistics", "Witness", "Write", "track",
+]  # fmt: skip

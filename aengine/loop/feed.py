@@ -3,13 +3,11 @@
 from collections.abc import Awaitable, Generator
 from typing import Any
 
+from aengine.data.rewind import END
 from aengine.data.source import PENDING, Source
 from aengine.errors import DataExhausted
 from aengine.loop.effects import Effect, LoopGenerator, NextBatch
 from aengine.state import State, set_dataloader
-
-END: Any = object()
-"""In place of a batch: there is none."""
 
 
 class Exhausted(Exception):
@@ -22,6 +20,7 @@ class Feed:
     Attributes:
         source: the data; another source from `change()` on.
         in_hand: the batch that was fetched and not stepped on, else END. Set by the loop, which is the hot path.
+        consumed: the batch stepped on last, as it was fetched, until another is fetched, else None; likewise.
         is_awaited: whether what the loop yielded last is the next batch. Set by the loop, likewise.
         empty: the error of data that gave nothing at all, after which no event is fired.
     """
@@ -29,6 +28,7 @@ class Feed:
     def __init__(self, source: Source, state: State, first: int) -> None:
         self.source = source
         self.in_hand = END
+        self.consumed: Any = None
         self.is_awaited = False
         self.empty: DataExhausted | None = None
         self._state = state
@@ -40,9 +40,12 @@ class Feed:
         """Return the next batch, END at the end of the data. The hot path does the same, in line."""
         try:
             batch = self.source.take()
-            if batch is PENDING:
+            while batch is PENDING:
                 self.is_awaited = True
                 batch = yield NextBatch(self.source.arrival())
+                self.is_awaited = False
+                if batch is PENDING:
+                    batch = self.source.take()
         except (StopIteration, StopAsyncIteration):
             return END
         finally:
@@ -65,6 +68,20 @@ class Feed:
             source.end(completed)
         return False
 
+    def look_for_end(self, completed: int) -> LoopGenerator:
+        """Before an epoch begins: fetch on to where the pass of the epoch before should end.
+
+        Its length may be less than the data gives. The handlers of EPOCH_STARTED may change the data, by `set_epoch()`
+        of a sampler, and that is for the next pass.
+        """
+        batch = END
+        if not self.source.position.look_for_end():
+            batch = yield from self.fetch()
+        if batch is END:
+            self.source.end(completed)
+        else:
+            self.source.unread_batch(batch)
+
     def end(self, completed: int) -> bool:
         """The end of the data was met. Returns whether that is the end of an epoch, whose length was not known.
 
@@ -74,7 +91,7 @@ class Feed:
         state, source = self._state, self.source
         self.is_awaited = False
         source.end(completed)
-        if completed == self._first and (source.position.length == 0 or source.is_one_shot):
+        if completed == self._first and (source.position.origin == completed or source.is_one_shot):
             self.empty = DataExhausted(self.exhaustion(completed))
             raise self.empty
         if state.epoch_length is None and completed > state.epoch_start:
@@ -100,6 +117,7 @@ class Feed:
         old, new = self.source, self._next_source
         yield from self._close(is_last=True)
         new.attach(old.run)
+        new.follows = old.follows
         old.attach(None)
         new.restart(completed)
         set_dataloader(self._state, new.data)
@@ -107,8 +125,7 @@ class Feed:
 
     def suspend(self, completed: int) -> LoopGenerator:
         """Leave the data where it stands, for the next run to go on with."""
-        if self.source.must_be_awaited:
-            yield self.source.suspend(completed + (self.in_hand is not END))
+        yield from self.source.suspend(completed + (self.in_hand is not END))
 
     def unread_batch(self) -> None:
         """Have the batch in hand, which is not stepped on, be the next one."""
@@ -130,12 +147,16 @@ class Feed:
         yield from self._close(gently=gently, is_last=exits)
 
     def _close(self, *, gently: bool = False, is_last: bool = False) -> LoopGenerator:
-        if self.source.must_be_awaited:
-            yield self.source.aclose(gently=gently)
-            if is_last:
-                yield self.source.exit()
-        else:
-            self.source.close()
+        yield from self.source.close_pass(gently=gently)
+        if is_last and self.source.must_be_awaited:
+            yield self.source.exit()
+
+    def position(self, completed: int) -> dict[str, Any]:
+        """Return where the data stands, with what is compared when it is put back there."""
+        position, following = self.source.position, self.in_hand
+        if following is END and self._is_closed and position.unread:
+            following = position.unread[0].batch
+        return position.with_check(position.after(completed), self.consumed, following)
 
     def exhaustion(self, completed: int) -> str:
         """Return the sentence that says that the data has ended too early, and what to pass instead."""
@@ -146,7 +167,7 @@ class Feed:
             why, what = f"begun again, it gave nothing ({source.name})", "data that can be iterated again"
         if not completed or (source.is_one_shot and completed == self._first):
             return f"the data is empty, or was used up before: {why}. Pass {what}"
-        length, epochs, iterations = state.epoch_length, state.max_epochs, state.max_iters
+        length, epochs, iterations = state.epoch_length or source.position.length, state.max_epochs, state.max_iters
         if iterations is not None:
             total, enough = str(iterations), f", or max_iters={completed}"
         else:

@@ -5,12 +5,15 @@ completed; in memory as from a `state_dict`.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
 from aengine.arguments import check_whole
 from aengine.data.adapt import Adapted
 from aengine.state import State
+
+Limits: TypeAlias = tuple[int | None, int | None, int | None]
+"""max_epochs, max_iters, epoch_length, as they were given to `run()`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +25,7 @@ class Progress:
         epoch: epochs begun.
         epoch_start: iterations completed when that epoch began.
         epoch_is_complete: whether that epoch's end was reported.
+        is_of_passes: whether an epoch is a pass over the data, since no `epoch_length` was given.
         position: where the data stands, as `DataPosition.after` returns it; None for its beginning.
         is_loaded: whether this comes from a `state_dict`. A run that is done then has nothing left but its last event;
             in memory the engine begins anew.
@@ -31,6 +35,7 @@ class Progress:
     epoch: int = 0
     epoch_start: int = 0
     epoch_is_complete: bool = True
+    is_of_passes: bool = False
     position: Mapping[str, Any] | None = None
     is_loaded: bool = False
 
@@ -59,6 +64,8 @@ def begin(
 ) -> Progress:
     """Set the limits of a run that begins, or goes on. Returns where it begins.
 
+    Without `epoch_length` an epoch is a pass over the data, and its length may be another each time.
+
     Raises:
         ValueError: the arguments contradict each other, or the run that is to go on. Nothing has been changed then.
     """
@@ -75,7 +82,7 @@ def begin(
     limits = max_epochs or state.max_epochs, max_iters or state.max_iters
     is_done = progress.reaches(*limits, state.epoch_length) and not progress.is_loaded
     if is_done or (state.max_epochs is None and state.max_iters is None):  # begin anew
-        progress = Progress()
+        progress = Progress(is_of_passes=True)
         limits = 1 if max_epochs is None and max_iters is None else max_epochs, max_iters
         if data.data is None:
             length = length or state.epoch_length
@@ -95,7 +102,25 @@ def begin(
     state.epoch_length = length
     progress.show_in(state)
     state.last_progress = None
-    return progress
+    is_of_passes = progress.is_of_passes and epoch_length is None and data.data is not None
+    return progress if progress.is_of_passes == is_of_passes else replace(progress, is_of_passes=is_of_passes)
+
+
+def refuse_other_arguments(state: State, name: str, data: Any, limits: Limits) -> None:
+    """Raise ValueError where a run that was interrupted is to go on with other arguments than it began with."""
+    given = zip(("max_epochs", "max_iters", "epoch_length"), limits, strict=True)
+    other = [
+        f"{argument}={value} (it has {getattr(state, argument)})"
+        for argument, value in given
+        if value not in (None, getattr(state, argument))
+    ]
+    if data is not None and data is not state.dataloader:
+        other.append("other data")
+    if other:
+        raise ValueError(
+            f"engine {name!r} was interrupted and goes on where it was, so it cannot take {', '.join(other)}: call"
+            " run() with what it was called with, or without arguments; set_data() changes the data"
+        )
 
 
 def _check_limit(name: str, given: int | None, state: State, other: str, done: int) -> None:

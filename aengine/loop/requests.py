@@ -10,6 +10,7 @@ from enum import Enum, auto
 from typing import Any
 
 from aengine.bus.inbox import BackpressureWait, Inbox
+from aengine.loop.agreement import Agreement, Wishes
 
 
 class Request(Enum):
@@ -23,6 +24,10 @@ class Request(Enum):
     CHANGE_DATA = auto()
     FIRE = auto()  # an event of the user's, between two steps
     MAKE_ROOM = auto()  # an event that could not wait was put into a full inbox: wait for room in its place
+
+
+_AGREED = frozenset({Request.TERMINATE, Request.TERMINATE_EPOCH, Request.INTERRUPT, Request.PAUSE, Request.FIRE})
+"""What is a wish, where there is an agreement, until that is found."""
 
 
 class Firing:
@@ -45,10 +50,18 @@ class Phase(Enum):
 
 
 class Requests:
-    """The requests of one engine that are pending. The loop reads `pending` between steps, and takes what it serves."""
+    """The requests of one engine that are pending. The loop reads `pending` between steps, and takes what it serves.
+
+    Attributes:
+        pending: what is to be served.
+        wished: what was requested and is not agreed yet, where there is an `agreement`.
+    """
 
     def __init__(self) -> None:
         self.pending: set[Request] = set()
+        self.wished: set[Request] = set()
+        self.agreement: Agreement | None = None
+        self._calls = 0  # of what is to be fired: so much is agreed
         self.phase = Phase.IDLE
         self.skip_completed = False
         self.skip_epoch_completed = False
@@ -62,12 +75,17 @@ class Requests:
 
     def request(self, request: Request) -> None:
         """Make a request, and wake the driver. Never waits; from any thread."""
-        self.pending.add(request)
+        (self.pending if self.agreement is None or request not in _AGREED else self.wished).add(request)
         self._changed()
+
+    def is_requested(self, request: Request) -> bool:
+        """Say whether this was requested and is yet to take effect, agreed or not."""
+        return request in self.pending or request in self.wished
 
     def cancel(self, request: Request) -> None:
         """Cancel a request that was not served yet. From any thread."""
         self.pending.discard(request)
+        self.wished.discard(request)
         self._changed()
 
     def return_to_driver(self) -> None:
@@ -87,6 +105,49 @@ class Requests:
     def _changed(self) -> None:
         if (wake := self._wake) is not None:  # read once: the driver's thread may set it to None
             wake()
+
+    # Agreeing
+
+    def wishes(self, iteration: int, *, has_batch: bool) -> Wishes:
+        """Return what is wished here, before the step of an iteration."""
+        if self.to_fire:
+            self.wished.add(Request.FIRE)
+        wished = frozenset(self.wished)
+        return Wishes(
+            iteration,
+            has_batch=has_batch,
+            terminate=Request.TERMINATE in wished,
+            skip_completed=self.skip_completed,
+            terminate_epoch=Request.TERMINATE_EPOCH in wished,
+            skip_epoch_completed=self.skip_epoch_completed,
+            interrupt=Request.INTERRUPT in wished,
+            pause=Request.PAUSE in wished,
+            calls=len(self.to_fire),
+        )
+
+    def agree(self, agreed: Wishes) -> None:
+        """Have what is agreed be pending."""
+        self._calls = agreed.calls
+        if agreed.terminate:
+            self.skip_completed = agreed.skip_completed
+        if agreed.terminate_epoch:
+            self.skip_epoch_completed = agreed.skip_epoch_completed
+        requests = {
+            Request.TERMINATE: agreed.terminate,
+            Request.TERMINATE_EPOCH: agreed.terminate_epoch,
+            Request.INTERRUPT: agreed.interrupt,
+            Request.PAUSE: agreed.pause,
+            Request.FIRE: agreed.calls > 0,
+        }
+        for request, is_agreed in requests.items():
+            if is_agreed:
+                self.wished.discard(request)
+                self.pending.add(request)
+
+    @property
+    def calls(self) -> int:
+        """How many of the events that are to be fired may be fired now."""
+        return len(self.to_fire) if self.agreement is None or self.phase is Phase.IDLE else self._calls
 
     # Ending. Each returns whether a run is under way that will serve the request. Without one the request stays
     # pending, to be seen, until the next run begins, which drops it.
@@ -150,6 +211,11 @@ class Requests:
     def begin(self) -> None:
         """A run begins: requests that were made of an earlier one are void. A pause is not."""
         self.pending &= {Request.PAUSE, Request.RAISE_FAILURE}
+        self.wished &= {Request.PAUSE}
+        if self.agreement is not None:
+            self.wished |= self.pending & _AGREED
+            self.pending -= _AGREED
+        self._calls = 0
         self.phase = Phase.BETWEEN_EPOCHS
         self.deferred_backpressure.clear()
 
@@ -159,6 +225,7 @@ class Requests:
         What was requested while it was suspended is void, but for a pause and other data.
         """
         self.pending -= {Request.TERMINATE, Request.TERMINATE_EPOCH, Request.INTERRUPT}
+        self.wished -= {Request.TERMINATE, Request.TERMINATE_EPOCH, Request.INTERRUPT}
         self.phase = Phase.ITERATING
 
     def end(self) -> list[str]:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from aengine.arguments import check_whole
+from aengine.data.position import plain_position
 from aengine.loop.progress import Progress
 from aengine.state import State
 
@@ -21,8 +22,9 @@ def to_state_dict(
             "epoch": progress.epoch,
             "epoch_start": progress.epoch_start,
             "epoch_is_complete": progress.epoch_is_complete,
+            "is_of_passes": progress.is_of_passes,
         },
-        "data": None if progress.position is None else dict(progress.position),
+        "data": plain_position(progress.position),
         "fired": dict(fired),
     }
     for key in user_keys:

@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextvars import Context
 from functools import partial
 from queue import SimpleQueue
 from typing import Any, TypeAlias, TypeVar
@@ -33,12 +34,18 @@ class DedicatedThread:
         thread.stop()
     """
 
-    __slots__ = ("_calls", "_entering", "_ident", "_name", "_thread")
+    __slots__ = ("_calls", "_context", "_entering", "_ident", "_name", "_thread")
 
-    def __init__(self, name: str, *entering: Callable[[], AbstractContextManager[None]]) -> None:
-        """Give the thread a name, and what it is to enter as it begins, in this order."""
+    def __init__(
+        self, name: str, *entering: Callable[[], AbstractContextManager[None]], context: Context | None = None
+    ) -> None:
+        """Give the thread a name, what it is to enter as it begins, in this order, and a context for what is submitted.
+
+        Without one, each call that is submitted has a copy of its caller's.
+        """
         self._name = name
         self._entering = entering
+        self._context = context
         self._calls: _Calls | None = None
         self._thread: threading.Thread | None = None
         self._ident: int | None = None
@@ -65,7 +72,8 @@ class DedicatedThread:
         In it, `anyio.from_thread` leads to the event loop of the caller.
         """
         future: Future[T] = Future()
-        self.post(partial(_run, future, partial(context_for_thread().run, function, *arguments), way_back()))
+        context = context_for_thread() if self._context is None else self._context
+        self.post(partial(_run, future, partial(context.run, function, *arguments), way_back()))
         return future
 
     def post(self, call: Callable[[], object]) -> None:

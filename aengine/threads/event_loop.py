@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 from collections.abc import Awaitable, Callable, Generator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from contextvars import Context, copy_context
 from functools import partial, wraps
 from types import FrameType, TracebackType
@@ -53,14 +53,37 @@ class EventLoopHandle:
         return self._post == other._post  # noqa: SLF001 -- another of this class
 
     @property
+    def is_closed(self) -> bool:
+        """Whether the event loop has ended for good. From any thread; on trio it wakes the event loop."""
+        if self._is_asyncio:
+            return bool(self._native.is_closed())
+        try:
+            self._post(int)
+        except RuntimeError:  # trio's RunFinishedError
+            return True
+        return False
+
+    @property
     def is_here(self) -> bool:
         """Whether this is the event loop's thread."""
         return threading.get_ident() == self.thread
 
+    def current_task(self) -> int:
+        """Return the `id` that anyio gives the running task, in a third of the time. On the event loop's thread."""
+        module = sys.modules["asyncio"] if self._is_asyncio else sys.modules["trio"].lowlevel
+        return id(module.current_task())
+
     def call(self, function: Callable[[], object]) -> None:
-        """Call `function` on the event loop's thread: now if this is it, else soon. Never waits, never raises."""
+        """Call `function` on the event loop's thread: now if this is it, else soon. Never waits.
+
+        Raises what it raises, if it is called now. On an event loop that has ended nothing is called.
+        """
         if self.is_here:
-            function()
+            try:
+                function()
+            except RuntimeError:
+                if not self.is_closed:
+                    raise
         else:
             self.post(function)
 
@@ -309,7 +332,7 @@ class CancelOnceScope:
     All of it is called on the event loop's thread, `with` in the task itself, and only once.
     """
 
-    __slots__ = ("_grace", "_info", "_inner", "_outer", "_task", "_timer")
+    __slots__ = ("_grace", "_info", "_inner", "_outer", "_seen", "_task", "_timer")
 
     def __init__(self, grace: float, *, shield: bool = False) -> None:
         self._grace = grace
@@ -317,14 +340,14 @@ class CancelOnceScope:
         self._inner = anyio.CancelScope()
         self._info: Any = None  # anyio's view of the task
         self._task: Any = None  # asyncio's, while the scope is entered
+        self._seen = 0  # how often the task had been cancelled when this was looked at last
         self._timer: Any = None  # of what is to be done next with the inner scope
 
     def __enter__(self) -> Self:
         self._outer.__enter__()
         self._inner.__enter__()
-        if asyncio := sys.modules.get("asyncio"):
-            with suppress(RuntimeError):  # no asyncio event loop runs here
-                self._task = asyncio.current_task()
+        self._task = _task_of_asyncio()
+        self._seen = self._requests
         self._info = anyio.get_current_task()
         return self
 
@@ -338,21 +361,30 @@ class CancelOnceScope:
         return bool(self._outer.__exit__(kind, error, traceback)) or error is None
 
     @property
+    def deadline(self) -> float:
+        """When each await inside is cancelled, in the event loop's time; unless `hold()` or `cancel()` was called."""
+        return self._outer.deadline
+
+    @deadline.setter
+    def deadline(self, deadline: float) -> None:
+        self._outer.deadline = deadline
+
+    @property
     def is_late(self) -> bool:
         """Whether the deadline that was given to `hold()` has passed."""
         return self._inner.cancel_called
 
     def cancel(self) -> None:
         """Cancel what is awaited inside, or is awaited next."""
-        requests = self._requests
-        self._outer.cancel()
-        self._hold_when_reached(requests)
+        self.cancel_by(self._outer)
 
-    def cancel_by(self, around: anyio.CancelScope) -> None:
+    def cancel_by(self, around: "anyio.CancelScope") -> None:
         """Cancel what is awaited inside, or is awaited next, by a scope around this one."""
-        requests = self._requests
+        # It may have been reached already: a scope around a run cancels what runs inside the run's step, too.
+        if self._requests > self._seen:
+            self._inner.shield = True
         around.cancel()
-        self._hold_when_reached(requests)
+        self._hold_while_reached(None)
 
     def hold(self, deadline: float = math.inf) -> None:
         """Let what is inside go on, cancelled or not, until `release()`; or until a deadline, which is for good."""
@@ -367,9 +399,10 @@ class CancelOnceScope:
 
     def take_requests(self) -> bool:
         """Say whether the task has been cancelled, by asyncio's `Task.cancel()`, since this was called before."""
-        is_requested = bool(self._requests)
+        is_requested = self._requests > self._seen
         while self._requests:
             self._task.uncancel()
+        self._seen = 0
         return is_requested
 
     @property
@@ -377,21 +410,27 @@ class CancelOnceScope:
         """How often the task was cancelled, by scopes too; 0 on trio."""
         return 0 if self._task is None else self._task.cancelling()
 
-    def _hold_when_reached(self, requests: int) -> None:
-        """Wait until the cancellation has been raised in the task. anyio tries once in each turn of the event loop."""
-        self.release()  # which has anyio try at once
+    def _hold_while_reached(self, until: float | None) -> None:
+        """Be a shield as soon as the cancellation has been raised in the task, `until` then: the end of the grace."""
+        if self._requests <= self._seen:
+            self.release()  # which has anyio try at once; it does so in each turn of the event loop
+            until = None
         if self._task is None:  # on trio; or the scope has been left, or is not entered yet
             return
         loop = self._task.get_loop()
-        if self._requests > requests:
-            self._inner.shield = True
-            if self._grace < math.inf:
-                self._timer = loop.call_later(self._grace, self.release)
+        if self._requests > self._seen:
+            until = loop.time() + self._grace if until is None else until
+            if loop.time() >= until:
+                self.release()
+                return
         elif self._info.has_pending_cancellation():  # what it waits for has come: it is cancelled in its next wait
-            self._timer = loop.call_soon(self._hold_when_reached, requests)
-        else:  # it is inside a shield of the user's. At the end of that, the cancellation would be raised at each await
-            self._inner.shield = True
-            self._timer = loop.call_later(_SHIELD_POLL, self._hold_when_reached, requests)
+            self._timer = loop.call_soon(self._hold_while_reached, None)
+            return
+        # Else it is inside a shield of the user's, at the end of which the cancellation would be raised at each await.
+        # Or it was reached by a cancellation of the user's, and that is over.
+        self._inner.shield = True
+        wait = _POLL if until is None else min(_POLL, until - loop.time())
+        self._timer = loop.call_later(wait, self._hold_while_reached, until)
 
     def _stop_timer(self) -> None:
         timer, self._timer = self._timer, None
@@ -399,5 +438,42 @@ class CancelOnceScope:
             timer.cancel()
 
 
-_SHIELD_POLL = 0.01
-"""Seconds from one look to the next whether the user's code has left its own shield, and can be cancelled."""
+_POLL = 0.01
+"""Seconds from one look to the next whether the user's code can be cancelled, or could be."""
+
+
+class OwnCancellations:
+    """Tells the cancellations of one task from those of something that it awaits, which raise the same exception.
+
+    Made in that task. On trio there are no others.
+    """
+
+    def __init__(self) -> None:
+        self._task = _task_of_asyncio()
+        self._requests = 0
+        if self._task is not None:  # less one that is still to be raised
+            self._requests = self._task.cancelling() - anyio.get_current_task().has_pending_cancellation()
+
+    def includes(self, error: BaseException) -> bool:
+        """Whether this, which was raised in the task, is no cancellation, or is one of the task itself."""
+        return (
+            self._task is None
+            or isinstance(error, Exception | KeyboardInterrupt | SystemExit)
+            or not is_cancellation_of_asyncio(error)
+            or self._task.cancelling() > self._requests
+        )
+
+
+def is_cancellation_of_asyncio(error: BaseException) -> bool:
+    """Say whether this is asyncio's CancelledError, also where no event loop runs."""
+    asyncio = sys.modules.get("asyncio")
+    return asyncio is not None and isinstance(error, asyncio.CancelledError)
+
+
+def _task_of_asyncio() -> Any:
+    """Return the current task if it is one of asyncio, else None."""
+    asyncio = sys.modules.get("asyncio")
+    try:
+        return None if asyncio is None else asyncio.current_task()
+    except RuntimeError:  # no event loop of asyncio runs here
+        return None

@@ -21,7 +21,6 @@ class WayBack:
 
     def __init__(self, token: EventLoopToken) -> None:
         self.token = token
-        self._of_this = EventLoopToken(cast("Any", self), token.native_token)
 
     def run_async_from_thread(self, function: Callable[..., Any], args: tuple[Any, ...], token: object) -> Any:  # noqa: ARG002 -- the caller has none, or anyio would not come here
         """Have `function(*args)` awaited, and block until it has been."""
@@ -38,7 +37,8 @@ class WayBack:
     def entered(self) -> Generator[None]:
         """Have anyio find this on the calling thread for a while."""
         before = getattr(threadlocals, "current_token", None)
-        threadlocals.current_token = self._of_this
+        # Not kept: it refers to this. No cycle may hold what the worker does.
+        threadlocals.current_token = EventLoopToken(cast("Any", self), self.token.native_token)
         try:
             yield
         finally:

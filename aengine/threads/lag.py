@@ -17,6 +17,9 @@ class LagTimer:
 
     One for each event loop, shared by its engines. A run that ends before the timer is due costs two additions. All of
     it is called on the event loop's thread, but `seconds`.
+
+    Attributes:
+        runs: how many are under way on the event loop.
     """
 
     PERIOD = 0.25
@@ -34,19 +37,19 @@ class LagTimer:
 
     def __init__(self, loop_handle: EventLoopHandle) -> None:
         self._call_later = loop_handle.call_later
-        self._runs = 0
+        self.runs = 0
         self._due: float | None = None  # when the next look is to be; None while there is to be none
         self._last = 0.0
 
     def begin(self) -> None:
         """A run begins."""
-        self._runs += 1
+        self.runs += 1
         if self._due is None:
             self._look_soon()
 
     def end(self) -> None:
         """A run is over."""
-        self._runs -= 1
+        self.runs -= 1
 
     @property
     def seconds(self) -> float:
@@ -61,7 +64,7 @@ class LagTimer:
     def _look(self) -> None:
         if self._due is not None:
             self._last = max(0.0, perf_counter() - self._due)
-        if self._runs:
+        if self.runs:
             self._look_soon()
         else:  # an idle event loop is not to be woken
             self._due = None

@@ -111,10 +111,10 @@ class ThreadState:
         bound: what is in force on that thread and cannot be had on another, by name; None for nothing.
     """
 
-    def __init__(self) -> None:
-        """Record the settings of the calling thread."""
-        torch: Any = sys.modules.get("torch")
-        self.bound = bound_to_this_thread()
+    def __init__(self, *, is_needed: bool = True) -> None:
+        """Record the settings of the calling thread; none, where no other thread is to have them."""
+        torch: Any = sys.modules.get("torch") if is_needed else None
+        self.bound = bound_to_this_thread() if is_needed else None
         # Where a mode is bound to the thread, no other is given its settings; and the mode would see our calls here.
         self._torch = torch = torch if self.bound is None else None
         if torch:

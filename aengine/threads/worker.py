@@ -6,14 +6,18 @@ next. The task that waits for a work item is not let go before the item has ende
 
 from collections.abc import Awaitable, Callable
 from contextvars import copy_context
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import anyio
 
+from aengine.errors import StrayCancellation
 from aengine.threads.event_loop import EventLoopHandle, Interrupts, ThreadSafeEvent
 from aengine.threads.from_thread import WayBack
 from aengine.threads.thread_state import SharedContext
+
+_LOOK = 1.0
+"""Seconds from one look to the next whether the event loop that is waited for has ended."""
 
 
 class WorkItem:
@@ -55,6 +59,7 @@ class WorkItem:
             self.result = contexts.context.run(self.function, *self.arguments)
         except BaseException as error:  # noqa: BLE001 -- every outcome is handed over, none is swallowed
             self.error = error
+        self.arguments = ()  # an error that was thrown into the loop, whose traceback holds this frame
         self._of_worker = self._contexts.context.copy()
         self.done = True
         self._wakeup.set()
@@ -74,7 +79,14 @@ class WorkItem:
             close_unawaited(wanted)
             raise self._abandoned_by
         self._wakeup.set()
-        result, error = answers.get()
+        while True:
+            try:
+                result, error = answers.get(timeout=_LOOK)
+                break
+            except Empty:
+                if self._loop_handle.is_closed:
+                    close_unawaited(wanted)
+                    raise StrayCancellation("the event loop in which this was to be awaited is closed") from None
         if self._contexts.of_worker.is_behind(self._of_task):
             self._contexts.of_worker.follow(self._of_task)
         if error is not None:

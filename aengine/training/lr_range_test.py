@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 import torch
 
 from aengine.arguments import check_whole
-from aengine.checkpoint.capture.randomness import RandomStates
+from aengine.data.generators import capture, capture_process, restore, restore_process
 from aengine.engine import Engine, session_of
 from aengine.events import Events
 from aengine.state import State, Stateful
@@ -291,8 +291,10 @@ def _restored(
 ) -> Generator[None]:
     """Restore everything at the end, what was kept last first. If one fails, the others are restored all the same."""
     with ExitStack() as kept:
-        random_states = RandomStates()
-        kept.callback(random_states.restore, random_states.capture(data), data)
+        if (opening := capture(data)) is not None:
+            kept.callback(restore, opening, data)
+        else:
+            kept.callback(restore_process, capture_process())
         kept.callback(_keep_state(trainer.state))
         kept.callback(_keep_model(model, optimizer))  # restored after the handlers, as an Update restores gradients too
         kept.callback(_keep_optimizer(optimizer))

@@ -266,7 +266,7 @@ def test_assigning_the_data_of_the_state_says_what_to_call() -> None:
     engine = Engine(double)
     engine.add_event_handler(
         Events.DATALOADER_STOP_ITERATION,
-        lambda: setattr(engine.state, "dataloader", numbers(2)),  # noqa: B010 -- an expression
+        lambda: setattr(engine.state, "dataloader", numbers(2)),
     )
     with pytest.raises(AttributeError, match=r"engine\.set_data\(data\)"):
         engine.run_sync(numbers(2), max_epochs=2)

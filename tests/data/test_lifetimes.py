@@ -4,6 +4,7 @@ import gc
 import threading
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import nullcontext
 from typing import Any, TypeAlias
 
 import anyio
@@ -277,7 +278,7 @@ async def as_async(batches: Iterator[int]) -> AsyncIterator[int]:
 @pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
 @pytest.mark.parametrize("epochs", [1, 2])
 async def test_an_error_of_the_data_does_not_replace_the_clean_end_that_was_requested(
-    thread: Thread, prefetch: int, is_async: bool, epochs: int, caplog: pytest.LogCaptureFixture
+    thread: Thread, prefetch: int, is_async: Any, epochs: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A signal to the process group ends a loader's workers as this process is to save its run."""
     engine = Engine(step, thread=thread)
@@ -308,7 +309,7 @@ async def test_an_error_of_the_data_does_not_replace_the_clean_end_that_was_requ
 @prefetches
 @pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
 async def test_an_error_in_closing_the_data_does_not_replace_the_clean_end_that_was_requested(
-    thread: Thread, prefetch: int, is_async: bool, caplog: pytest.LogCaptureFixture
+    thread: Thread, prefetch: int, is_async: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     error = OSError("could not close")
 
@@ -499,24 +500,62 @@ async def test_plain_data_that_hangs_in_its_thread_does_not_keep_a_termination(
     assert engine.state.iteration == 1
 
 
-async def test_plain_data_that_hangs_for_ever_is_abandoned_and_said_so() -> None:
-    gate, hangs = threading.Event(), threading.Event()
-    engine = Engine(step, name="trainer", grace=0.05)
+async def stop(engine: Engine[Any, Any], _: anyio.CancelScope) -> None:
+    engine.terminate()
+
+
+async def cancel_run(_: Engine[Any, Any], scope: anyio.CancelScope) -> None:
+    scope.cancel()
+
+
+@both_threads
+@pytest.mark.parametrize("end", [stop, cancel_run])
+@pytest.mark.parametrize("then", ["gives", "fails", "ends", "fails in closing"])
+async def test_plain_data_that_hangs_for_ever_is_abandoned_and_closed_when_it_comes_out(
+    thread: Thread, end: Callable[..., Any], then: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    gate, hangs, closed = threading.Event(), threading.Event(), threading.Event()
+    error = OSError("the disk is back")
+    threads: list[int] = []
 
     def batches() -> Iterator[int]:
-        yield 0
-        hangs.set()
-        gate.wait()
+        threads.append(threading.get_ident())
+        try:
+            yield 0
+            hangs.set()
+            gate.wait()
+            if then == "fails":
+                raise error
+            if then != "ends":
+                yield 1
+        finally:
+            threads.append(threading.get_ident())
+            closed.set()
+            if then == "fails in closing":
+                raise error
 
-    async def terminate() -> None:
-        await anyio.to_thread.run_sync(hangs.wait)
-        engine.terminate()
-
+    engine = Engine(step, name="trainer", grace=0.05, thread=thread)
     async with anyio.create_task_group() as group:
-        group.start_soon(terminate)
-        with pytest.raises(HandlerTimeout, match="clean-up of engine 'trainer'"):
+
+        async def end_it() -> None:
+            await anyio.to_thread.run_sync(hangs.wait)
+            await end(engine, group.cancel_scope)
+
+        group.start_soon(end_it)
+        # A cancellation goes on, and the error is only logged.
+        late = pytest.raises(HandlerTimeout, match="clean-up of engine 'trainer'") if end is stop else nullcontext()
+        with late:
             await engine.run(batches, prefetch=1)
+    assert not closed.is_set()
+    pulling = [one for one in threading.enumerate() if one.name == "aengine-prefetch"]
     gate.set()
+    assert closed.wait(60)
+    for one in pulling:
+        one.join(60)
+        assert not one.is_alive()
+    assert len(set(threads)) == 1
+    logged = [record.exc_info[1] for record in caplog.records if record.exc_info]
+    assert [one for one in logged if not isinstance(one, HandlerTimeout)] == [error] * then.startswith("fails")
 
 
 # Data that is an async context manager
@@ -611,6 +650,72 @@ async def test_a_source_with_plain_batches_that_is_interrupted_goes_on_where_it_
     assert engine.state.stop_reason is StopReason.INTERRUPTED
     await engine.run(source, prefetch=prefetch)
     assert stepped == [1, 2, 3, 4, 5] * 2
+
+
+@pytest.mark.covering(2)
+@both_threads
+@prefetches
+@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize("gives", ["itself", "another"])
+@pytest.mark.parametrize("way", ["loaded", "in memory", "interrupted"])
+async def test_a_source_is_put_back_before_it_is_entered(  # noqa: C901 -- a source and its kinds
+    thread: Thread, prefetch: int, is_async: Any, gives: str, way: str
+) -> None:
+    """Entering it may begin to fetch, from where it is."""
+    calls: list[str] = []
+    stepped: list[int] = []
+
+    class Fetching:
+        position = 0
+
+        async def __aenter__(self) -> Any:
+            calls.append(f"entered at {self.position}")
+            await checkpoint()
+            batches = self.generate if is_async else self.generate_plain
+            return self if gives == "itself" else batches
+
+        async def __aexit__(self, *error: object) -> None: ...
+
+        def generate_plain(self) -> Iterator[int]:
+            while self.position < 8:
+                self.position += 1
+                yield self.position
+            self.position = 0
+
+        async def generate(self) -> AsyncIterator[int]:
+            for batch in self.generate_plain():
+                await checkpoint()
+                yield batch
+
+        def state_dict(self) -> dict[str, int]:
+            return {"position": self.position}
+
+        def load_state_dict(self, state: dict[str, int]) -> None:
+            calls.append(f"put back to {state['position']}")
+            self.position = state["position"]
+
+    class FetchingAsync(Fetching):
+        __aiter__ = Fetching.generate
+
+    class FetchingPlain(Fetching):
+        __iter__ = Fetching.generate_plain
+
+    def noting(engine: Engine[int, None], batch: int) -> None:
+        stepped.append(batch)
+
+    kind = FetchingAsync if is_async else FetchingPlain
+    engine, source = Engine(noting, thread=thread), kind()
+    once = Events.ITERATION_COMPLETED(once=3)
+    with engine.add_event_handler(once, engine.interrupt if way == "interrupted" else engine.terminate):
+        await engine.run(source, max_iters=6, epoch_length=8, prefetch=prefetch)
+    if way == "loaded":
+        resumed = Engine(noting, thread=thread)
+        resumed.load_state_dict(engine.state_dict())
+        await resumed.run(kind(), prefetch=prefetch)
+    else:
+        await engine.run(source, prefetch=prefetch)
+    assert calls == ["entered at 0", "put back to 3", "entered at 3"]
+    assert stepped == [1, 2, 3, 4, 5, 6]
 
 
 @both_threads

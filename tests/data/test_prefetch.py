@@ -79,9 +79,8 @@ async def test_an_epoch_begins_its_data_after_the_handlers_of_its_start(
 
     @engine.on(Events.EPOCH_COMPLETED)
     async def let_it_pull_if_it_will() -> None:
-        for pulling in threading.enumerate():
-            if pulling.name == "aengine-prefetch" and engine.state.epoch < 3:
-                pulling.join()  # it has come to the end of the data, and does not begin again
+        while prefetch and log.count("end") < engine.state.epoch < 3:
+            await checkpoint()  # until it has come to the end of the data: it does not begin again
         for _ in range(10):
             await checkpoint()
         log.append("completed")
@@ -365,7 +364,7 @@ async def test_a_step_that_failed_gets_its_batch_again(kind: type[Stateful], pre
     data = kind(5)
     with pytest.raises(ValueError, match="once"):
         await engine.run(data, prefetch=prefetch)
-    assert engine.state_dict()["data"] == {"batches": 2, "length": None, "state": {"position": 2}}
+    assert {"batches": 2, "length": None, "state": {"position": 2}}.items() <= engine.state_dict()["data"].items()
     await engine.run(data, prefetch=prefetch)
     assert seen == [0, 1, 2, 2, 3, 4]
 

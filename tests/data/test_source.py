@@ -2,6 +2,9 @@
 
 import gc
 import multiprocessing
+import os
+import signal
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from typing import Any, TypeAlias
@@ -10,7 +13,7 @@ import anyio
 import pytest
 import torch
 from anyio.lowlevel import checkpoint
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from aengine import DataExhausted, DataExhaustedWarning, Engine, Events, StopReason
 from aengine.drivers.sync import runs_in_event_loop
@@ -436,6 +439,26 @@ async def test_a_loader_whose_run_is_cancelled_ends_its_workers() -> None:
     del engine
     gc.collect()
     assert not [child for child in multiprocessing.active_children() if child.is_alive()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_a_loader_whose_worker_is_killed_fails_the_run_within_seconds(prefetch: int) -> None:
+    loader = DataLoader(KilledInWorker(), batch_size=4, num_workers=2, multiprocessing_context=forkserver())
+    began = time.monotonic()
+    with pytest.raises((RuntimeError, OSError)):  # of the loader, or of a connection to the worker
+        anyio.run(lambda: plain_on_worker([]).run(loader, prefetch=prefetch))
+    assert time.monotonic() - began < 4.5  # torch itself, off the main thread: more than five
+
+
+class KilledInWorker(Dataset[int]):
+    def __len__(self) -> int:
+        return 400
+
+    def __getitem__(self, index: int) -> int:
+        if index == 100:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return index
 
 
 def forkserver() -> Any:

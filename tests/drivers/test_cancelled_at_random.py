@@ -255,7 +255,7 @@ class Trial:
 
     async def run(self) -> None:
         program = self.program
-        options: dict[str, Any] = {"prefetch": 0 if program.data == "in a scope" else program.prefetch}
+        options: dict[str, Any] = {"prefetch": program.prefetch}
         if program.data in ("stream", "stateful"):
             options["epoch_length"] = LENGTH
         if program.way.endswith("iterate"):

@@ -11,6 +11,7 @@ import pytest
 from support.record import EVENTS, PLAIN, AnyEngine, Boom, Unsized, double, place, record
 
 from aengine import DataExhaustedWarning, Engine, EventEnum, Events, StopReason
+from aengine.data.adapt import adapt
 
 Story: TypeAlias = list[str]
 
@@ -231,7 +232,7 @@ async def test_step_on_the_event_loop_emits_and_awaits() -> None:
 def begin(engine: AnyEngine, data: Any, **limits: int) -> Generator[Any, Any, None]:
     """Return the story of a run, for the test to advance."""
     given = limits.get("max_epochs"), limits.get("max_iters"), limits.get("epoch_length")
-    generator: Generator[Any, Any, None] = engine._session._begin(engine, data, given)[1]
+    generator: Generator[Any, Any, None] = engine._session._begin(engine, adapt(data), given)[1]
     return generator
 
 

@@ -26,6 +26,7 @@ import torch
 from support.record import Boom
 
 from aengine import DataExhausted, Engine, Events, HandlerTimeout, Service, StopReason, StrayCancellation
+from aengine.bus.inbox import Inbox
 from aengine.drivers.subscriber_tasks import SubscriberTasks
 from aengine.loggers import Record, Tracker, track, writer as writer_module
 from aengine.threads.event_loop import EventLoopHandle, ThreadSafeEvent
@@ -1114,6 +1115,8 @@ async def test_engines_of_one_name_one_after_the_other_are_fine_and_freed_by_ref
         gc.disable()
         try:
             del engine
+            for _ in range(3):  # what the run has scheduled on the event loop
+                await anyio.lowlevel.checkpoint()
             assert is_alive() is None
         finally:
             gc.enable()
@@ -1127,9 +1130,11 @@ async def test_engines_of_one_name_one_after_the_other_are_fine_and_freed_by_ref
 async def test_an_event_that_comes_after_the_last_look_is_not_late(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(tenfold)
     engine.subscribe(Events.STARTED, print)
-    looks = iter([[], engine._emitter.bus.subscribers])
-    consumers = SubscriberTasks(engine._emitter.bus, EventLoopHandle(), grace=30.0)
-    monkeypatch.setattr(SubscriberTasks, "_late", property(lambda _: next(looks)))
+    looks = iter([False, True])
+    loop_handle = EventLoopHandle()
+    consumers = SubscriberTasks(engine._emitter.bus, loop_handle, grace=30.0)
+    consumers._ends = dict.fromkeys(engine._emitter.bus.subscribers, ThreadSafeEvent(loop_handle))
+    monkeypatch.setattr(Inbox, "is_behind", lambda *_: next(looks))
     await consumers.finish(anyio.current_time() + 30)
 
 

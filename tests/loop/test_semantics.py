@@ -78,12 +78,13 @@ def test_epoch_is_as_long_as_the_data() -> None:
     assert Engine(double).run_sync([1, 2, 3]).epoch_length == 3
 
 
-def test_without_a_length_the_first_epoch_ends_where_the_data_ends() -> None:
+def test_without_a_length_an_epoch_ends_where_the_data_ends() -> None:
     engine = Engine(double)
     seen = record(engine)
     assert engine.run_sync(Unsized(1, 2), max_epochs=2).epoch_length == 2
     plain = PLAIN.copy()
-    plain.insert(plain.index("EC@1/2"), "GS@1/2")  # it must be asked to know that it has ended
+    for end in ("EC@1/2", "EC@2/4"):
+        plain.insert(plain.index(end), f"GS{end[2:]}")  # it must be asked to know that it has ended
     assert seen == plain
 
 

@@ -245,7 +245,7 @@ UNEVEN = [1.0, 2.0, 3.0, 6.0, 5.0]  # of groups of four: the means 3 and 5; of t
         (UNEVEN, {"epoch_length": 3}, [2.0]),
         (lambda: iter(UNEVEN), {}, [3.0, 5.0]),  # of unknown length
     ],
-    ids=str,
+    ids=["once", "twice", "one", "by iterations", "more iterations", "length given", "length unknown"],
 )
 def test_each_step_is_the_mean_of_its_own_group(data: Any, options: dict[str, Any], expected: list[float]) -> None:
     engine, model = slope_trainer(4)
@@ -772,11 +772,15 @@ def test_loss_function_gets_the_output_of_the_model_and_the_labels() -> None:
     ids=["no labels", "pair", "other names"],
 )
 def test_batch_without_a_loss_says_what_is_missing(batch: Any, loss_fn: Any, message: str) -> None:
-    class Strict(Classifier):
-        def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None) -> Any:
-            return super().forward(input_ids, None if labels is input_ids else labels)
+    class Strict(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Classifier(Output)
 
-    model = Strict(Output)
+        def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None) -> Any:
+            return self.inner(input_ids, labels)
+
+    model = Strict()
     trainer = create_supervised_trainer(model, torch.optim.SGD(model.parameters(), lr=0.1), loss_fn)
     with pytest.raises(TypeError, match=message) as caught:
         trainer.run_sync([batch])
