@@ -127,7 +127,7 @@ def test_a_disk_that_fails_is_no_damage() -> None:
 
 
 def tree_of(step: int, **changes: Any) -> Any:
-    tree = {"state": {}, "engine": {"iteration": step}, "metrics": {}, "handlers": {}, **changes}
+    tree = {"state": {}, "engine": {"iteration": step}, "metrics": {}, "output": None, "handlers": {}, **changes}
     return {name: one for name, one in tree.items() if one is not ...}
 
 
