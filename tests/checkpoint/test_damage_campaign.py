@@ -5,17 +5,19 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import anyio
 import pytest
 from support.backends import Backend
+from support.forged import replace_file
 from support.saving_run import Run, saving
 
 from aengine import CheckpointWarning, Events
 from aengine.checkpoint import Keep
 from aengine.checkpoint.store.manifest import decode
-from aengine.errors import CheckpointDamaged
+from aengine.errors import CheckpointDamaged, CheckpointMismatch
 
 
 @pytest.fixture
@@ -160,6 +162,39 @@ async def test_a_file_that_is_damaged_at_random_is_found_out(saved: Path, tmp_pa
 async def test_files_that_are_damaged_at_random_thousands_of_times_are_found_out(saved: Path, tmp_path: Path) -> None:
     seed = random.SystemRandom().randrange(10**6)
     await campaign(saved, tmp_path / "run", 3000, seed)
+
+
+async def forge_at_random(saved: Path, directory: Path, rounds: int, seed: int) -> None:
+    """Change a file and its checksum. It is found out, refused, or a state like any other; never another error."""
+    chance = random.Random(seed)
+    content = (saved / "step-0000000004" / "state.pt").read_bytes()
+    for _ in range(rounds):
+        shutil.copytree(saved, directory)
+        changed = bytearray(content)
+        for _ in range(chance.choice([1, 1, 2, 5])):
+            place = chance.randrange(2500) if chance.random() < 0.7 else -1 - chance.randrange(2000)
+            changed[place] = chance.randrange(256)
+        replace_file(directory / "step-0000000004", "state.pt", bytes(changed))
+        run = Run(directory)
+        with warnings.catch_warnings(), suppress(CheckpointMismatch):
+            warnings.simplefilter("ignore")
+            info = await run.checkpoint.restore(run.engine, "must")
+            assert info is not None
+            assert info.step in {3, 4}, seed
+        await run.checkpoint.close()
+        shutil.rmtree(directory)
+
+
+async def test_a_file_that_is_forged_at_random_is_found_out_or_refused(saved: Path, tmp_path: Path) -> None:
+    await forge_at_random(saved, tmp_path / "run", 40, seed=1)
+
+
+@pytest.mark.slow
+async def test_files_that_are_forged_at_random_thousands_of_times_are_found_out_or_refused(
+    saved: Path, tmp_path: Path
+) -> None:
+    seed = random.SystemRandom().randrange(10**6)
+    await forge_at_random(saved, tmp_path / "run", 3000, seed)
 
 
 @pytest.mark.parametrize(

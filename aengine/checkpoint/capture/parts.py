@@ -95,6 +95,7 @@ def is_captured(tree: Any) -> bool:
     return (
         isinstance(tree, dict)
         and "state" in tree
+        and "output" in tree
         and all(isinstance(tree.get(one), dict) for one in ("engine", "metrics", "handlers"))
     )
 
@@ -158,6 +159,8 @@ class Choice:
         """
         saved = tree["state"]
         if self._names is not None:
+            if not isinstance(saved, Mapping):
+                raise CheckpointMismatch("only= names parts, and the state in the checkpoint has none: it is one thing")
             if absent := [name for name in self._names if name not in saved]:
                 raise CheckpointMismatch(f"only= names {absent}, which the checkpoint has not: it has {list(saved)}")
             saved = {name: saved[name] for name in self._names}
@@ -215,6 +218,8 @@ def _load(parts: Parts, saved: Any, path: str, *, strict: bool) -> None:
                 f"{path} ({type_name(type(parts))}) does not take what was saved of it: {error}"
             ) from error
         return
+    if not isinstance(saved, Mapping):
+        raise CheckpointMismatch(f"{path} has {list(parts)} here, and is no dictionary in the checkpoint")
     absent = [name for name in parts if name not in saved]
     unknown = [name for name in saved if name not in parts]
     if absent or unknown:

@@ -11,7 +11,7 @@ import io
 import pickle
 import struct
 import zipfile
-from typing import Any, BinaryIO, Final, Self, cast
+from typing import Any, BinaryIO, ClassVar, Final, Self, cast
 
 _PICKLE: Final = "data.pkl"
 _LOCAL_HEADER = struct.Struct("<26x2H")  # of an entry of a zip archive: at its end the lengths of name and extra field
@@ -108,8 +108,14 @@ class _Bytes(_Stub):
         return super().__new__(cls)
 
 
-class PlainUnpickler(pickle._Unpickler):  # noqa: SLF001 # pyright: ignore[reportPrivateUsage]
+_Python: Any = pickle._Unpickler  # noqa: SLF001 # pyright: ignore[reportPrivateUsage, reportUnknownVariableType]
+
+
+class PlainUnpickler(_Python):  # type: ignore[misc]
     """Python's own unpickler in Python: that in C allocates, for a number in a file of some bytes, up to 64 GB."""
+
+    # Without the one that makes a bytearray of a length before it reads it: nothing that is read here has one so.
+    dispatch: ClassVar = {code: load for code, load in _Python.dispatch.items() if code != pickle.BYTEARRAY8[0]}
 
 
 class _Look(PlainUnpickler):
@@ -146,8 +152,12 @@ def check_archive(file: BinaryIO) -> None:
         content = _pickle_in(file, entries, size)
         records = {name: entry.file_size for entry in entries if (name := _name_of_record(entry.filename))}
         _Look(content, records).load()
-    except (OSError, MemoryError, NoArchive):
+    except (MemoryError, NoArchive):
         raise
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        raise NoArchive("it refers to a place that is none") from error
     except zipfile.BadZipFile as error:
         if isinstance(failure := error.__context__, OSError) and failure.errno != errno.EINVAL:
             raise failure from None  # of the disk, which zipfile takes for a file of another kind

@@ -1,6 +1,7 @@
 """Serializers: how a staged tree becomes a file, and comes back."""
 
 import contextvars
+import errno
 import os
 import pickle
 import reprlib
@@ -80,9 +81,13 @@ class TorchFile:
             raise CheckpointDamaged(f"torch.load() cannot read the file: {error}") from error
         try:
             return torch.load(file, map_location="cpu", weights_only=True)
-        except (OSError, MemoryError):  # which say nothing of the file
+        except MemoryError:  # which says nothing of the file
             raise
         except Exception as error:
+            if (
+                isinstance(error, OSError) and error.errno != errno.EINVAL
+            ):  # nor does this; that is a place that is none
+                raise
             reason = why_not_loaded(error)
             if "can't allocate memory" in reason:
                 raise MemoryError(reason) from error

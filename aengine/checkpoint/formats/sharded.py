@@ -209,7 +209,8 @@ def _ignore(*_: object) -> None:
 def _read_index(path: Path) -> metadata.Metadata:
     try:
         with path.open("rb") as file:
-            index: metadata.Metadata = _IndexUnpickler(file).load()
+            # Of its bytes, and not of the file, which would make room for as many as a number in it says.
+            index: metadata.Metadata = _IndexUnpickler(io.BytesIO(file.read())).load()
         _check_index(index)
     except FileNotFoundError as error:
         raise CheckpointDamaged(f"{path} is missing, and it says where the shards are") from error

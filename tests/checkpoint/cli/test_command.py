@@ -54,7 +54,13 @@ def say(store: Store, capsys: pytest.CaptureFixture[str]) -> Say:
 
 
 def write(store: Store, step: int, state: Any = None, **about: Any) -> CheckpointInfo:
-    tree: dict[str, Any] = {"state": state, "engine": {"iteration": step}, "metrics": {}, "handlers": {}}
+    tree: dict[str, Any] = {
+        "state": state,
+        "engine": {"iteration": step},
+        "metrics": {},
+        "output": None,
+        "handlers": {},
+    }
     if "shards" in about.get("extra", {}):
         tree = {"state": tree, "shards": {"state['state']['weight']": "state['state']['weight']"}}
     with store.begin(step) as draft:

@@ -52,6 +52,10 @@ FORGED = {
         TREE, lambda name, content: b"\x80\x02cbuiltins\nbytearray\n" + huge(1 << 36) + b"\x85R."
     ),
     "a memo of 64 GB": repacked(TREE, lambda name, content: b"\x80\x02}r\xfe\xff\xff\xffX\xff\xff\xff\x7f"),
+    "a bytearray of 64 GB, at once": repacked(
+        TREE, lambda name, content: b"\x80\x05\x96" + struct.pack("<Q", 1 << 36) + b"."
+    ),
+    "a place before the file": repacked(TREE).replace(b"PK\x05\x06", b"PK\x05\x06")[:-6] + b"\xff\xff\xff\x7f\0\0",
     "two pickles": renamed("data/0", "DATA.PKL"[:6]),
     "none": b"no archive at all",
     "empty": b"",
@@ -123,7 +127,7 @@ def test_a_disk_that_fails_is_no_damage() -> None:
 
 
 def tree_of(step: int, **changes: Any) -> Any:
-    tree = {"state": {}, "engine": {"iteration": step}, "metrics": {}, "handlers": {}, **changes}
+    tree = {"state": {}, "engine": {"iteration": step}, "metrics": {}, "output": None, "handlers": {}, **changes}
     return {name: one for name, one in tree.items() if one is not ...}
 
 
