@@ -51,9 +51,9 @@ class StrayCancellation(AengineError, RuntimeError):
     """Something that the run awaited was cancelled, but the run was not. Its cause is that cancellation.
 
     For instance: a step, a handler, the data, a service or the body of `iterate()` awaits a future which other code has
-    cancelled, and does not catch its CancelledError. Let out as one, that would end the run as if it were cancelled, and
-    a task group would drop it without a word. Also raised where one task of the run is cancelled by itself, by asyncio's
-    `Task.cancel()`. A run that is itself cancelled as well raises its own cancellation instead.
+    cancelled, and does not catch its CancelledError. Let out as one, that would end the run as if it were cancelled,
+    and a task group would drop it without a word. Also raised where one task of the run is cancelled by itself, by
+    asyncio's `Task.cancel()`. A run that is itself cancelled as well raises its own cancellation instead.
     """
 
 

@@ -44,7 +44,7 @@ def import_aengine() -> dict[str, Any]:
 def test_module_is_short_enough_to_be_read_at_once(path: Path) -> None:
     lines = path.read_text(encoding="utf-8").count("\n")
     # The loop is one generator, the driver one run from its beginning to its end, the session what all of these begin
-    # and end with, and the engine all that users call, most of it docstrings: in one piece they read better than in two.
+    # and end with, and the engine all that users call, most of it docstrings: each reads better in one piece.
     names = ("loop/loop.py", "drivers/driver.py", "drivers/session.py", "engine.py")
     assert lines <= (750 if path in [ROOT / "aengine" / name for name in names] else 500)
 

@@ -212,9 +212,9 @@ async def test_it_ends_under_a_timeout_of_asyncio(make: Callable[[Place], tuple[
             group.start_soon(pass_deadline_of, timeout)
             await by_run(engine, data)
 
-    async def pass_deadline_of(timeout: asyncio.Timeout) -> None:
+    async def pass_deadline_of(limit: asyncio.Timeout) -> None:
         await place.waits.wait()
-        timeout.reschedule(0)
+        limit.reschedule(0)
 
     with anyio.fail_after(30):
         async with anyio.create_task_group() as group:

@@ -305,7 +305,7 @@ class Training:
         state = {
             name: copy.copy(value)
             for name, value in vars(self.trainer.state).items()
-            if name not in ("dataloader", "output")
+            if name not in ("_dataloader", "output")
         }
         return copy.deepcopy(
             {
