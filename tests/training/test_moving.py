@@ -24,6 +24,9 @@ from aengine.checkpoint import Checkpoint
 from aengine.training.moving import move_ahead, tensors_in
 from aengine.training.supervised import create_supervised_trainer, move
 
+# trio warns of an async generator that is dropped before its end. One of the user's is the user's to close.
+pytestmark = pytest.mark.filterwarnings("ignore:Async generator .* was garbage collected:ResourceWarning")
+
 both_threads = pytest.mark.parametrize("thread", [None, False], ids=["worker", "loop"])
 prefetches = pytest.mark.parametrize("prefetch", [0, 1, 3])
 on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
