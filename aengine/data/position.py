@@ -12,7 +12,7 @@ from functools import lru_cache
 from types import FunctionType
 from typing import Any
 
-from aengine.data.adapt import Adapted, is_stateful, length_of
+from aengine.data.adapt import Adapted, has, is_stateful, length_of
 from aengine.data.digest import Digest, digest_of
 from aengine.data.generators import Opening, capture, has_workers, start_workers
 from aengine.data.prefetch import DataState, Fetched
@@ -246,7 +246,7 @@ class DataPosition:
             self.stateful.load_state_dict(position["state"])
             self._was_put_back = True
             how = "was put back to its own state"
-        elif self._can_skip or not position["batches"]:
+        elif self._can_skip or not (position["batches"] or self._goes_on_after_unread(made)):
             self.unread.clear()
             self.rewind.skip(position["batches"])
             how = f"is fast-forwarded: {position['batches']} batches are fetched and dropped"
@@ -258,8 +258,12 @@ class DataPosition:
             self._forget_if_mixed()
             how = "goes on where it is: it cannot be fast-forwarded"
             if not self._data.is_one_shot and not self._data.is_manager:  # only the user knows whether that is right
-                level, how = logging.WARNING, _MAY_REPEAT.format(position["batches"])
+                level, how = logging.WARNING, _MAY_REPEAT.format(position["batches"] + len(self.unread))
         self._logger.log(level, "resuming: the data (%s) %s", self._data.name, how)
+
+    def _goes_on_after_unread(self, made: Any) -> bool:
+        """Say whether what was fetched and not stepped on would be lost: its own iterator may not give that again."""
+        return bool(self.unread) and (has(made, "__next__") or has(made, "__anext__"))
 
     def _forget_if_mixed(self) -> None:
         """A pass that goes on with what an earlier one had fetched is none that could be gone back to, or counted."""
