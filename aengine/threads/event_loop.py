@@ -384,6 +384,12 @@ class CancelOnceScope:
         if self._requests > self._seen:
             self._inner.shield = True
         around.cancel()
+        # A second cancellation arms no second timer: terminate() may wake a wait at each of several requests. `hold()`
+        # stops the one timer that is known here. One that was lost would fire in the clean-up, take away the shield
+        # that `hold()` has made, and have the cancellation, which is dealt with, raised there once more.
+        if self._timer is not None and self._requests > self._seen:  # reached before: the grace that has begun goes on
+            return
+        self._stop_timer()
         self._hold_while_reached(None)
 
     def hold(self, deadline: float = math.inf) -> None:
