@@ -300,7 +300,8 @@ class Trial:
         program = self.program
         if program.step == "worker" or self.seconds:
             return 1
-        if program.step != "suspends" and program.data in ("list", "plain"):
+        never_suspends = program.data in ("list", "plain") or (program.data == "at once" and not program.prefetch)
+        if program.step != "suspends" and never_suspends:
             return LENGTH  # others have a turn after 2 ms, and nothing can be cancelled before
         return 1 + 2 * program.prefetch  # it is heard in the next turn, until which there are as many as are fetched
 
