@@ -312,6 +312,7 @@ def test_queue_that_is_acknowledged_so_loses_nothing(
     assert kill_until_it_ends(fork_server, program, backend, tmp_path, seed=3, messages=40) > 5
 
 
+@pytest.mark.campaign
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])

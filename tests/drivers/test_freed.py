@@ -105,8 +105,16 @@ async def settle(held: "list[weakref.ref[Any]]") -> None:
 @pytest.mark.parametrize("prefetch", [0, 2])
 @pytest.mark.parametrize("way", [*WAYS, interrupt_and_leave])
 async def test_an_engine_is_freed_when_it_is_dropped(
-    thread: Thread, kind: Callable[[], Any], prefetch: int, way: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    thread: Thread,
+    kind: Callable[[], Any],
+    prefetch: int,
+    way: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    anyio_backend_name: str,
 ) -> None:
+    is_given_up = way.__name__ in ("interrupt_and_leave", "interrupt_and_begin_anew")
+    if anyio_backend_name == "trio" and kind.__name__ == "AsyncData" and is_given_up:
+        pytest.skip("an async generator that is given up is trio's to end, which warns, and holds it meanwhile")
     if way is cancel_in_clean_up and prefetch:
         return  # what the end of the grace cuts off may wait for the collector
     monkeypatch.setattr(logging.getLogger("aengine.engine"), "disabled", True)  # pytest keeps what is logged

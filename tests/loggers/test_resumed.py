@@ -301,6 +301,7 @@ anyio.run(main, Path(sys.argv[1]), float(sys.argv[2]))
 """
 
 
+@pytest.mark.campaign
 @pytest.mark.slow
 def test_log_of_a_run_that_is_killed_again_and_again_is_that_of_one_that_was_not(tmp_path: Path) -> None:
     def train(folder: Path, dies_after: float) -> subprocess.CompletedProcess[str]:

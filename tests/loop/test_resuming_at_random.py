@@ -346,6 +346,7 @@ def test_each_sample_of_each_pass_is_seen_once_or_another_order_is_told_of(tmp_p
         check(program(seed), tmp_path / str(seed))
 
 
+@pytest.mark.campaign
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_each_sample_of_each_pass_is_seen_once_or_another_order_is_told_of_10_000_times(tmp_path: Path) -> None:
