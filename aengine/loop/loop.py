@@ -175,7 +175,7 @@ class Loop:
     def _epoch(self) -> LoopGenerator:
         state, requests, began = self._state, self._requests, perf_counter()
         if not (yield from self._fetching(self.feed.look_ahead(self.completed))):
-            yield from self._tell_end_of_data()
+            yield from self._fire_end_of_data()
             if not (yield from self._fetching(self.feed.look_ahead(self.completed))):
                 raise Exhausted  # other data was set, and it is empty, too
         if self.source.position.may_be_at_end and (self._epoch_is_complete or state.iteration == state.epoch_start):
@@ -440,14 +440,14 @@ class Loop:
     def _end_pass(self) -> Generator[Awaitable[Any] | Effect, Any, Any]:
         if self.feed.end(self.completed):
             return END
-        yield from self._tell_end_of_data()
+        yield from self._fire_end_of_data()
         yield from self._fetching(self.feed.restart(self.completed))
         batch = yield from self._fetching(self.feed.fetch())
         if batch is END:
             raise Exhausted
         return batch
 
-    def _tell_end_of_data(self) -> LoopGenerator:
+    def _fire_end_of_data(self) -> LoopGenerator:
         """Fire DATALOADER_STOP_ITERATION, a handler of which may set other data; else one-shot data has ended."""
         ended = self.source
         yield from self._dispatch("DATALOADER_STOP_ITERATION")

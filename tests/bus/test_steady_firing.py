@@ -4,33 +4,16 @@ its steps, from `terminate()` and from its end."""
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, TypeAlias
+from typing import Any
 
 import anyio
 import anyio.to_thread
 import pytest
 from anyio.lowlevel import checkpoint
+from support.engines import async_step, each_engine
+from support.record import AnyEngine
 
 from aengine import Engine, Event, Events, HandlerTimeout, StopReason
-
-AnyEngine: TypeAlias = Engine[Any, Any]
-
-
-async def async_step(engine: AnyEngine, batch: int) -> int:
-    await checkpoint()
-    return batch
-
-
-def plain_step(engine: AnyEngine, batch: int) -> int:
-    return batch
-
-
-ENGINES: dict[str, Callable[..., AnyEngine]] = {
-    "worker": lambda **options: Engine(plain_step, **options),
-    "loop": lambda **options: Engine(plain_step, thread=False, **options),
-    "async": lambda **options: Engine(async_step, **options),
-}
-each_engine = pytest.mark.parametrize("make", ENGINES.values(), ids=ENGINES.keys())
 
 ENDS: dict[str, tuple[Callable[[AnyEngine], object], StopReason]] = {
     "terminate": (Engine.terminate, StopReason.TERMINATED),

@@ -23,6 +23,7 @@ import pytest
 import trio
 from anyio.lowlevel import checkpoint, current_token
 from support.backends import Backend
+from support.turns import call_and_wait_for_turns
 
 from aengine import Engine, Event, Events, StopReason
 
@@ -148,17 +149,7 @@ class Touch:
         if threading.get_ident() == self._home:
             self.act()
             return
-        turns, gone_by = iter(range(10)), threading.Event()
-
-        def turn() -> None:
-            if next(turns, None) is None:
-                gone_by.set()
-            else:
-                self._post(turn)
-
-        self._post(self.act)
-        self._post(turn)
-        assert gone_by.wait(30)
+        call_and_wait_for_turns(self._post, self.act)
 
 
 # The data

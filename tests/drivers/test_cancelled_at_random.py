@@ -18,6 +18,7 @@ import anyio
 import pytest
 from anyio.lowlevel import checkpoint, current_token
 from support.backends import Backend
+from support.turns import call_and_wait_for_turns
 
 from aengine import Engine, StopReason
 
@@ -233,17 +234,7 @@ class Trial:
             if self.program.data in ("list", "plain"):
                 self.act()
             return
-        turns, gone_by = iter(range(10)), threading.Event()
-
-        def turn() -> None:
-            if next(turns, None) is None:
-                gone_by.set()
-            else:
-                self._post(turn)
-
-        self._post(self.act)
-        self._post(turn)
-        assert gone_by.wait(30)
+        call_and_wait_for_turns(self._post, self.act)
 
     async def act_later(self) -> None:
         if self.program.step != "worker":

@@ -5,33 +5,15 @@ import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable
-from typing import Any, TypeAlias
 
 import anyio
 import pytest
 from anyio.lowlevel import checkpoint
 from support.backends import Backend
+from support.engines import each_engine, plain_step
+from support.record import AnyEngine
 
 from aengine import Engine, Events, StopReason
-
-AnyEngine: TypeAlias = Engine[Any, Any]
-
-
-async def async_step(engine: AnyEngine, batch: int) -> int:
-    await checkpoint()
-    return batch
-
-
-def plain_step(engine: AnyEngine, batch: int) -> int:
-    return batch
-
-
-ENGINES: dict[str, Callable[..., AnyEngine]] = {
-    "worker": lambda **options: Engine(plain_step, **options),
-    "loop": lambda **options: Engine(plain_step, thread=False, **options),
-    "async": lambda **options: Engine(async_step, **options),
-}
-each_engine = pytest.mark.parametrize("make", ENGINES.values(), ids=ENGINES.keys())
 
 
 @pytest.mark.every_event_loop
