@@ -19,37 +19,62 @@ trainer = Engine(train_step)
 await trainer.run(loader, max_epochs=10)
 """
 
-from aengine.bus.emitter import RemovableEventHandle
-from aengine.bus.inbox import Overflow
-from aengine.drivers.services import Service
-from aengine.engine import Engine
-from aengine.errors import (
-    AengineError,
-    CheckpointDamaged,
-    CheckpointError,
-    CheckpointLocked,
-    CheckpointMismatch,
-    CheckpointNotFound,
-    CheckpointNotWritten,
-    CheckpointWarning,
-    DataExhausted,
-    DataExhaustedWarning,
-    DataOrderWarning,
-    EngineBusy,
-    HandlerTimeout,
-    InboxOverflow,
-    NotSerializable,
-    StrayCancellation,
-)
-from aengine.events import Event, EventEnum, Events, EventsList
-from aengine.signals import stop_on_signals
-from aengine.state import ErrorInfo, State, StopReason
-from aengine.statistics import EngineStatistics, ListenerInfo
+from typing import TYPE_CHECKING
+
+from aengine.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from aengine.bus.emitter import RemovableEventHandle
+    from aengine.bus.stream import Stream
+    from aengine.checkpoint import Checkpoint, Keep
+    from aengine.drivers.services import Service
+    from aengine.engine import Engine
+    from aengine.errors import (
+        AengineError,
+        CheckpointDamaged,
+        CheckpointError,
+        CheckpointLocked,
+        CheckpointMismatch,
+        CheckpointNotFound,
+        CheckpointNotWritten,
+        CheckpointWarning,
+        DataExhausted,
+        DataExhaustedWarning,
+        DataOrderWarning,
+        EngineBusy,
+        HandlerTimeout,
+        InboxOverflow,
+        NotSerializable,
+        StrayCancellation,
+    )
+    from aengine.events import Event, EventEnum, EventLike, Events, EventsList, FilteredEvent
+    from aengine.signals import stop_on_signals
+    from aengine.state import ErrorInfo, State, Stateful, StopReason
+    from aengine.statistics import EngineStatistics, ListenerInfo, ListenerStatistics, ServiceStatistics
+else:  # out of sight of type checkers, which would take any name for one of this module's
+    __getattr__, __dir__ = lazy_names(
+        __name__,
+        {
+            "bus.emitter": "RemovableEventHandle",
+            "bus.stream": "Stream",
+            "checkpoint": "Checkpoint Keep",
+            "drivers.services": "Service",
+            "engine": "Engine",
+            "errors": "AengineError CheckpointDamaged CheckpointError CheckpointLocked CheckpointMismatch"
+            " CheckpointNotFound CheckpointNotWritten CheckpointWarning DataExhausted DataExhaustedWarning"
+            " DataOrderWarning EngineBusy HandlerTimeout InboxOverflow NotSerializable StrayCancellation",
+            "events": "Event EventEnum EventLike Events EventsList FilteredEvent",
+            "signals": "stop_on_signals",
+            "state": "ErrorInfo State Stateful StopReason",
+            "statistics": "EngineStatistics ListenerInfo ListenerStatistics ServiceStatistics",
+        },
+    )
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AengineError",
+    "Checkpoint",
     "CheckpointDamaged",
     "CheckpointError",
     "CheckpointLocked",
@@ -66,17 +91,23 @@ __all__ = [
     "ErrorInfo",
     "Event",
     "EventEnum",
+    "EventLike",
     "Events",
     "EventsList",
+    "FilteredEvent",
     "HandlerTimeout",
     "InboxOverflow",
+    "Keep",
     "ListenerInfo",
+    "ListenerStatistics",
     "NotSerializable",
-    "Overflow",
     "RemovableEventHandle",
     "Service",
+    "ServiceStatistics",
     "State",
+    "Stateful",
     "StopReason",
     "StrayCancellation",
+    "Stream",
     "stop_on_signals",
 ]

@@ -29,23 +29,23 @@ def check_whole(value: Any, what: str, *, minimum: int, of: str = "", alternativ
     raise ValueError(f"{what} is a whole number{counted}, {minimum} or more{other}; got {value!r}")
 
 
-def check_seconds(value: Any, what: str, usual: float, *, positive: bool = False, alternative: str = "") -> float:
-    """Return the value, which must be a number of seconds, 0 or more; it may be infinite.
+def check_seconds(value: Any, what: str, usual: float, *, positive: bool = False) -> float:
+    """Return the seconds that a duration is: a number of them, which may be infinite, or a timedelta; 0 or more.
 
     Args:
         value: what the user gave.
         what: the argument, as the user writes it.
         usual: an example for the message.
         positive: 0 is refused as well.
-        alternative: what else the caller takes, for the message.
 
     Raises:
-        TypeError: it is no number.
+        TypeError: it is neither.
         ValueError: it is negative, or NaN.
     """
+    if isinstance(value, timedelta):
+        value = value.total_seconds()
     if isinstance(value, bool) or not isinstance(value, int | float):
-        other = f", or {alternative}" if alternative else ""
-        raise TypeError(f"{what} is a number of seconds, such as {usual}{other}; got {value!r}")
+        raise TypeError(f"{what} is a number of seconds, such as {usual}, or a timedelta; got {value!r}")
     if not value >= 0 or (positive and value == 0):
         least = "more than 0 seconds" if positive else "0 seconds or more"
         raise ValueError(f"{what} is {least}, such as {usual}; got {value!r}")

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
+from datetime import timedelta
 from functools import partial
 from typing import Any, Generic, NoReturn, TypeVar, overload
 
@@ -16,7 +17,7 @@ from aengine.callables import check_callable, is_async_callable, name_of
 from aengine.drivers.iterate import IterationStream
 from aengine.drivers.services import Service
 from aengine.drivers.session import Session
-from aengine.events import AnyEvent, Event, EventEnum
+from aengine.events import Event, EventEnum, EventLike
 from aengine.loop.requests import Request, Requests
 from aengine.state import Randomness, State
 from aengine.statistics import EngineStatistics, ListenerInfo
@@ -53,8 +54,8 @@ class Engine(Generic[Batch, Output]):
         thread: None for where the step belongs: a plain one on the worker, unless a mode or profiler of torch is on
             where the engine is run, which sees that thread only; False to run a plain step on the event loop's own
             thread; True to insist on the worker.
-        grace: seconds that clean-up may take: handlers of CANCELLED and EXCEPTION_RAISED, subscribers that are behind,
-            services, closing the data.
+        grace: seconds, or a timedelta, that clean-up may take: handlers of CANCELLED and EXCEPTION_RAISED, subscribers
+            that are behind, services, closing the data.
 
     Attributes:
         state: what the loop knows. Another `State` can be assigned between runs: the next one begins anew.
@@ -64,7 +65,7 @@ class Engine(Generic[Batch, Output]):
 
     Raises:
         TypeError, ValueError: the step cannot be called as `step(engine, batch)`, `thread=True` was given for an async
-            one, or `grace` is no number of seconds, 0 or more.
+            one, or `grace` is no duration, 0 or more.
 
     Example:
         >>> engine = Engine(lambda engine, batch: batch * 2)
@@ -78,10 +79,9 @@ class Engine(Generic[Batch, Output]):
         *,
         name: str | None = None,
         thread: bool | None = None,
-        grace: float = 30.0,
+        grace: float | timedelta = 30.0,
     ) -> None:
         check_callable(step, "the step", "step", "engine", "batch")
-        check_seconds(grace, "grace=", 30.0)
         is_async = is_async_callable(step)
         if thread and is_async:
             raise TypeError(
@@ -101,7 +101,7 @@ class Engine(Generic[Batch, Output]):
             is_async=is_async,
             threaded=not is_async and thread is not False,
             insists=thread is True,
-            grace=grace,
+            grace=check_seconds(grace, "grace=", 30.0),
         )
 
     # What looks into pytorch-ignite's engine finds the way here. Not by __getattr__: each access would be slower by it.
@@ -205,7 +205,7 @@ class Engine(Generic[Batch, Output]):
 
     # Listening
 
-    def on(self, event: AnyEvent, *args: Any, **kwargs: Any) -> Callable[[Handler], Handler]:
+    def on(self, event: EventLike, *args: Any, **kwargs: Any) -> Callable[[Handler], Handler]:
         """Return a decorator that adds an inline handler, and returns it as it was. See `add_event_handler`.
 
         Raises:
@@ -221,7 +221,7 @@ class Engine(Generic[Batch, Output]):
         return add
 
     def add_event_handler(
-        self, event: AnyEvent, handler: Callable[..., Any], *args: Any, **kwargs: Any
+        self, event: EventLike, handler: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> RemovableEventHandle:
         """Add an inline handler: it runs between two steps, in order of registration, and the loop waits for it.
 
@@ -238,7 +238,7 @@ class Engine(Generic[Batch, Output]):
         """
         return self._emitter.add_inline(event, handler, args, kwargs)
 
-    def remove_event_handler(self, handler: Callable[..., Any], event: AnyEvent) -> None:
+    def remove_event_handler(self, handler: Callable[..., Any], event: EventLike) -> None:
         """Remove an inline handler from the very event, with its filter, that it was added with.
 
         Raises:
@@ -246,14 +246,14 @@ class Engine(Generic[Batch, Output]):
         """
         self._emitter.remove_inline(handler, event)
 
-    def has_event_handler(self, handler: Callable[..., Any], event: AnyEvent | None = None) -> bool:
+    def has_event_handler(self, handler: Callable[..., Any], event: EventLike | None = None) -> bool:
         """Say whether an inline handler listens: to anything; to an event, or, filtered, with that very filter."""
         return self._emitter.has_inline(handler, event)
 
     @overload
     def subscribe(
         self,
-        event: AnyEvent,
+        event: EventLike,
         handler: None = None,
         *,
         buffer: int = 64,
@@ -265,7 +265,7 @@ class Engine(Generic[Batch, Output]):
     @overload
     def subscribe(
         self,
-        event: AnyEvent,
+        event: EventLike,
         handler: Callable[[Event], Any],
         *,
         buffer: int = 64,
@@ -276,7 +276,7 @@ class Engine(Generic[Batch, Output]):
     ) -> RemovableEventHandle: ...
     def subscribe(
         self,
-        event: AnyEvent,
+        event: EventLike,
         handler: Callable[[Event], Any] | None = None,
         *,
         buffer: int = 64,
@@ -324,7 +324,7 @@ class Engine(Generic[Batch, Output]):
 
     def stream(
         self,
-        event: AnyEvent,
+        event: EventLike,
         *,
         buffer: int = 64,
         overflow: Overflow | str = "drop_oldest",
@@ -379,11 +379,11 @@ class Engine(Generic[Batch, Output]):
         """
         self._emitter.register(events, event_to_attr)
 
-    def has_registered_events(self, event: AnyEvent) -> bool:
+    def has_registered_events(self, event: EventLike) -> bool:
         """Say whether all of these can be listened to here."""
         return self._emitter.has_registered(event)
 
-    def fire_event(self, event: AnyEvent, payload: Any = None) -> None:
+    def fire_event(self, event: EventLike, payload: Any = None) -> None:
         """Fire an event, from a step or a plain handler: inline handlers run at once, then the inboxes are filled.
 
         On the worker thread it waits for async handlers and for room in inboxes. Elsewhere it never waits: events over
@@ -401,7 +401,7 @@ class Engine(Generic[Batch, Output]):
         """
         self._emitter.fire(self, event, payload)
 
-    def fire_event_soon(self, event: AnyEvent, payload: Any = None) -> bool:
+    def fire_event_soon(self, event: EventLike, payload: Any = None) -> bool:
         """Have the loop fire an event before its next step, where the state is that of a completed one.
 
         From any thread or task, without waiting. Where the loop is paused, it is fired there. Returns False, and does
@@ -422,7 +422,7 @@ class Engine(Generic[Batch, Output]):
         """Return the listeners (of a bound method: its object) that have a state to save, each once, event by event."""
         return self._emitter.stateful_listeners(self)
 
-    async def emit(self, event: AnyEvent, payload: Any = None) -> None:
+    async def emit(self, event: EventLike, payload: Any = None) -> None:
         """Fire an event from async code: awaits its inline handlers, and room in the inboxes of its subscribers.
 
         Cancellable; an event that has been sent stays sent. From a subscriber's own handler it never deadlocks: where
@@ -562,19 +562,19 @@ class Engine(Generic[Batch, Output]):
         """
         return self._session.state_dict(self)
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], *, begins_anew: bool = False) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Any], *, restart_if_done: bool = False) -> None:
         """Go on, at the next `run()`, where a `state_dict` was taken, by this engine or by pytorch-ignite's.
 
         Args:
             state_dict: what was taken.
-            begins_anew: whether an engine that was done begins anew, as it does in memory: for one that is run again
-                and again, as an evaluator. By default it has nothing left but its last event.
+            restart_if_done: whether an engine that was done begins anew, as it does in memory: for one that is run
+                again and again, as an evaluator. By default it has nothing left but its last event.
 
         Raises:
             EngineBusy: a run is under way.
             ValueError: a key is missing, or two contradict each other.
         """
-        self._session.load_state_dict(self, state_dict, begins_anew=begins_anew)
+        self._session.load_state_dict(self, state_dict, restart_if_done=restart_if_done)
 
     def statistics(self) -> EngineStatistics:
         """Return where the time goes, and what becomes of the events. Cheap; at any time, from any thread."""

@@ -206,7 +206,7 @@ class NamedEvent(Protocol):
         ...
 
 
-AnyEvent: TypeAlias = str | NamedEvent | Iterable[NamedEvent]
+EventLike: TypeAlias = str | NamedEvent | Iterable[NamedEvent]
 """What can be listened to: an event, filtered or not, its name, several with `|`, or pytorch-ignite's likewise."""
 
 
@@ -297,7 +297,7 @@ def event_name(event: object) -> str | None:
     return name if isinstance(name, str) else None
 
 
-def selectors(event: AnyEvent) -> tuple[Selector, ...]:
+def selectors(event: EventLike) -> tuple[Selector, ...]:
     """Take apart whatever can be listened to. Raises TypeError for anything else."""
     return tuple(_selector(one) for one in _flat(event))
 

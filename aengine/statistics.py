@@ -92,7 +92,7 @@ class EngineStatistics:
         data: seconds the loop waited for batches.
         step: seconds in the step.
         handlers: seconds in each inline handler of the loop's events, by the handler's qualified name.
-        handlers_of_fired: seconds in each inline handler of events of one's own. They are part of the time of what
+        fired_handlers: seconds in each inline handler of events of one's own. They are part of the time of what
             fires the event: the step, another handler, or a task beside the loop.
         back_pressure: seconds the loop waited for room in the inboxes of slow subscribers.
         event_loop: seconds the loop had given way to other tasks, or was paused.
@@ -113,7 +113,7 @@ class EngineStatistics:
     data: float
     step: float
     handlers: Mapping[str, float]
-    handlers_of_fired: Mapping[str, float]
+    fired_handlers: Mapping[str, float]
     back_pressure: float
     event_loop: float
     lag: float

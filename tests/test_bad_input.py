@@ -3,7 +3,6 @@
 import math
 import re
 from collections.abc import AsyncIterator, Callable, Iterator
-from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -63,7 +62,7 @@ def test_async_step_cannot_be_put_on_the_worker() -> None:
         Engine(async_step, thread=True)
 
 
-@pytest.mark.parametrize("value", [timedelta(seconds=30), None, "30", True])
+@pytest.mark.parametrize("value", [None, "30", True])
 def test_grace_must_be_a_number_of_seconds(value: Any) -> None:
     with refused(TypeError, "grace=", "seconds", "30.0", repr(value)):
         Engine(double, grace=value)

@@ -13,7 +13,7 @@ from aengine.bus.listeners import InlineHandler
 from aengine.bus.subscriber import Subscriber
 from aengine.bus.topic import Topic
 from aengine.callables import name_of
-from aengine.events import AnyEvent, Event, EventEnum, Events, Selector, event_name, selectors
+from aengine.events import Event, EventEnum, EventLike, Events, Selector, event_name, selectors
 from aengine.state import State, Stateful
 from aengine.statistics import ListenerInfo
 from aengine.threads.worker import close_unawaited
@@ -99,7 +99,7 @@ class EventEmitter:
 
     # Listening
 
-    def select(self, event: AnyEvent) -> tuple[Selector, ...]:
+    def select(self, event: EventLike) -> tuple[Selector, ...]:
         """Take an event apart, as `selectors`.
 
         Raises:
@@ -116,7 +116,7 @@ class EventEmitter:
         return chosen
 
     def add_inline(
-        self, event: AnyEvent, handler: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, event: EventLike, handler: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> RemovableEventHandle:
         """Add an inline handler, to each of several events."""
         # All are made before one listens: what cannot be called is added to none.
@@ -129,7 +129,7 @@ class EventEmitter:
         for one in handlers:
             self.bus.topic(one.selector.name).unsubscribe([one])
 
-    def remove_inline(self, handler: Callable[..., Any], event: AnyEvent) -> None:
+    def remove_inline(self, handler: Callable[..., Any], event: EventLike) -> None:
         """Remove an inline handler from the very event that it was added with, or raise ValueError."""
         for selector in self.select(event):
             found = [one for one in self._find(handler, selector) if one.selector == selector]
@@ -140,7 +140,7 @@ class EventEmitter:
                 )
             self._remove(found)
 
-    def has_inline(self, handler: Callable[..., Any], event: AnyEvent | None) -> bool:
+    def has_inline(self, handler: Callable[..., Any], event: EventLike | None) -> bool:
         """Say whether an inline handler listens: to anything; to an event, or, filtered, with that very filter."""
         if event is None:
             return any(one.handler == handler for topic in self.bus.topics for one in topic.inline)
@@ -220,11 +220,11 @@ class EventEmitter:
             if not hasattr(state, attribute):
                 setattr(state, attribute, 0)
 
-    def has_registered(self, event: AnyEvent) -> bool:
+    def has_registered(self, event: EventLike) -> bool:
         """Say whether all of these can be listened to here."""
         return all(selector.name in self.registered for selector in selectors(event))
 
-    def fire(self, engine: Any, event: AnyEvent, payload: Any) -> None:
+    def fire(self, engine: Any, event: EventLike, payload: Any) -> None:
         """Fire an event from plain code, as `Engine.fire_event`."""
         topic, count = self._topic_to_fire(event, payload)
         runner = self.runner
@@ -249,7 +249,7 @@ class EventEmitter:
         if deferred and runner is not None:
             runner.defer_backpressure(deferred)
 
-    async def emit(self, engine: Any, event: AnyEvent, payload: Any) -> None:
+    async def emit(self, engine: Any, event: EventLike, payload: Any) -> None:
         """Fire an event from async code, as `Engine.emit`."""
         topic, count = self._topic_to_fire(event, payload)
         runner = self.runner
@@ -275,14 +275,14 @@ class EventEmitter:
                 f"flush() would wait for ever: events wait for {waiting}, and no run is under way to handle them"
             )
 
-    def name_to_fire(self, event: AnyEvent) -> str:
+    def name_to_fire(self, event: EventLike) -> str:
         """Return the name of the one event that this is; raise ValueError for several."""
         chosen = self.select(event)
         if len(chosen) != 1:
             raise ValueError(f"one event is fired at a time, got {event!r}")
         return chosen[0].name
 
-    def _topic_to_fire(self, event: AnyEvent, payload: Any) -> tuple[Topic, int]:
+    def _topic_to_fire(self, event: EventLike, payload: Any) -> tuple[Topic, int]:
         topic = self.bus.topic(self.name_to_fire(event))
         return topic, topic.count_firing(payload)
 

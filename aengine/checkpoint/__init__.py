@@ -10,11 +10,9 @@ await trainer.run(loader, max_epochs=10)
 What needs torch is loaded when it is first asked for: `python -m aengine checkpoints` reads a directory without.
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING
 
-from aengine.checkpoint.store.manifest import CheckpointInfo
-from aengine.checkpoint.store.retention import Keep
+from aengine.lazy import lazy_names
 
 if TYPE_CHECKING:
     from aengine.checkpoint.capture.randomness import RandomStates
@@ -22,14 +20,21 @@ if TYPE_CHECKING:
     from aengine.checkpoint.checkpoint import Checkpoint
     from aengine.checkpoint.events import CheckpointCommitted, CheckpointEvents
     from aengine.checkpoint.formats.serializers import Serializer, TorchFile
+    from aengine.checkpoint.store.manifest import CheckpointInfo
+    from aengine.checkpoint.store.retention import Keep
 else:  # out of sight of type checkers, which would take any name for one of this module's
-
-    def __getattr__(name: str) -> object:
-        if name not in _WITH_TORCH:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        value = globals()[name] = getattr(import_module(f"{__name__}.{_WITH_TORCH[name]}"), name)
-        return value
-
+    __getattr__, __dir__ = lazy_names(
+        __name__,
+        {
+            "capture.randomness": "RandomStates",
+            "capture.trainable": "trainable",
+            "checkpoint": "Checkpoint",
+            "events": "CheckpointCommitted CheckpointEvents",
+            "formats.serializers": "Serializer TorchFile",
+            "store.manifest": "CheckpointInfo",
+            "store.retention": "Keep",
+        },
+    )
 
 __all__ = [
     "Checkpoint",
@@ -42,13 +47,3 @@ __all__ = [
     "TorchFile",
     "trainable",
 ]
-
-_WITH_TORCH = {
-    "Checkpoint": "checkpoint",
-    "CheckpointCommitted": "events",
-    "CheckpointEvents": "events",
-    "RandomStates": "capture.randomness",
-    "Serializer": "formats.serializers",
-    "TorchFile": "formats.serializers",
-    "trainable": "capture.trainable",
-}

@@ -32,7 +32,7 @@ from aengine.checkpoint.store.store import Store
 from aengine.checkpoint.writer import Writer
 from aengine.engine import Engine
 from aengine.errors import CheckpointWarning, EngineBusy
-from aengine.events import AnyEvent, Events, FilteredEvent, Selector, selectors
+from aengine.events import EventLike, Events, FilteredEvent, Selector, selectors
 from aengine.threads.dedicated import DedicatedThread, wait_until_done
 
 _logger = logging.getLogger("aengine.checkpoint")
@@ -159,7 +159,7 @@ class Checkpoint:
 
     # Saving
 
-    def attach(self, engine: AnyEngine, event: AnyEvent) -> RemovableEventHandle:
+    def attach(self, engine: AnyEngine, event: EventLike) -> RemovableEventHandle:
         """Save at an event, filtered or not, or at several: also on time, by `every=timedelta(minutes=10)`.
 
         Returns what detaches it again.
@@ -265,7 +265,7 @@ class Checkpoint:
             "on request",
         )
 
-    def _subscribe(self, engine: AnyEngine, event: AnyEvent, where: Selector, role: str) -> RemovableEventHandle:
+    def _subscribe(self, engine: AnyEngine, event: EventLike, where: Selector, role: str) -> RemovableEventHandle:
         handle = engine.subscribe(
             event,
             partial(self._saver.follow, engine),

@@ -27,7 +27,7 @@ def statistics_of(bus: Bus, services: tuple[ServiceStatistics, ...], *, is_runni
         data=watch.data,
         step=watch.step,
         handlers=handlers,
-        handlers_of_fired=of_fired,
+        fired_handlers=of_fired,
         back_pressure=watch.back_pressure,
         event_loop=watch.event_loop,
         lag=watch.lag,

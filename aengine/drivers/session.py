@@ -474,11 +474,11 @@ class Session:
             saved["random"] = engine.randomness.capture()
         return saved
 
-    def load_state_dict(self, engine: Any, state_dict: Mapping[str, Any], *, begins_anew: bool) -> None:
+    def load_state_dict(self, engine: Any, state_dict: Mapping[str, Any], *, restart_if_done: bool) -> None:
         """Go on at the next run where a `state_dict` was taken, as `Engine.load_state_dict`."""
         self.refuse_running("load its state before run()")
         progress = from_state_dict(state_dict, self._state, engine.state_dict_user_keys)
-        self._progress = replace(progress, is_loaded=False) if begins_anew else progress
+        self._progress = replace(progress, is_loaded=False) if restart_if_done else progress
         self._give_up()
         self._rng_to_restore = state_dict.get("random")
         self._bus.restore_own_counts(state_dict.get("fired", {}))

@@ -7,7 +7,7 @@ from typing import Any
 
 from aengine.arguments import check_choice, check_whole
 from aengine.engine import Engine
-from aengine.events import AnyEvent, Events
+from aengine.events import EventLike, Events
 from aengine.handlers.attachment import Attachment
 from aengine.handlers.scores import MODES, Score, score_reader
 
@@ -74,7 +74,7 @@ class EarlyStopping:
         return self._progress.waited
 
     def attach(
-        self, trainer: Engine[Any, Any], evaluator: Engine[Any, Any] | None = None, event: AnyEvent | None = None
+        self, trainer: Engine[Any, Any], evaluator: Engine[Any, Any] | None = None, event: EventLike | None = None
     ) -> None:
         """Read the evaluator's score at its COMPLETED; without an evaluator, the trainer's at each EPOCH_COMPLETED.
 

@@ -19,7 +19,7 @@ from torch.profiler import ProfilerAction, record_function
 
 from aengine.bus.emitter import RemovableEventHandle
 from aengine.engine import Engine
-from aengine.events import AnyEvent, Event, EventEnum, Events, selectors
+from aengine.events import Event, EventEnum, EventLike, Events, selectors
 from aengine.handlers.attachment import Attachment
 
 AnyEngine: TypeAlias = Engine[Any, Any]
@@ -44,7 +44,7 @@ class ProfilingEvents(EventEnum):
 def profile(
     engine: AnyEngine,
     directory: str | os.PathLike[str],
-    on: AnyEvent | Schedule,
+    on: EventLike | Schedule,
     *,
     iterations: int = 3,
     warmup: int = 1,
@@ -201,7 +201,7 @@ class _Recorded(NamedTuple):
 class _Windows(NamedTuple):
     """When windows open, and by which schedule: one that counts from the begin of the run, or of the window."""
 
-    event: AnyEvent
+    event: EventLike
     schedule: Schedule
     is_of_run: bool
 

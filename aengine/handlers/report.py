@@ -29,8 +29,8 @@ def table(statistics: EngineStatistics) -> str:
         [name, _seconds(seconds), _share(seconds, s.total)] for name, seconds in {**spent, "the rest": rest}.items()
     ]
     parts = [title, *_rows(["in the loop", "seconds", "of all"], loop)]
-    if s.handlers_of_fired:
-        fired = [[name, _seconds(seconds)] for name, seconds in s.handlers_of_fired.items()]
+    if s.fired_handlers:
+        fired = [[name, _seconds(seconds)] for name, seconds in s.fired_handlers.items()]
         parts += ["", *_rows(["of events that were fired", "seconds"], fired)]
     if s.listeners:
         beside = [

@@ -27,8 +27,7 @@ class TimeLimit:
     """
 
     def __init__(self, limit: float | timedelta) -> None:
-        given = limit.total_seconds() if isinstance(limit, timedelta) else limit
-        seconds = check_seconds(given, "a TimeLimit", 3600.0, positive=True, alternative="a timedelta")
+        seconds = check_seconds(limit, "a TimeLimit", 3600.0, positive=True)
         self._attachment = Attachment()
         self._clock = _Clock(lambda: seconds)
 

@@ -7,7 +7,7 @@ from time import perf_counter
 from typing import Any, Self
 
 from aengine.engine import Engine
-from aengine.events import AnyEvent, Events
+from aengine.events import EventLike, Events
 from aengine.handlers.attachment import Attachment
 
 _ENDS = Events.TERMINATE | Events.COMPLETED | Events.CANCELLED | Events.EXCEPTION_RAISED
@@ -48,10 +48,10 @@ class Timer:
     def attach(
         self,
         engine: Engine[Any, Any],
-        start: AnyEvent = Events.STARTED,
-        pause: AnyEvent = Events.COMPLETED,
-        resume: AnyEvent | None = None,
-        step: AnyEvent | None = None,
+        start: EventLike = Events.STARTED,
+        pause: EventLike = Events.COMPLETED,
+        resume: EventLike | None = None,
+        step: EventLike | None = None,
     ) -> Self:
         """Start, pause and step it at events of an engine.
 

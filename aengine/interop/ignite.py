@@ -40,7 +40,7 @@ from weakref import ref
 from aengine.bus.emitter import RemovableEventHandle
 from aengine.callables import check_function, is_async_callable, name_of
 from aengine.engine import Engine
-from aengine.events import AnyEvent
+from aengine.events import EventLike
 
 try:
     import ignite.engine
@@ -150,7 +150,7 @@ class _View:
         """Run as ignite's engine does: the caller waits. Raises RuntimeError where an event loop runs."""
         return self._engine.run_sync(data, max_epochs, max_iters, epoch_length)
 
-    def on(self, event_name: AnyEvent, *args: Any, **kwargs: Any) -> Callable[[Handler], Handler]:
+    def on(self, event_name: EventLike, *args: Any, **kwargs: Any) -> Callable[[Handler], Handler]:
         """Return a decorator that adds an inline handler, which is given the view."""
 
         def add(handler: Handler) -> Handler:
@@ -160,7 +160,7 @@ class _View:
         return add
 
     def add_event_handler(
-        self, event_name: AnyEvent, handler: Callable[..., Any], *args: Any, **kwargs: Any
+        self, event_name: EventLike, handler: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> RemovableEventHandle:
         """Add an inline handler, which is given the view. Otherwise as `Engine.add_event_handler`."""
         check_function(handler, "a handler")

@@ -15,7 +15,7 @@ from aengine.arguments import check_choice, check_seconds, check_whole
 from aengine.bus.listeners import Observer
 from aengine.callables import check_callable
 from aengine.engine import Engine, session_of
-from aengine.events import AnyEvent, Events, Filter, FilteredEvent, date_of, selectors
+from aengine.events import EventLike, Events, Filter, FilteredEvent, date_of, selectors
 from aengine.loggers.retry import name_of_sink
 from aengine.loggers.scalars import numbers_of, snapshot
 from aengine.loggers.sink import Record, Sink, Write
@@ -62,7 +62,7 @@ class Tracker:
     def __init__(
         self,
         sink: Sink | Write,
-        event: AnyEvent,
+        event: EventLike,
         values: Callable[[AnyEngine], Mapping[str, Any]],
         step: Callable[[AnyEngine], int] | None,
         spool: int,
@@ -118,7 +118,7 @@ class Tracker:
 def track(
     engine: AnyEngine,
     sink: Sink | Write,
-    event: AnyEvent = Events.ITERATION_COMPLETED | Events.EPOCH_COMPLETED,
+    event: EventLike = Events.ITERATION_COMPLETED | Events.EPOCH_COMPLETED,
     *,
     values: Callable[[AnyEngine], Mapping[str, Any]] = numbers_of,
     step: Callable[[AnyEngine], int] | None = None,
@@ -163,7 +163,7 @@ def track(
     check_callable(values, "values=", "values", "engine")
     if step is not None:
         check_callable(step, "step=", "step", "engine")
-    check_seconds(linger, "linger=", 5.0)
+    linger = check_seconds(linger, "linger=", 5.0)
     check_whole(spool, "spool=", minimum=1, of="records that may wait")
     check_choice(on_error, "on_error=", ("warn", "raise"))
     engine.on(event)  # raises for what is no event of this engine

@@ -16,12 +16,12 @@ from torch.optim.swa_utils import AveragedModel
 
 from aengine.callables import name_of
 from aengine.engine import Engine
-from aengine.events import AnyEvent, Events
+from aengine.events import EventLike, Events
 from aengine.training.update import UpdateEvents
 
 
 def attach_average(
-    engine: Engine[Any, Any], average: AveragedModel, model: torch.nn.Module, event: AnyEvent | None = None
+    engine: Engine[Any, Any], average: AveragedModel, model: torch.nn.Module, event: EventLike | None = None
 ) -> None:
     """Update an average with the weights of a model at each firing of an event.
 

@@ -18,7 +18,7 @@ import torch
 from aengine.callables import name_of
 from aengine.checkpoint.capture.metrics import MetricStates
 from aengine.engine import Engine
-from aengine.events import AnyEvent, Events
+from aengine.events import EventLike, Events
 from aengine.extras import missing_package
 from aengine.handlers.attachment import Attachment
 
@@ -113,7 +113,7 @@ class AttachedMetric:
                 )
         if self.name in [one.name for one in others]:
             raise ValueError(f"engine {engine.name!r} has a metric {self.name!r} already: give this one another name")
-        computed_at: AnyEvent = Events.EPOCH_COMPLETED
+        computed_at: EventLike = Events.EPOCH_COMPLETED
         if every is not None:
             computed_at = Events.ITERATION_COMPLETED(every=every) | computed_at
         self._attachment.begin(self, engine)

@@ -16,13 +16,13 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from aengine.callables import name_of
 from aengine.engine import Engine
-from aengine.events import AnyEvent
+from aengine.events import EventLike
 from aengine.handlers.attachment import Attachment
 from aengine.handlers.scores import Score, score_reader
 
 
 def attach_scheduler(
-    engine: Engine[Any, Any], scheduler: LRScheduler, event: AnyEvent, *, metric: Score | None = None
+    engine: Engine[Any, Any], scheduler: LRScheduler, event: EventLike, *, metric: Score | None = None
 ) -> "Schedule":
     """Have a scheduler take a step at each firing of an event.
 
@@ -60,7 +60,7 @@ class Schedule:
         self._attachment = Attachment()
         self._metric = None if metric is None else score_reader(metric, "metric")
 
-    def attach(self, engine: Engine[Any, Any], event: AnyEvent) -> None:
+    def attach(self, engine: Engine[Any, Any], event: EventLike) -> None:
         """Take a step at each firing of an event: see `attach_scheduler`."""
         others = (one for one in engine.stateful_listeners() if isinstance(one, Schedule))
         if any(one.scheduler is self.scheduler for one in others):

@@ -144,9 +144,9 @@ async def test_handlers_of_fired_events_are_not_counted_twice(thread: Thread) ->
     await engine.run(range(20))
     statistics = engine.statistics()
     assert set(statistics.handlers) == {f"{here}.{name}" for name in ("ask", "answer", "look")}
-    assert set(statistics.handlers_of_fired) == {f"{here}.tell"}
+    assert set(statistics.fired_handlers) == {f"{here}.tell"}
     assert statistics.handlers[f"{here}.answer"] >= 1e-3
-    assert 50e-3 <= statistics.handlers_of_fired[f"{here}.tell"] <= statistics.step
+    assert 50e-3 <= statistics.fired_handlers[f"{here}.tell"] <= statistics.step
     assert statistics.step + sum(statistics.handlers.values()) <= statistics.total
 
 
@@ -165,7 +165,7 @@ async def test_handlers_of_what_is_fired_beside_the_loop_are_timed_each_time() -
 
     await engine.run(range(1000))
     statistics = engine.statistics()
-    (told,) = statistics.handlers_of_fired.values()
+    (told,) = statistics.fired_handlers.values()
     assert told >= 10e-3
     assert not statistics.handlers
 

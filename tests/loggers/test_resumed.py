@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from aengine import Engine, Events
 from aengine.checkpoint import Checkpoint, CheckpointEvents, Keep
-from aengine.events import AnyEvent
+from aengine.events import EventLike
 from aengine.loggers import Record, track
 from aengine.loggers.jsonl import JSONLines
 from aengine.loggers.tensorboard import TensorBoard
@@ -39,7 +39,7 @@ def without_times(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
 class Training:
     """A training whose steps fail where it is told to, with an evaluator that writes to the same file."""
 
-    def __init__(self, folder: Path, events: AnyEvent = BOTH, *, saves_at: AnyEvent, fails_at: int = 0) -> None:
+    def __init__(self, folder: Path, events: EventLike = BOTH, *, saves_at: EventLike, fails_at: int = 0) -> None:
         self.path = folder / "log.jsonl"
         self.model = torch.nn.Linear(1, 1)
         with torch.no_grad():
@@ -84,7 +84,7 @@ def by_engine(lines: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     ids=["in epochs", "before ends of epochs", "at ends of epochs"],
 )
 async def test_log_of_a_resumed_run_is_that_of_one_that_was_never_stopped(
-    fails_at: int, saves_at: AnyEvent, tmp_path: Path
+    fails_at: int, saves_at: EventLike, tmp_path: Path
 ) -> None:
     whole = Training(tmp_path / "whole", saves_at=saves_at)
     expected = await whole.run()
@@ -130,7 +130,7 @@ async def test_lines_of_others_and_of_the_user_stay(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("events", [Events.ITERATION_COMPLETED(every=3), Events.EPOCH_COMPLETED, Events.EPOCH_STARTED])
-async def test_sparse_lines_are_there_once(events: AnyEvent, tmp_path: Path) -> None:
+async def test_sparse_lines_are_there_once(events: EventLike, tmp_path: Path) -> None:
     saves_at = Events.ITERATION_COMPLETED(every=7)
     expected = await Training(tmp_path / "whole", events, saves_at=saves_at).run()
     for fails_at in (13, 19):
@@ -208,7 +208,7 @@ async def test_tensorboard_shows_each_step_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize("write_in", ["thread", pytest.param("process", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("saves_at", [Events.ITERATION_COMPLETED(every=4), Events.EPOCH_COMPLETED])
 async def test_lines_of_what_a_checkpoint_covers_are_written_before_it(
-    write_in: Any, saves_at: AnyEvent, tmp_path: Path
+    write_in: Any, saves_at: EventLike, tmp_path: Path
 ) -> None:
     path = tmp_path / "log.jsonl"
     engine: AnyEngine = Engine(lambda engine, batch: float(batch), name="trainer")

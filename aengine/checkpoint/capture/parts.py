@@ -272,7 +272,7 @@ class _NestedEngine:
         return {"engine": self.engine.state_dict(), "metrics": _plain_numbers(self.engine.state.metrics)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        self.engine.load_state_dict(state_dict["engine"], begins_anew=True)
+        self.engine.load_state_dict(state_dict["engine"], restart_if_done=True)
         self.engine.state.metrics.update(state_dict["metrics"])
 
 

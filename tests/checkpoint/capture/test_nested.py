@@ -108,11 +108,11 @@ async def test_an_engine_that_is_loaded_begins_anew_where_that_is_asked_for() ->
     done: AnyEngine = Engine(lambda engine, batch: None)
     await done.run([1, 2], max_epochs=2)
     iterations: list[int] = []
-    for begins_anew in (False, True):
+    for restart_if_done in (False, True):
         engine: AnyEngine = Engine(lambda engine, batch: None)
         steps = Counted()
         engine.add_event_handler(Events.ITERATION_COMPLETED, steps)
-        engine.load_state_dict(done.state_dict(), begins_anew=begins_anew)
+        engine.load_state_dict(done.state_dict(), restart_if_done=restart_if_done)
         await engine.run([1, 2], max_epochs=2)
         iterations.append(steps.count)
     assert iterations == [0, 4]
