@@ -12,11 +12,11 @@ class Record:
     """The numbers of a run at one event.
 
     Attributes:
-        step: the iteration, or what `track(step=)` gave in its place.
+        step: the iteration, or what `Tracker(step=)` gave in its place.
         epoch: the epoch.
         time: seconds since 1970, of the event and not of the writing.
         event: the name of the event, such as "ITERATION_COMPLETED".
-        engine: the name of the engine.
+        engine_name: the engine's.
         values: numbers by name.
     """
 
@@ -24,7 +24,7 @@ class Record:
     epoch: int
     time: float
     event: str
-    engine: str
+    engine_name: str
     values: Mapping[str, int | float]
 
 
@@ -79,11 +79,11 @@ class Rewindable(Protocol):
     the run. What is to be done about it is done at the next `write`, of whichever engine.
     """
 
-    def run_went_back(self, engine: str, standing: Mapping[str, int], /) -> None:
+    def run_went_back(self, engine_name: str, standing: Mapping[str, int], /) -> None:
         """A run of the engine of this name went back.
 
         Args:
-            engine: its name.
+            engine_name: whose run it is.
             standing: by the names of events, up to which step the records of that event stand. Those of later steps, if
                 there are any, were written by a run that did not get any further, and come again.
         """
@@ -91,7 +91,7 @@ class Rewindable(Protocol):
 
 
 @runtime_checkable
-class Witness(Protocol):
+class RunListener(Protocol):
     """A sink to which is also reported when a run begins, and when and why it ends.
 
     Both methods only take note: they are plain, and must not wait, for they are called on the event loop. Of each run
@@ -100,11 +100,11 @@ class Witness(Protocol):
     engines may share the sink, so that their runs overlap.
     """
 
-    def begin(self, engine: str, time: float, /) -> None:
+    def run_started(self, engine_name: str, time: float, /) -> None:
         """A run of the engine of this name began, at this time, in seconds since 1970."""
         ...
 
-    def end(self, engine: str, time: float, reason: StopReason, /) -> None:
+    def run_ended(self, engine_name: str, time: float, reason: StopReason, /) -> None:
         """That run ended, at this time, for this reason."""
         ...
 
@@ -113,6 +113,6 @@ Write: TypeAlias = Callable[[Sequence[Record]], Awaitable[None] | None]
 """A sink that is only a function."""
 
 
-def engine_and_name(record: Record, name: str) -> str:
+def tag_of(record: Record, name: str) -> str:
     """Return the tag "trainer/loss", so that each engine that shares a sink becomes a group on its page."""
-    return f"{record.engine}/{name}"
+    return f"{record.engine_name}/{name}"
