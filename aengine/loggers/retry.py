@@ -145,7 +145,7 @@ class RetryingSink:
         finally:
             self._scope = None
             self.busy += perf_counter() - began
-        return TimeoutError(f"{self.name} was still busy {self._shutdown_timeout} seconds after the end of the run")
+        return TimeoutError(f"{self.name} was still busy {self._shutdown_timeout} seconds after it was to end")
 
     def _handle(self, error: Exception) -> None:
         self.failures += 1

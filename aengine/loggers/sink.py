@@ -51,7 +51,8 @@ class Sink(Protocol):
 class Closable(Protocol):
     """A sink that is also called when a run is over, to make safe what was written and to close its files.
 
-    It may be written to again afterwards: by the next run, or by another engine that shares it.
+    Likewise where its Tracker is removed during the run. It may be written to again afterwards: by the next run, or by
+    another engine that shares it.
     """
 
     def close(self) -> Awaitable[None] | None:
@@ -96,8 +97,9 @@ class RunListener(Protocol):
 
     Both methods only take note: they are plain, and must not wait, for they are called on the event loop. Of each run
     that begins, the end is reported once, after its last records were written or abandoned, and before `close`; a
-    record that is taken after that begins and ends the run once more. A run that was interrupted has not ended. Several
-    engines may share the sink, so that their runs overlap.
+    record that is taken after that begins and ends the run once more. A run that was interrupted has not ended. Where
+    the Tracker is removed before the end, that is the end for the sink, by the reason INTERRUPTED. Several engines may
+    share the sink, so that their runs overlap.
     """
 
     def run_started(self, engine_name: str, time: float, /) -> None:

@@ -1,6 +1,7 @@
 """Tracker: takes the numbers of a run between two steps, and has them written to a sink beside the step."""
 
 import io
+import os
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -10,13 +11,13 @@ from functools import partial
 from threading import Lock
 from time import perf_counter
 from types import MethodType
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, Never, TypeAlias
 
 from aengine.arguments import check_choice, check_seconds, check_whole
 from aengine.attachment import Attachment
 from aengine.bus.emitter import RemovableEventHandle
 from aengine.bus.listeners import Observer
-from aengine.callables import check_callable
+from aengine.callables import check_callable, is_async_callable
 from aengine.engine import Engine, session_of
 from aengine.events import EventLike, Events, FilteredEvent, date_of, selectors
 from aengine.loggers.retry import name_of_sink
@@ -93,13 +94,19 @@ class Tracker:
     def __init__(
         self,
         sink: Sink | Write,
-        *,
+        *misplaced: Never,
         values: Callable[[AnyEngine], Mapping[str, Any]] = numbers_of,
         step: Callable[[AnyEngine], int] | None = None,
         buffer: int = 10_000,
         shutdown_timeout: float | timedelta = 5.0,
         on_error: Literal["raise", "log"] = "log",
     ) -> None:
+        if misplaced or isinstance(sink, Engine):
+            given = ", ".join(map(repr, (sink, *misplaced)))
+            raise TypeError(
+                f"a Tracker is made with its sink, and gets the engine and the event by attach(), got Tracker({given}):"
+                " write  Tracker(sink, values=...).attach(engine, event)"
+            )
         _check_sink(sink)
         check_callable(values, "values=", "values", "engine")
         if step is not None:
@@ -175,7 +182,8 @@ class Tracker:
                 )
         self._writer = writer
         service = engine.add_service(writer, name=self.name)
-        yield RemovableEventHandle(lambda: writer.leave(service.remove, is_running=engine.is_running))
+        session = session_of(engine)  # the handle is the user's to keep, and keeps no engine alive
+        yield RemovableEventHandle(lambda: writer.leave(service.remove, is_running=session.is_running))
         for one, take in takes:
             yield engine.add_event_handler(one, take)
         yield engine.add_event_handler(_ENDS, Observer(f"ends for {self.name}", writer.end))
@@ -214,12 +222,7 @@ def _share(engine: AnyEngine, sink: Any) -> RemovableEventHandle:
             for other, sinks in list(_sinks.items())
         )
         _sinks.setdefault(engine, []).append(sink)
-
-    def forget() -> None:
-        with _sinks_lock:
-            _sinks[engine] = [one for one in _sinks[engine] if one is not sink]
-
-    handle = RemovableEventHandle(forget)
+    handle = RemovableEventHandle(partial(_forget, weakref.ref(engine), sink))
     if has_namesake:
         try:
             warnings.warn(
@@ -234,8 +237,25 @@ def _share(engine: AnyEngine, sink: Any) -> RemovableEventHandle:
     return handle
 
 
+def _forget(reference: "weakref.ref[AnyEngine]", sink: Any) -> None:
+    engine = reference()
+    with _sinks_lock:
+        if engine is not None:
+            _sinks[engine] = [one for one in _sinks[engine] if one is not sink]
+
+
 def _is_same(one: Any, other: Any) -> bool:
     return one is other or (isinstance(one, MethodType) and bool(one == other))  # a bound method is made anew each time
+
+
+_HOOKS: Mapping[str, tuple[str, ...]] = {
+    "close": (),
+    "sync_to_disk": (),
+    "run_went_back": ("engine_name", "standing"),
+    "run_started": ("engine_name", "time"),
+    "run_ended": ("engine_name", "time", "reason"),
+}
+"""What is called on a sink that has it, and with what. All but `close` are plain."""
 
 
 def _check_sink(sink: Any) -> None:
@@ -244,7 +264,18 @@ def _check_sink(sink: Any) -> None:
         raise TypeError(f"a sink is an object, and {name} is a class: Tracker({name}(...))")
     if isinstance(sink, io.IOBase):
         raise TypeError(f"a sink writes records, and {sink!r} is a file: Tracker(JSONLines(path)) writes one")
+    if isinstance(sink, str | os.PathLike):
+        to_file = f"Tracker(JSONLines({str(sink)!r}))"
+        raise TypeError(f"a sink writes records, and {sink!r} is a path: {to_file} writes a file")
     write = getattr(sink, "write", sink)
     if not callable(write):
         raise TypeError(f"a sink has a method write(records), or is a function of the records, got {sink!r}")
     check_callable(write, "the sink", "write", "records")
+    for name, arguments in _HOOKS.items():
+        hook = getattr(sink, name, None)
+        if hook is not None:
+            check_callable(hook, f"the sink's {name}()", name, *arguments)
+            if name != "close" and is_async_callable(hook):
+                raise TypeError(f"the sink's {name}() must be a plain function, which takes note, and never waits")
+    if hasattr(sink, "run_started") != hasattr(sink, "run_ended"):
+        raise TypeError(f"{name_of_sink(sink)} has one of run_started() and run_ended(): a RunListener has both")

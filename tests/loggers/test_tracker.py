@@ -12,9 +12,11 @@ import threading
 import weakref
 from collections.abc import Awaitable, Sequence
 from contextlib import ExitStack, closing
+from datetime import timedelta
 from functools import partial
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import anyio
@@ -180,22 +182,45 @@ async def test_what_is_no_number_is_refused_where_it_is_asked_for() -> None:
         await engine.run([1])
 
 
-def test_what_cannot_work_is_refused_at_once() -> None:
-    engine: AnyEngine = Engine(tenfold)
-    with pytest.raises(TypeError, match="write\\(records\\)"):
-        Tracker("log.jsonl").attach(engine)  # type: ignore[arg-type]  # as a user might
-    with pytest.raises(TypeError, match=r"Memory is a class: Tracker\(Memory\(\.\.\.\)\)"):
-        Tracker(Memory).attach(engine)  # type: ignore[arg-type]  # likewise
-    with pytest.raises(TypeError, match=r"is a file: Tracker\(JSONLines\(path\)\)"):
-        Tracker(sys.__stdout__).attach(engine)  # type: ignore[arg-type]  # likewise
-    with pytest.raises(TypeError, match=r"cannot be called as write\(records\)"):
-        Tracker(lambda: None).attach(engine)  # type: ignore[arg-type, misc]  # likewise
-    with pytest.raises(ValueError, match="buffer="):
-        Tracker(Memory(), buffer=0).attach(engine)
-    with pytest.raises(ValueError, match="no event 'ITERATION_COMPLETE'"):
-        Tracker(Memory()).attach(engine, "ITERATION_COMPLETE")
-    with pytest.raises(ValueError, match="on_error="):
-        Tracker(Memory(), on_error="ignore").attach(engine)  # type: ignore[arg-type]  # likewise
+def hooks(**methods: Any) -> Any:
+    """Return a sink with these beside `write`."""
+    return type("Hooked", (), {"write": lambda self, records: None, **methods})()
+
+
+async def takes_note(self: Any, *_: Any) -> None: ...
+
+
+unchecked: Any = Tracker  # as a user might call it who has no type checker
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: unchecked(Engine(tenfold)), r"by attach\(\), got Tracker\(<Engine 'tenfold'"),
+        (lambda: unchecked(Engine(tenfold), Memory()), r"write  Tracker\(sink, values=...\).attach\(engine, event\)"),
+        (lambda: unchecked(Memory(), Events.COMPLETED), r"attach\(\), got Tracker\(<.*Memory .*>, <Events.COMPLETED"),
+        (lambda: unchecked("logs/a.jsonl"), r"'logs/a.jsonl' is a path: Tracker\(JSONLines\('logs/a.jsonl'\)\)"),
+        (lambda: unchecked(Path("a.jsonl")), r"is a path: Tracker\(JSONLines\('a.jsonl'\)\) writes a file"),
+        (lambda: unchecked(3), r"has a method write\(records\), or is a function of the records, got 3"),
+        (lambda: unchecked(Memory), r"Memory is a class: Tracker\(Memory\(\.\.\.\)\)"),
+        (lambda: unchecked(sys.__stdout__), r"is a file: Tracker\(JSONLines\(path\)\)"),
+        (lambda: unchecked(lambda: None), r"cannot be called as write\(records\)"),
+        (lambda: unchecked(hooks(write=lambda self: None)), r"cannot be called as write\(records\)"),
+        (lambda: unchecked(hooks(close=lambda self, reason: None)), r"as close\(\): have it take no arguments"),
+        (lambda: unchecked(hooks(close=True)), r"^the sink's close\(\) must be callable, got True"),
+        (lambda: unchecked(hooks(run_ended=lambda self, name: None)), r"as run_ended\(engine_name, time, reason\)"),
+        (lambda: unchecked(hooks(run_started=takes_note, run_ended=takes_note)), r"run_started\(\) must be a plain"),
+        (lambda: unchecked(hooks(sync_to_disk=takes_note)), r"sync_to_disk\(\) must be a plain function"),
+        (
+            lambda: unchecked(hooks(run_ended=lambda self, *_: None)),
+            r"one of run_started\(\) and run_ended\(\): a RunL",
+        ),
+        (lambda: unchecked(Memory(), on_error="ignore"), r'^on_error= is one of "raise", "log", got \'ignore\''),
+    ],
+)
+def test_tracker_that_cannot_work_is_refused_at_once(make: Any, message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        make()
 
 
 def test_a_sink_gets_the_same_values_of_an_event_once() -> None:
@@ -223,6 +248,7 @@ def test_a_sink_gets_the_same_values_of_an_event_once() -> None:
         (TypeError, "values", lambda: {"loss": 1}),
         (TypeError, "step", 3),
         (TypeError, "step", lambda: 3),
+        (ValueError, "buffer", 0),
         (ValueError, "buffer", "a"),
         (TypeError, "shutdown_timeout", "5"),
         (TypeError, "shutdown_timeout", None),
@@ -230,10 +256,15 @@ def test_a_sink_gets_the_same_values_of_an_event_once() -> None:
     ],
 )
 def test_an_argument_that_cannot_be_used_is_refused_at_once(error: type[Exception], argument: str, value: Any) -> None:
-    engine: AnyEngine = Engine(tenfold)
     with pytest.raises(error, match=f"^{argument}= "):
-        Tracker(Memory(), **{argument: value}).attach(engine)
-    assert engine.statistics().services == ()
+        Tracker(Memory(), **{argument: value})
+
+
+@pytest.mark.parametrize(("given", "seconds"), [(2, 2.0), (timedelta(minutes=1), 60.0)])
+def test_shutdown_timeout_is_seconds_or_a_timedelta(given: Any, seconds: float) -> None:
+    tracker = Tracker(Memory(), shutdown_timeout=given)
+    tracker.attach(Engine(tenfold))
+    assert writer_of(tracker).sink._shutdown_timeout == seconds
 
 
 # Slow sinks
@@ -943,7 +974,7 @@ def test_run_sync_writes_as_well() -> None:
     assert sink.steps == [1, 2, 2]
 
 
-# Witnesses
+# Run listeners
 
 
 class Listening(Memory):
@@ -968,7 +999,7 @@ class Listening(Memory):
         self.reports.append("close")
 
 
-async def test_a_witness_gets_the_begin_of_a_run_and_why_it_ended() -> None:
+async def test_a_run_listener_gets_the_begin_of_a_run_and_why_it_ended() -> None:
     sink, engine = Listening(), Engine(tenfold, name="trainer")
     Tracker(sink).attach(engine, Events.EPOCH_COMPLETED)
     for _ in range(2):
@@ -977,7 +1008,7 @@ async def test_a_witness_gets_the_begin_of_a_run_and_why_it_ended() -> None:
 
 
 @pytest.mark.parametrize("skip", [False, True])
-async def test_a_witness_gets_a_termination_once(*, skip: bool) -> None:
+async def test_a_run_listener_gets_a_termination_once(*, skip: bool) -> None:
     sink, engine = Listening(), Engine(tenfold, name="trainer")
     Tracker(sink).attach(engine, Events.COMPLETED | Events.TERMINATE)
     engine.add_event_handler(Events.ITERATION_COMPLETED(once=1), engine.terminate, skip_completed=skip)
@@ -988,7 +1019,7 @@ async def test_a_witness_gets_a_termination_once(*, skip: bool) -> None:
     assert sink.reports[-1] == "close"
 
 
-async def test_a_witness_gets_a_failure() -> None:
+async def test_a_run_listener_gets_a_failure() -> None:
     def fail(engine: AnyEngine, batch: int) -> int:
         raise Boom
 
@@ -999,7 +1030,7 @@ async def test_a_witness_gets_a_failure() -> None:
     assert sink.reports == ["trainer begins", "trainer failed", "close"]
 
 
-async def test_a_witness_gets_a_cancellation() -> None:
+async def test_a_run_listener_gets_a_cancellation() -> None:
     sink, engine = Listening(), Engine(tenfold, name="trainer")
     Tracker(sink).attach(engine, Events.STARTED)
     with anyio.CancelScope() as scope:
@@ -1012,7 +1043,7 @@ async def test_a_witness_gets_a_cancellation() -> None:
     assert sink.reports == ["trainer begins", "STARTED", "trainer cancelled", "close"]
 
 
-async def test_a_witness_gets_the_failure_of_a_run_that_was_completed() -> None:
+async def test_a_run_listener_gets_the_failure_of_a_run_that_was_completed() -> None:
     sink, engine = Listening(), Engine(tenfold, name="trainer")
     Tracker(sink).attach(engine, Events.EPOCH_COMPLETED)
 
@@ -1025,7 +1056,7 @@ async def test_a_witness_gets_the_failure_of_a_run_that_was_completed() -> None:
     assert sink.reports[-2:] == ["trainer failed", "close"]
 
 
-async def test_a_run_that_is_interrupted_has_not_ended_for_a_witness() -> None:
+async def test_a_run_that_is_interrupted_has_not_ended_for_a_run_listener() -> None:
     sink, engine = Listening(), Engine(tenfold, name="trainer")
     Tracker(sink).attach(engine, Events.EPOCH_COMPLETED)
     engine.add_event_handler(Events.ITERATION_COMPLETED(once=2), engine.interrupt)
