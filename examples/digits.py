@@ -43,10 +43,7 @@ from aengine.handlers.nan_guard import NanGuard
 from aengine.handlers.progress import show_progress
 from aengine.handlers.progress_tqdm import TqdmBars
 from aengine.handlers.report import table
-from aengine.loggers import track
-from aengine.loggers.jsonl import JSONLines
-from aengine.loggers.scalars import numbers_of
-from aengine.loggers.tensorboard import TensorBoard
+from aengine.loggers import JSONLines, TensorBoard, Tracker, numbers_of
 from aengine.training import (
     AverageHandler,
     MetricHandler,
@@ -136,8 +133,8 @@ def values(engine: Engine[Any, Any]) -> dict[str, Any]:
 
 async def main(out: Path) -> None:
     for sink in (JSONLines(out / "log.jsonl"), TensorBoard(out / "tensorboard")):
-        track(trainer, sink, Events.ITERATION_COMPLETED(every=10) | Events.EPOCH_COMPLETED, values=values)
-        track(observer, sink, Events.COMPLETED, step=lambda engine: engine.state.step)
+        Tracker(sink, values=values).attach(trainer, Events.ITERATION_COMPLETED(every=10) | Events.EPOCH_COMPLETED)
+        Tracker(sink, step=lambda engine: engine.state.step).attach(observer, Events.COMPLETED)
     show_progress(trainer, TqdmBars())
 
     state = {"model": model, "average": average, "optimizer": optimizer}

@@ -2,7 +2,7 @@
 
     gradients = GradientStatistics(model, optimizer, every=100)
     gradients.attach(trainer)
-    track(trainer, JSONLines("gradients.jsonl"), GradientEvents.GRADIENTS_MEASURED, values=gradients.values)
+    Tracker(JSONLines("gradients.jsonl"), values=gradients.values).attach(trainer, GradientEvents.GRADIENTS_MEASURED)
 
 Nothing is read from a device here: the results stay there, as tensors of one number, until they are used.
 """
@@ -108,7 +108,7 @@ class GradientStatistics:
         yield engine.add_event_handler(Events.ITERATION_COMPLETED, self._report)
 
     def values(self, _: Engine[Any, Any] | None = None) -> dict[str, torch.Tensor]:
-        """Return the values of the last measurement, by name, for `track(values=)`; before the first, none."""
+        """Return the values of the last measurement, by name, for `Tracker(values=)`; before the first, none."""
         return dict(self._values)
 
     def state_dict(self) -> dict[str, Any]:

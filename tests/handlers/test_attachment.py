@@ -18,7 +18,7 @@ from aengine.handlers.profiling import profile
 from aengine.handlers.system import SystemStatistics
 from aengine.handlers.time_limit import Deadline, TimeLimit
 from aengine.handlers.timer import Timer
-from aengine.loggers.opentelemetry import instrument
+from aengine.loggers import Instrumentation
 from aengine.training import GradientStatistics, MetricHandler, OptimizerUpdate, SchedulerHandler
 
 AnyEngine: TypeAlias = Engine[Any, Any]
@@ -50,8 +50,9 @@ def of_scheduler(engine: AnyEngine) -> Callable[[AnyEngine], Any]:
 
 
 def of_instrumentation(engine: AnyEngine) -> Callable[[AnyEngine], Any]:
-    instrumentation = instrument(engine)
-    return lambda other: instrumentation.attach(other, 1)
+    instrumentation = Instrumentation()
+    instrumentation.attach(engine)
+    return instrumentation.attach
 
 
 ATTACHED: dict[str, Callable[[AnyEngine], Callable[[AnyEngine], Any]]] = {

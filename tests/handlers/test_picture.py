@@ -26,8 +26,7 @@ from aengine import Engine, Event, Events
 from aengine.handlers import picture
 from aengine.handlers.picture import Curve, Picture
 from aengine.handlers.timeline import Timeline
-from aengine.loggers.jsonl import JSONLines
-from aengine.loggers.sink import Record
+from aengine.loggers import JSONLines, Record
 
 AnyEngine: TypeAlias = Engine[Any, Any]
 

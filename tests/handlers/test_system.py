@@ -21,7 +21,7 @@ from support.ways_to_end import cancel, complete, fail, run_without_data, termin
 import aengine.handlers.system
 from aengine import Engine, StopReason
 from aengine.handlers.system import SystemEvents, SystemStatistics
-from aengine.loggers import Record, track
+from aengine.loggers import Record, Tracker
 
 OFTEN = timedelta(milliseconds=10)
 NEVER = timedelta(days=1)
@@ -253,9 +253,9 @@ async def test_samples_are_tracked_at_their_own_cadence_while_a_step_lasts(*, th
     engine: AnyEngine = Engine(step, name="trainer", thread=thread)
     system = SystemStatistics(OFTEN)
     system.attach(engine)
-    track(engine, write, SystemEvents.SYSTEM_SAMPLED, values=system.values)
+    Tracker(write, values=system.values).attach(engine, SystemEvents.SYSTEM_SAMPLED)
     await engine.run([1] if thread is None else endless)
-    assert {(record.event, record.engine) for record in written} == {("SYSTEM_SAMPLED", "trainer")}
+    assert {(record.event, record.engine_name) for record in written} == {("SYSTEM_SAMPLED", "trainer")}
     assert {record.step for record in written} <= {0, 1}
     assert all(record.values["process/memory_bytes"] > 0 for record in written)
 

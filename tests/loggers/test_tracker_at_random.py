@@ -11,7 +11,7 @@ import pytest
 from support.record import AnyEngine, Boom
 
 from aengine import DataExhausted, Engine, Events, StopReason
-from aengine.loggers import Record, Tracker, retry, track
+from aengine.loggers import Record, Tracker, retry
 
 SEEDS = 15
 """In the short form, and on each event loop."""
@@ -43,10 +43,10 @@ class Moody:
         self.written += [int(record.values["number"]) for record in records]
         self.reports.append("write")
 
-    def begin(self, engine: str, time: float) -> None:
+    def run_started(self, engine_name: str, time: float) -> None:
         self.reports.append("begin")
 
-    def end(self, engine: str, time: float, reason: StopReason) -> None:
+    def run_ended(self, engine_name: str, time: float, reason: StopReason) -> None:
         self.reports.append(f"end: {reason}")
 
     def be_well(self) -> None:
@@ -80,14 +80,13 @@ class Tracked:
     def __init__(self, rng: random.Random, engine: AnyEngine) -> None:
         self.sink: Moody = rng.choice([MoodyThread, MoodyTask])(rng)
         self.taken = 0
-        self.tracker: Tracker = track(
-            engine,
+        self.tracker: Tracker = Tracker(
             self.sink,  # type: ignore[arg-type]  # it is one of two that have the methods
-            rng.choice(EVENTS),
             values=self._values,
-            spool=rng.choice([2, 10_000]),
-            linger=20.0,
+            buffer=rng.choice([2, 10_000]),
+            shutdown_timeout=20.0,
         )
+        self.tracker.attach(engine, rng.choice(EVENTS))
 
     def _values(self, _: AnyEngine) -> dict[str, int]:
         self.taken += 1

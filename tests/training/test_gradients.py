@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from aengine import Engine, Events
 from aengine.checkpoint import Checkpoint, Keep
-from aengine.loggers import Record, track
+from aengine.loggers import Record, Tracker
 from aengine.training import GradientEvents, GradientStatistics, create_supervised_trainer
 
 THREADS = pytest.mark.parametrize("thread", [None, False], ids=["worker", "loop"])
@@ -304,7 +304,7 @@ async def test_numbers_are_tracked_at_their_own_cadence(*, thread: bool | None) 
     statistics.attach(trainer)
     seen = record_values(trainer, statistics)
     written: list[Record] = []
-    track(trainer, written.extend, GradientEvents.GRADIENTS_MEASURED, values=statistics.values)
+    Tracker(written.extend, values=statistics.values).attach(trainer, GradientEvents.GRADIENTS_MEASURED)
     await trainer.run(batches(), max_epochs=2)
     assert [(record.step, record.values) for record in written] == seen
     assert [record.step for record in written] == [3, 6, 9, 12]
@@ -499,7 +499,7 @@ def test_part_of_a_number_is_not_logged_as_the_whole(mesh: DeviceMesh) -> None:
     part = DTensor.from_local(torch.tensor(3.0), mesh, [Partial()])
     engine: AnyEngine = Engine(lambda engine, batch: {"loss": part}, thread=False)
     records: list[Record] = []
-    track(engine, records.extend, Events.ITERATION_COMPLETED)
+    Tracker(records.extend).attach(engine, Events.ITERATION_COMPLETED)
     with pytest.raises(TypeError, match=r"this process has a part of 'loss': call full_tensor\(\)"):
         engine.run_sync([1])
     part = part.redistribute(placements=[Replicate()])
