@@ -28,7 +28,7 @@ from aengine.training.supervised import move
 # trio warns of an async generator that is dropped before its end. One of the user's is the user's to close.
 pytestmark = pytest.mark.filterwarnings("ignore:Async generator .* was garbage collected:ResourceWarning")
 
-both_threads = pytest.mark.parametrize("thread", [None, False], ids=["worker", "loop"])
+both_threads = pytest.mark.parametrize("thread", [True, False], ids=["worker", "loop"])
 prefetches = pytest.mark.parametrize("prefetch", [0, 1, 3])
 on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -91,7 +91,7 @@ ALL_KINDS: dict[str, Callable[[int], Any]] = {
 @both_threads
 @prefetches
 @pytest.mark.parametrize("kind", ALL_KINDS)
-async def test_a_run_is_what_it_was(kind: str, prefetch: int, thread: bool | None) -> None:  # noqa: FBT001 -- pytest passes it by name
+async def test_a_run_is_what_it_was(kind: str, prefetch: int, thread: bool) -> None:  # noqa: FBT001 -- pytest passes it by name
     """The same events, batches and outputs, of data of every kind."""
     recorded = []
     for is_moved in (False, True):
@@ -230,7 +230,7 @@ async def test_run_that_was_stopped_continues_exactly(
     kind: str,
     stop_at: int,
     prefetch: int,
-    thread: bool | None,  # noqa: FBT001 -- pytest passes it by name
+    thread: bool,  # noqa: FBT001 -- pytest passes it by name
 ) -> None:
     """With a new engine and new data, from what JSON can hold; what was fetched ahead is not taken for stepped on."""
     first: AnyEngine = Engine(double, thread=thread)
@@ -370,7 +370,7 @@ CLOSING: dict[str, Callable[[list[str]], Any]] = {
 @both_threads
 @prefetches
 @pytest.mark.parametrize("kind", CLOSING)
-async def test_what_the_engine_opened_is_closed_once(kind: str, prefetch: int, thread: bool | None) -> None:  # noqa: FBT001 -- pytest passes it by name
+async def test_what_the_engine_opened_is_closed_once(kind: str, prefetch: int, thread: bool) -> None:  # noqa: FBT001 -- pytest passes it by name
     log: list[str] = []
     engine: AnyEngine = Engine(double, thread=thread)
     engine.add_event_handler(Events.ITERATION_COMPLETED(once=4), engine.terminate)
@@ -394,7 +394,7 @@ async def test_generators_of_the_user_are_left_open(prefetch: int) -> None:
 @prefetches
 async def test_broker_is_entered_and_exited_and_loses_no_batch_to_a_cancellation(
     prefetch: int,
-    thread: bool | None,  # noqa: FBT001 -- pytest passes it by name
+    thread: bool,  # noqa: FBT001 -- pytest passes it by name
 ) -> None:
     """Also none that is being moved as the cancellation comes. Data that is its own iterator is not closed."""
     broker = Broker()
@@ -491,7 +491,7 @@ def pinned(count: int) -> list[torch.Tensor]:
 @both_threads
 @pytest.mark.parametrize("is_side", [False, True], ids=["default-stream", "other-stream"])
 async def test_step_computes_with_its_own_batch_however_far_the_copies_are_ahead(
-    thread: bool | None,  # noqa: FBT001 -- pytest passes it by name
+    thread: bool,  # noqa: FBT001 -- pytest passes it by name
     is_side: bool,  # noqa: FBT001 -- pytest passes it by name
 ) -> None:
     """The kernels of each step are long, and queue up: memory that is reused too early gives another batch's sum."""
