@@ -69,11 +69,14 @@ from aengine.handlers.progress import show_progress
 from aengine.handlers.progress_tqdm import TqdmBars
 from aengine.handlers.report import table
 from aengine.loggers import JSONLines, TensorBoard, Tracker, numbers_of
-from aengine.training.averages import attach_average
-from aengine.training.metrics import attach_metric
-from aengine.training.schedules import attach_scheduler
-from aengine.training.supervised import create_supervised_evaluator, create_supervised_trainer
-from aengine.training.update import UpdateEvents
+from aengine.training import (
+    AverageHandler,
+    MetricHandler,
+    OptimizerEvents,
+    SchedulerHandler,
+    create_supervised_evaluator,
+    create_supervised_trainer,
+)
 
 AnyEngine: TypeAlias = Engine[Any, Any]
 Batch: TypeAlias = tuple[Tensor, Tensor]
@@ -149,9 +152,9 @@ def ours(training: Training, *, is_concurrent: bool, report: Callable[[str], Non
     trainer = create_supervised_trainer(model, optimizer, cross_entropy)
     validator = create_supervised_evaluator(validated.eval(), {"validation": metrics()}, name="validator")
 
-    attach_scheduler(trainer, schedule, UpdateEvents.OPTIMIZER_STEPPED)
-    attach_average(trainer, average, model)
-    attach_metric(trainer, MeanMetric(), "mean loss")
+    SchedulerHandler(schedule).attach(trainer, OptimizerEvents.OPTIMIZER_STEPPED)
+    AverageHandler(average, model).attach(trainer)
+    MetricHandler(MeanMetric(), "mean loss").attach(trainer)
     NanGuard().attach(trainer)
     EarlyStopping(PATIENCE, "validation/accuracy", mode="max").attach(trainer, validator)
 

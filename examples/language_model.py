@@ -34,8 +34,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import MeanMetric
 
 from aengine import Engine, Event, Events, stop_on_signals
-from aengine.training.metrics import attach_metric
-from aengine.training.schedules import attach_scheduler
+from aengine.training import MetricHandler, SchedulerHandler
 
 SIZE, ROWS, LENGTH = 128, 20, 35  # size of the memory; passages in a batch; words in a passage
 UNKNOWN, END = "<unknown>", "<end>"  # a rare word; the end of a paragraph
@@ -95,7 +94,7 @@ def forget(engine: Reading) -> None:
 def create_engine(step: Callable[[Reading, Batch], Weighed], *, thread: bool | None = None) -> Reading:
     engine = Engine(step, thread=thread)
     engine.add_event_handler(Events.EPOCH_STARTED, forget)
-    attach_metric(engine, MeanMetric(), "loss")  # takes values, and their weights
+    MetricHandler(MeanMetric(), "loss").attach(engine)  # takes values, and their weights
     return engine
 
 
@@ -129,7 +128,7 @@ def create_trainer(model: Reader, validation: list[Batch], *, thread: bool | Non
         loss = (await evaluator.run(validation)).metrics["loss"]
         engine.state.metrics.update(perplexity=math.exp(loss), rate=optimizer.param_groups[0]["lr"])
 
-    attach_scheduler(trainer, annealing, Events.EPOCH_COMPLETED, metric="perplexity")
+    SchedulerHandler(annealing, metric="perplexity").attach(trainer, Events.EPOCH_COMPLETED)
     return trainer
 
 

@@ -35,8 +35,7 @@ from aengine import Engine, Events
 from aengine.handlers.early_stopping import EarlyStopping
 from aengine.handlers.progress import show_progress
 from aengine.handlers.progress_tqdm import TqdmBars
-from aengine.training.metrics import attach_metric
-from aengine.training.supervised import create_supervised_evaluator, create_supervised_trainer
+from aengine.training import MetricHandler, create_supervised_evaluator, create_supervised_trainer
 
 Batch = tuple[Tensor, Tensor]
 
@@ -76,7 +75,7 @@ def create_trainer(model: nn.Module, validation: Batch, *, thread: bool | None =
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, weight_decay=0.3)
     trainer = create_supervised_trainer(model, optimizer, nn.functional.smooth_l1_loss, thread=thread)
     evaluator = create_evaluator(model, thread=thread)
-    attach_metric(trainer, MeanMetric(), "loss")
+    MetricHandler(MeanMetric(), "loss").attach(trainer)
     EarlyStopping(patience=10, score="R2", mode="max").attach(trainer, evaluator)
 
     @trainer.on(Events.EPOCH_COMPLETED)

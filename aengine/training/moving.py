@@ -1,6 +1,6 @@
 """Moving ahead: batches are copied to a GPU beside the step, while it computes with the batches before them.
 
-    data = move_ahead(trainer, DataLoader(..., pin_memory=True), "cuda")
+    data = prefetch_to_device(trainer, DataLoader(..., pin_memory=True), "cuda")
     await trainer.run(data, max_epochs=10, prefetch=2)
 
 The prefetcher copies each batch on a CUDA stream of its own. Between two steps, on the step's thread, the step's stream
@@ -33,7 +33,7 @@ from aengine.state import Stateful
 from aengine.training.supervised import Device, move
 
 
-def move_ahead(engine: Engine[Any, Any], data: Any, device: Device) -> Any:
+def prefetch_to_device(engine: Engine[Any, Any], data: Any, device: Device) -> Any:
     """Return data whose batches are on a device when they come to this engine's steps, moved there as they are fetched.
 
     Call it before other handlers of GET_BATCH_COMPLETED are added: those would see a batch before it is handed over.
@@ -52,7 +52,9 @@ def move_ahead(engine: Engine[Any, Any], data: Any, device: Device) -> Any:
         RuntimeError, AssertionError: torch has no such device here.
     """
     if data is None:
-        raise TypeError("move_ahead() takes the data that run() would be given, and a run without data has no batches")
+        raise TypeError(
+            "prefetch_to_device() takes the data that run() would be given, and a run without data has no batches"
+        )
     adapted = adapt(data)
     if not engine.has_event_handler(_hand_over, Events.GET_BATCH_COMPLETED):
         engine.add_event_handler(Events.GET_BATCH_COMPLETED, _hand_over)
@@ -84,7 +86,7 @@ class Moved:
 
     def __getitem__(self, _: object) -> NoReturn:  # also called where it is unpacked, as in  x, y = batch
         raise RuntimeError(
-            "this batch was moved ahead for another engine: call  move_ahead(engine, data, device)  with the one that"
+            "this batch was moved ahead for another engine: call  prefetch_to_device(engine, data, device)  with the one that"
             " runs over it, and before its handlers of GET_BATCH_COMPLETED are added"
         )
 

@@ -19,10 +19,7 @@ from aengine.handlers.system import SystemStatistics
 from aengine.handlers.time_limit import Deadline, TimeLimit
 from aengine.handlers.timer import Timer
 from aengine.loggers import Instrumentation
-from aengine.training.gradients import GradientStatistics
-from aengine.training.metrics import attach_metric
-from aengine.training.schedules import attach_scheduler
-from aengine.training.update import Update
+from aengine.training import GradientStatistics, MetricHandler, OptimizerUpdate, SchedulerHandler
 
 AnyEngine: TypeAlias = Engine[Any, Any]
 
@@ -47,7 +44,8 @@ def by_attach(make: Callable[[], Any]) -> Callable[[AnyEngine], Callable[[AnyEng
 
 
 def of_scheduler(engine: AnyEngine) -> Callable[[AnyEngine], Any]:
-    schedule = attach_scheduler(engine, StepLR(build()[1], 1), Events.EPOCH_COMPLETED)
+    schedule = SchedulerHandler(StepLR(build()[1], 1))
+    schedule.attach(engine, Events.EPOCH_COMPLETED)
     return lambda other: schedule.attach(other, Events.EPOCH_COMPLETED)
 
 
@@ -65,9 +63,9 @@ ATTACHED: dict[str, Callable[[AnyEngine], Callable[[AnyEngine], Any]]] = {
     "Timer": by_attach(Timer),
     "SystemStatistics": by_attach(SystemStatistics),
     "GradientStatistics": by_attach(lambda: GradientStatistics(*build())),
-    "Update": by_attach(lambda: Update(*build())),
-    "AttachedMetric": lambda engine: attach_metric(engine, MeanMetric(), "mean").attach,
-    "Schedule": of_scheduler,
+    "OptimizerUpdate": by_attach(lambda: OptimizerUpdate(*build())),
+    "MetricHandler": by_attach(lambda: MetricHandler(MeanMetric(), "mean")),
+    "SchedulerHandler": of_scheduler,
     "Profiling": lambda engine: profile(engine, "traces", Events.ITERATION_STARTED(once=1)).attach,
     "Instrumentation": of_instrumentation,
 }
@@ -100,7 +98,7 @@ def test_metric_of_two_engines_is_right_one_after_the_other_and_refused_one_with
     metric = MeanMetric()
     trainer, evaluator = engine_named("trainer"), engine_named("evaluator")
     for engine in (trainer, evaluator):
-        attach_metric(engine, metric, "mean")
+        MetricHandler(metric, "mean").attach(engine)
     for _ in range(2):  # as pytorch-ignite's users do it, with one dictionary of metrics for two evaluators
         assert math.isclose(trainer.run_sync([1.0, 2.0], max_epochs=2).metrics["mean"], 1.5)
         assert math.isclose(evaluator.run_sync([5.0]).metrics["mean"], 5.0)

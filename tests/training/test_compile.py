@@ -16,7 +16,7 @@ from torch._dynamo.utils import counters
 
 from aengine import Events
 from aengine.checkpoint import Checkpoint
-from aengine.training.supervised import create_supervised_evaluator, create_supervised_trainer
+from aengine.training import create_supervised_evaluator, create_supervised_trainer
 
 # The compiler of C++ that inductor looks for, and the headers of this Python, which what it writes includes.
 CAN_COMPILE = (shutil.which("g++") or shutil.which("clang++")) and Path(
@@ -61,15 +61,15 @@ def graphs() -> int:
 
 
 @THREADS
-@pytest.mark.parametrize("amp_mode", [None, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("autocast_dtype", [None, torch.bfloat16], ids=str)
 async def test_losses_equal_those_of_the_plain_loop_over_the_compiled_model(
-    amp_mode: torch.dtype | None,
+    autocast_dtype: torch.dtype | None,
     thread: bool | None,  # noqa: FBT001 -- pytest passes it by name
 ) -> None:
-    expected, weights = plain_losses(dtype=amp_mode)
+    expected, weights = plain_losses(dtype=autocast_dtype)
     torch._dynamo.reset()
     model, compiled, optimizer = build_compiled()
-    trainer = create_supervised_trainer(compiled, optimizer, LOSS, thread=thread, amp_mode=amp_mode)
+    trainer = create_supervised_trainer(compiled, optimizer, LOSS, thread=thread, autocast_dtype=autocast_dtype)
     losses = record_losses(trainer)
     await trainer.run(batches(), max_epochs=2)
     assert graphs() > 0

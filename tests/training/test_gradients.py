@@ -20,8 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from aengine import Engine, Events
 from aengine.checkpoint import Checkpoint, Keep
 from aengine.loggers import Record, Tracker
-from aengine.training.gradients import GradientEvents, GradientStatistics
-from aengine.training.supervised import create_supervised_trainer
+from aengine.training import GradientEvents, GradientStatistics, create_supervised_trainer
 
 THREADS = pytest.mark.parametrize("thread", [None, False], ids=["worker", "loop"])
 
@@ -460,7 +459,7 @@ import os, sys, torch, torch.distributed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from aengine import Engine
-from aengine.training.gradients import GradientStatistics
+from aengine.training import GradientStatistics
 
 rank, size = int(sys.argv[1]), int(sys.argv[2])
 store = torch.distributed.FileStore(sys.argv[3], size)
