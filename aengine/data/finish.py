@@ -3,7 +3,8 @@
 Data that is iterated may have a method `finish_batch_for_step(batch)`. It is called with each batch just before that
 becomes `state.batch`, by the thread that is about to make the step, and returns the batch that handlers and the step
 see: for what belongs to that thread, as a stream of a GPU does, where the batch was fetched in another. It is plain
-code, and called again with a batch that was not stepped on, as after an interruption.
+code, and may be called again with a batch that was not stepped on, where a later run begins with it. What is compared
+when a run is resumed is the batch as it was fetched.
 """
 
 from collections.abc import Callable
