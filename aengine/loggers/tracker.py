@@ -229,7 +229,7 @@ def _share(engine: AnyEngine, sink: Any) -> RemovableEventHandle:
                 f"two engines of the name {engine.name!r} write to one sink, {name_of_sink(sink)}, where nothing tells"
                 ' their records apart: give each a name, as by  create_supervised_evaluator(..., name="validation")  or'
                 "  Engine(step, name=...)",
-                stacklevel=5,  # of who calls Tracker.attach()
+                stacklevel=5,  # the call of Tracker.attach()
             )
         except Warning:  # they are errors here: then this attaches nothing
             handle.remove()
