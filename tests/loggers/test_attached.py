@@ -248,6 +248,20 @@ async def test_attached_and_removed_in_one_handler_of_a_run_it_has_all_written(*
     assert account(tracker) == (1, 1, 0, 0)
 
 
+def test_attached_and_removed_in_a_run_without_an_event_loop_it_has_one_opened() -> None:
+    sink, engine = Listening(), Engine(same, name="trainer")
+    tracker = Tracker(sink)
+
+    @engine.on(Events.ITERATION_STARTED(once=2))
+    def log_once() -> None:
+        with tracker.attach(engine, Events.STARTED):
+            engine.fire_event(Events.STARTED)
+
+    engine.run_sync(range(5))
+    assert sink.seen == ["trainer started", 2, "trainer interrupted", "close"]
+    assert account(tracker) == (1, 1, 0, 0)
+
+
 async def test_removed_it_can_be_attached_again_in_the_same_run_and_to_another_engine() -> None:
     sink, engine, other = Listening(), Engine(same, name="trainer"), Engine(same, name="other")
     tracker = Tracker(sink)

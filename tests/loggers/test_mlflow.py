@@ -528,8 +528,10 @@ async def test_a_server_that_is_killed_and_started_again_gets_all_of_it(
         ({"tracking_uri": Path("mlruns")}, "tracking_uri="),
         ({"params": [("lr", 1)]}, "params="),
         ({"tags": "kind"}, "tags="),
+        ({"key": "loss"}, "MLflow\\(key=\\) must be callable"),
+        ({"key": lambda name: name}, "cannot be called as key\\(record, name\\)"),
     ],
-    ids=["experiment", "name", "tracking_uri", "params", "tags"],
+    ids=["experiment", "name", "tracking_uri", "params", "tags", "key", "key of one argument"],
 )
 def test_what_cannot_work_is_refused_at_once(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(TypeError, match=message):
