@@ -91,14 +91,14 @@ def forget(engine: Reading) -> None:
     engine.state.memory = None
 
 
-def create_engine(step: Callable[[Reading, Batch], Weighed], *, thread: bool | None = None) -> Reading:
+def create_engine(step: Callable[[Reading, Batch], Weighed], *, thread: bool = True) -> Reading:
     engine = Engine(step, thread=thread)
     engine.add_event_handler(Events.EPOCH_STARTED, forget)
     MetricHandler(MeanMetric(), "loss").attach(engine)  # takes values, and their weights
     return engine
 
 
-def create_evaluator(model: Reader, *, thread: bool | None = None) -> Reading:
+def create_evaluator(model: Reader, *, thread: bool = True) -> Reading:
     @torch.inference_mode()
     def evaluate(engine: Reading, batch: Batch) -> Weighed:
         model.eval()
@@ -107,7 +107,7 @@ def create_evaluator(model: Reader, *, thread: bool | None = None) -> Reading:
     return create_engine(evaluate, thread=thread)
 
 
-def create_trainer(model: Reader, validation: list[Batch], *, thread: bool | None = None) -> Reading:
+def create_trainer(model: Reader, validation: list[Batch], *, thread: bool = True) -> Reading:
     optimizer = torch.optim.SGD(model.parameters(), lr=30)
     annealing = ReduceLROnPlateau(optimizer, factor=0.25, patience=0, threshold=0)
     evaluator = create_evaluator(model, thread=thread)

@@ -67,11 +67,11 @@ def create_model(terms: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(terms, 1), nn.Flatten(0))  # one number for each patient
 
 
-def create_evaluator(model: nn.Module, *, thread: bool | None = None) -> Engine[Batch, Any]:
+def create_evaluator(model: nn.Module, *, thread: bool = True) -> Engine[Batch, Any]:
     return create_supervised_evaluator(model, {"R2": R2Score(), "error": MeanAbsoluteError()}, thread=thread)
 
 
-def create_trainer(model: nn.Module, validation: Batch, *, thread: bool | None = None) -> Engine[Batch, Tensor]:
+def create_trainer(model: nn.Module, validation: Batch, *, thread: bool = True) -> Engine[Batch, Tensor]:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, weight_decay=0.3)
     trainer = create_supervised_trainer(model, optimizer, nn.functional.smooth_l1_loss, thread=thread)
     evaluator = create_evaluator(model, thread=thread)

@@ -65,7 +65,7 @@ def read_digits() -> tuple[Tensor, Tensor]:
     return images[:-300], images[-300:]
 
 
-def create_trainer(model: VAE, *, thread: bool | None = None) -> Engine[Tensor, Weighed]:
+def create_trainer(model: VAE, *, thread: bool = True) -> Engine[Tensor, Weighed]:
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
 
     def train_step(engine: Engine[Tensor, Weighed], images: Tensor) -> Weighed:

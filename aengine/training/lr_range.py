@@ -20,7 +20,7 @@ from typing import Any, TypeAlias
 import torch
 
 from aengine.data.generators import capture, capture_process, restore, restore_process
-from aengine.engine import Engine, session_of
+from aengine.engine import Engine, session_of, stateful_listeners
 from aengine.events import Events
 from aengine.state import State, Stateful
 from aengine.training.gradients import GradientStatistics, keep_measurements
@@ -148,8 +148,8 @@ async def lr_range_test(  # noqa: PLR0913 -- what is trained, and how the curve 
             f" torch.nn.ModuleList([...]); got {model!r}"
         )
     session = session_of(trainer)
-    step, thread = session.step, None if session.threaded else False
-    updates = [one for one in trainer.stateful_listeners() if isinstance(one, OptimizerUpdate)]
+    step, thread = session.step, session.threaded
+    updates = [one for one in stateful_listeners(trainer) if isinstance(one, OptimizerUpdate)]
 
     def end_step() -> None:
         # At the trainer's ITERATION_COMPLETED, which is not fired here, an OptimizerUpdate notes that no step is under
@@ -288,7 +288,7 @@ def _restored(
             _keep_model(model, optimizer)
         )  # restored after the handlers, as an OptimizerUpdate restores gradients too
         kept.callback(_keep_optimizer(optimizer))
-        for one in (*trainer.stateful_listeners(), *preserve):
+        for one in (*stateful_listeners(trainer), *preserve):
             if isinstance(one, GradientStatistics):  # its state_dict lacks the measured values
                 kept.callback(keep_measurements(one))
             else:

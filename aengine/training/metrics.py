@@ -20,7 +20,7 @@ from aengine.attachment import Attachment
 from aengine.bus.emitter import RemovableEventHandle
 from aengine.callables import check_callable, name_of
 from aengine.checkpoint.capture.metrics import MetricStates
-from aengine.engine import Engine
+from aengine.engine import Engine, stateful_listeners
 from aengine.events import EventLike, Events
 from aengine.extras import missing_package
 
@@ -106,7 +106,7 @@ class MetricHandler:
         return self._attachment.begin(engine, self._listen(engine))
 
     def _listen(self, engine: Engine[Any, Any]) -> Generator[RemovableEventHandle]:
-        others = [one for one in engine.stateful_listeners() if isinstance(one, MetricHandler)]
+        others = [one for one in stateful_listeners(engine) if isinstance(one, MetricHandler)]
         for one in others:
             if one.metric is self.metric:
                 raise RuntimeError(

@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from aengine.attachment import Attachment
 from aengine.bus.emitter import RemovableEventHandle
 from aengine.callables import name_of
-from aengine.engine import Engine
+from aengine.engine import Engine, stateful_listeners
 from aengine.events import EventLike
 from aengine.handlers.scores import Score, score_reader
 
@@ -63,7 +63,7 @@ class SchedulerHandler:
         return self._attachment.begin(engine, self._listen(engine, event), "; event may be several, joined by |")
 
     def _listen(self, engine: Engine[Any, Any], event: EventLike) -> Generator[RemovableEventHandle]:
-        others = (one for one in engine.stateful_listeners() if isinstance(one, SchedulerHandler))
+        others = (one for one in stateful_listeners(engine) if isinstance(one, SchedulerHandler))
         if any(one.scheduler is self.scheduler for one in others):
             raise RuntimeError(
                 f"this {name_of(self.scheduler)} is attached to engine {engine.name!r} already, and would step twice:"

@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import StepLR
 from torchmetrics import MeanMetric
 
 from aengine import Engine, Events
+from aengine.engine import stateful_listeners
 from aengine.handlers.early_stopping import EarlyStopping
 from aengine.handlers.nan_guard import NanGuard
 from aengine.handlers.profiling import profile
@@ -76,10 +77,10 @@ def test_second_attachment_is_refused_and_adds_nothing(name: str) -> None:
     first, second = engine_named("trainer"), engine_named("evaluator")
     attach_again = ATTACHED[name](first)
     for engine in (second, first):
-        before = len(engine.stateful_listeners()), engine.statistics()
+        before = len(stateful_listeners(engine)), engine.statistics()
         with pytest.raises(RuntimeError, match=r"this \w+ is attached to engine 'trainer' already.*make another one"):
             attach_again(engine)
-        assert (len(engine.stateful_listeners()), engine.statistics().handlers) == (before[0], before[1].handlers)
+        assert (len(stateful_listeners(engine)), engine.statistics().handlers) == (before[0], before[1].handlers)
     second.run_sync([1.0])
 
 

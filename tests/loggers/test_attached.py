@@ -127,9 +127,9 @@ def by_thread(engine: AnyEngine, remove: Callable[[], None]) -> None:
     "remove_by",
     [by_handler, by_handler_of_the_event, by_async_handler, by_subscriber, by_async_subscriber, by_thread],
 )
-@pytest.mark.parametrize("thread", [None, False])
+@pytest.mark.parametrize("thread", [True, False])
 async def test_removed_during_the_run_it_has_all_written_and_the_sink_closed_while_the_run_goes_on(
-    remove_by: Callable[[AnyEngine, Callable[[], None]], None], make: Callable[[], Listening], *, thread: bool | None
+    remove_by: Callable[[AnyEngine, Callable[[], None]], None], make: Callable[[], Listening], *, thread: bool
 ) -> None:
     sink, engine = make(), Engine(same, name="trainer", thread=thread)
     tracker = Tracker(sink)
@@ -230,8 +230,8 @@ async def test_removed_as_the_run_ends_it_reports_why_that_ended(*, skip: bool) 
     assert engine.statistics().services == ()
 
 
-@pytest.mark.parametrize("thread", [None, False])
-async def test_attached_and_removed_in_one_handler_of_a_run_it_has_all_written(*, thread: bool | None) -> None:
+@pytest.mark.parametrize("thread", [True, False])
+async def test_attached_and_removed_in_one_handler_of_a_run_it_has_all_written(*, thread: bool) -> None:
     sink, engine = Listening(), Engine(same, name="trainer", thread=thread)
     engine.register_events("mine")
     tracker = Tracker(sink)

@@ -125,7 +125,7 @@ def events_of(span: ReadableSpan) -> list[str]:
     return [event.name for event in span.events]
 
 
-WAYS = pytest.mark.parametrize("thread", [None, False], ids=["worker", "loop"])
+WAYS = pytest.mark.parametrize("thread", [True, False], ids=["worker", "loop"])
 STEPS = pytest.mark.parametrize(
     "make",
     [
@@ -141,7 +141,7 @@ STEPS = pytest.mark.parametrize(
 
 
 @WAYS
-async def test_a_run_is_a_tree_of_epochs_and_iterations(traces: Traces, *, thread: bool | None) -> None:
+async def test_a_run_is_a_tree_of_epochs_and_iterations(traces: Traces, *, thread: bool) -> None:
     engine: AnyEngine = Engine(plain, name="trainer", thread=thread)
     Instrumentation(tracer_provider=traces.provider, every=2).attach(engine)
     await engine.run([1, 2, 3], max_epochs=2)
@@ -168,7 +168,7 @@ async def test_a_run_is_a_tree_of_epochs_and_iterations(traces: Traces, *, threa
 
 
 @WAYS
-async def test_a_run_is_a_child_of_the_span_that_it_was_called_in(traces: Traces, *, thread: bool | None) -> None:
+async def test_a_run_is_a_child_of_the_span_that_it_was_called_in(traces: Traces, *, thread: bool) -> None:
     engine: AnyEngine = Engine(plain, name="trainer", thread=thread)
     Instrumentation(tracer_provider=traces.provider, every=1).attach(engine)
     with traces.tracer.start_as_current_span("GET /train"):
@@ -198,7 +198,7 @@ async def test_the_step_sees_the_span_of_its_iteration_or_else_of_its_epoch(
 
 @WAYS
 async def test_inline_handlers_are_within_the_span_of_their_event_in_whatever_order_they_were_added(
-    traces: Traces, *, thread: bool | None
+    traces: Traces, *, thread: bool
 ) -> None:
     engine: AnyEngine = Engine(plain, name="trainer", thread=thread)
 
@@ -227,9 +227,7 @@ async def test_inline_handlers_are_within_the_span_of_their_event_in_whatever_or
 
 
 @WAYS
-async def test_an_evaluator_run_in_an_async_handler_is_a_child_of_the_epoch(
-    traces: Traces, *, thread: bool | None
-) -> None:
+async def test_an_evaluator_run_in_an_async_handler_is_a_child_of_the_epoch(traces: Traces, *, thread: bool) -> None:
     trainer: AnyEngine = Engine(plain, name="trainer", thread=thread)
     evaluator: AnyEngine = Engine(spanning(traces), name="evaluator", thread=thread)
     Instrumentation(tracer_provider=traces.provider).attach(trainer)
@@ -333,7 +331,7 @@ class Held(SpanProcessor):
 
 
 @WAYS
-async def test_the_times_are_those_of_the_events_and_not_of_the_writing(traces: Traces, *, thread: bool | None) -> None:
+async def test_the_times_are_those_of_the_events_and_not_of_the_writing(traces: Traces, *, thread: bool) -> None:
     held, stepped = Held(), []
 
     def step(engine: AnyEngine, batch: int) -> None:
@@ -359,7 +357,7 @@ async def test_the_times_are_those_of_the_events_and_not_of_the_writing(traces: 
 
 
 @WAYS
-async def test_children_lie_within_their_parents(traces: Traces, *, thread: bool | None) -> None:
+async def test_children_lie_within_their_parents(traces: Traces, *, thread: bool) -> None:
     engine: AnyEngine = Engine(spanning(traces), name="trainer", thread=thread)
     Instrumentation(tracer_provider=traces.provider, every=1).attach(engine)
     await engine.run([1, 2], max_epochs=3)
@@ -437,7 +435,7 @@ async def test_a_run_inside_of_an_except_block_that_completes_has_not_failed(tra
 @WAYS
 @pytest.mark.parametrize("skip", [False, True], ids=["completed", "skip"])
 async def test_a_run_that_is_terminated_says_so_and_the_next_one_that_it_is_resumed(
-    traces: Traces, *, thread: bool | None, skip: bool
+    traces: Traces, *, thread: bool, skip: bool
 ) -> None:
     engine: AnyEngine = Engine(plain, name="trainer", thread=thread)
     Instrumentation(tracer_provider=traces.provider, every=2).attach(engine)
@@ -463,7 +461,7 @@ async def test_a_run_that_is_terminated_says_so_and_the_next_one_that_it_is_resu
 @WAYS
 @pytest.mark.parametrize("where", ["S", "ES", "GS@1/1", "GC@1/1", "IS@1/2", "IC@1/2", "EC", "C"])
 async def test_a_run_that_goes_on_is_linked_to_the_one_that_was_interrupted(
-    traces: Traces, *, thread: bool | None, where: str
+    traces: Traces, *, thread: bool, where: str
 ) -> None:
     engine: AnyEngine = Engine(spanning(traces), name="trainer", thread=thread)
     Instrumentation(tracer_provider=traces.provider, every=1).attach(engine)
@@ -529,7 +527,7 @@ async def test_a_run_that_is_cancelled_says_so_and_is_no_error(
 @pytest.mark.parametrize("skip", [False, True], ids=["completed", "skip"])
 @pytest.mark.parametrize("where", ["IS@1/2", "IC@1/2"])
 async def test_an_epoch_that_is_terminated_ends_and_the_next_one_begins(
-    traces: Traces, *, thread: bool | None, where: str, skip: bool
+    traces: Traces, *, thread: bool, where: str, skip: bool
 ) -> None:
     engine: AnyEngine = Engine(plain, name="trainer", thread=thread)
     Instrumentation(tracer_provider=traces.provider, every=1).attach(engine)
@@ -545,7 +543,7 @@ async def test_an_epoch_that_is_terminated_ends_and_the_next_one_begins(
 @pytest.mark.parametrize("every", [1, 100])
 @pytest.mark.parametrize("where", ["IS@1/2", "IC@1/2", "EC@1/3"])
 async def test_a_run_instrumented_under_way_is_traced_from_there(
-    traces: Traces, caplog: pytest.LogCaptureFixture, *, thread: bool | None, where: str, every: int
+    traces: Traces, caplog: pytest.LogCaptureFixture, *, thread: bool, where: str, every: int
 ) -> None:
     engine: AnyEngine = Engine(plain, name="trainer", thread=thread)
     at(engine, where, lambda: Instrumentation(tracer_provider=traces.provider, every=every).attach(engine))
@@ -664,7 +662,7 @@ def meters() -> Iterator[Meters]:
 
 
 @WAYS
-async def test_iterations_are_counted_over_all_runs(meters: Meters, *, thread: bool | None) -> None:
+async def test_iterations_are_counted_over_all_runs(meters: Meters, *, thread: bool) -> None:
     engine: AnyEngine = Engine(plain, name="evaluator", thread=thread)
     Instrumentation(tracer_provider=trace.NoOpTracerProvider(), meter_provider=meters.provider, every=4).attach(engine)
     await engine.run([1, 2, 3], max_epochs=2)
@@ -790,7 +788,7 @@ def collector() -> Iterator[Collector]:
 
 
 @WAYS
-async def test_a_collector_gets_every_span_and_the_metrics(collector: Collector, *, thread: bool | None) -> None:
+async def test_a_collector_gets_every_span_and_the_metrics(collector: Collector, *, thread: bool) -> None:
     tracers, engine = TracerProvider(shutdown_on_exit=False), Engine(plain, name="trainer", thread=thread)
     tracers.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(f"{collector.url}/v1/traces")))
     reader = PeriodicExportingMetricReader(OTLPMetricExporter(f"{collector.url}/v1/metrics"))
@@ -814,7 +812,7 @@ async def test_a_collector_gets_every_span_and_the_metrics(collector: Collector,
 
 
 @WAYS
-async def test_a_collector_that_does_not_answer_holds_up_no_run(collector: Collector, *, thread: bool | None) -> None:
+async def test_a_collector_that_does_not_answer_holds_up_no_run(collector: Collector, *, thread: bool) -> None:
     collector.answers.clear()
     tracers, engine = TracerProvider(shutdown_on_exit=False), Engine(plain, name="trainer", thread=thread)
     exporter = OTLPSpanExporter(f"{collector.url}/v1/traces")
@@ -830,9 +828,7 @@ async def test_a_collector_that_does_not_answer_holds_up_no_run(collector: Colle
 
 
 @WAYS
-async def test_a_collector_that_is_down_holds_up_no_run(
-    caplog: pytest.LogCaptureFixture, *, thread: bool | None
-) -> None:
+async def test_a_collector_that_is_down_holds_up_no_run(caplog: pytest.LogCaptureFixture, *, thread: bool) -> None:
     with ThreadingHTTPServer(("127.0.0.1", 0), _Collecting) as gone:
         port = gone.server_address[1]
     tracers, engine = TracerProvider(shutdown_on_exit=False), Engine(plain, name="trainer", thread=thread)

@@ -175,7 +175,7 @@ class Trouble:
 
 
 def engine_of(rng: random.Random) -> tuple[AnyEngine, Trouble]:
-    is_async, thread = rng.choice([(True, None), (False, None), (False, False)])
+    is_async, thread = rng.choice([(True, True), (False, True), (False, False)])
 
     async def async_step(engine: AnyEngine, batch: int) -> None:
         trouble.strike()

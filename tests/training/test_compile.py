@@ -30,7 +30,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of what inductor imports of torch
 ]
 
-THREADS = pytest.mark.parametrize("thread", [None, False], ids=["worker", "loop"])
+THREADS = pytest.mark.parametrize("thread", [True, False], ids=["worker", "loop"])
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +64,7 @@ def graphs() -> int:
 @pytest.mark.parametrize("autocast_dtype", [None, torch.bfloat16], ids=str)
 async def test_losses_equal_those_of_the_plain_loop_over_the_compiled_model(
     autocast_dtype: torch.dtype | None,
-    thread: bool | None,  # noqa: FBT001 -- pytest passes it by name
+    thread: bool,  # noqa: FBT001 -- pytest passes it by name
 ) -> None:
     expected, weights = plain_losses(dtype=autocast_dtype)
     torch._dynamo.reset()
@@ -121,7 +121,7 @@ async def test_model_that_was_compiled_on_one_worker_serves_the_next_run_and_the
 
 
 @THREADS
-async def test_evaluation_beside_training_equals_that_of_the_plain_loop(thread: bool | None) -> None:  # noqa: FBT001 -- pytest passes it by name
+async def test_evaluation_beside_training_equals_that_of_the_plain_loop(thread: bool) -> None:  # noqa: FBT001 -- pytest passes it by name
     """One compiled model in both modes, with gradients and without, in turn."""
     expected: list[torch.Tensor] = []
     _, compiled, optimizer = build_compiled()

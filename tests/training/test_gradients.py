@@ -22,7 +22,7 @@ from aengine.checkpoint import Checkpoint, Keep
 from aengine.loggers import Record, Tracker
 from aengine.training import GradientEvents, GradientStatistics, create_supervised_trainer
 
-THREADS = pytest.mark.parametrize("thread", [None, False], ids=["worker", "loop"])
+THREADS = pytest.mark.parametrize("thread", [True, False], ids=["worker", "loop"])
 
 
 def expected_of(
@@ -86,9 +86,7 @@ def record_values(engine: AnyEngine, statistics: GradientStatistics) -> list[tup
 
 @THREADS
 @pytest.mark.parametrize("accumulate", [1, 3])
-async def test_numbers_are_those_of_the_plain_loop_and_training_is_the_same(
-    accumulate: int, *, thread: bool | None
-) -> None:
+async def test_numbers_are_those_of_the_plain_loop_and_training_is_the_same(accumulate: int, *, thread: bool) -> None:
     plain = Plain(accumulate=accumulate, norm=0.5)
     model, optimizer = build()
     trainer = create_supervised_trainer(
@@ -297,7 +295,7 @@ def test_no_device_is_waited_for() -> None:
 
 
 @THREADS
-async def test_numbers_are_tracked_at_their_own_cadence(*, thread: bool | None) -> None:
+async def test_numbers_are_tracked_at_their_own_cadence(*, thread: bool) -> None:
     model, optimizer = build()
     trainer = create_supervised_trainer(model, optimizer, LOSS, thread=thread)
     statistics = GradientStatistics(model, optimizer, every=3)

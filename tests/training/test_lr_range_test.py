@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from aengine import Engine, EngineBusy, Events
 from aengine.checkpoint import Checkpoint
+from aengine.engine import stateful_listeners
 from aengine.training import (
     AverageHandler,
     GradientEvents,
@@ -31,7 +32,7 @@ from aengine.training import (
     lr_range_test,
 )
 
-THREADS = pytest.mark.parametrize("thread", [None, False], ids=["worker", "loop"])
+THREADS = pytest.mark.parametrize("thread", [True, False], ids=["worker", "loop"])
 
 
 def geometric(start: float, end: float, steps: int) -> list[float]:
@@ -85,7 +86,7 @@ def assert_same(left: Any, right: Any, place: str = "") -> None:
 
 @THREADS
 @pytest.mark.parametrize("accumulate", [1, 3])
-async def test_curve_is_that_of_the_plain_loop(accumulate: int, *, thread: bool | None) -> None:
+async def test_curve_is_that_of_the_plain_loop(accumulate: int, *, thread: bool) -> None:
     expected = plain_curve(RATES, accumulate=accumulate)
     model, optimizer = build()
     trainer = create_supervised_trainer(model, optimizer, LOSS, gradient_accumulation_steps=accumulate, thread=thread)
@@ -272,7 +273,7 @@ class Sized(torch.nn.Module):
 class Training:
     """A trainer in the middle of its run, and of a group of batches, with all that has a state."""
 
-    def __init__(self, thread: bool | None) -> None:  # noqa: FBT001 -- read as what it is
+    def __init__(self, thread: bool) -> None:  # noqa: FBT001 -- read as what it is
         self.act: Callable[[int], object] = lambda count: None
         self.count = 0
         torch.manual_seed(3)
@@ -335,7 +336,7 @@ class Training:
                 "optimizer": self.optimizer.state_dict(),
                 "scheduler": self.scheduler.state_dict(),
                 "average": self.average.state_dict(),
-                "listeners": [one.state_dict() for one in self.trainer.stateful_listeners()[:1]],
+                "listeners": [one.state_dict() for one in stateful_listeners(self.trainer)[:1]],
                 "random": (torch.get_rng_state(), torch.tensor(random.getstate()[1])),
                 "data": self.data.generator.get_state(),
                 "engine": self.trainer.state_dict(),
@@ -404,7 +405,7 @@ async def cancelled_between_steps(training: Training) -> None:
 
 
 WAYS = [
-    *((way, thread) for way in (to_the_end, cancelled_in_a_step) for thread in (None, False)),
+    *((way, thread) for way in (to_the_end, cancelled_in_a_step) for thread in (True, False)),
     *((way, None) for way in (diverging, failing, failing_data, cancelled_between_steps)),
 ]
 
@@ -425,7 +426,7 @@ async def cancel_when(event: anyio.Event, function: Callable[[], Any]) -> None:
 @pytest.mark.parametrize(
     ("way", "thread"), WAYS, ids=lambda one: "loop" if one is False else getattr(one, "__name__", "worker")
 )
-async def test_everything_is_as_it_was_and_the_training_continues_as_if_not(way: Any, *, thread: bool | None) -> None:
+async def test_everything_is_as_it_was_and_the_training_continues_as_if_not(way: Any, *, thread: bool) -> None:
     untested, tested = Training(thread), Training(thread)
     expected: Any = None
     for training in (untested, tested):
@@ -587,9 +588,7 @@ async def test_output_that_is_no_loss_is_refused(output: Any) -> None:
     model, optimizer = build()
     trainer: AnyEngine = Engine(lambda engine, batch: output)
     with pytest.raises(TypeError, match="take it from there, as by  output_transform="):
-        await lr_range_test(
-            Engine(lambda engine, batch: output), model, optimizer=optimizer, data=batches(), rates=RATES
-        )
+        await lr_range_test(trainer, model, optimizer=optimizer, data=batches(), rates=RATES)
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from aengine import Engine, Events
 from aengine.checkpoint import Checkpoint, Keep
 from aengine.training import AverageHandler, OptimizerEvents, SchedulerHandler, create_supervised_trainer
 
-THREADS = pytest.mark.parametrize("thread", [None, False], ids=["worker", "loop"])
+THREADS = pytest.mark.parametrize("thread", [True, False], ids=["worker", "loop"])
 STEPPED = OptimizerEvents.OPTIMIZER_STEPPED
 
 
@@ -95,7 +95,7 @@ class Training:
 async def test_scheduler_and_average_equal_those_of_the_plain_loop_also_resumed(
     tmp_path: Path,
     kind: str,
-    thread: bool | None,  # noqa: FBT001 -- pytest passes it by name
+    thread: bool,  # noqa: FBT001 -- pytest passes it by name
 ) -> None:
     model, optimizer = build()
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
@@ -128,7 +128,7 @@ async def test_scheduler_and_average_equal_those_of_the_plain_loop_also_resumed(
     ],
     ids=["iteration", "step", "epoch", "every-second-step"],
 )
-async def test_scheduler_takes_a_step_at_each_firing(event: Any, group: int, changes: int, thread: bool | None) -> None:  # noqa: FBT001 -- pytest passes it by name
+async def test_scheduler_takes_a_step_at_each_firing(event: Any, group: int, changes: int, thread: bool) -> None:  # noqa: FBT001 -- pytest passes it by name
     model, optimizer = build()
     trainer = create_supervised_trainer(model, optimizer, LOSS, gradient_accumulation_steps=group, thread=thread)
     SchedulerHandler(StepLR(optimizer, 1, gamma=0.5)).attach(trainer, event)
