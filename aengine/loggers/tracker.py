@@ -128,8 +128,8 @@ class Tracker:
         """Take the numbers of an engine at each event, also in the run under way.
 
         What is returned removes it again. During a run, what was taken until then is still written, in
-        `shutdown_timeout` seconds and beside the step: `engine.flush()` waits for that. Then the sink is closed as at
-        the end of a run. Where no run is under way, what a sink that is down has not taken is lost.
+        `shutdown_timeout` seconds and beside the step, and the sink is closed as at the end of a run: `engine.flush()`
+        waits for that. Where no run is under way, what a sink that is down has not taken is lost.
 
         Two engines of one name that are alive and write to one sink are warned of.
 

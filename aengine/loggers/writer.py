@@ -300,11 +300,16 @@ class RecordWriter(Service):
         end_of_round.set()
 
     def _is_to_write(self, goal: int) -> bool:
-        """Whether records up to this number wait, and the task will try: during the run not if the sink is down."""
+        """Whether records up to this number wait, and the task will try: during the run not if the sink is down.
+
+        Where the tracker is removed, also whether the sink is still to be closed.
+        """
         with self.lock:
+            if self._phase is _Phase.LEAVING:
+                return True
             if self.buffer.oldest > goal:
                 return False
-            if self._phase in (_Phase.LEAVING, _Phase.ENDING):
+            if self._phase is _Phase.ENDING:
                 return not self.sink.is_late
             return self._phase is _Phase.RUNNING and self.sink.is_well
 
