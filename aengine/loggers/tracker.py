@@ -178,7 +178,7 @@ class Tracker:
             if engine.has_event_handler(take, one):
                 raise RuntimeError(
                     f"{self.name} gets these values of engine {engine.name!r} at {one} already, and would get each of"
-                    " them twice: attach one Tracker, or at other events, or with other values="
+                    " them twice: attach one Tracker only, or choose other events, or other values="
                 )
         self._writer = writer
         service = engine.add_service(writer, name=self.name)

@@ -36,9 +36,7 @@ class _Phase(Enum):
 
     IDLE = "no run is under way: records wait for the next one"
     RUNNING = "serve() writes, at its pace"
-    LEAVING = (
-        "the tracker was removed during the run: serve() writes what it took, in that time too, and closes the sink"
-    )
+    LEAVING = "the tracker was removed during the run: serve() writes the rest and closes the sink, in a limited time"
     ENDING = "the run is ending: serve() writes all that waits, and has `shutdown_timeout` seconds for that"
     CLOSING = "serve() returns, for run_ended() writes the rest and closes the sink, in the time that remains"
     FAILED = "the run fails by an error of the sink: nothing more is written in it"
