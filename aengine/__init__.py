@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING
 from aengine.lazy import lazy_names
 
 if TYPE_CHECKING:
+    # `import aengine` is enough for `aengine.handlers.EarlyStopping`.
+    from aengine import checkpoint as checkpoint, handlers as handlers, loggers as loggers, training as training
     from aengine.bus.emitter import RemovableEventHandle
     from aengine.bus.stream import Stream
     from aengine.checkpoint import Checkpoint, Keep
