@@ -60,7 +60,7 @@ def check_callable(function: Any, what: str, name: str, *arguments: str) -> None
     except TypeError:
         raise TypeError(
             f"{what} {name_of(function)}{signature} cannot be called as {name}({', '.join(arguments)}): have it take"
-            f" {' and '.join(arguments)}"
+            f" {' and '.join(arguments) or 'no arguments'}"
         ) from None
 
 

@@ -51,9 +51,9 @@ class Engine(Generic[Batch, Output]):
         step: `step(engine, batch)` returns the output, or an awaitable of it. A plain `def` runs on the engine's own
             worker thread, an `async def` on the event loop.
         name: shown in logs, notes, events and statistics; by default the step's name.
-        thread: None for where the step belongs: a plain one on the worker, unless a mode or profiler of torch is on
-            where the engine is run, which sees that thread only; False to run a plain step on the event loop's own
-            thread; True to insist on the worker.
+        thread: whether a plain step runs on the worker, unless a mode or profiler of torch is on where the engine is
+            run, which sees that thread only; with False it runs on the event loop's own thread, as an async one always
+            does.
         grace: seconds, or a timedelta, that clean-up may take: handlers of CANCELLED and EXCEPTION_RAISED, subscribers
             that are behind, services, closing the data.
 
@@ -64,8 +64,8 @@ class Engine(Generic[Batch, Output]):
             would have drawn, and shuffled data comes as it came. None for nothing; `aengine.checkpoint` sets it.
 
     Raises:
-        TypeError, ValueError: the step cannot be called as `step(engine, batch)`, `thread=True` was given for an async
-            one, or `grace` is no duration, 0 or more.
+        TypeError, ValueError: the step cannot be called as `step(engine, batch)`, `thread` is no bool, or `grace` is no
+            duration, 0 or more.
 
     Example:
         >>> engine = Engine(lambda engine, batch: batch * 2)
@@ -78,15 +78,13 @@ class Engine(Generic[Batch, Output]):
         step: Callable[["Engine[Batch, Output]", Batch], Output | Awaitable[Output]],
         *,
         name: str | None = None,
-        thread: bool | None = None,
+        thread: bool = True,
         grace: float | timedelta = 30.0,
     ) -> None:
         check_callable(step, "the step", "step", "engine", "batch")
         is_async = is_async_callable(step)
-        if thread and is_async:
-            raise TypeError(
-                f"thread=True puts a plain step on the worker, but {name_of(step)} is async: leave thread= out"
-            )
+        if not isinstance(thread, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"thread= is True, for the worker, or False, for the event loop's thread; got {thread!r}")
         self.name = name or name_of(step).rpartition("<locals>.")[2]
         self.state = State()
         self.logger = logging.getLogger("aengine.engine")
@@ -99,8 +97,7 @@ class Engine(Generic[Batch, Output]):
             self._emitter,
             self._requests,
             is_async=is_async,
-            threaded=not is_async and thread is not False,
-            insists=thread is True,
+            threaded=not is_async and thread,
             grace=check_seconds(grace, "grace=", 30.0),
         )
 
@@ -257,7 +254,7 @@ class Engine(Generic[Batch, Output]):
         handler: None = None,
         *,
         buffer: int = 64,
-        overflow: Overflow | str = "wait",
+        overflow: Overflow = "wait",
         on_error: str = "raise",
         snapshot: Snapshot | None = None,
         name: str | None = None,
@@ -269,7 +266,7 @@ class Engine(Generic[Batch, Output]):
         handler: Callable[[Event], Any],
         *,
         buffer: int = 64,
-        overflow: Overflow | str = "wait",
+        overflow: Overflow = "wait",
         on_error: str = "raise",
         snapshot: Snapshot | None = None,
         name: str | None = None,
@@ -280,7 +277,7 @@ class Engine(Generic[Batch, Output]):
         handler: Callable[[Event], Any] | None = None,
         *,
         buffer: int = 64,
-        overflow: Overflow | str = "wait",
+        overflow: Overflow = "wait",
         on_error: str = "raise",
         snapshot: Snapshot | None = None,
         name: str | None = None,
@@ -327,7 +324,7 @@ class Engine(Generic[Batch, Output]):
         event: EventLike,
         *,
         buffer: int = 64,
-        overflow: Overflow | str = "drop_oldest",
+        overflow: Overflow = "drop_oldest",
         snapshot: Snapshot | None = None,
         wait_for_run: bool = True,
     ) -> Stream:
@@ -418,10 +415,6 @@ class Engine(Generic[Batch, Output]):
         """
         return self._requests.fire(self._emitter.name_to_fire(event), payload)
 
-    def stateful_listeners(self) -> list[Any]:
-        """Return the listeners (of a bound method: its object) that have a state to save, each once, event by event."""
-        return self._emitter.stateful_listeners(self)
-
     async def emit(self, event: EventLike, payload: Any = None) -> None:
         """Fire an event from async code: awaits its inline handlers, and room in the inboxes of its subscribers.
 
@@ -467,11 +460,6 @@ class Engine(Generic[Batch, Output]):
         The events of an iteration, which are not fired where nothing listens, count if something does.
         """
         return self._emitter.last_event
-
-    @property
-    def is_inside(self) -> bool:
-        """Whether the loop waits for the caller: its step, an inline handler, or the body of an `iterate()`."""
-        return self._session.is_inside
 
     # Stopping
 
@@ -592,3 +580,8 @@ class Engine(Generic[Batch, Output]):
 def session_of(engine: Engine[Any, Any]) -> Session:
     """Return what runs an engine, for what is built on engines inside this package."""
     return engine._session  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]  # the one door, in this very module
+
+
+def stateful_listeners(engine: Engine[Any, Any]) -> list[Any]:
+    """Return the listeners (of a bound method: its object) that have a state to save, each once, event by event."""
+    return engine._emitter.stateful_listeners(engine)  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]  # likewise

@@ -229,7 +229,7 @@ class Event(NamedTuple):
 
     Attributes:
         name: the event's name, such as "ITERATION_COMPLETED"; equal to the event itself.
-        engine: the name of the engine that fired it.
+        engine_name: the name of the engine that fired it.
         sequence: its place among all events that the engine has sent, from 1.
         iteration: the engine's state at that instant, as the next six.
         epoch: see `State`.
@@ -245,7 +245,7 @@ class Event(NamedTuple):
     """
 
     name: str
-    engine: str
+    engine_name: str
     sequence: int
     iteration: int
     epoch: int
@@ -272,7 +272,7 @@ class Event(NamedTuple):
 
     def __repr__(self) -> str:
         return (
-            f"Event({self.name}, engine={self.engine!r}, sequence={self.sequence}, epoch={self.epoch},"
+            f"Event({self.name}, engine={self.engine_name!r}, sequence={self.sequence}, epoch={self.epoch},"
             f" iteration={self.iteration})"
         )
 

@@ -85,7 +85,7 @@ class EngineStatistics:
 
     Attributes:
         name: the engine's name.
-        running: whether a run is under way.
+        is_running: whether a run is under way.
         epoch: epochs begun.
         iteration: iterations begun.
         total: seconds since the run began.
@@ -106,7 +106,7 @@ class EngineStatistics:
     """
 
     name: str
-    running: bool
+    is_running: bool
     epoch: int
     iteration: int
     total: float

@@ -164,7 +164,7 @@ async def echo(stream: anyio.abc.SocketStream) -> None:
 
 
 async def serve_and_train(
-    step: Callable[[Any, Any], Any], data: list[Any], phases: int, requests: int, *, thread: bool | None
+    step: Callable[[Any, Any], Any], data: list[Any], phases: int, requests: int, *, thread: bool
 ) -> tuple[list[float], list[float]]:
     """Latencies in milliseconds: idle, and while the engine trains."""
     idle: list[float] = []
@@ -199,12 +199,12 @@ def server_group(report: Report, backends: list[str], *, fast: bool) -> None:
     judged: dict[str, Figure] = {}
     rows: list[tuple[object, ...]] = []
     for backend in backends:
-        for where, thread in (("worker (default)", None), ("loop", False)):
-            number = requests if thread is None else requests // 10
+        for where, thread in (("worker (default)", True), ("loop", False)):
+            number = requests if thread else requests // 10
             run = functools.partial(serve_and_train, step, data, phases, number, thread=thread)
             idle, training = run_on(backend, run)
             ratio = statistics.median(training) / statistics.median(idle)
-            if thread is None:
+            if thread:
                 judged[backend] = Figure(ratio, min(training) / min(idle))
             quantiles = [percentile(taken, percent) for taken in (idle, training) for percent in (50, 99)]
             rows.append((f"{backend}, {where}", *quantiles, ratio))

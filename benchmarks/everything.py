@@ -68,15 +68,15 @@ from aengine.handlers.nan_guard import NanGuard
 from aengine.handlers.progress import show_progress
 from aengine.handlers.progress_tqdm import TqdmBars
 from aengine.handlers.report import table
-from aengine.loggers import track
-from aengine.loggers.jsonl import JSONLines
-from aengine.loggers.scalars import numbers_of
-from aengine.loggers.tensorboard import TensorBoard
-from aengine.training.averages import attach_average
-from aengine.training.metrics import attach_metric
-from aengine.training.schedules import attach_scheduler
-from aengine.training.supervised import create_supervised_evaluator, create_supervised_trainer
-from aengine.training.update import UpdateEvents
+from aengine.loggers import JSONLines, TensorBoard, Tracker, numbers_of
+from aengine.training import (
+    AverageHandler,
+    MetricHandler,
+    OptimizerEvents,
+    SchedulerHandler,
+    create_supervised_evaluator,
+    create_supervised_trainer,
+)
 
 AnyEngine: TypeAlias = Engine[Any, Any]
 Batch: TypeAlias = tuple[Tensor, Tensor]
@@ -152,9 +152,9 @@ def ours(training: Training, *, is_concurrent: bool, report: Callable[[str], Non
     trainer = create_supervised_trainer(model, optimizer, cross_entropy)
     validator = create_supervised_evaluator(validated.eval(), {"validation": metrics()}, name="validator")
 
-    attach_scheduler(trainer, schedule, UpdateEvents.OPTIMIZER_STEPPED)
-    attach_average(trainer, average, model)
-    attach_metric(trainer, MeanMetric(), "mean loss")
+    SchedulerHandler(schedule).attach(trainer, OptimizerEvents.OPTIMIZER_STEPPED)
+    AverageHandler(average, model).attach(trainer)
+    MetricHandler(MeanMetric(), "mean loss").attach(trainer)
     NanGuard().attach(trainer)
     EarlyStopping(PATIENCE, "validation/accuracy", mode="max").attach(trainer, validator)
 
@@ -179,14 +179,11 @@ def ours(training: Training, *, is_concurrent: bool, report: Callable[[str], Non
         return {"loss": engine.state.output, "rate": schedule.get_last_lr()[0]}
 
     for sink in (JSONLines(training.folder / "log.jsonl"), TensorBoard(training.folder / "tensorboard")):
-        track(trainer, sink, Events.ITERATION_COMPLETED, values=values)
-        track(
-            trainer,
-            sink,
-            Events.EPOCH_COMPLETED,
-            values=lambda engine: {"mean loss": engine.state.metrics["mean loss"]},
+        Tracker(sink, values=values).attach(trainer, Events.ITERATION_COMPLETED)
+        Tracker(sink, values=lambda engine: {"mean loss": engine.state.metrics["mean loss"]}).attach(
+            trainer, Events.EPOCH_COMPLETED
         )
-        track(validator, sink, Events.COMPLETED, values=numbers_of, step=lambda engine: engine.state.step)
+        Tracker(sink, values=numbers_of, step=lambda engine: engine.state.step).attach(validator, Events.COMPLETED)
     show_progress(trainer, TqdmBars(Terminal()))
 
     async def run() -> Sample:

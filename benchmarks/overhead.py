@@ -128,7 +128,7 @@ def ours(
     *,
     backend: str,
     the_step: Callable[[Any, Any], Any] = step,
-    thread: bool | None = None,
+    thread: bool = True,
     async_data: bool = False,
     prefetch: int = 0,
     prepare: Prepare = nothing,
@@ -200,7 +200,7 @@ def loop_group(report: Report, backends: list[str], rounds: int, seconds: float)
         for kind, options in HANDLERS.items():
             subjects[f"ignite, {kind}"] = Subject(partial(ignite, **options))
             prepare = partial(with_handlers, handler=handler, **options)
-            for where, thread in (("worker", None), ("loop", False)):
+            for where, thread in (("worker", True), ("loop", False)):
                 run = partial(ours, backend=backend, thread=thread, prepare=prepare)
                 subjects[f"{where}, {kind}"] = Subject(run)
         series = interleave(subjects, rounds=rounds, seconds=seconds)
@@ -282,9 +282,7 @@ def async_group(report: Report, backends: list[str], rounds: int, seconds: float
     ]
 
 
-def short(
-    count: int, *, backend: str, the_step: Callable[[Any, Any], Any] = step, thread: bool | None = None
-) -> Sample:
+def short(count: int, *, backend: str, the_step: Callable[[Any, Any], Any] = step, thread: bool = True) -> Sample:
     """`count` engines, made and run for one step each, one after the other."""
 
     async def main() -> Sample:
@@ -307,7 +305,7 @@ def short_group(report: Report, backends: list[str], rounds: int) -> None:
     """What a run costs that is short: evaluators, episodes, engines of a user's own."""
     subjects = {"run_sync": Subject(short_sync, most=200, least=200)}
     for name in backends:
-        for where, thread in (("worker", None), ("loop", False)):
+        for where, thread in (("worker", True), ("loop", False)):
             subjects[f"{name}, {where}"] = Subject(partial(short, backend=name, thread=thread), most=200, least=200)
     series = interleave(subjects, rounds=rounds, seconds=0)
     rows = [(name, each.cpu, each.wall) for name, each in series.items()]
@@ -321,17 +319,17 @@ async def receive(event: object) -> None:
     pass
 
 
-def with_subscribers(engine: AnyEngine, count: int, *, number: int, policy: str) -> None:
+def with_subscribers(engine: AnyEngine, count: int, *, number: int, policy: Any) -> None:
     buffer = count + 1 if policy == "error" else BUFFER
     for _ in range(number):
         subscribe(engine, policy, buffer)
 
 
-def subscribe(engine: AnyEngine, policy: str, buffer: int) -> None:
+def subscribe(engine: AnyEngine, policy: Any, buffer: int) -> None:
     engine.subscribe(Events.ITERATION_COMPLETED, receive, buffer=buffer, overflow=policy)
 
 
-def share_delivered(backend: str, policy: str, *, thread: bool | None, count: int = 20_000) -> float:
+def share_delivered(backend: str, policy: Any, *, thread: bool, count: int = 20_000) -> float:
     """How many of a run's events reach the handler: counted in a separate run, because counting costs time."""
     delivered = 0
 
@@ -405,10 +403,10 @@ def bus_group(report: Report, backends: list[str], rounds: int, seconds: float, 
     to_one: dict[str, Figure] = {}
     waiting: dict[str, dict[str, Figure]] = {"worker": {}, "loop": {}}
     for backend in backends:
-        for where, thread in (("worker", None), ("loop", False)):
+        for where, thread in (("worker", True), ("loop", False)):
             base = partial(ours, backend=backend, thread=thread)
-            hand = "a thread to the event loop" if thread is None else "a stream of anyio"
-            by_hand = partial(from_thread if thread is None else by_stream, backend=backend)
+            hand = "a thread to the event loop" if thread else "a stream of anyio"
+            by_hand = partial(from_thread if thread else by_stream, backend=backend)
             subjects = {"none": Subject(base, most=100_000), "hand": Subject(by_hand, most=100_000)}
             for policy in POLICIES:
                 for number in numbers:
@@ -455,7 +453,7 @@ def torch_group(report: Report, rounds: int, seconds: float) -> None:
                     for index in range(count):
                         the_step(None, data[index % len(data)])
                 return watch.sample
-            engine: AnyEngine = Engine(the_step, thread=False if kind == "loop" else None)
+            engine: AnyEngine = Engine(the_step, thread=kind != "loop")
             with Stopwatch(count) as watch:
                 await engine.run(data, max_epochs=1, epoch_length=count)
             return watch.sample

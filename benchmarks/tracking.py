@@ -45,8 +45,7 @@ from measure import (
 )
 
 from aengine import Engine, Events
-from aengine.loggers import Record, track
-from aengine.loggers.jsonl import JSONLines
+from aengine.loggers import JSONLines, Record, Tracker
 
 AnyEngine: TypeAlias = Engine[Any, Any]
 Pair: TypeAlias = tuple[float, float]
@@ -105,7 +104,7 @@ def ours(backend: str, make: Callable[[], Server] | None, count: int) -> Pair:
         rate = Rate(engine, Events, count)
         sink = make() if make is not None else None
         if sink is not None:
-            track(engine, sink, Events.ITERATION_COMPLETED, linger=1.0)
+            Tracker(sink, shutdown_timeout=1.0).attach(engine, Events.ITERATION_COMPLETED)
         began = time.perf_counter()
         await engine.run(range(count))
         whole = (time.perf_counter() - began) / count
@@ -200,7 +199,7 @@ def cost_of_a_record(report: Report, *, rounds: int, seconds: float) -> None:
         path = Path(folder) / "run.jsonl"
 
         def write(event: Any) -> Callable[[AnyEngine], object]:
-            return lambda engine: track(engine, JSONLines(path), event, spool=1_000_000)
+            return lambda engine: Tracker(JSONLines(path), buffer=1_000_000).attach(engine, event)
 
         def subscribe(engine: AnyEngine) -> None:
             async def nothing(event: object) -> None:

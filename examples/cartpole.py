@@ -192,7 +192,7 @@ def train_step(engine: Trainer, rollouts: Batch) -> float:
     return loss.item()
 
 
-def make_trainer(*, thread: bool | None = None) -> Trainer:
+def make_trainer(*, thread: bool = True) -> Trainer:
     trainer: Trainer = Engine(train_step, name="trainer", thread=thread)
     recent: deque[int] = deque(maxlen=EPISODES)
 

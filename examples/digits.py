@@ -43,15 +43,15 @@ from aengine.handlers.nan_guard import NanGuard
 from aengine.handlers.progress import show_progress
 from aengine.handlers.progress_tqdm import TqdmBars
 from aengine.handlers.report import table
-from aengine.loggers import track
-from aengine.loggers.jsonl import JSONLines
-from aengine.loggers.scalars import numbers_of
-from aengine.loggers.tensorboard import TensorBoard
-from aengine.training.averages import attach_average
-from aengine.training.metrics import attach_metric
-from aengine.training.schedules import attach_scheduler
-from aengine.training.supervised import create_supervised_evaluator, create_supervised_trainer
-from aengine.training.update import UpdateEvents
+from aengine.loggers import JSONLines, TensorBoard, Tracker, numbers_of
+from aengine.training import (
+    AverageHandler,
+    MetricHandler,
+    OptimizerEvents,
+    SchedulerHandler,
+    create_supervised_evaluator,
+    create_supervised_trainer,
+)
 
 EPOCHS, PATIENCE = 40, 8
 
@@ -96,9 +96,9 @@ validator = create_supervised_evaluator(average, {"validation": metrics()}, name
 candidate = deepcopy(model)  # is given the weights of a snapshot, because the trainer's change meanwhile
 observer = create_supervised_evaluator(candidate, {"training": metrics()}, name="observer")
 
-attach_scheduler(trainer, schedule, UpdateEvents.OPTIMIZER_STEPPED)
-attach_average(trainer, average, model)
-attach_metric(trainer, RunningMean(window=len(loader)), "mean loss", every=10)
+SchedulerHandler(schedule).attach(trainer, OptimizerEvents.OPTIMIZER_STEPPED)
+AverageHandler(average, model).attach(trainer)
+MetricHandler(RunningMean(window=len(loader)), "mean loss", every=10).attach(trainer)
 NanGuard().attach(trainer)
 early_stopping = EarlyStopping(PATIENCE, "validation/accuracy", mode="max")
 early_stopping.attach(trainer, validator)
@@ -133,8 +133,8 @@ def values(engine: Engine[Any, Any]) -> dict[str, Any]:
 
 async def main(out: Path) -> None:
     for sink in (JSONLines(out / "log.jsonl"), TensorBoard(out / "tensorboard")):
-        track(trainer, sink, Events.ITERATION_COMPLETED(every=10) | Events.EPOCH_COMPLETED, values=values)
-        track(observer, sink, Events.COMPLETED, step=lambda engine: engine.state.step)
+        Tracker(sink, values=values).attach(trainer, Events.ITERATION_COMPLETED(every=10) | Events.EPOCH_COMPLETED)
+        Tracker(sink, step=lambda engine: engine.state.step).attach(observer, Events.COMPLETED)
     show_progress(trainer, TqdmBars())
 
     state = {"model": model, "average": average, "optimizer": optimizer}

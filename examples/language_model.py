@@ -34,8 +34,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import MeanMetric
 
 from aengine import Engine, Event, Events, stop_on_signals
-from aengine.training.metrics import attach_metric
-from aengine.training.schedules import attach_scheduler
+from aengine.training import MetricHandler, SchedulerHandler
 
 SIZE, ROWS, LENGTH = 128, 20, 35  # size of the memory; passages in a batch; words in a passage
 UNKNOWN, END = "<unknown>", "<end>"  # a rare word; the end of a paragraph
@@ -92,14 +91,14 @@ def forget(engine: Reading) -> None:
     engine.state.memory = None
 
 
-def create_engine(step: Callable[[Reading, Batch], Weighed], *, thread: bool | None = None) -> Reading:
+def create_engine(step: Callable[[Reading, Batch], Weighed], *, thread: bool = True) -> Reading:
     engine = Engine(step, thread=thread)
     engine.add_event_handler(Events.EPOCH_STARTED, forget)
-    attach_metric(engine, MeanMetric(), "loss")  # takes values, and their weights
+    MetricHandler(MeanMetric(), "loss").attach(engine)  # takes values, and their weights
     return engine
 
 
-def create_evaluator(model: Reader, *, thread: bool | None = None) -> Reading:
+def create_evaluator(model: Reader, *, thread: bool = True) -> Reading:
     @torch.inference_mode()
     def evaluate(engine: Reading, batch: Batch) -> Weighed:
         model.eval()
@@ -108,7 +107,7 @@ def create_evaluator(model: Reader, *, thread: bool | None = None) -> Reading:
     return create_engine(evaluate, thread=thread)
 
 
-def create_trainer(model: Reader, validation: list[Batch], *, thread: bool | None = None) -> Reading:
+def create_trainer(model: Reader, validation: list[Batch], *, thread: bool = True) -> Reading:
     optimizer = torch.optim.SGD(model.parameters(), lr=30)
     annealing = ReduceLROnPlateau(optimizer, factor=0.25, patience=0, threshold=0)
     evaluator = create_evaluator(model, thread=thread)
@@ -129,7 +128,7 @@ def create_trainer(model: Reader, validation: list[Batch], *, thread: bool | Non
         loss = (await evaluator.run(validation)).metrics["loss"]
         engine.state.metrics.update(perplexity=math.exp(loss), rate=optimizer.param_groups[0]["lr"])
 
-    attach_scheduler(trainer, annealing, Events.EPOCH_COMPLETED, metric="perplexity")
+    SchedulerHandler(annealing, metric="perplexity").attach(trainer, Events.EPOCH_COMPLETED)
     return trainer
 
 

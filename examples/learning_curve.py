@@ -24,8 +24,7 @@ from quickstart import accuracies, main, trainer
 from aengine import Events
 from aengine.handlers import picture
 from aengine.handlers.timeline import Timeline
-from aengine.loggers.jsonl import JSONLines
-from aengine.loggers.tracker import track
+from aengine.loggers import JSONLines, Tracker
 
 
 def draw(out: Path, timeline: Timeline) -> None:
@@ -38,11 +37,8 @@ def draw(out: Path, timeline: Timeline) -> None:
 
 async def train_and_draw(out: Path) -> None:
     await anyio.Path(out / "losses.jsonl").unlink(missing_ok=True)
-    track(
-        trainer,
-        JSONLines(out / "losses.jsonl"),
-        Events.ITERATION_COMPLETED,
-        values=lambda engine: {"loss": engine.state.output},
+    Tracker(JSONLines(out / "losses.jsonl"), values=lambda engine: {"loss": engine.state.output}).attach(
+        trainer, Events.ITERATION_COMPLETED
     )
     timeline = Timeline(trainer)
     await main(out)

@@ -35,8 +35,7 @@ from aengine import Engine, Events
 from aengine.handlers.early_stopping import EarlyStopping
 from aengine.handlers.progress import show_progress
 from aengine.handlers.progress_tqdm import TqdmBars
-from aengine.training.metrics import attach_metric
-from aengine.training.supervised import create_supervised_evaluator, create_supervised_trainer
+from aengine.training import MetricHandler, create_supervised_evaluator, create_supervised_trainer
 
 Batch = tuple[Tensor, Tensor]
 
@@ -68,15 +67,15 @@ def create_model(terms: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(terms, 1), nn.Flatten(0))  # one number for each patient
 
 
-def create_evaluator(model: nn.Module, *, thread: bool | None = None) -> Engine[Batch, Any]:
+def create_evaluator(model: nn.Module, *, thread: bool = True) -> Engine[Batch, Any]:
     return create_supervised_evaluator(model, {"R2": R2Score(), "error": MeanAbsoluteError()}, thread=thread)
 
 
-def create_trainer(model: nn.Module, validation: Batch, *, thread: bool | None = None) -> Engine[Batch, Tensor]:
+def create_trainer(model: nn.Module, validation: Batch, *, thread: bool = True) -> Engine[Batch, Tensor]:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, weight_decay=0.3)
     trainer = create_supervised_trainer(model, optimizer, nn.functional.smooth_l1_loss, thread=thread)
     evaluator = create_evaluator(model, thread=thread)
-    attach_metric(trainer, MeanMetric(), "loss")
+    MetricHandler(MeanMetric(), "loss").attach(trainer)
     EarlyStopping(patience=10, score="R2", mode="max").attach(trainer, evaluator)
 
     @trainer.on(Events.EPOCH_COMPLETED)

@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 
 from aengine import Engine, Event, Events
-from aengine.training.metrics import attach_metric
+from aengine.training import MetricHandler
 
 SIZE = 10  # numbers that encode a digit
 
@@ -65,7 +65,7 @@ def read_digits() -> tuple[Tensor, Tensor]:
     return images[:-300], images[-300:]
 
 
-def create_trainer(model: VAE, *, thread: bool | None = None) -> Engine[Tensor, Weighed]:
+def create_trainer(model: VAE, *, thread: bool = True) -> Engine[Tensor, Weighed]:
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
 
     def train_step(engine: Engine[Tensor, Weighed], images: Tensor) -> Weighed:
@@ -77,7 +77,7 @@ def create_trainer(model: VAE, *, thread: bool | None = None) -> Engine[Tensor, 
         return loss.item() / len(images), len(images)
 
     trainer = Engine(train_step, thread=thread)
-    attach_metric(trainer, MeanMetric(), "loss")  # takes values, and their weights
+    MetricHandler(MeanMetric(), "loss").attach(trainer)  # takes values, and their weights
     return trainer
 
 

@@ -57,9 +57,10 @@ def test_step_must_not_be_a_generator_function(step: Any) -> None:
         Engine(step)
 
 
-def test_async_step_cannot_be_put_on_the_worker() -> None:
-    with refused(TypeError, "thread=True", "async_step", "leave thread= out"):
-        Engine(async_step, thread=True)
+@pytest.mark.parametrize("value", [None, 0, "worker"])
+def test_thread_is_true_or_false(value: Any) -> None:
+    with refused(TypeError, "thread=", "True", "False", repr(value)):
+        Engine(double, thread=value)
 
 
 @pytest.mark.parametrize("value", [None, "30", True])

@@ -5,28 +5,24 @@ cancelled natively. Here an item is taken in a stretch of code without an await,
 """
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
-from enum import Enum
-from typing import Any
+from collections.abc import Callable, Generator, Iterator, Mapping
+from typing import Any, Literal, TypeAlias
 
 from aengine.errors import InboxOverflow
 from aengine.events import Event
 from aengine.threads.event_loop import EventLoopHandle, ThreadSafeEvent
 
+Overflow: TypeAlias = Literal["wait", "latest", "drop_oldest", "drop_new", "error"]
+"""What happens to an event that meets a full inbox: see `OVERFLOW`."""
 
-class Overflow(Enum):
-    """What happens to an event that meets a full inbox. No policy is silent: each drop is counted."""
-
-    WAIT = "wait"
-    """It is accepted, and what emitted it waits until there is room: back-pressure."""
-    LATEST = "latest"
-    """Of each event only the newest waits; `buffer` is not looked at."""
-    DROP_OLDEST = "drop_oldest"
-    """It takes the place of the one that has waited longest."""
-    DROP_NEW = "drop_new"
-    """It is dropped."""
-    ERROR = "error"
-    """It is dropped, and raises an InboxOverflow where it was emitted, which fails the run."""
+OVERFLOW: Mapping[Overflow, str] = {
+    "wait": "it is accepted, and what emitted it waits until there is room",
+    "latest": "of each event only the newest waits; buffer= is not looked at",
+    "drop_oldest": "it takes the place of the one that has waited longest",
+    "drop_new": "it is dropped",
+    "error": "it is dropped, and an InboxOverflow is raised where it was emitted, which fails the run",
+}
+"""The policies, each with what it does with the event. None is silent: each drop is counted."""
 
 
 class Inbox:
@@ -94,7 +90,7 @@ class Inbox:
         """Do what the policy says with an event that is over the limit. Returns False if room is to be waited for.
 
         Raises:
-            InboxOverflow: the policy is ERROR. The event is counted as dropped.
+            InboxOverflow: the policy is "error". The event is counted as dropped.
         """
         return self._at_limit(self, event)
 
@@ -242,14 +238,14 @@ class Inbox:
     def reopen_nowait(self) -> None:
         """Accept again: another run begins."""
         self.closed = self.is_reader_stopped = False
-        # With LATEST every event is a case for the policy: it may take the place of an older one.
-        self.limit = 0 if self._overflow is Overflow.LATEST else self._capacity
+        # With "latest" every event is a case for the policy: it may take the place of an older one.
+        self.limit = 0 if self._overflow == "latest" else self._capacity
         self._at_limit = {
-            Overflow.WAIT: Inbox._wait,
-            Overflow.LATEST: Inbox._keep_latest,
-            Overflow.DROP_OLDEST: Inbox._drop_oldest,
-            Overflow.DROP_NEW: Inbox._drop_new,
-            Overflow.ERROR: Inbox._refuse,
+            "wait": Inbox._wait,
+            "latest": Inbox._keep_latest,
+            "drop_oldest": Inbox._drop_oldest,
+            "drop_new": Inbox._drop_new,
+            "error": Inbox._refuse,
         }[self._overflow]
 
     @property

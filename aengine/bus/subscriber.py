@@ -10,7 +10,7 @@ import anyio
 
 from aengine.arguments import check_choice, check_whole
 from aengine.bus.dispatch import reading
-from aengine.bus.inbox import Inbox, Overflow
+from aengine.bus.inbox import OVERFLOW, Inbox, Overflow
 from aengine.bus.listeners import InboxListener, Snapshot
 from aengine.callables import check_callable, is_async_callable, is_awaitable, name_of
 from aengine.errors import StrayCancellation
@@ -41,11 +41,11 @@ class Subscription:
         selectors: tuple[Selector, ...],
         name: str | None,
         buffer: int,
-        overflow: Overflow | str,
+        overflow: Overflow,
         snapshot: Snapshot | None,
     ) -> None:
         check_whole(buffer, "buffer=", minimum=1, of="events that may wait")
-        policy = check_choice(getattr(overflow, "value", overflow), "overflow=", [one.value for one in Overflow])
+        check_choice(overflow, "overflow=", list(OVERFLOW))
         if snapshot is not None:
             check_callable(snapshot, "snapshot=", "snapshot", "engine")
         if not isinstance(snapshot, Hashable):
@@ -56,7 +56,7 @@ class Subscription:
         self.errors = 0
         self._busy = 0.0
         self._busy_since: float | None = None
-        self.inbox = Inbox(self.name, buffer, Overflow(policy), bus.lock)
+        self.inbox = Inbox(self.name, buffer, overflow, bus.lock)
         self._listeners = [InboxListener(selector, self.inbox, snapshot) for selector in selectors]
         self._topics = [bus.topic(selector.name) for selector in selectors]
 
@@ -97,7 +97,7 @@ class Subscriber(Subscription):
         handler: Callable[[Event], Any],
         *,
         buffer: int,
-        overflow: Overflow | str,
+        overflow: Overflow,
         on_error: str,
         snapshot: Snapshot | None,
         name: str | None,
@@ -236,4 +236,4 @@ class Subscriber(Subscription):
 
 def place_of(event: Event) -> str:
     """Return where in its run an event was fired, to show."""
-    return f"engine {event.engine!r}, epoch {event.epoch}, iteration {event.iteration}"
+    return f"engine {event.engine_name!r}, epoch {event.epoch}, iteration {event.iteration}"

@@ -360,7 +360,7 @@ class Saver(Service):
 
     async def save_now(self, engine: AnyEngine) -> CheckpointInfo:
         """Save before the next step, or at once if no run is under way. See `Checkpoint.save_now`."""
-        if engine.is_inside:
+        if session_of(engine).is_inside:
             raise RuntimeError(
                 "save_now() waits for the end of the step, which waits for it here: call checkpoint.save_soon()"
             )

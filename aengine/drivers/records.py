@@ -20,7 +20,7 @@ def statistics_of(bus: Bus, services: tuple[ServiceStatistics, ...], *, is_runni
             seconds[handler.name] = seconds.get(handler.name, 0.0) + handler.seconds
     return EngineStatistics(
         name=bus.name,
-        running=is_running,
+        is_running=is_running,
         epoch=state.epoch,
         iteration=state.iteration,
         total=watch.total,

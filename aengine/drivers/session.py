@@ -59,7 +59,6 @@ class Session:
         *,
         is_async: bool,
         threaded: bool,
-        insists: bool,
         grace: float,
     ) -> None:
         self._is_running = False
@@ -73,7 +72,6 @@ class Session:
         self._requests = requests
         self._is_async = is_async
         self.threaded = threaded
-        self._insists = insists  # on the worker
         self._grace = grace
         self._driver: Driver | None = None
         self._left: Driver | None = None  # of a run that was given up, and whose step may still be at work
@@ -180,19 +178,14 @@ class Session:
             state.error = ErrorInfo.of(error)
 
     def _stay_on_thread(self, bound: str, prefetch: int) -> None:
-        """Say that something of torch, which `bound` names, is in force on this thread, and must see step and data.
-
-        Raises:
-            RuntimeError: the engine insists on the worker, where it would see nothing.
-        """
-        where = f"{bound}: in force on the thread that runs engine {self._bus.name!r}, and on no other"
-        if self._insists:
-            raise RuntimeError(f"{where}. Make the engine with thread=False, or enter it in the step")
+        """Say that something of torch, which `bound` names, is in force on this thread, and must see step and data."""
         if self.threaded or prefetch:
             self._bus.logger.warning(
-                "%s. So the step and plain data run on this one, the event loop's, and no plain data is pulled ahead."
-                " thread=False says so; what is entered in the step leaves it on the worker",
-                where,
+                "%s: in force on the thread that runs engine %r, and on no other. So the step and plain data run on"
+                " this one, the event loop's, and no plain data is pulled ahead. thread=False says so; what is entered"
+                " in the step leaves it on the worker",
+                bound,
+                self._bus.name,
             )
 
     @property

@@ -365,7 +365,7 @@ def _records(log: "str | os.PathLike[str] | Iterable[Record]") -> Iterable[tuple
     """Yield step, engine, event and values."""
     if not isinstance(log, str | os.PathLike):
         for record in log:
-            yield record.step, record.engine, record.event, record.values
+            yield record.step, record.engine_name, record.event, record.values
         return
     with Path(log).open(encoding="utf-8") as file:
         for line in file:

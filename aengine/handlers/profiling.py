@@ -180,7 +180,7 @@ class Profiling:
         if by is not self:  # another one of this engine's
             return
         self._directory.mkdir(parents=True, exist_ok=True)
-        name = f"{re.sub(r'[^-.0-9A-Za-z_]+', '_', event.engine)}-{recorded.first}-{recorded.last}"
+        name = f"{re.sub(r'[^-.0-9A-Za-z_]+', '_', event.engine_name)}-{recorded.first}-{recorded.last}"
         suffix = "pt.trace.json.gz" if self._compress else "pt.trace.json"  # what TensorBoard's plugin looks for
         with TemporaryDirectory(prefix=".partial-", dir=self._directory) as partial:
             trace = Path(partial, suffix)

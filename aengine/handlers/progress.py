@@ -137,7 +137,7 @@ class _Bars:
                 self._draw(event)
         except Exception as error:  # a terminal that is closed is no reason to stop training
             self._has_failed = True
-            _logger.warning("the progress of %s cannot be shown any more", event.engine, exc_info=error)
+            _logger.warning("the progress of %s cannot be shown any more", event.engine_name, exc_info=error)
 
     def _draw(self, event: Event) -> None:
         is_end = event.name in _END_NAMES
@@ -171,7 +171,7 @@ class _Line(NamedTuple):
 def _lines(event: Event) -> list[_Line]:
     epoch_start, epochs_completed, values = event.snapshot
     text = ", ".join(_formatted(values))
-    name, epochs, done = event.engine, event.max_epochs, event.iteration - epoch_start
+    name, epochs, done = event.engine_name, event.max_epochs, event.iteration - epoch_start
     if epochs is None:  # the run is limited by its iterations alone
         return [_Line("it", name, 0, event.iteration, event.max_iters, text)]
     if epochs == 1:

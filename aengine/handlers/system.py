@@ -2,7 +2,7 @@
 
     system = SystemStatistics(every=timedelta(seconds=10))
     system.attach(trainer)
-    track(trainer, JSONLines("system.jsonl"), SystemEvents.SYSTEM_SAMPLED, values=system.values)
+    Tracker(JSONLines("system.jsonl"), values=system.values).attach(trainer, SystemEvents.SYSTEM_SAMPLED)
 
 The process and the machine are read by psutil, the GPUs by nvidia-ml-py (extra `system`), and what torch has allocated
 on them by torch, if it is in use. What is not installed or not there gives no numbers.
@@ -93,7 +93,7 @@ class SystemStatistics:
         engine.add_service(self._sampler, name="system statistics")
 
     def values(self, _: Engine[Any, Any] | None = None) -> dict[str, float]:
-        """Return the last sample, by name, for `track(values=)`. Nothing before the first."""
+        """Return the last sample, by name, for `Tracker(values=)`. Nothing before the first."""
         return dict(self._sampler.values)
 
 

@@ -1,11 +1,10 @@
 """Loggers beside the step: bounded, never slowing it, and counting what they could not write.
 
-from aengine.loggers import track
-from aengine.loggers.jsonl import JSONLines
+from aengine.loggers import JSONLines, Tracker
 
-track(trainer, JSONLines("log.jsonl"), Events.ITERATION_COMPLETED(every=10) | Events.EPOCH_COMPLETED)
+Tracker(JSONLines("log.jsonl")).attach(trainer, Events.ITERATION_COMPLETED(every=10) | Events.EPOCH_COMPLETED)
 
-One module for each place to write to; `sink` says what a sink of your own needs.
+One class for each place to write to; `Sink` says what a sink of your own needs.
 """
 
 from typing import TYPE_CHECKING
@@ -15,11 +14,11 @@ from aengine.lazy import lazy_names
 if TYPE_CHECKING:
     from aengine.loggers.jsonl import JSONLines
     from aengine.loggers.mlflow import MLflow
-    from aengine.loggers.opentelemetry import Instrumentation, OpenTelemetry, instrument
+    from aengine.loggers.opentelemetry import Instrumentation, OpenTelemetry
     from aengine.loggers.scalars import numbers_of
-    from aengine.loggers.sink import Closable, Durable, Record, Rewindable, Sink, Witness, Write
+    from aengine.loggers.sink import Closable, Durable, Record, Rewindable, RunListener, Sink
     from aengine.loggers.tensorboard import TensorBoard
-    from aengine.loggers.tracker import Tracker, TrackerStatistics, track
+    from aengine.loggers.tracker import Tracker, TrackerStatistics
     from aengine.loggers.wandb import WandB
 else:  # out of sight of type checkers, which would take any name for one of this module's
     __getattr__, __dir__ = lazy_names(
@@ -27,11 +26,11 @@ else:  # out of sight of type checkers, which would take any name for one of thi
         {
             "jsonl": "JSONLines",
             "mlflow": "MLflow",
-            "opentelemetry": "Instrumentation OpenTelemetry instrument",
+            "opentelemetry": "Instrumentation OpenTelemetry",
             "scalars": "numbers_of",
-            "sink": "Closable Durable Record Rewindable Sink Witness Write",
+            "sink": "Closable Durable Record Rewindable RunListener Sink",
             "tensorboard": "TensorBoard",
-            "tracker": "Tracker TrackerStatistics track",
+            "tracker": "Tracker TrackerStatistics",
             "wandb": "WandB",
         },
     )
@@ -45,14 +44,11 @@ __all__ = [
     "OpenTelemetry",
     "Record",
     "Rewindable",
+    "RunListener",
     "Sink",
     "TensorBoard",
     "Tracker",
     "TrackerStatistics",
     "WandB",
-    "Witness",
-    "Write",
-    "instrument",
     "numbers_of",
-    "track",
 ]

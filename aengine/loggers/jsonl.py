@@ -17,6 +17,9 @@ _logger = logging.getLogger("aengine.loggers")
 
 _CHUNK = 1 << 16
 
+_FIELDS = tuple((name.removesuffix("_name"), name) for name in Record.__slots__)
+"""The keys of a line, and what they are of a record: "engine" is the engine's name, for nothing else of it is there."""
+
 _DISORDER = 60.0
 """Seconds by which lines of two engines may be out of order: each is written when its own tracker comes to that."""
 
@@ -62,14 +65,14 @@ class JSONLines:
             if self._file is None:
                 self._file = _open(self.path)
             self._go_back()
-            if new := {record.engine for record in records} - self._engines:
+            if new := {record.engine_name for record in records} - self._engines:
                 self._set_aside_of_others(new)
                 self._engines |= new
             _append(self._file, lines)
 
-    def run_went_back(self, engine: str, standing: Mapping[str, int], /) -> None:
+    def run_went_back(self, engine_name: str, standing: Mapping[str, int], /) -> None:
         """Have the lines of an engine that come again moved to the file beside this one, before more are written."""
-        self._gone_back.append((engine, standing))
+        self._gone_back.append((engine_name, standing))
 
     def _go_back(self) -> None:
         while self._gone_back and self._file is not None:
@@ -161,7 +164,7 @@ class JSONLines:
 
 
 def _line(record: Record) -> str:
-    fields: dict[str, Any] = {name: getattr(record, name) for name in Record.__slots__}  # asdict() takes thrice as long
+    fields: dict[str, Any] = {key: getattr(record, name) for key, name in _FIELDS}  # asdict() takes thrice as long
     try:
         return json.dumps(fields, allow_nan=False) + "\n"
     except ValueError:  # rare, and looking for NaN first would cost as much as the dump

@@ -9,7 +9,7 @@ from typing import Any
 
 from aengine.extras import missing_package
 from aengine.loggers.runs import RecentRecords, SharedRun, check_mappings, check_reachable, check_texts
-from aengine.loggers.sink import Record, engine_and_name
+from aengine.loggers.sink import Record, tag_of
 from aengine.state import StopReason
 
 try:
@@ -33,7 +33,7 @@ _STATUS = {StopReason.FAILED: RunStatus.FAILED, StopReason.CANCELLED: RunStatus.
 class MLflow:
     """Writes each number of each record as a metric of one MLflow run, with the record's step and time.
 
-        track(trainer, MLflow("digits", params={"lr": 0.01}, tracking_uri="http://127.0.0.1:5000"))
+        Tracker(MLflow("digits", params={"lr": 0.01}, tracking_uri="http://127.0.0.1:5000")).attach(trainer)
 
     The run begins with the first record, or the first end. It ends as FINISHED where the engine's run was completed or
     terminated, FAILED where it raised and KILLED where it was cancelled; it stays RUNNING where that was interrupted.
@@ -41,9 +41,9 @@ class MLflow:
     What is written after the end is written to the same run, which is RUNNING again.
 
     MLflow's fluent API (`mlflow.log_metric`) and its active run are not touched. A server that is down is noticed
-    before a request, and tried again as `track` says. One that goes down during a request is tried again by mlflow
+    before a request, and tried again as `Tracker` says. One that goes down during a request is tried again by mlflow
     itself, for some four minutes, with pauses that grow to a minute: in a thread that holds up nothing, but without a
-    warning of ours. MLFLOW_HTTP_REQUEST_MAX_RETRIES=0 in the environment leaves that to `track` as well.
+    warning of ours. MLFLOW_HTTP_REQUEST_MAX_RETRIES=0 in the environment leaves that to the Tracker as well.
 
     As a part of a `Checkpoint` it makes a resumed training go on in the same MLflow run.
 
@@ -54,7 +54,7 @@ class MLflow:
         tracking_uri: as for mlflow; by default what `mlflow.set_tracking_uri` or MLFLOW_TRACKING_URI said.
         params: parameters of the run, by name. Those that the run has already stay as they are.
         tags: tags of the run, by name.
-        tag: `tag(record, name)` returns the name of a metric. Characters that MLflow does not allow (all but letters,
+        key: `key(record, name)` returns the name of a metric. Characters that MLflow does not allow (all but letters,
             digits, `_`, `-`, `.`, `:`, `/` and spaces) become `_`, with a warning.
 
     Raises:
@@ -70,7 +70,7 @@ class MLflow:
         tracking_uri: str | None = None,
         params: Mapping[str, Any] | None = None,
         tags: Mapping[str, Any] | None = None,
-        tag: Callable[[Record, str], str] = engine_and_name,
+        key: Callable[[Record, str], str] = tag_of,
     ) -> None:
         check_texts("MLflow", experiment=experiment, name=name, run_id=run_id, tracking_uri=tracking_uri)
         check_mappings("MLflow", params=params, tags=tags)
@@ -82,7 +82,7 @@ class MLflow:
         self._uri = tracking_uri or get_tracking_uri()
         self._params = {_allowed(str(key)): str(value) for key, value in (params or {}).items()}
         self._tags = {_allowed(str(key)): str(value) for key, value in (tags or {}).items()}
-        self._tag = tag
+        self._key = key
         self._client: Any = None
         self._is_open = False
         self._latest: float | None = None  # the time of the last record
@@ -97,9 +97,9 @@ class MLflow:
         """MLflow's name for the run; None before the first record is written."""
         return self._run_id
 
-    def begin(self, engine: str, time: float, /) -> None:
+    def run_started(self, engine_name: str, time: float, /) -> None:
         """Take note that a run of an engine began."""
-        self._runs.begin(engine, time)
+        self._runs.begin(engine_name, time)
 
     def write(self, records: Sequence[Record], /) -> None:
         """Write the records, a thousand numbers in a request. Those that were written before are not written again.
@@ -119,9 +119,9 @@ class MLflow:
                     self._written.add(record)
                     self._latest = record.time
 
-    def end(self, engine: str, time: float, reason: StopReason, /) -> None:
+    def run_ended(self, engine_name: str, time: float, reason: StopReason, /) -> None:
         """Take note that a run of an engine ended."""
-        self._runs.end(engine, time, reason)
+        self._runs.end(engine_name, time, reason)
 
     def close(self) -> None:
         """Give the run its last status, if no engine's run is under way.
@@ -196,7 +196,7 @@ class MLflow:
 
     def _metrics(self, records: Sequence[Record]) -> list[Metric]:
         return [
-            Metric(self._metric(self._tag(record, name)), float(value), _milliseconds(record.time), record.step)
+            Metric(self._metric(self._key(record, name)), float(value), _milliseconds(record.time), record.step)
             for record in records
             for name, value in record.values.items()
         ]

@@ -1,24 +1,24 @@
 """OpenTelemetry: a run as spans and metrics, in the trace of its caller.
 
-instrument(trainer)                                        # spans, and metrics of the loop
-track(trainer, OpenTelemetry(), Events.EPOCH_COMPLETED)    # its numbers, as gauges
+Instrumentation().attach(trainer)                                # spans, and metrics of the loop
+Tracker(OpenTelemetry()).attach(trainer, Events.EPOCH_COMPLETED)  # its numbers, as gauges
 
 Needs the API of OpenTelemetry, which does nothing by itself: the SDK and an exporter are the application's choice.
 """
 
 import re
 import threading
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Iterator, Mapping, Sequence
 from time import perf_counter, time_ns
 from typing import Any, NamedTuple, TypeAlias
 
 from aengine.arguments import check_whole
+from aengine.attachment import Attachment
 from aengine.bus.emitter import RemovableEventHandle
 from aengine.drivers.services import Service
 from aengine.engine import Engine
-from aengine.events import Event, EventEnum, Events, EventsList
+from aengine.events import Event, Events, EventsList
 from aengine.extras import missing_package
-from aengine.handlers.attachment import Attachment
 from aengine.loggers.sink import Record
 from aengine.state import StopReason
 from aengine.statistics import EngineStatistics
@@ -42,14 +42,8 @@ _BUCKETS = (1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
 """Bounds of the histogram in seconds; OpenTelemetry's default ones are for milliseconds."""
 
 
-class InstrumentationEvents(EventEnum):
-    """What an Instrumentation fires on its engine, before the next step after the span of a run began."""
-
-    OPENTELEMETRY_RUN_BEGAN = "opentelemetry_run_began"
-
-
 class OpenTelemetry:
-    """A sink for `track`: each number becomes a gauge, "aengine.values.loss", with the engine's name as attribute.
+    """A sink for `Tracker`: each number becomes a gauge, "aengine.values.loss", with the engine's name as attribute.
 
     Characters that OpenTelemetry does not allow in the name of a metric become "_". Several engines may share one. A
     gauge has the time of the writing, because OpenTelemetry takes no other, and keeps the last value only: log as often
@@ -68,7 +62,7 @@ class OpenTelemetry:
         """Set the gauges."""
         with self._lock:
             for record in records:
-                attributes: Attributes = {"aengine.engine": record.engine}
+                attributes: Attributes = {"aengine.engine": record.engine_name}
                 for name, value in record.values.items():
                     self._gauge(name).set(value, attributes)
 
@@ -84,23 +78,17 @@ class OpenTelemetry:
         return "OpenTelemetry()"
 
 
-def instrument(
-    engine: AnyEngine,
-    *,
-    tracer_provider: trace.TracerProvider | None = None,
-    meter_provider: metrics.MeterProvider | None = None,
-    iterations_every: int = 100,
-) -> "Instrumentation":
-    """Have the runs of an engine traced and measured: call it before other handlers are added, for each engine.
+class Instrumentation:
+    """Traces and measures the runs of an engine: attach one to each engine, before other handlers are added.
 
-        instrument(trainer)
-        instrument(evaluator)
+        Instrumentation().attach(trainer)
+        Instrumentation().attach(evaluator)
 
-    A run is a span, a child of the caller's current one; its epochs are children of that, and one iteration in
-    `iterations_every` a child of its epoch. The step, and what handlers call, see the innermost of these as the current
-    span, on the worker thread too. So their own spans, and the runs of other engines, become its children. There are
-    two exceptions: async inline handlers, where a plain step runs on the worker, see the epoch in place of the
-    iteration, and subscribers see the caller's span (see `Instrumentation.context`).
+    A run is a span, a child of the caller's current one; its epochs are children of that, and one iteration in `every`
+    a child of its epoch. The step, and what handlers call, see the innermost of these as the current span, on the
+    worker thread too. So their own spans, and the runs of other engines, become its children. There are two exceptions:
+    async inline handlers, where a plain step runs on the worker, see the epoch in place of the iteration, and
+    subscribers see the caller's span (see `context`).
 
     The span of an iteration or an epoch ends after the inline handlers of its last event, that of a run when its
     subscribers are done. A run that fails has the status ERROR, and the exception recorded; the epoch and the iteration
@@ -117,40 +105,75 @@ def instrument(
     BatchSpanProcessor. What it raises is logged.
 
     Args:
-        engine: the engine to instrument.
         tracer_provider: gives the tracer; by default the global one, which an application may set later.
         meter_provider: gives the meter; likewise.
-        iterations_every: one iteration in so many is a span.
+        every: one iteration in so many is a span.
 
     Raises:
-        ValueError: `iterations_every` is no whole number, or less than 1.
-    """
-    check_whole(iterations_every, "iterations_every=", minimum=1, of="iterations")
-    instrumentation = Instrumentation(tracer_provider, meter_provider, engine.name)
-    instrumentation.attach(engine, iterations_every)
-    return instrumentation
-
-
-class Instrumentation:
-    """What `instrument` returns: the spans of one engine's runs.
-
-    Attributes:
-        context: OpenTelemetry's context with the span of the run under way, None between runs. For code that Python's
-            context variables do not reach: a subscriber's handler gives it to `tracer.start_span(context=...)`, or
-            hands it to `opentelemetry.context.attach` before it runs another engine.
+        ValueError: `every` is no whole number, or less than 1.
     """
 
     def __init__(
         self,
-        tracer_provider: trace.TracerProvider | None,
-        meter_provider: metrics.MeterProvider | None,
-        name: str,
+        *,
+        tracer_provider: trace.TracerProvider | None = None,
+        meter_provider: metrics.MeterProvider | None = None,
+        every: int = 100,
     ) -> None:
-        self.context: Context | None = None
-        self._name = name
-        self._attachment = Attachment()
+        self._every = check_whole(every, "every=", minimum=1, of="iterations")
+        self._attachment = Attachment(self)
         self._tracer = trace.get_tracer(_NAME, tracer_provider=tracer_provider)
-        self._costs = _Costs(metrics.get_meter(_NAME, meter_provider=meter_provider), name)
+        self._meter = metrics.get_meter(_NAME, meter_provider=meter_provider)
+        self._spans: _Spans | None = None  # until it is attached
+
+    @property
+    def context(self) -> Context | None:
+        """OpenTelemetry's context with the span of the run under way, None between runs.
+
+        For code that Python's context variables do not reach: a subscriber's handler gives it to
+        `tracer.start_span(context=...)`, or hands it to `opentelemetry.context.attach` before it runs another engine.
+        """
+        return None if self._spans is None else self._spans.context
+
+    def attach(self, engine: AnyEngine) -> RemovableEventHandle:
+        """Trace the runs of an engine, also the one under way.
+
+        What is returned removes it again; during a run, the spans that are open then end, without a stop reason.
+
+        Raises:
+            TypeError: this is no engine.
+            RuntimeError: this is attached already.
+        """
+        return self._attachment.begin(engine, self._listen(engine))
+
+    def _listen(self, engine: AnyEngine) -> Iterator[RemovableEventHandle]:
+        spans = self._spans = _Spans(self._tracer, _Costs(self._meter, engine.name), engine.name)
+        name = f"spans of {engine.name}"
+        yield engine.add_service(spans, on_error="log", name=name)
+        started, completed = Events.ITERATION_STARTED(every=self._every), Events.ITERATION_COMPLETED(every=self._every)
+        yield engine.add_event_handler(Events.STARTED, spans.begin_run)
+        yield engine.add_event_handler(Events.EPOCH_STARTED, spans.begin_epoch)
+        yield engine.add_event_handler(started, spans.begin_iteration)
+        yield engine.add_event_handler(Events.TERMINATE_SINGLE_EPOCH, spans.note_end_of_epoch)
+        for event in _STOPS:
+            yield engine.add_event_handler(event, spans.stop, event.value)
+        yield engine.add_event_handler(Events.EXCEPTION_RAISED, spans.fail)
+
+        # A snapshot is taken after all inline handlers, in whatever order they were added: all are within the span.
+        leave, leave_epoch = spans.leave_iteration, spans.leave_epoch
+        yield engine.subscribe(completed, spans.end_iteration, snapshot=leave, on_error="log", name=name)
+        yield engine.subscribe(Events.EPOCH_COMPLETED, spans.end, snapshot=leave_epoch, on_error="log", name=name)
+        yield RemovableEventHandle(spans.forget)  # first of all, when it is removed
+
+
+class _Spans(Service):
+    """The spans of one engine's runs, as long as an Instrumentation is attached to it."""
+
+    def __init__(self, tracer: trace.Tracer, costs: "_Costs", engine_name: str) -> None:
+        self.context: Context | None = None
+        self._tracer = tracer
+        self._costs = costs
+        self._engine_name = engine_name
         self._run: _Open | None = None
         self._epoch: _Open | None = None
         self._iteration: _Open | None = None
@@ -158,37 +181,22 @@ class Instrumentation:
         self._interrupted: Span | None = None  # of the run that was interrupted, and may go on
         self._was_in_epoch = False  # when it was interrupted
         self._until_resumed = RemovableEventHandle(lambda: None)  # the handler of its next event
+        self._is_removed = False  # though handlers of the event under way are still called
 
-    def attach(self, engine: AnyEngine, iterations_every: int) -> None:
-        """Listen to an engine, for `instrument`. Raises RuntimeError if this is attached already."""
-        self._attachment.begin(self, engine)
-        started = Events.ITERATION_STARTED(every=iterations_every)
-        completed = Events.ITERATION_COMPLETED(every=iterations_every)
-        engine.register_events(*InstrumentationEvents)
-        engine.add_event_handler(Events.STARTED, self._begin_run)
-        engine.add_event_handler(Events.EPOCH_STARTED, self._begin_epoch)
-        engine.add_event_handler(started, self._begin_iteration)
-        engine.add_event_handler(Events.TERMINATE_SINGLE_EPOCH, self._note_end_of_epoch)
-        for event in _STOPS:
-            engine.add_event_handler(event, self._stop, event.value)
-        engine.add_event_handler(Events.EXCEPTION_RAISED, self._fail)
-
-        # A snapshot is taken after all inline handlers, in whatever order they were added: all are within the span.
-        name = f"spans of {engine.name}"
-        leave, leave_epoch = self._leave_iteration, self._leave_epoch
-        engine.subscribe(completed, self._end_iteration, snapshot=leave, on_error="log", name=name)
-        engine.subscribe(Events.EPOCH_COMPLETED, self._end, snapshot=leave_epoch, on_error="log", name=name)
-        engine.add_service(_EndOfRun(self._end_run), on_error="log", name=name)
+    def forget(self) -> None:
+        """Begin and leave no span any more: those that are open end with the service."""
+        self._is_removed = True
+        self._until_resumed.remove()
 
     # Beside the step, in a thread
 
-    def _end_iteration(self, event: Event) -> None:
+    def end_iteration(self, event: Event) -> None:
         ended: _Ended = event.snapshot
         for opened in ended.opened:
             self._costs.took(event.monotonic - opened.began)
-        self._end(event)
+        self.end(event)
 
-    def _end(self, event: Event) -> None:
+    def end(self, event: Event) -> None:
         ended: _Ended = event.snapshot
         for opened in ended.opened:
             opened.end(event.monotonic)
@@ -196,29 +204,39 @@ class Instrumentation:
 
     # Inline, where the step runs
 
-    def _begin_run(self, engine: AnyEngine) -> Awaitable[None]:
+    def begin_run(self, engine: AnyEngine) -> Awaitable[None] | None:
+        if self._is_removed:
+            return None
         self._interrupted = None  # this run begins anew
         return _enter(self._ensure_run(engine))
 
-    def _begin_epoch(self, engine: AnyEngine) -> Awaitable[None]:
+    def begin_epoch(self, engine: AnyEngine) -> Awaitable[None] | None:
+        if self._is_removed:
+            return None
         run = self._ensure_run(engine)
         for opened in self._take_epoch():  # of an epoch whose EPOCH_COMPLETED was skipped
             opened.end(perf_counter())
         return _enter(self._open_epoch(engine, run))
 
-    def _begin_iteration(self, engine: AnyEngine) -> None:
+    def begin_iteration(self, engine: AnyEngine) -> None:
+        if self._is_removed:
+            return
         outside = self._ensure_run(engine) if self._epoch is None else self._epoch.context
         attributes = {"aengine.iteration": engine.state.iteration, "aengine.epoch": engine.state.epoch}
         self._iteration = self._open("iteration", outside, attributes)
         context.attach(self._iteration.context)
 
-    def _leave_iteration(self, engine: AnyEngine) -> "_Ended":
+    def leave_iteration(self, engine: AnyEngine) -> "_Ended":
+        if self._is_removed:
+            return _Ended(engine, ())
         run = self._ensure_run(engine)
         iteration, self._iteration = self._iteration, None
         context.attach(run if self._epoch is None else self._epoch.context)
         return _Ended(engine, () if iteration is None else (iteration,))
 
-    def _leave_epoch(self, engine: AnyEngine) -> Awaitable["_Ended"]:
+    def leave_epoch(self, engine: AnyEngine) -> "Awaitable[_Ended] | _Ended":
+        if self._is_removed:
+            return _Ended(engine, ())
         run = self._ensure_run(engine)
         return _enter(run, _Ended(engine, self._take_epoch()))
 
@@ -228,21 +246,27 @@ class Instrumentation:
         self._iteration = self._epoch = None
         return opened
 
-    def _note_end_of_epoch(self) -> None:
+    def note_end_of_epoch(self) -> None:
         if self._epoch is not None:
             self._epoch.span.add_event("aengine.epoch_terminated")
 
-    def _stop(self, _: AnyEngine, how: str) -> Awaitable[None] | None:
+    def stop(self, _: AnyEngine, how: str) -> Awaitable[None] | None:
         self._stopped_at = perf_counter()
-        if self._run is None:
+        if self._run is None or self._is_removed:
             return None
         self._run.span.add_event(f"aengine.{how}")
         return _enter(self._run.context)  # what the handlers of COMPLETED do is not in the epoch
 
-    def _fail(self) -> None:
+    def fail(self) -> None:
         self._stopped_at = perf_counter()
 
     # Runs
+
+    async def run_ended(self, engine: AnyEngine, reason: StopReason, error: BaseException | None) -> None:
+        self._end_run(engine, reason, error)
+
+    def run_abandoned(self, engine: AnyEngine, reason: StopReason, error: BaseException | None) -> None:
+        self._end_run(engine, None if self._is_removed else reason, error)  # the run goes on
 
     def _ensure_run(self, engine: AnyEngine) -> Context:
         """Return the context of the run. Begins its span if this is the first event of it that is seen."""
@@ -262,13 +286,14 @@ class Instrumentation:
         self.context = self._run.context
         self._costs.begin(engine.statistics())
         self._stopped_at = None
-        engine.fire_event_soon(InstrumentationEvents.OPENTELEMETRY_RUN_BEGAN)
         if interrupted is not None and self._was_in_epoch:
             self._open_epoch(engine, self.context)
         self._interrupted, self._was_in_epoch = None, False
         return self.context
 
-    def _resume(self, engine: AnyEngine) -> Awaitable[None]:
+    def _resume(self, engine: AnyEngine) -> Awaitable[None] | None:
+        if self._is_removed:
+            return None
         run = self._ensure_run(engine)
         return _enter(run if self._epoch is None else self._epoch.context)
 
@@ -282,13 +307,13 @@ class Instrumentation:
         self._epoch = self._open("epoch", run, attributes)
         return self._epoch.context
 
-    def _end_run(self, engine: AnyEngine, reason: StopReason, error: BaseException | None) -> None:
+    def _end_run(self, engine: AnyEngine, reason: StopReason | None, error: BaseException | None) -> None:
         run, self._run, self.context = self._run, None, None
-        if run is None:  # it fired no event since it was instrumented
+        if run is None:  # it fired no event since this was attached
             return
         if reason is not StopReason.FAILED:  # a Ctrl-C cancels a run
             error = None
-        if reason is StopReason.INTERRUPTED:
+        if reason is StopReason.INTERRUPTED and not self._is_removed:
             self._interrupted, self._was_in_epoch = run.span, self._epoch is not None
             # No STARTED comes when it goes on: its span begins with its next event, whichever that is.
             self._until_resumed = engine.add_event_handler(_FIRST_OF_RESUMED, lambda *_: self._resume(engine))
@@ -299,7 +324,8 @@ class Instrumentation:
             run.span.record_exception(error)
         run.span.set_attributes({"aengine.epoch": state.epoch, "aengine.iteration": state.iteration})
         for opened, at in ends:
-            opened.span.set_attribute("aengine.stop_reason", str(reason))
+            if reason is not None:
+                opened.span.set_attribute("aengine.stop_reason", str(reason))
             if error is not None:
                 opened.span.set_status(Status(StatusCode.ERROR, f"{type(error).__name__}: {error}"))
             opened.end(at)
@@ -307,21 +333,10 @@ class Instrumentation:
 
     def _open(self, what: str, outside: Context, attributes: Mapping[str, Any], links: Sequence[Link] = ()) -> "_Open":
         known, began, now = _known(attributes), perf_counter(), time_ns()
-        span = self._tracer.start_span(f"{what} {self._name}", outside, attributes=known, links=links, start_time=now)
+        span = self._tracer.start_span(
+            f"{what} {self._engine_name}", outside, attributes=known, links=links, start_time=now
+        )
         return _Open(span, trace.set_span_in_context(span, outside), began, now)
-
-
-class _EndOfRun(Service):
-    """Calls a function at the end of each run, however it ends."""
-
-    def __init__(self, end_run: Callable[[AnyEngine, StopReason, BaseException | None], None]) -> None:
-        self._end_run = end_run
-
-    async def run_ended(self, engine: AnyEngine, reason: StopReason, error: BaseException | None) -> None:
-        self._end_run(engine, reason, error)
-
-    def run_abandoned(self, engine: AnyEngine, reason: StopReason, error: BaseException | None) -> None:
-        self._end_run(engine, reason, error)
 
 
 class _Open:
@@ -349,8 +364,8 @@ class _Ended(NamedTuple):
 class _Costs:
     """Where the time of a run goes, as metrics: the differences between two calls of `engine.statistics()`."""
 
-    def __init__(self, meter: metrics.Meter, name: str) -> None:
-        self._engine: Attributes = {"aengine.engine": name}
+    def __init__(self, meter: metrics.Meter, engine_name: str) -> None:
+        self._engine: Attributes = {"aengine.engine": engine_name}
         self._iterations = meter.create_counter("aengine.iterations", "{iteration}", "Iterations begun")
         self._time = meter.create_counter("aengine.time", "s", "Time of the loop, by what it was spent on")
         self._duration = meter.create_histogram(

@@ -45,7 +45,7 @@ class RetryingSink:
         retry_at: when a sink that has failed may be called again; long ago, if it did not fail.
     """
 
-    def __init__(self, sink: Sink | Write, linger: float, *, must_raise: bool) -> None:
+    def __init__(self, sink: Sink | Write, shutdown_timeout: float, *, must_raise: bool) -> None:
         anything: Any = sink
         self.name = name_of_sink(sink)
         self.failures = 0
@@ -56,7 +56,7 @@ class RetryingSink:
         self._write = self._writer(sink.write if isinstance(sink, Sink) else sink)
         self._close = self._call_in_thread(anything.close) if isinstance(anything, Closable) else None
         self._sync: Callable[[], object] | None = anything.sync_to_disk if isinstance(anything, Durable) else None
-        self._linger = linger
+        self._shutdown_timeout = shutdown_timeout
         self._must_raise = must_raise
         self._deadline = math.inf  # of all calls, once the run is ending
         self._scope: anyio.CancelScope | None = None  # of the call under way
@@ -74,8 +74,8 @@ class RetryingSink:
         return perf_counter() >= self._deadline
 
     def limit_time(self) -> None:
-        """The run is ending: from now on the sink has `linger` seconds, also for the call that is under way."""
-        self._deadline = perf_counter() + self._linger
+        """It is to end: from now on the sink has `shutdown_timeout` seconds, also for the call that is under way."""
+        self._deadline = perf_counter() + self._shutdown_timeout
         if self._scope is not None:
             self._scope.deadline = _in_time_of_event_loop(self._deadline)
 
@@ -145,7 +145,7 @@ class RetryingSink:
         finally:
             self._scope = None
             self.busy += perf_counter() - began
-        return TimeoutError(f"{self.name} was still busy {self._linger} seconds after the end of the run")
+        return TimeoutError(f"{self.name} was still busy {self._shutdown_timeout} seconds after it was to end")
 
     def _handle(self, error: Exception) -> None:
         self.failures += 1

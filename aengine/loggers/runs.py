@@ -129,4 +129,4 @@ def check_reachable(uri: str) -> None:
 
 
 def _key(record: Record) -> tuple[Any, ...]:
-    return record.engine, record.event, record.step, record.time, tuple(record.values)
+    return record.engine_name, record.event, record.step, record.time, tuple(record.values)

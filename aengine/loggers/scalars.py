@@ -26,7 +26,7 @@ class _OnDevice:
 
 
 def numbers_of(engine: Engine[Any, Any]) -> dict[str, Any]:
-    """Return the numbers in the last output and in the metrics: the default of `track(values=)`.
+    """Return the numbers in the last output and in the metrics: the default of `Tracker(values=)`.
 
     An output that is a mapping gives its entries, one that is a number is called "output". The rest is left out.
     """
@@ -51,18 +51,18 @@ def snapshot(values: Any) -> dict[str, Any]:
         TypeError: this is no mapping of names to single numbers.
     """
     if not isinstance(values, Mapping):
-        raise TypeError(f"track(values=) must return a mapping of names to numbers, got {values!r}")
+        raise TypeError(f"Tracker(values=) must return a mapping of names to numbers, got {values!r}")
     kept: dict[str, Any] = {}
     for name, value in values.items():
         if type(value) is float or type(value) is int:
             kept[str(name)] = value
         elif not is_number(value):
             raise TypeError(
-                f"track(values=) must give single numbers, but {name!r} is {value!r}: leave it out, or give its mean"
+                f"Tracker(values=) must give single numbers, but {name!r} is {value!r}: leave it out, or give its mean"
             )
         elif not all(one.is_replicate() for one in getattr(value, "placements", ())):
             raise TypeError(
-                f"track(values=) must give whole numbers of a DTensor, and this process has a part of {name!r}: call"
+                f"Tracker(values=) must give whole numbers of a DTensor, and this process has a part of {name!r}: call"
                 " full_tensor() on it, in the step, where all processes do"
             )
         elif isinstance(value, torch.Tensor) and value.device.type != "cpu":

@@ -12,11 +12,11 @@ class Record:
     """The numbers of a run at one event.
 
     Attributes:
-        step: the iteration, or what `track(step=)` gave in its place.
+        step: the iteration, or what `Tracker(step=)` gave in its place.
         epoch: the epoch.
         time: seconds since 1970, of the event and not of the writing.
         event: the name of the event, such as "ITERATION_COMPLETED".
-        engine: the name of the engine.
+        engine_name: the engine's.
         values: numbers by name.
     """
 
@@ -24,7 +24,7 @@ class Record:
     epoch: int
     time: float
     event: str
-    engine: str
+    engine_name: str
     values: Mapping[str, int | float]
 
 
@@ -51,7 +51,8 @@ class Sink(Protocol):
 class Closable(Protocol):
     """A sink that is also called when a run is over, to make safe what was written and to close its files.
 
-    It may be written to again afterwards: by the next run, or by another engine that shares it.
+    Likewise where its Tracker is removed during the run. It may be written to again afterwards: by the next run, or by
+    another engine that shares it.
     """
 
     def close(self) -> Awaitable[None] | None:
@@ -79,11 +80,11 @@ class Rewindable(Protocol):
     the run. What is to be done about it is done at the next `write`, of whichever engine.
     """
 
-    def run_went_back(self, engine: str, standing: Mapping[str, int], /) -> None:
+    def run_went_back(self, engine_name: str, standing: Mapping[str, int], /) -> None:
         """A run of the engine of this name went back.
 
         Args:
-            engine: its name.
+            engine_name: whose run it is.
             standing: by the names of events, up to which step the records of that event stand. Those of later steps, if
                 there are any, were written by a run that did not get any further, and come again.
         """
@@ -91,20 +92,21 @@ class Rewindable(Protocol):
 
 
 @runtime_checkable
-class Witness(Protocol):
+class RunListener(Protocol):
     """A sink to which is also reported when a run begins, and when and why it ends.
 
     Both methods only take note: they are plain, and must not wait, for they are called on the event loop. Of each run
     that begins, the end is reported once, after its last records were written or abandoned, and before `close`; a
-    record that is taken after that begins and ends the run once more. A run that was interrupted has not ended. Several
-    engines may share the sink, so that their runs overlap.
+    record that is taken after that begins and ends the run once more. A run that was interrupted has not ended. Where
+    the Tracker is removed before the end, that is the end for the sink, by the reason INTERRUPTED. Several engines may
+    share the sink, so that their runs overlap.
     """
 
-    def begin(self, engine: str, time: float, /) -> None:
+    def run_started(self, engine_name: str, time: float, /) -> None:
         """A run of the engine of this name began, at this time, in seconds since 1970."""
         ...
 
-    def end(self, engine: str, time: float, reason: StopReason, /) -> None:
+    def run_ended(self, engine_name: str, time: float, reason: StopReason, /) -> None:
         """That run ended, at this time, for this reason."""
         ...
 
@@ -113,6 +115,6 @@ Write: TypeAlias = Callable[[Sequence[Record]], Awaitable[None] | None]
 """A sink that is only a function."""
 
 
-def engine_and_name(record: Record, name: str) -> str:
+def tag_of(record: Record, name: str) -> str:
     """Return the tag "trainer/loss", so that each engine that shares a sink becomes a group on its page."""
-    return f"{record.engine}/{name}"
+    return f"{record.engine_name}/{name}"

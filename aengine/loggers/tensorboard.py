@@ -8,7 +8,7 @@ from typing import Any
 
 from aengine.extras import missing_package
 from aengine.loggers.runs import SharedRun
-from aengine.loggers.sink import Record, engine_and_name
+from aengine.loggers.sink import Record, tag_of
 from aengine.state import StopReason
 
 try:
@@ -28,9 +28,7 @@ class TensorBoard:
         tag: `tag(record, name)` returns the name of a value on the page.
     """
 
-    def __init__(
-        self, directory: str | os.PathLike[str], *, tag: Callable[[Record, str], str] = engine_and_name
-    ) -> None:
+    def __init__(self, directory: str | os.PathLike[str], *, tag: Callable[[Record, str], str] = tag_of) -> None:
         self.directory = Path(directory)
         self._tag = tag
         self._writer: Any = None
@@ -57,17 +55,17 @@ class TensorBoard:
                     writer.add_scalar(self._tag(record, name), value, record.step, record.time)
             writer.flush()
 
-    def run_went_back(self, engine: str, standing: Mapping[str, int], /) -> None:  # noqa: ARG002 -- as Rewindable has it
+    def run_went_back(self, engine_name: str, standing: Mapping[str, int], /) -> None:  # noqa: ARG002 -- as Rewindable has it
         """Have TensorBoard show nothing that was written of later steps before, by this engine or others."""
         self._purge_step = max(standing.values()) + 1
 
-    def begin(self, engine: str, time: float, /) -> None:
+    def run_started(self, engine_name: str, time: float, /) -> None:
         """Take note that a run of an engine began."""
-        self._runs.begin(engine, time)
+        self._runs.begin(engine_name, time)
 
-    def end(self, engine: str, time: float, reason: StopReason, /) -> None:
+    def run_ended(self, engine_name: str, time: float, reason: StopReason, /) -> None:
         """Take note that a run of an engine ended."""
-        self._runs.end(engine, time, reason)
+        self._runs.end(engine_name, time, reason)
 
     def close(self) -> None:
         """Close the file until the next write, unless the run of another engine is under way, which writes to it."""

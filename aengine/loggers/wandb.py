@@ -28,7 +28,7 @@ _STEP = "step"
 class WandB:
     """Writes each record as a row of one W&B run: its numbers, its time, and the step of its engine.
 
-        track(trainer, WandB("digits", config={"lr": 0.01}))
+        Tracker(WandB("digits", config={"lr": 0.01})).attach(trainer)
 
     A number of the engine "trainer" is called "trainer/loss" and drawn over "trainer/step": each engine counts its own
     steps, and W&B's step can only grow. A value that is itself called "step" becomes "trainer/step_"; a `*` in the name
@@ -39,9 +39,9 @@ class WandB:
     Several engines may share one: the run then lasts until all of them have ended, and ends as the first of them did.
     What is written after the end goes to a run with the same id, which W&B resumes; offline, in a folder of its own.
 
-    `wandb.init` and `finish` may take seconds; so give `track` a larger `linger` where much is uploaded. They are
-    called in the thread of the sink, and `wandb.run` is not touched. As a part of a `Checkpoint` it makes a resumed
-    training go on in the same W&B run.
+    `wandb.init` and `finish` may take seconds; so give the Tracker a larger `shutdown_timeout` where much is uploaded.
+    They are called in the thread of the sink, and `wandb.run` is not touched. As a part of a `Checkpoint` it makes a
+    resumed training go on in the same W&B run.
 
     Args:
         project: the name of the project; by default WANDB_PROJECT, or what W&B chooses.
@@ -93,9 +93,9 @@ class WandB:
         """W&B's name for the run."""
         return self._run_id if self._own else str(self._run.id)
 
-    def begin(self, engine: str, time: float, /) -> None:
+    def run_started(self, engine_name: str, time: float, /) -> None:
         """Take note that a run of an engine began."""
-        self._runs.begin(engine, time)
+        self._runs.begin(engine_name, time)
 
     def write(self, records: Sequence[Record], /) -> None:
         """Hand the records to W&B's own process, which sends them to the server when it likes.
@@ -112,9 +112,9 @@ class WandB:
                 self._log(record)
                 self._written.add(record)
 
-    def end(self, engine: str, time: float, reason: StopReason, /) -> None:
+    def run_ended(self, engine_name: str, time: float, reason: StopReason, /) -> None:
         """Take note that a run of an engine ended."""
-        self._runs.end(engine, time, reason)
+        self._runs.end(engine_name, time, reason)
 
     def close(self) -> None:
         """Finish the run, if no engine's run is under way, and the run is not the application's own.
@@ -174,7 +174,7 @@ class WandB:
         self._groups.clear()
 
     def _log(self, record: Record) -> None:
-        group = record.engine.replace("*", "_")
+        group = record.engine_name.replace("*", "_")
         if group not in self._groups:
             self._run.define_metric(f"{group}/*", step_metric=f"{group}/{_STEP}")
             self._groups.add(group)

@@ -14,7 +14,7 @@ from aengine.drivers.services import Service
 from aengine.events import date_of
 from aengine.loggers.buffer import RecordBuffer
 from aengine.loggers.retry import RetryingSink
-from aengine.loggers.sink import Record, Rewindable, Sink, Witness, Write
+from aengine.loggers.sink import Record, Rewindable, RunListener, Sink, Write
 from aengine.state import StopReason
 from aengine.threads.event_loop import EventLoopHandle, ThreadSafeEvent
 
@@ -36,38 +36,45 @@ class _Phase(Enum):
 
     IDLE = "no run is under way: records wait for the next one"
     RUNNING = "serve() writes, at its pace"
-    ENDING = "the run is ending: serve() writes all that waits, and has `linger` seconds for that"
+    LEAVING = (
+        "the tracker was removed during the run: serve() writes what it took, in that time too, and closes the sink"
+    )
+    ENDING = "the run is ending: serve() writes all that waits, and has `shutdown_timeout` seconds for that"
     CLOSING = "serve() returns, for run_ended() writes the rest and closes the sink, in the time that remains"
     FAILED = "the run fails by an error of the sink: nothing more is written in it"
 
 
 _SERVED = (_Phase.RUNNING, _Phase.ENDING)
-_AT_END = (_Phase.ENDING, _Phase.CLOSING)
+_AT_END = (_Phase.LEAVING, _Phase.ENDING, _Phase.CLOSING)
 
 
 class RecordWriter(Service):
     """Takes records between two steps, by `put`, and writes them in its task, a batch at a time.
 
-    `put` and `end` are called where the step runs, everything else on the event loop's thread. The lock guards what
-    both sides use: the buffer, the phase, and the event that wakes the task. It is never held in an await or a call of
-    the sink, so the step waits for neither. Re-entrant, because a signal handler may fire an event, and so call `put`,
-    in a thread that holds it.
+    `put` and `end` are called where the step runs, `leave` in any thread, everything else on the event loop's thread.
+    The lock guards what all of them use: the buffer, the phase, and the event that wakes the task. It is never held in
+    an await or a call of the sink, so the step waits for neither. Re-entrant, because a signal handler may fire an
+    event, and so call `put`, in a thread that holds it.
     """
 
-    def __init__(self, sink: Sink | Write, size: int, linger: float, standing: Standing, *, must_raise: bool) -> None:
+    def __init__(
+        self, sink: Sink | Write, size: int, shutdown_timeout: float, standing: Standing, *, must_raise: bool
+    ) -> None:
         anything: Any = sink
-        self.sink = RetryingSink(sink, linger, must_raise=must_raise)
+        self.sink = RetryingSink(sink, shutdown_timeout, must_raise=must_raise)
         self.buffer: RecordBuffer[Record] = RecordBuffer(size)
-        self._linger = linger
+        self._shutdown_timeout = shutdown_timeout
         self._standing = standing
         self.lock = RLock()
         self._enough = min(_BATCH, size // 2)  # records for which the sink is called at once
         self._rewindable = anything if isinstance(anything, Rewindable) else None
-        self._listener = anything if isinstance(anything, Witness) else None
+        self._listener = anything if isinstance(anything, RunListener) else None
         self._engine_name = ""
         self._is_begin_reported = False  # to the sink; an interrupted run stays begun until it has gone on and ended
         self._ended_at: float | None = None
         self._has_warned_of_drops = False
+        self._is_removed = False
+        self._remove: Callable[[], object] | None = None  # what takes it off the engine, when it has written all
 
         self._phase = _Phase.IDLE
         self._goal = 0  # the number of the last record that a flush waits for
@@ -81,6 +88,8 @@ class RecordWriter(Service):
     def put(self, record: Record, *, is_iteration: bool) -> None:
         """Accept a record, and wake the task if that is due. Never waits."""
         with self.lock:
+            if self._is_removed:  # in the midst of the handlers of this event
+                return
             self.buffer.put(record, is_iteration=is_iteration)
             must_warn = self.buffer.dropped > 0 and not self._has_warned_of_drops
             self._has_warned_of_drops |= must_warn
@@ -90,8 +99,8 @@ class RecordWriter(Service):
                 self._wake()
         if must_warn:
             _logger.warning(
-                "%s is slower than the records come, or down, and its spool is full: the oldest are dropped, and"
-                " counted. Log less often, or give it a larger spool=",
+                "%s is slower than the records come, or down, and its buffer is full: the oldest are dropped, and"
+                " counted. Log less often, or give it a larger buffer=",
                 self.sink.name,
             )
 
@@ -101,6 +110,25 @@ class RecordWriter(Service):
             if self._phase is _Phase.RUNNING:
                 self._phase, self._ended_at = _Phase.ENDING, date_of(perf_counter())
             self._call_in_loop_to_limit_time()
+
+    def leave(self, remove: Callable[[], object], *, is_running: bool) -> None:
+        """Accept no more, write what was taken if a run is under way, close the sink, and then call `remove`.
+
+        Args:
+            remove: takes this off the engine.
+            is_running: whether the engine is running.
+        """
+        with self.lock:
+            self._is_removed, self._remove = True, remove
+            if self._phase is _Phase.RUNNING:
+                self._phase, self._ended_at = _Phase.LEAVING, date_of(perf_counter())
+                self._call_in_loop_to_limit_time()
+            # Added in the midst of a run, perhaps it has not been told of that yet, and has then to write all the same.
+            is_idle = self._phase is _Phase.IDLE and not (is_running and self._loop_handle is None)
+        if is_idle:
+            if self.buffer.waiting:
+                self._warn_of_loss()
+            self._finish(StopReason.INTERRUPTED)
 
     def _call_in_loop_to_limit_time(self) -> None:
         if self._loop_handle is not None:
@@ -136,7 +164,7 @@ class RecordWriter(Service):
         if self._rewindable is not None and (standing := self._standing(engine)) is not None:
             self._rewindable.run_went_back(engine.name, standing)
         with self.lock:
-            self._phase = _Phase.RUNNING
+            self._phase = _Phase.LEAVING if self._is_removed else _Phase.RUNNING
         self._report_begin()
 
     async def serve(self, engine: Any) -> None:  # noqa: ARG002 -- as Service has it
@@ -146,9 +174,13 @@ class RecordWriter(Service):
             while await self._wait_until_due():
                 await self._write(self.buffer.taken)
                 self._end_round()
+            if self._phase is _Phase.LEAVING:
+                self.sink.limit_time()
+                await self._write_rest(_Phase.LEAVING, StopReason.INTERRUPTED)
+                self._finish(StopReason.INTERRUPTED)
         except BaseException:  # also a native cancellation, which fails the run
             with self.lock:
-                if self._phase in _SERVED:
+                if self._phase in _SERVED or self._phase is _Phase.LEAVING:
                     self._phase = _Phase.FAILED
             raise
         finally:
@@ -171,32 +203,41 @@ class RecordWriter(Service):
 
     async def before_commit(self) -> None:
         """Have what was taken so far written, and safe on the disk, in the time that a sink has at the end of a run."""
-        with anyio.move_on_after(self._linger) as scope:
+        with anyio.move_on_after(self._shutdown_timeout) as scope:
             await self.flush()
             await self.sink.sync_to_disk()
         if scope.cancelled_caught:
             _logger.warning(
                 "a checkpoint is committed before all records of its steps are written: %s has taken longer than the"
-                " %s seconds of linger= for them",
-                self.sink.name, self._linger,
+                " %s seconds of shutdown_timeout= for them",
+                self.sink.name, self._shutdown_timeout,
             )  # fmt: skip
 
     async def run_ended(self, engine: Any, reason: StopReason, error: BaseException | None) -> None:  # noqa: ARG002 -- as Service has it
-        """Write what still waits, report the end to the sink, and close it: in `linger` seconds, and one for closing.
+        """Write what still waits, report the end to the sink, and close it: in `shutdown_timeout` seconds and one more.
 
         A sink whose error failed the run is closed as well: what it wrote before that error is to be made safe.
         """
         if self._phase is _Phase.RUNNING:  # a run that found no data ends without an event
             self.end()
         with self.lock:
-            if self._phase is _Phase.ENDING:
+            if self._phase is _Phase.ENDING or (self._phase is _Phase.LEAVING and self._returned is None):
                 self._phase = _Phase.CLOSING
         self._wake()
         if self._returned is not None:
             await self._returned.wait()  # one call of the sink at a time
         if self.sink.has_raised:
             await self._close(reason)
-        while self._phase is _Phase.CLOSING and not self.sink.has_raised:
+        await self._write_rest(_Phase.CLOSING, reason)
+        self._finish(reason)
+
+    def run_abandoned(self, engine: Any, reason: StopReason, error: BaseException | None) -> None:  # noqa: ARG002 -- as Service has it
+        """Do not wait for the call of the sink that is under way. What is not written waits for the next run."""
+        self._finish(reason)
+
+    async def _write_rest(self, phase: _Phase, reason: StopReason) -> None:
+        """While in this phase, write what still waits, report the end to the sink, and close it."""
+        while self._phase is phase and not self.sink.has_raised:
             try:
                 await self._write(math.inf)
             except Exception:
@@ -207,13 +248,8 @@ class RecordWriter(Service):
             with self.lock:
                 if not self.buffer.waiting or self.sink.is_late:
                     self._phase = _Phase.IDLE
-            if self._phase is _Phase.CLOSING:  # a record came after the end was reported
+            if self._phase is phase:  # a record came after the end was reported
                 self._report_begin()
-        self._finish(reason)
-
-    def run_abandoned(self, engine: Any, reason: StopReason, error: BaseException | None) -> None:  # noqa: ARG002 -- as Service has it
-        """Do not wait for the call of the sink that is under way. What is not written waits for the next run."""
-        self._finish(reason)
 
     async def _close(self, reason: StopReason) -> None:
         self._report_end(reason)
@@ -224,6 +260,9 @@ class RecordWriter(Service):
             self._phase = _Phase.IDLE
         self._report_end(reason)
         self.sink.abandon()
+        remove, self._remove = self._remove, None
+        if remove is not None:
+            remove()
 
     async def _wait_until_due(self) -> bool:
         """Wait until there is something to write. Returns False when the task is to return."""
@@ -265,7 +304,7 @@ class RecordWriter(Service):
         with self.lock:
             if self.buffer.oldest > goal:
                 return False
-            if self._phase is _Phase.ENDING:
+            if self._phase in (_Phase.LEAVING, _Phase.ENDING):
                 return not self.sink.is_late
             return self._phase is _Phase.RUNNING and self.sink.is_well
 
@@ -278,18 +317,20 @@ class RecordWriter(Service):
         buffer = self.buffer
         if buffer.waiting or buffer.dropped:
             _logger.warning(
-                "the run ends, and of %d records for %s %d were dropped and %d not written: these wait for the next run"
-                " of the engine, and are lost with the process",
+                "%s, and of %d records for %s %d were dropped and %d not written: these %s",
+                "the tracker is removed" if self._is_removed else "the run ends",
                 buffer.taken, self.sink.name, buffer.dropped, buffer.waiting,
+                "are lost" if self._is_removed else "wait for the next run of the engine, or are lost with the process",
             )  # fmt: skip
 
     def _report_begin(self) -> None:
         if self._listener is not None and not self._is_begin_reported:
             self._is_begin_reported = True
-            self._listener.begin(self._engine_name, date_of(perf_counter()))
+            self._listener.run_started(self._engine_name, date_of(perf_counter()))
 
     def _report_end(self, reason: StopReason) -> None:
-        if self._listener is not None and self._is_begin_reported and reason is not StopReason.INTERRUPTED:
+        is_over = reason is not StopReason.INTERRUPTED or self._is_removed  # to this sink, at least
+        if self._listener is not None and self._is_begin_reported and is_over:
             self._is_begin_reported = False
             ended_at, self._ended_at = self._ended_at, None
-            self._listener.end(self._engine_name, ended_at or date_of(perf_counter()), reason)
+            self._listener.run_ended(self._engine_name, ended_at or date_of(perf_counter()), reason)

@@ -2,22 +2,22 @@
 
     gradients = GradientStatistics(model, optimizer, every=100)
     gradients.attach(trainer)
-    track(trainer, JSONLines("gradients.jsonl"), GradientEvents.GRADIENTS_MEASURED, values=gradients.values)
+    Tracker(JSONLines("gradients.jsonl"), values=gradients.values).attach(trainer, GradientEvents.GRADIENTS_MEASURED)
 
 Nothing is read from a device here: the results stay there, as tensors of one number, until they are used.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 
 from aengine.arguments import check_whole
+from aengine.attachment import Attachment
 from aengine.bus.emitter import RemovableEventHandle
 from aengine.callables import name_of
 from aengine.engine import Engine
 from aengine.events import EventEnum, Events
-from aengine.handlers.attachment import Attachment
 
 _foreach_norm: Any = torch._foreach_norm  # noqa: SLF001  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
 """Computes the norms of several tensors at once, as torch.nn.utils does; public only in newer versions of torch."""
@@ -85,7 +85,7 @@ class GradientStatistics:
         self._optimizer = optimizer
         self._every = check_whole(every, "every=", minimum=1, of="steps of the optimizer")
         self._updates = updates
-        self._attachment = Attachment()
+        self._attachment = Attachment(self)
         self._steps = 0
         self._values: dict[str, torch.Tensor] = {}
         self._before: list[torch.Tensor] | None = None  # the parameters before the step, during a measured one
@@ -93,29 +93,22 @@ class GradientStatistics:
         self._is_new = False  # the last measurement: GRADIENTS_MEASURED was not fired for it yet
 
     def attach(self, engine: Engine[Any, Any]) -> RemovableEventHandle:
-        """Measure from now on, and fire GRADIENTS_MEASURED on this engine. Returns a handle that ends it.
+        """Measure from now on, and fire GRADIENTS_MEASURED on this engine.
 
         Raises:
+            TypeError: it is no engine.
             RuntimeError: this is attached already.
         """
-        # Also if to another engine: each step of the optimizer would be counted twice.
-        self._attachment.begin(self, engine, ", or remove() first what attach() returned")
+        return self._attachment.begin(engine, self._listen(engine))
+
+    def _listen(self, engine: Engine[Any, Any]) -> Generator[RemovableEventHandle]:
         engine.register_events(*GradientEvents)
-        handles: list[Any] = [
-            self._optimizer.register_step_pre_hook(self._measure_before),
-            self._optimizer.register_step_post_hook(self._measure_after),
-            engine.add_event_handler(Events.ITERATION_COMPLETED, self._report),
-        ]
-
-        def remove() -> None:
-            self._attachment.end()
-            for handle in handles:
-                handle.remove()
-
-        return RemovableEventHandle(remove)
+        yield RemovableEventHandle(self._optimizer.register_step_pre_hook(self._measure_before).remove)
+        yield RemovableEventHandle(self._optimizer.register_step_post_hook(self._measure_after).remove)
+        yield engine.add_event_handler(Events.ITERATION_COMPLETED, self._report)
 
     def values(self, _: Engine[Any, Any] | None = None) -> dict[str, torch.Tensor]:
-        """Return the values of the last measurement, by name, for `track(values=)`; before the first, none."""
+        """Return the values of the last measurement, by name, for `Tracker(values=)`; before the first, none."""
         return dict(self._values)
 
     def state_dict(self) -> dict[str, Any]:
@@ -126,15 +119,6 @@ class GradientStatistics:
         """Continue counting from there."""
         self._steps = state_dict["steps"]
         self._is_new = False
-
-    def keep(self) -> Callable[[], None]:
-        """Return a function that restores the measurements as they are now, for `lr_range_test`."""
-        kept = self._steps, self._values, self._is_new
-
-        def restore() -> None:
-            self._steps, self._values, self._is_new = kept
-
-        return restore
 
     @torch.no_grad()
     def _measure_before(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -180,6 +164,17 @@ class GradientStatistics:
         if self._is_new:
             self._is_new = False
             engine.fire_event(GradientEvents.GRADIENTS_MEASURED, self.values())
+
+
+def keep_measurements(statistics: GradientStatistics) -> Callable[[], None]:
+    """Return a function that restores what was measured, as it is now: `state_dict` has the count of steps only."""
+    names = "_steps", "_values", "_is_new"
+    kept = {name: getattr(statistics, name) for name in names}
+
+    def restore() -> None:
+        vars(statistics).update(kept)
+
+    return restore
 
 
 class _Measures(NamedTuple):

@@ -3,9 +3,10 @@
     trainer = create_supervised_trainer(model, optimizer, loss_fn, device="cuda")
     evaluator = create_supervised_evaluator(model, {"accuracy": accuracy}, device="cuda")
 
-The names and their order are those of pytorch-ignite. What differs: `amp_mode` is the type to compute in; a trainer's
-output is by default a detached tensor, so that no step waits for the device; modules that are in evaluation mode when
-the rest of the model is trained stay so; an evaluator leaves the model in its mode.
+The names and their order are those of pytorch-ignite. What differs: `autocast_dtype` is the type to compute in, where
+its `amp_mode` is a word; a trainer's output is by default a detached tensor, so that no step waits for the device;
+modules that are in evaluation mode when the rest of the model is trained stay so; an evaluator leaves the model in its
+mode.
 
 A model of Hugging Face's is trained as it is, on batches that are mappings, by the loss that it returns:
 
@@ -27,7 +28,7 @@ import torch
 from aengine.callables import check_callable, name_of
 from aengine.checkpoint.capture.modules import unwrap
 from aengine.engine import Engine
-from aengine.training.update import Clip, Update
+from aengine.training.update import Clip, OptimizerUpdate
 
 if TYPE_CHECKING:
     from aengine.training.metrics import AnyMetric
@@ -190,19 +191,19 @@ class TrainingModes:
 
 def supervised_training_step(  # noqa: PLR0913 -- pytorch-ignite's arguments
     model: torch.nn.Module,
-    update: Update,
+    update: OptimizerUpdate,
     loss_fn: Callable[[Any, Any], torch.Tensor] | None = None,
     device: Device = None,
-    non_blocking: bool = False,  # noqa: FBT001, FBT002 -- pytorch-ignite's order
+    *,
+    non_blocking: bool = False,
     prepare_batch: PrepareBatch = prepare_batch,
     model_transform: Callable[[Any], Any] = unchanged,
     output_transform: Callable[[Any, Any, Any, torch.Tensor], Any] = detached_loss,
-    *,
-    amp_mode: torch.dtype | None = None,
     model_fn: Callable[[torch.nn.Module, Any], Any] = apply_model,
+    autocast_dtype: torch.dtype | None = None,
 ) -> Step:
     """Return the step of `create_supervised_trainer`. For a step that differs, copy the body of this one."""
-    autocast = _autocast(amp_mode, device, model)
+    autocast = _autocast(autocast_dtype, device, model)
     if isinstance(loss_fn, type):
         name = name_of(loss_fn)
         raise TypeError(f"loss_fn= is called as loss_fn(y_pred, y), and {name} is a class: loss_fn={name}()")
@@ -227,16 +228,16 @@ def supervised_training_step(  # noqa: PLR0913 -- pytorch-ignite's arguments
 def supervised_evaluation_step(
     model: torch.nn.Module,
     device: Device = None,
-    non_blocking: bool = False,  # noqa: FBT001, FBT002 -- pytorch-ignite's order
+    *,
+    non_blocking: bool = False,
     prepare_batch: PrepareBatch = prepare_batch,
     model_transform: Callable[[Any], Any] = unchanged,
     output_transform: Callable[[Any, Any, Any], Any] = predictions_and_targets,
-    *,
-    amp_mode: torch.dtype | None = None,
     model_fn: Callable[[torch.nn.Module, Any], Any] = apply_model,
+    autocast_dtype: torch.dtype | None = None,
 ) -> Step:
     """Return the step of `create_supervised_evaluator`. For a step that differs, copy the body of this one."""
-    autocast = _autocast(amp_mode, device, model)
+    autocast = _autocast(autocast_dtype, device, model)
 
     def evaluate_step(engine: AnyEngine, batch: Any) -> Any:  # noqa: ARG001 -- a step takes it
         with evaluating(model), torch.no_grad():
@@ -253,19 +254,19 @@ def create_supervised_trainer(  # noqa: PLR0913 -- pytorch-ignite's arguments
     optimizer: torch.optim.Optimizer,
     loss_fn: Callable[[Any, Any], torch.Tensor] | None = None,
     device: Device = None,
-    non_blocking: bool = False,  # noqa: FBT001, FBT002 -- pytorch-ignite's order
+    *,
+    non_blocking: bool = False,
     prepare_batch: PrepareBatch = prepare_batch,
     model_transform: Callable[[Any], Any] = unchanged,
     output_transform: Callable[[Any, Any, Any, torch.Tensor], Any] = detached_loss,
-    *,
-    amp_mode: torch.dtype | None = None,
+    model_fn: Callable[[torch.nn.Module, Any], Any] = apply_model,
+    autocast_dtype: torch.dtype | None = None,
     scaler: bool | torch.amp.GradScaler = False,
     gradient_accumulation_steps: int = 1,
     clip_gradients: float | Clip | None = None,
-    model_fn: Callable[[torch.nn.Module, Any], Any] = apply_model,
     name: str = "trainer",
-    thread: bool | None = None,
-) -> AnyEngine:
+    thread: bool = True,
+) -> Engine[Any, torch.Tensor]:
     """Return an engine that trains a model on batches of inputs and targets, or on mappings, as Hugging Face's.
 
     Modules that are in evaluation mode while others are in training mode stay so: frozen batch normalisation keeps its
@@ -273,8 +274,8 @@ def create_supervised_trainer(  # noqa: PLR0913 -- pytorch-ignite's arguments
     mode that were so when it was trained before.
 
     The model is not moved: move it before the optimizer is made. A `Checkpoint` of this engine also saves the scaler,
-    and the gradients of a group of batches that is not complete. The engine fires `UpdateEvents.OPTIMIZER_STEPPED`, for
-    schedules and averages: see `Update`.
+    and the gradients of a group of batches that is not complete. The engine fires `OptimizerEvents.OPTIMIZER_STEPPED`,
+    for schedules and averages: see `OptimizerUpdate`.
 
     Args:
         model: the model, also compiled or distributed.
@@ -287,42 +288,49 @@ def create_supervised_trainer(  # noqa: PLR0913 -- pytorch-ignite's arguments
         model_transform: makes predictions of what the model returns.
         output_transform: `f(x, y, y_pred, loss)` returns the output; by default the loss, as a detached tensor, not
             divided by anything.
-        amp_mode: what autocast computes in: torch.bfloat16, or torch.float16 with a scaler; None for no autocast but
-            the caller's.
+        model_fn: calls the model: `model_fn(model, x)`.
+        autocast_dtype: what autocast computes in: torch.bfloat16, or torch.float16 with a scaler; None for no autocast
+            but the caller's.
         scaler: True, or a GradScaler, for gradients of float16.
         gradient_accumulation_steps: batches for each step of the optimizer, of the mean of their gradients; the last
-            group of an epoch may have fewer. For batches that count differently, see `weight=` of an `Update`.
-        clip_gradients: the greatest norm of the gradients, or a function that clips them: see `Update`.
-        model_fn: calls the model: `model_fn(model, x)`.
+            group of an epoch may have fewer. For batches that count differently, see `weight=` of an `OptimizerUpdate`.
+        clip_gradients: the greatest norm of the gradients, or a function that clips them: see `OptimizerUpdate`.
         name: the name of the engine.
-        thread: as of `Engine`: None for its worker, False for the event loop's thread.
+        thread: as of `Engine`: False for the event loop's thread.
 
     Raises:
         ValueError, TypeError: an argument is wrong, or contradicts another.
     """
-    if amp_mode is torch.float16 and scaler is False:
+    if autocast_dtype is torch.float16 and scaler is False:
         raise ValueError(
-            "small gradients vanish in float16: pass scaler=True, or a GradScaler; or take amp_mode=torch.bfloat16,"
-            " which needs none"
+            "small gradients vanish in float16: pass scaler=True, or a GradScaler; or take"
+            " autocast_dtype=torch.bfloat16, which needs none"
         )
-    if scaler is True and amp_mode is None:
+    if scaler is True and autocast_dtype is None:
         raise ValueError(
-            "scaler=True goes with amp_mode=torch.float16, and there is no amp_mode: pass both; or a GradScaler, for a"
-            " precision of your own"
+            "scaler=True goes with autocast_dtype=torch.float16, and there is no autocast_dtype: pass both; or a"
+            " GradScaler, for a precision of your own"
         )
     if isinstance(scaler, bool):
-        _autocast(amp_mode, device, model)  # refuses a model or a device that is none, before the scaler needs them
+        _autocast(
+            autocast_dtype, device, model
+        )  # refuses a model or a device that is none, before the scaler needs them
         chosen = torch.amp.GradScaler(_device_type(device, model)) if scaler else None
     else:
         chosen = scaler
-    update = Update(
-        model, optimizer, scaler=chosen, accumulate=gradient_accumulation_steps, clip_gradients=clip_gradients
+    update = OptimizerUpdate(
+        model,
+        optimizer,
+        scaler=chosen,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        clip_gradients=clip_gradients,
     )
     step = supervised_training_step(
-        model, update, loss_fn, device, non_blocking, prepare_batch, model_transform, output_transform,
-        amp_mode=amp_mode, model_fn=model_fn,
+        model, update, loss_fn, device, non_blocking=non_blocking, prepare_batch=prepare_batch,
+        model_transform=model_transform, output_transform=output_transform, model_fn=model_fn,
+        autocast_dtype=autocast_dtype,
     )  # fmt: skip
-    trainer: AnyEngine = Engine(step, name=name, thread=thread)
+    trainer: Engine[Any, torch.Tensor] = Engine(step, name=name, thread=thread)
     update.attach(trainer)
     return trainer
 
@@ -331,16 +339,16 @@ def create_supervised_evaluator(  # noqa: PLR0913 -- pytorch-ignite's arguments
     model: torch.nn.Module,
     metrics: "Mapping[str, AnyMetric] | None" = None,
     device: Device = None,
-    non_blocking: bool = False,  # noqa: FBT001, FBT002 -- pytorch-ignite's order
+    *,
+    non_blocking: bool = False,
     prepare_batch: PrepareBatch = prepare_batch,
     model_transform: Callable[[Any], Any] = unchanged,
     output_transform: Callable[[Any, Any, Any], Any] = predictions_and_targets,
-    *,
-    amp_mode: torch.dtype | None = None,
     model_fn: Callable[[torch.nn.Module, Any], Any] = apply_model,
+    autocast_dtype: torch.dtype | None = None,
     name: str = "evaluator",
-    thread: bool | None = None,
-) -> AnyEngine:
+    thread: bool = True,
+) -> Engine[Any, tuple[Any, Any]]:
     """Return an engine that computes metrics of a model on batches of inputs and targets, or on mappings.
 
     In each step the model is in evaluation mode and gradients are off; between two steps each of its modules is in the
@@ -349,17 +357,17 @@ def create_supervised_evaluator(  # noqa: PLR0913 -- pytorch-ignite's arguments
 
     Args:
         model: the model; if it is evaluated beside the step of its trainer, a copy of it.
-        metrics: torchmetrics' metrics by name, for `attach_metric`.
+        metrics: torchmetrics' metrics by name, each for a `MetricHandler`.
         device: where batches are moved to; by default they stay where they are.
         non_blocking: do not wait for batches in pinned memory to have been copied.
         prepare_batch: makes inputs and targets of a batch.
         model_transform: makes predictions of what the model returns.
         output_transform: `f(x, y, y_pred)` returns the output; by default `(y_pred, y)`, as metrics take them, or
             `(y_pred.logits, y)` of Hugging Face's outputs.
-        amp_mode: what autocast computes in; None for no autocast but the caller's.
         model_fn: calls the model: `model_fn(model, x)`.
+        autocast_dtype: what autocast computes in; None for no autocast but the caller's.
         name: the name of the engine.
-        thread: as of `Engine`: None for its worker, False for the event loop's thread.
+        thread: as of `Engine`: False for the event loop's thread.
 
     Raises:
         ValueError, TypeError: an argument is wrong.
@@ -368,15 +376,15 @@ def create_supervised_evaluator(  # noqa: PLR0913 -- pytorch-ignite's arguments
     if metrics is not None and not isinstance(metrics, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f'metrics= are metrics by name, such as {{"accuracy": metric}}; got {metrics!r}')
     step = supervised_evaluation_step(
-        model, device, non_blocking, prepare_batch, model_transform, output_transform,
-        amp_mode=amp_mode, model_fn=model_fn,
+        model, device, non_blocking=non_blocking, prepare_batch=prepare_batch, model_transform=model_transform,
+        output_transform=output_transform, model_fn=model_fn, autocast_dtype=autocast_dtype,
     )  # fmt: skip
-    evaluator: AnyEngine = Engine(step, name=name, thread=thread)
+    evaluator: Engine[Any, tuple[Any, Any]] = Engine(step, name=name, thread=thread)
     if metrics:
-        from aengine.training.metrics import attach_metric  # noqa: PLC0415 -- torchmetrics is optional
+        from aengine.training.metrics import MetricHandler  # noqa: PLC0415 -- torchmetrics is optional
 
         for named, metric in metrics.items():
-            attach_metric(evaluator, metric, named)
+            MetricHandler(metric, named).attach(evaluator)
     return evaluator
 
 
@@ -398,7 +406,7 @@ def evaluating(model: torch.nn.Module) -> Generator[None]:
 
 
 def _autocast(
-    amp_mode: torch.dtype | None, device: Device, model: torch.nn.Module
+    autocast_dtype: torch.dtype | None, device: Device, model: torch.nn.Module
 ) -> Callable[[], AbstractContextManager[object]]:
     if not isinstance(model, torch.nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"the model is a torch.nn.Module, got {model!r}")
@@ -406,19 +414,19 @@ def _autocast(
         torch.device("cpu" if device is None else device)
     except RuntimeError:
         raise ValueError(f'device= is a device of torch, such as "cuda" or "cpu"; got {device!r}') from None
-    if amp_mode is None:
+    if autocast_dtype is None:
         return nullcontext
-    if amp_mode not in (torch.bfloat16, torch.float16):
+    if autocast_dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(
-            "amp_mode= takes the type to compute in, torch.bfloat16, or torch.float16 with scaler=True (which is"
-            f' pytorch-ignite\'s "amp"); got {amp_mode!r}'
+            "autocast_dtype= takes the type to compute in, torch.bfloat16, or torch.float16 with scaler=True (which is"
+            f' pytorch-ignite\'s "amp"); got {autocast_dtype!r}'
         )
     device_type = _device_type(device, model)
 
     @contextmanager
     def autocast() -> Generator[None]:
         try:
-            with torch.autocast(device_type, dtype=amp_mode):
+            with torch.autocast(device_type, dtype=autocast_dtype):
                 yield
         finally:
             # Only the outermost autocast clears its cache of cast weights. If run() was called within another autocast,

@@ -1,6 +1,6 @@
 """Update: from a loss to a step of the optimizer: gradients are accumulated over a group of batches, and clipped.
 
-update = Update(model, optimizer, accumulate=4, clip_gradients=1.0)
+update = OptimizerUpdate(model, optimizer, gradient_accumulation_steps=4, clip_gradients=1.0)
 
 def train_step(engine, batch):
     update.zero_grad()
@@ -18,7 +18,7 @@ padding, the mean of such means is not the mean of the group. With the count, it
 import logging
 import math
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from functools import partial
 from numbers import Real
 from typing import Any, TypeAlias, cast
@@ -27,17 +27,18 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from aengine.arguments import check_whole
+from aengine.attachment import Attachment
+from aengine.bus.emitter import RemovableEventHandle
 from aengine.engine import Engine
 from aengine.events import EventEnum, Events
-from aengine.handlers.attachment import Attachment
 
 Clip: TypeAlias = Callable[[Iterable[torch.nn.Parameter]], object]
 
 _logger = logging.getLogger("aengine.training")
 
 
-class UpdateEvents(EventEnum):
-    """What an engine with an Update fires.
+class OptimizerEvents(EventEnum):
+    """What an engine with an OptimizerUpdate fires.
 
     Attributes:
         OPTIMIZER_STEPPED: the optimizer was stepped, after a complete group of batches, or after the last group of an
@@ -50,7 +51,7 @@ class UpdateEvents(EventEnum):
     OPTIMIZER_STEPPED = "optimizer_stepped"
 
 
-class Update:
+class OptimizerUpdate:
     """Turns the losses of a group of batches into a step of the optimizer.
 
     The optimizer gets the mean of the gradients of a group, weighted if its batches have weights. The last group of an
@@ -62,7 +63,7 @@ class Update:
     Losses are divided by the size of the group before their gradients are computed, and not afterwards, as far as the
     size is known when the group begins: a group without weights then has the very gradients of the plain loop.
 
-    For several optimizers, as of a GAN, make an Update for each, with the model that it trains.
+    For several optimizers, as of a GAN, make an OptimizerUpdate for each, with the model that it trains.
 
     A model's `state_dict` has no gradients, so this has a `state_dict` of its own, with those of an incomplete group
     and the scaler's state. A `Checkpoint` saves it without being asked. In the middle of a group it is as large as the
@@ -72,7 +73,7 @@ class Update:
         model: whose gradients are clipped and saved.
         optimizer: the optimizer to step.
         scaler: a GradScaler, for gradients of float16.
-        accumulate: batches in a group.
+        gradient_accumulation_steps: batches in a group.
         clip_gradients: the greatest total norm of the gradients; or a function that is called with the parameters to
             clip them, such as `partial(clip_grad_value_, clip_value=0.5)`. Before each step, on unscaled gradients.
 
@@ -89,7 +90,7 @@ class Update:
         optimizer: torch.optim.Optimizer,
         *,
         scaler: torch.amp.GradScaler | None = None,
-        accumulate: int = 1,
+        gradient_accumulation_steps: int = 1,
         clip_gradients: float | Clip | None = None,
     ) -> None:
         _check(model, optimizer, scaler)
@@ -97,31 +98,38 @@ class Update:
         self._model = model
         self._optimizer = optimizer
         self._scaler = scaler
-        self._accumulate = check_whole(
-            accumulate, "accumulate= (gradient_accumulation_steps= of a trainer)", minimum=1, of="batches"
+        self._batches = check_whole(
+            gradient_accumulation_steps, "gradient_accumulation_steps=", minimum=1, of="batches"
         )
         self._clip = _clip(clip_gradients)
-        self._size = self._accumulate  # of the current group, as far as it was known at its beginning
+        self._size = self._batches  # of the current group, as far as it was known at its beginning
         self._weight: float | torch.Tensor = 0.0  # of its batches so far
         self._has_stepped = False  # in the current iteration
         self._is_firing = False  # OPTIMIZER_STEPPED
         self._is_adding = False  # gradients: from backward() to ITERATION_COMPLETED; longer, if the step has failed
         # Weak, for the engine refers to this through its handlers: a cycle would keep the engine after its last use.
-        self._attachment = Attachment()
+        self._attachment = Attachment(self)
         self._engine: weakref.ref[Engine[Any, Any]] | None = None
 
-    def attach(self, engine: Engine[Any, Any]) -> None:
+    def attach(self, engine: Engine[Any, Any]) -> RemovableEventHandle:
         """Fire the event on an engine, complete its epochs, be saved with it. Call it before other handlers are added.
 
         Raises:
+            TypeError: it is no engine.
             RuntimeError: this is attached already.
         """
-        self._attachment.begin(self, engine, ", with an optimizer of its own")
+        return self._attachment.begin(engine, self._listen(engine), "; each optimizer has one of its own")
+
+    def _listen(self, engine: Engine[Any, Any]) -> Generator[RemovableEventHandle]:
+        engine.register_events(*OptimizerEvents)
         self._engine = weakref.ref(engine)
-        engine.register_events(*UpdateEvents)
-        engine.add_event_handler(Events.ITERATION_COMPLETED, self._report)
-        engine.add_event_handler(Events.EPOCH_COMPLETED, self._finish)
-        engine.add_event_handler(Events.TERMINATE, self._warn_if_incomplete)
+        yield RemovableEventHandle(self._forget_engine)
+        yield engine.add_event_handler(Events.ITERATION_COMPLETED, self._report)
+        yield engine.add_event_handler(Events.EPOCH_COMPLETED, self._finish)
+        yield engine.add_event_handler(Events.TERMINATE, self._warn_if_incomplete)
+
+    def _forget_engine(self) -> None:
+        self._engine = None
 
     def zero_grad(self) -> None:
         """Clear the gradients of the group before, if a new group begins. Call it before the model is called.
@@ -156,13 +164,13 @@ class Update:
         _check_loss(loss)
         if self._engine is None or self._engine() is not engine:
             raise RuntimeError(
-                f"this Update is not attached to engine {engine.name!r}: call  update.attach(engine)  first"
+                f"this OptimizerUpdate is not attached to engine {engine.name!r}: call  update.attach(engine)  first"
             )
         weight = _checked_weight(weight)
         remaining = _remaining(engine)
         self._is_adding = True
         if not self.pending:
-            self._size, self._weight = max(1, int(min(self._accumulate, remaining))), 0.0
+            self._size, self._weight = max(1, int(min(self._batches, remaining))), 0.0
         if self._size == 1:  # whatever the weight of the only one is
             share, weight = loss, 1.0
         elif isinstance(weight, float) and weight == 1.0:
@@ -172,7 +180,7 @@ class Update:
         (share if self._scaler is None else self._scaler.scale(share)).backward()
         self.pending += 1
         self._weight = self._weight + weight
-        if self.pending == self._accumulate or remaining == 1:
+        if self.pending == self._batches or remaining == 1:
             self._step()
 
     def state_dict(self) -> dict[str, Any]:
@@ -189,7 +197,7 @@ class Update:
         gradients = [parameter.grad for parameter in self._model.parameters()] if self.pending else []
         return {
             "pending": self.pending,
-            "accumulate": self._accumulate,
+            "gradient_accumulation_steps": self._batches,
             "size": self._size,
             "weight": self._weight,
             "gradients": gradients,
@@ -202,19 +210,20 @@ class Update:
         Raises:
             ValueError: the group is of another size, or of another model; or only one of the two has a scaler.
         """
-        pending, accumulate, gradients = (state_dict[name] for name in ("pending", "accumulate", "gradients"))
+        names = "pending", "gradient_accumulation_steps", "gradients"
+        pending, batches, gradients = (state_dict[name] for name in names)
         parameters = list(self._model.parameters()) if pending else []
-        if pending and accumulate != self._accumulate:
+        if pending and batches != self._batches:
             raise ValueError(
-                f"a group of {accumulate} batches was under way, {pending} of them done, and groups have"
-                f" {self._accumulate} here: continue with {accumulate}, or from a checkpoint between two groups"
+                f"a group of {batches} batches was under way, {pending} of them done, and groups have"
+                f" {self._batches} here: continue with {batches}, or from a checkpoint between two groups"
             )
         if len(gradients) != len(parameters):
             raise ValueError(f"there are gradients of {len(gradients)} parameters, and {len(parameters)} in the model")
         if (self._scaler is None) != (state_dict["scaler"] is None):
             here, there = ("no GradScaler", "one") if self._scaler is None else ("a GradScaler", "none")
             raise ValueError(
-                f"this Update has {here}, and the one that was saved had {there}: build the same to continue"
+                f"this OptimizerUpdate has {here}, and the one that was saved had {there}: build the same to continue"
             )
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = None if gradient is None else gradient.detach().to(parameter.device, copy=True)
@@ -263,7 +272,7 @@ class Update:
         if self._has_stepped:
             self._has_stepped, self._is_firing = False, True
             try:
-                engine.fire_event(UpdateEvents.OPTIMIZER_STEPPED, self._optimizer)
+                engine.fire_event(OptimizerEvents.OPTIMIZER_STEPPED, self._optimizer)
             finally:
                 self._is_firing = False
 
@@ -279,7 +288,7 @@ class Update:
                 "the run was ended in the middle of a group: the gradients of %d of %d batches are not used yet, and"
                 " will be if the run continues",
                 self.pending,
-                self._accumulate,
+                self._batches,
             )
 
 

@@ -11,11 +11,12 @@ import pytest
 from anyio.lowlevel import checkpoint
 
 from aengine import Engine, Event, Events, InboxOverflow
+from aengine.bus.inbox import Overflow
 from aengine.threads.event_loop import EventLoopHandle
 
-Thread: TypeAlias = bool | None
+Thread: TypeAlias = bool
 
-both_threads = pytest.mark.parametrize("thread", [None, False], ids=["worker", "loop"])
+both_threads = pytest.mark.parametrize("thread", [True, False], ids=["worker", "loop"])
 
 
 def step(engine: Engine[int, int], batch: int) -> int:
@@ -156,7 +157,7 @@ async def test_an_event_is_still_right_three_steps_later() -> None:
         assert event.metrics == {"loss": event.iteration * 100}
         assert event.epoch == (1 if event.iteration <= 10 else 2)
         assert (event.epoch_length, event.max_epochs) == (10, 2)
-        assert event.engine == "counter"
+        assert event.engine_name == "counter"
         assert event.name == "ITERATION_COMPLETED"
         assert event.snapshot is None
 
@@ -273,7 +274,9 @@ async def test_never_more_than_the_buffer_and_the_emitters_wait(thread: Thread) 
         ("drop_new", [1, 2, 3, 4], 6),
     ],
 )
-async def test_overflow_policies_drop_and_count_and_never_wait(overflow: str, handled: list[int], dropped: int) -> None:
+async def test_overflow_policies_drop_and_count_and_never_wait(
+    overflow: Overflow, handled: list[int], dropped: int
+) -> None:
     begun, gate = anyio.Event(), anyio.Event()
 
     async def step(engine: Engine[int, None], batch: int) -> None:
@@ -383,7 +386,7 @@ async def test_a_full_inbox_that_raises_keeps_the_event_from_no_other() -> None:
 
 @pytest.mark.parametrize("overflow", ["latest", "drop_oldest", "drop_new"])
 @both_threads
-async def test_a_subscriber_that_hangs_does_not_delay_the_step(thread: Thread, overflow: str) -> None:
+async def test_a_subscriber_that_hangs_does_not_delay_the_step(thread: Thread, overflow: Overflow) -> None:
     engine = Engine(step, thread=thread)
     gate = anyio.Event()
 

@@ -12,9 +12,9 @@ from aengine import Engine, Event, EventEnum, Events, InboxOverflow
 
 pytestmark = pytest.mark.every_event_loop
 
-Thread: TypeAlias = bool | None
+Thread: TypeAlias = bool
 
-both_threads = pytest.mark.parametrize("thread", [None, False], ids=["worker", "loop"])
+both_threads = pytest.mark.parametrize("thread", [True, False], ids=["worker", "loop"])
 
 
 class Backprop(EventEnum):

@@ -9,9 +9,9 @@ from anyio.lowlevel import checkpoint
 from aengine import Engine, Event, Events
 from aengine.threads.event_loop import EventLoopHandle
 
-Thread: TypeAlias = bool | None
+Thread: TypeAlias = bool
 
-both_threads = pytest.mark.parametrize("thread", [None, False], ids=["worker", "loop"])
+both_threads = pytest.mark.parametrize("thread", [True, False], ids=["worker", "loop"])
 
 
 def step(engine: Engine[int, int], batch: int) -> int:

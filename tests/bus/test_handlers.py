@@ -9,6 +9,7 @@ from support.record import AnyEngine, Boom, at, double, engine_that, place, reco
 
 from aengine import Engine, EventEnum, Events, EventsList, RemovableEventHandle
 from aengine.callables import named
+from aengine.engine import stateful_listeners
 
 
 class Backward(EventEnum):
@@ -107,7 +108,7 @@ def test_named_handler_stands_under_its_name_and_is_called_as_before() -> None:
 
     part, engine = Part(), Engine(double)
     engine.add_event_handler(Events.COMPLETED, named(part.fail, "part of a test"), how="so")
-    assert engine.stateful_listeners() == [part]
+    assert stateful_listeners(engine) == [part]
     with pytest.raises(ValueError, match="so") as caught:
         engine.run_sync([1])
     assert "in handler 'part of a test' of COMPLETED" in caught.value.__notes__[0]

@@ -22,20 +22,20 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from aengine import Event, InboxOverflow, Overflow, State
+from aengine import Event, InboxOverflow, State
 from aengine.bus.bus import Bus
-from aengine.bus.inbox import Inbox
+from aengine.bus.inbox import OVERFLOW, Inbox, Overflow
 from aengine.bus.listeners import InboxListener
 from aengine.events import selectors
 from aengine.threads.event_loop import EventLoopHandle, ThreadSafeEvent
 
-POLICIES = list(Overflow)
+POLICIES = list(OVERFLOW)
 
 
 def event(sequence: int, name: str = "ITERATION_COMPLETED") -> Event:
     return Event(
         name,
-        engine="engine",
+        engine_name="engine",
         sequence=sequence,
         iteration=sequence,
         epoch=1,
@@ -67,7 +67,7 @@ class Box(Inbox):
         return topic.dispatch(SimpleNamespace(state=self.bus.state), 0) is None
 
 
-def inbox(capacity: int = 2, overflow: Overflow = Overflow.WAIT) -> Box:
+def inbox(capacity: int = 2, overflow: Overflow = "wait") -> Box:
     return Box(capacity, overflow)
 
 
@@ -103,21 +103,21 @@ def test_wait_accepts_over_the_bound_and_says_to_wait() -> None:
 
 
 def test_drop_oldest_keeps_the_newest() -> None:
-    box = inbox(2, Overflow.DROP_OLDEST)
+    box = inbox(2, "drop_oldest")
     assert all(box.put(event(n)) for n in range(5))
     assert take_all(box) == [3, 4]
     assert box.dropped == 3
 
 
 def test_drop_new_keeps_the_oldest() -> None:
-    box = inbox(2, Overflow.DROP_NEW)
+    box = inbox(2, "drop_new")
     assert all(box.put(event(n)) for n in range(5))
     assert take_all(box) == [0, 1]
     assert box.dropped == 3
 
 
 def test_latest_keeps_one_of_each_event_in_the_order_of_their_numbers() -> None:
-    box = inbox(1, Overflow.LATEST)
+    box = inbox(1, "latest")
     for sequence, name in enumerate("abaca"):
         assert box.put(event(sequence, name))
     assert take_all(box) == [1, 3, 4]
@@ -125,7 +125,7 @@ def test_latest_keeps_one_of_each_event_in_the_order_of_their_numbers() -> None:
 
 
 def test_error_raises_and_says_what_to_do() -> None:
-    box = inbox(1, Overflow.ERROR)
+    box = inbox(1, "error")
     box.put(event(0))
     with pytest.raises(InboxOverflow, match=r"'listener' is full: 1 events wait.*buffer=.*overflow="):
         box.put(event(1))
@@ -135,7 +135,7 @@ def test_error_raises_and_says_what_to_do() -> None:
 
 
 def test_the_event_in_hand_takes_no_room() -> None:
-    box = inbox(1, Overflow.ERROR)
+    box = inbox(1, "error")
     box.put(event(0))
     assert box.take_nowait() is not None
     assert box.put(event(1))
@@ -248,7 +248,7 @@ async def test_wait_processed_waits_for_the_event_in_hand_too() -> None:
     assert sorted(processed) == [0, 1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("policy", [Overflow.LATEST, Overflow.DROP_OLDEST])
+@pytest.mark.parametrize("policy", ["latest", "drop_oldest"])
 async def test_what_is_dropped_is_processed(policy: Overflow) -> None:
     box, loop_handle = inbox(1, policy), EventLoopHandle()
     box.put(event(1))
@@ -282,7 +282,7 @@ class Moving(Box):
 
 
 async def test_an_inbox_is_closed_while_its_reader_stops_waiting() -> None:
-    box = Moving(2, Overflow.WAIT, "wakeup")
+    box = Moving(2, "wait", "wakeup")
     wakeup = ThreadSafeEvent(EventLoopHandle())
     box.wakeup = wakeup
     box.close_nowait()
@@ -290,7 +290,7 @@ async def test_an_inbox_is_closed_while_its_reader_stops_waiting() -> None:
 
 
 def test_an_event_is_dropped_while_the_reader_handles_another() -> None:
-    box = Moving(1, Overflow.DROP_OLDEST, "in_hand")
+    box = Moving(1, "drop_oldest", "in_hand")
     box.in_hand = event(0)
     assert box._oldest == 0
     assert box._oldest == float("inf")
@@ -304,7 +304,7 @@ class Emptied(deque[Event]):
 
 
 async def test_the_last_event_is_taken_while_what_waits_is_looked_at() -> None:
-    box = inbox(1, Overflow.DROP_OLDEST)
+    box = inbox(1, "drop_oldest")
     box.waiting = Emptied()
     await box.wait_processed(1, EventLoopHandle())
 
@@ -332,7 +332,7 @@ class ReadingHandle(EventLoopHandle):
 
 
 async def test_reader_and_writer_wake_the_same_waits_at_once() -> None:
-    box = inbox(2, Overflow.DROP_OLDEST)
+    box = inbox(2, "drop_oldest")
     box.put(event(1))
     box.put(event(2))
     async with anyio.create_task_group() as group:
@@ -581,7 +581,7 @@ class InboxMachine(RuleBasedStateMachine):
     def put(self, name: str) -> None:
         self.sequence += 1
         new = event(self.sequence, name)
-        if not self.closed and self.policy is Overflow.ERROR and len(self.waiting) >= self.capacity:
+        if not self.closed and self.policy == "error" and len(self.waiting) >= self.capacity:
             self.dropped += 1
             with pytest.raises(InboxOverflow):
                 self.box.put(new)
@@ -589,18 +589,18 @@ class InboxMachine(RuleBasedStateMachine):
         go_on = self.box.put(new)
         if self.closed:
             self.discarded += 1
-        elif self.policy is Overflow.LATEST:
+        elif self.policy == "latest":
             kept = [one for one in self.waiting if one.name != name]
             self.dropped += len(self.waiting) - len(kept)
             self.waiting = deque([*kept, new])
-        elif self.policy is Overflow.DROP_NEW and len(self.waiting) >= self.capacity:
+        elif self.policy == "drop_new" and len(self.waiting) >= self.capacity:
             self.dropped += 1
         else:
             self.waiting.append(new)
-            if self.policy is Overflow.DROP_OLDEST and len(self.waiting) > self.capacity:
+            if self.policy == "drop_oldest" and len(self.waiting) > self.capacity:
                 self.waiting.popleft()
                 self.dropped += 1
-        is_over = self.policy is Overflow.WAIT and len(self.waiting) > self.capacity
+        is_over = self.policy == "wait" and len(self.waiting) > self.capacity
         assert go_on is (self.closed or not is_over)
 
     @rule()
@@ -647,7 +647,7 @@ class InboxMachine(RuleBasedStateMachine):
             self.discarded,
         )
         assert box.accepted == self.sequence == account(box)
-        if self.policy not in (Overflow.WAIT, Overflow.LATEST):
+        if self.policy not in ("wait", "latest"):
             assert len(box) <= self.capacity
 
 

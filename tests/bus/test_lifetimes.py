@@ -13,9 +13,9 @@ from anyio.lowlevel import checkpoint
 
 from aengine import Engine, Event, Events, HandlerTimeout, StopReason
 
-Thread: TypeAlias = bool | None
+Thread: TypeAlias = bool
 
-both_threads = pytest.mark.parametrize("thread", [None, False], ids=["worker", "loop"])
+both_threads = pytest.mark.parametrize("thread", [True, False], ids=["worker", "loop"])
 
 
 def step(engine: Engine[int, int], batch: int) -> int:

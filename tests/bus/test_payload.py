@@ -122,9 +122,9 @@ def test_terminated_epoch_says_how_far_it_came() -> None:
 # Subscribers and streams
 
 
-@pytest.mark.parametrize("threaded", [None, False])
+@pytest.mark.parametrize("threaded", [True, False])
 async def test_subscribers_and_streams_get_it_though_the_state_has_moved_on(
-    threaded: bool | None,  # noqa: FBT001 -- pytest passes it by name
+    threaded: bool,  # noqa: FBT001 -- pytest passes it by name
 ) -> None:
     def step(engine: AnyEngine, batch: int) -> None:
         engine.fire_event(Shards.LOADED, f"shard-{batch}")

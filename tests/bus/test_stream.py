@@ -12,10 +12,11 @@ import pytest
 from anyio.lowlevel import checkpoint
 
 from aengine import Engine, Event, Events, InboxOverflow
+from aengine.bus.inbox import Overflow
 
-Thread: TypeAlias = bool | None
+Thread: TypeAlias = bool
 
-both_threads = pytest.mark.parametrize("thread", [None, False], ids=["worker", "loop"])
+both_threads = pytest.mark.parametrize("thread", [True, False], ids=["worker", "loop"])
 
 
 def step(engine: Engine[int, int], batch: int) -> int:
@@ -226,7 +227,7 @@ async def test_a_slow_reader_loses_the_oldest_and_learns_how_many() -> None:
 @pytest.mark.parametrize(
     ("overflow", "kept"), [("drop_new", [1, 2, 3]), ("latest", [100]), ("drop_oldest", [98, 99, 100])]
 )
-async def test_other_policies_are_kept(overflow: str, kept: list[int]) -> None:
+async def test_other_policies_are_kept(overflow: Overflow, kept: list[int]) -> None:
     engine = Engine(step)
     async with engine.stream(Events.ITERATION_COMPLETED, buffer=3, overflow=overflow) as events:
         await engine.run(range(100))

@@ -14,9 +14,9 @@ from aengine import Engine, HandlerTimeout
 
 LENGTH = 8
 
-Thread: TypeAlias = bool | None
+Thread: TypeAlias = bool
 
-both_threads = pytest.mark.parametrize("thread", [None, False], ids=["worker", "loop"])
+both_threads = pytest.mark.parametrize("thread", [True, False], ids=["worker", "loop"])
 prefetches = pytest.mark.parametrize("prefetch", [0, 1, 3])
 
 variable: ContextVar[int] = ContextVar("variable", default=0)

@@ -15,9 +15,9 @@ from anyio.lowlevel import checkpoint
 
 from aengine import DataExhausted, Engine, Events, HandlerTimeout, StopReason
 
-Thread: TypeAlias = bool | None
+Thread: TypeAlias = bool
 
-both_threads = pytest.mark.parametrize("thread", [None, False], ids=["worker", "loop"])
+both_threads = pytest.mark.parametrize("thread", [True, False], ids=["worker", "loop"])
 prefetches = pytest.mark.parametrize("prefetch", [0, 1, 4])
 
 

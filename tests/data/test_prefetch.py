@@ -12,9 +12,9 @@ from aengine import Engine, Events
 
 pytestmark = pytest.mark.every_event_loop
 
-Thread: TypeAlias = bool | None
+Thread: TypeAlias = bool
 
-both_threads = pytest.mark.parametrize("thread", [None, False], ids=["worker", "loop"])
+both_threads = pytest.mark.parametrize("thread", [True, False], ids=["worker", "loop"])
 prefetches = pytest.mark.parametrize("prefetch", [0, 1, 4])
 
 
@@ -129,7 +129,7 @@ async def test_it_pulls_ahead_while_the_step_works(thread: Thread, kind: type[Re
         if what.startswith("pull") and int(what.split()[1]) >= prefetch:
             pulled.release()
 
-    engine = Engine(waiting if thread is False else waiting_in_thread)
+    engine = Engine(waiting if not thread else waiting_in_thread)
     with anyio.fail_after(60):
         await engine.run(kind(20, report), prefetch=prefetch)
     assert engine.state.iteration == 20
@@ -210,7 +210,7 @@ async def test_without_prefetch_plain_data_is_pulled_where_the_step_runs(thread:
 
     await Engine(note, thread=thread).run(Reporting(20, lambda what: threads.add(threading.get_ident())))
     assert len(threads) == 1
-    assert (threading.get_ident() in threads) is (thread is False)
+    assert (threading.get_ident() in threads) is not thread
 
 
 @both_threads
@@ -256,7 +256,7 @@ async def test_a_slow_producer_and_a_slow_step_overlap(thread: Thread, kind: typ
                     await checkpoint()
                 yield batch
 
-    engine = Engine(on_loop if thread is False else plain)
+    engine = Engine(on_loop if not thread else plain)
     pull_begun[10].set()
     data = (Slow if kind is Reporting else SlowAsync)(10, str)
     with anyio.fail_after(60):

@@ -316,7 +316,7 @@ class Rig:
         self.engine: Engine[int, int] = Engine(
             self.step_async if case.step == "async" else self.step,
             name="tried",
-            thread=False if case.step == "here" else None,
+            thread=case.step != "here",
             grace=grace,
         )
         self._listen()
@@ -412,7 +412,7 @@ class Rig:
         assert not self.in_step, "a step was abandoned"
         assert self.open_data is None or not self.open_data.open, "an iterator is open"
         statistics = self.engine.statistics()
-        assert not statistics.running
+        assert not statistics.is_running
         for one in statistics.listeners:
             assert one.depth == one.errors == 0
             assert one.accepted == one.handled + one.dropped + one.discarded

@@ -182,7 +182,7 @@ class Trial:
         self.engine: Engine[int, int] = Engine(
             steps.get(program.step, self.plain),
             name="tried",
-            thread=False if program.step == "here" else None,
+            thread=program.step != "here",
             grace=20,
         )
 

@@ -29,6 +29,7 @@ from aengine import (
     InboxOverflow,
     StopReason,
 )
+from aengine.bus.inbox import Overflow
 
 STEPS = ("worker", "here", "async")
 DATA = [1, 2, 3, 4]
@@ -53,7 +54,7 @@ class Rig:
             self._step_async if step == "async" else self._step,
             name="tried",
             grace=grace,
-            thread=False if step == "here" else None,
+            thread=step != "here",
         )
         for event in Events:
             self.engine.add_event_handler(event, self._record, event.name)
@@ -78,7 +79,7 @@ class Rig:
     def check_nothing_is_left(self) -> None:
         assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("aengine")]
         statistics = self.engine.statistics()
-        assert not statistics.running
+        assert not statistics.is_running
         for one in statistics.listeners:
             assert one.accepted == one.handled + one.dropped + one.discarded
             assert one.depth == 0
@@ -495,7 +496,9 @@ async def test_a_full_inbox_with_overflow_error_fails_the_run(step: str) -> None
 @each_step
 @is_or_is_not_async
 @pytest.mark.parametrize("overflow", ["wait", "latest", "drop_oldest", "drop_new", "error"])
-async def test_a_hung_subscriber_is_named_when_the_grace_is_over(step: str, overflow: str, *, is_async: bool) -> None:
+async def test_a_hung_subscriber_is_named_when_the_grace_is_over(
+    step: str, overflow: Overflow, *, is_async: bool
+) -> None:
     """Until then the run is none the worse for it."""
     rig, release = Rig(step, grace=0.2), threading.Event()
 
@@ -997,7 +1000,7 @@ def attempt(place, thread, prefetch):
 
     async def main():
         step = {"step": bad, "async step": bad_async}.get(place, plain)
-        engine = Engine(step, name="left", thread=None if place == "async step" else thread)
+        engine = Engine(step, name="left", thread=thread)
         for event in (Events.CANCELLED, Events.EXCEPTION_RAISED, Events.COMPLETED):
             engine.add_event_handler(event, lambda engine, *rest: found["fired"].append(rest[-1]), event.name)
         engine.subscribe(Events.ITERATION_COMPLETED, quick)
@@ -1027,7 +1030,7 @@ def attempt(place, thread, prefetch):
 
 places = ["step", "async step", "handler", "async handler", "subscriber", "async subscriber", "data", "async data"]
 print(json.dumps([attempt(place, thread, prefetch)
-                  for place in places for thread in (None, False) for prefetch in (0, 2)]))
+                  for place in places for thread in (True, False) for prefetch in (0, 2)]))
 """
 
 
@@ -1504,7 +1507,7 @@ async def run_and_forget(ending: str, prefetch: int, step: str) -> "weakref.ref[
     async def wait(engine: Any) -> None:
         await checkpoint()
 
-    engine: Engine[Any, Any] = Engine(awaiting if step == "async" else plain, thread=False if step == "here" else None)
+    engine: Engine[Any, Any] = Engine(awaiting if step == "async" else plain, thread=step != "here")
     engine.on(Events.ITERATION_COMPLETED)(wait)
     engine.on(Events.EPOCH_COMPLETED(every=1))(lambda engine: None)
     engine.subscribe(Events.ITERATION_COMPLETED, handle, snapshot=lambda engine: 1)

@@ -20,9 +20,9 @@ from support.ways_out import WAYS, cancel_in_clean_up, complete, interrupt_and_l
 
 from aengine import Engine, Event, Events, Service
 
-Thread: TypeAlias = bool | None
+Thread: TypeAlias = bool
 
-both_threads = pytest.mark.parametrize("thread", [None, False], ids=["worker", "loop"])
+both_threads = pytest.mark.parametrize("thread", [True, False], ids=["worker", "loop"])
 
 
 class Value:

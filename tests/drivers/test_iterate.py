@@ -15,9 +15,9 @@ from support.ways_to_end import is_freed
 
 from aengine import Engine, EngineBusy, Event, Events, StopReason
 
-Thread: TypeAlias = bool | None
+Thread: TypeAlias = bool
 
-both_threads = pytest.mark.parametrize("thread", [None, False], ids=["worker", "loop"])
+both_threads = pytest.mark.parametrize("thread", [True, False], ids=["worker", "loop"])
 
 
 def step(engine: Engine[int, int], batch: int) -> int:

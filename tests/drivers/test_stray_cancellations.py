@@ -133,8 +133,8 @@ async def test_in_an_async_step(way: Callable[[], Awaitable[None]]) -> None:
         await engine.run(range(4))
 
 
-@pytest.mark.parametrize("thread", [None, False])
-async def test_in_a_plain_step(thread: bool | None) -> None:  # noqa: FBT001 -- of Engine's own
+@pytest.mark.parametrize("thread", [True, False])
+async def test_in_a_plain_step(thread: bool) -> None:  # noqa: FBT001 -- of Engine's own
     future = given_up()
 
     def asks(engine: AnyEngine, batch: int) -> int:

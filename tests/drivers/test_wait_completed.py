@@ -11,7 +11,7 @@ from support.record import AnyEngine, Boom, at, double
 
 from aengine import Engine, Events, State
 
-threads = pytest.mark.parametrize("threaded", [None, False], ids=["worker", "loop"])
+threads = pytest.mark.parametrize("threaded", [True, False], ids=["worker", "loop"])
 
 
 async def breathe(engine: AnyEngine, batch: Any) -> Any:
@@ -21,7 +21,7 @@ async def breathe(engine: AnyEngine, batch: Any) -> Any:
 
 @pytest.mark.parametrize("step", [double, breathe])
 @threads
-async def test_a_task_beside_the_run_is_woken_at_that_iteration(step: Any, *, threaded: bool | None) -> None:
+async def test_a_task_beside_the_run_is_woken_at_that_iteration(step: Any, *, threaded: bool) -> None:
     engine: AnyEngine = Engine(step, thread=threaded)
     reached: list[tuple[int, int]] = []
     seen = anyio.Event()

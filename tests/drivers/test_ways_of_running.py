@@ -124,7 +124,6 @@ def call(function: Callable[..., Any], *arguments: Any) -> Any:
 
 ENGINES: dict[str, Callable[[], AnyEngine]] = {
     "worker": lambda: Engine(step),
-    "insisting": lambda: Engine(step, thread=True),
     "thread=False": lambda: Engine(step, thread=False),
     "async step": lambda: Engine(async_step),
     "step that returns an awaitable": lambda: Engine(functools.partial(call, async_step)),

@@ -25,7 +25,7 @@ from aengine import Events, StopReason
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
-THREADS = pytest.mark.parametrize("thread", [None, False], ids=["worker", "loop"])
+THREADS = pytest.mark.parametrize("thread", [True, False], ids=["worker", "loop"])
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +55,7 @@ language_model_by_hand = cache(plain_ports.language_model)
 
 def record(
     engine: AnyEngine,
-    thread: bool | None,  # noqa: FBT001 -- as the engine has it
+    thread: bool,  # noqa: FBT001 -- as the engine has it
     *names: str,
 ) -> tuple[list[float], list[tuple[float, ...]]]:
     """Have the loss of each iteration noted, and metrics of each epoch; and see that the step runs where it should."""
@@ -64,7 +64,7 @@ def record(
 
     @engine.on(Events.ITERATION_COMPLETED)
     def note_loss() -> None:
-        assert (threading.current_thread() is threading.main_thread()) == (thread is False)
+        assert (threading.current_thread() is threading.main_thread()) is not thread
         output = engine.state.output
         losses.append(float(output[0] if isinstance(output, tuple) else output))
 
@@ -82,7 +82,7 @@ def assert_same(losses: list[float], model: torch.nn.Module, expected: Trained) 
 
 
 @THREADS
-async def test_regression_equals_the_loop_by_hand(thread: bool | None) -> None:  # noqa: FBT001 -- pytest passes it by name
+async def test_regression_equals_the_loop_by_hand(thread: bool) -> None:  # noqa: FBT001 -- pytest passes it by name
     expected = regression_by_hand()
     regression = example("regression")
     torch.manual_seed(0)
@@ -98,7 +98,7 @@ async def test_regression_equals_the_loop_by_hand(thread: bool | None) -> None: 
 
 
 @THREADS
-async def test_vae_equals_the_loop_by_hand_while_it_draws_beside_the_step(thread: bool | None, tmp_path: Path) -> None:  # noqa: FBT001 -- pytest passes it by name
+async def test_vae_equals_the_loop_by_hand_while_it_draws_beside_the_step(thread: bool, tmp_path: Path) -> None:  # noqa: FBT001 -- pytest passes it by name
     epochs = 45  # tested after 20, 40, and at the end
     expected = vae_by_hand(epochs)
     vae = example("vae")
@@ -125,7 +125,7 @@ def random_manual() -> Iterator[None]:
 
 @pytest.mark.usefixtures("random_manual")
 @THREADS
-async def test_language_model_equals_the_loop_by_hand(thread: bool | None, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: FBT001 -- pytest passes it by name
+async def test_language_model_equals_the_loop_by_hand(thread: bool, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: FBT001 -- pytest passes it by name
     epochs, train_batches, valid_batches = 5, 3, 2  # so that both of this happens
     expected = language_model_by_hand(epochs, train_batches, valid_batches)
     assert len(set(expected.rates)) > 1, "the learning rate is annealed"

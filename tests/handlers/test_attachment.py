@@ -12,17 +12,15 @@ from torch.optim.lr_scheduler import StepLR
 from torchmetrics import MeanMetric
 
 from aengine import Engine, Events
+from aengine.engine import stateful_listeners
 from aengine.handlers.early_stopping import EarlyStopping
 from aengine.handlers.nan_guard import NanGuard
 from aengine.handlers.profiling import profile
 from aengine.handlers.system import SystemStatistics
 from aengine.handlers.time_limit import Deadline, TimeLimit
 from aengine.handlers.timer import Timer
-from aengine.loggers.opentelemetry import instrument
-from aengine.training.gradients import GradientStatistics
-from aengine.training.metrics import attach_metric
-from aengine.training.schedules import attach_scheduler
-from aengine.training.update import Update
+from aengine.loggers import Instrumentation
+from aengine.training import GradientStatistics, MetricHandler, OptimizerUpdate, SchedulerHandler
 
 AnyEngine: TypeAlias = Engine[Any, Any]
 
@@ -47,13 +45,15 @@ def by_attach(make: Callable[[], Any]) -> Callable[[AnyEngine], Callable[[AnyEng
 
 
 def of_scheduler(engine: AnyEngine) -> Callable[[AnyEngine], Any]:
-    schedule = attach_scheduler(engine, StepLR(build()[1], 1), Events.EPOCH_COMPLETED)
+    schedule = SchedulerHandler(StepLR(build()[1], 1))
+    schedule.attach(engine, Events.EPOCH_COMPLETED)
     return lambda other: schedule.attach(other, Events.EPOCH_COMPLETED)
 
 
 def of_instrumentation(engine: AnyEngine) -> Callable[[AnyEngine], Any]:
-    instrumentation = instrument(engine)
-    return lambda other: instrumentation.attach(other, 1)
+    instrumentation = Instrumentation()
+    instrumentation.attach(engine)
+    return instrumentation.attach
 
 
 ATTACHED: dict[str, Callable[[AnyEngine], Callable[[AnyEngine], Any]]] = {
@@ -64,9 +64,9 @@ ATTACHED: dict[str, Callable[[AnyEngine], Callable[[AnyEngine], Any]]] = {
     "Timer": by_attach(Timer),
     "SystemStatistics": by_attach(SystemStatistics),
     "GradientStatistics": by_attach(lambda: GradientStatistics(*build())),
-    "Update": by_attach(lambda: Update(*build())),
-    "AttachedMetric": lambda engine: attach_metric(engine, MeanMetric(), "mean").attach,
-    "Schedule": of_scheduler,
+    "OptimizerUpdate": by_attach(lambda: OptimizerUpdate(*build())),
+    "MetricHandler": by_attach(lambda: MetricHandler(MeanMetric(), "mean")),
+    "SchedulerHandler": of_scheduler,
     "Profiling": lambda engine: profile(engine, "traces", Events.ITERATION_STARTED(once=1)).attach,
     "Instrumentation": of_instrumentation,
 }
@@ -77,10 +77,10 @@ def test_second_attachment_is_refused_and_adds_nothing(name: str) -> None:
     first, second = engine_named("trainer"), engine_named("evaluator")
     attach_again = ATTACHED[name](first)
     for engine in (second, first):
-        before = len(engine.stateful_listeners()), engine.statistics()
+        before = len(stateful_listeners(engine)), engine.statistics()
         with pytest.raises(RuntimeError, match=r"this \w+ is attached to engine 'trainer' already.*make another one"):
             attach_again(engine)
-        assert (len(engine.stateful_listeners()), engine.statistics().handlers) == (before[0], before[1].handlers)
+        assert (len(stateful_listeners(engine)), engine.statistics().handlers) == (before[0], before[1].handlers)
     second.run_sync([1.0])
 
 
@@ -99,7 +99,7 @@ def test_metric_of_two_engines_is_right_one_after_the_other_and_refused_one_with
     metric = MeanMetric()
     trainer, evaluator = engine_named("trainer"), engine_named("evaluator")
     for engine in (trainer, evaluator):
-        attach_metric(engine, metric, "mean")
+        MetricHandler(metric, "mean").attach(engine)
     for _ in range(2):  # as pytorch-ignite's users do it, with one dictionary of metrics for two evaluators
         assert math.isclose(trainer.run_sync([1.0, 2.0], max_epochs=2).metrics["mean"], 1.5)
         assert math.isclose(evaluator.run_sync([5.0]).metrics["mean"], 5.0)

@@ -21,7 +21,7 @@ from aengine.handlers.profiling import profile
 AnyEngine: TypeAlias = Engine[Any, Any]
 
 ON_CPU: dict[str, Any] = {"activities": [ProfilerActivity.CPU]}
-WAYS = pytest.mark.parametrize("thread", [None, False], ids=["worker", "loop"])
+WAYS = pytest.mark.parametrize("thread", [True, False], ids=["worker", "loop"])
 
 
 def multiply(engine: AnyEngine, batch: int) -> float:
@@ -108,7 +108,7 @@ async def test_the_ops_of_the_chosen_steps_are_in_the_trace(tmp_path: Path, make
 
 
 @WAYS
-async def test_data_step_and_handlers_are_ranges_of_their_own(tmp_path: Path, *, thread: bool | None) -> None:
+async def test_data_step_and_handlers_are_ranges_of_their_own(tmp_path: Path, *, thread: bool) -> None:
     def load() -> Iterator[torch.Tensor]:
         for _ in range(6):
             yield torch.cumsum(torch.ones(3), 0)
@@ -150,7 +150,7 @@ async def test_without_data_there_is_no_range_of_it(tmp_path: Path) -> None:
 
 
 @WAYS
-async def test_an_engine_run_in_a_handler_is_in_the_trace(tmp_path: Path, *, thread: bool | None) -> None:
+async def test_an_engine_run_in_a_handler_is_in_the_trace(tmp_path: Path, *, thread: bool) -> None:
     trainer: AnyEngine = Engine(multiply, name="trainer", thread=thread)
     evaluator: AnyEngine = Engine(lambda engine, batch: torch.cumsum(torch.ones(3), 0), thread=thread)
     profiling = profile(trainer, tmp_path, Events.ITERATION_STARTED(once=1), iterations=1, warmup=1, **ON_CPU)
@@ -164,7 +164,7 @@ async def test_an_engine_run_in_a_handler_is_in_the_trace(tmp_path: Path, *, thr
 
 
 @WAYS
-async def test_windows_open_at_each_event_of_the_filter(tmp_path: Path, *, thread: bool | None) -> None:
+async def test_windows_open_at_each_event_of_the_filter(tmp_path: Path, *, thread: bool) -> None:
     engine: AnyEngine = Engine(multiply, name="trainer", thread=thread)
     profile(engine, tmp_path, Events.ITERATION_STARTED(every=4), iterations=1, warmup=1, **ON_CPU)
     await engine.run(range(5), max_epochs=3)
@@ -197,7 +197,7 @@ async def test_a_schedule_of_torch_says_which_iterations(tmp_path: Path, make: C
 
 
 @WAYS
-async def test_a_schedule_of_ones_own_may_end_without_a_word(tmp_path: Path, *, thread: bool | None) -> None:
+async def test_a_schedule_of_ones_own_may_end_without_a_word(tmp_path: Path, *, thread: bool) -> None:
     def second_and_third(step: int) -> ProfilerAction:
         return ProfilerAction.RECORD if step in (1, 2) else ProfilerAction.NONE
 
@@ -223,7 +223,7 @@ async def test_a_schedule_that_raises_fails_the_run(tmp_path: Path) -> None:
 
 
 @WAYS
-async def test_cycles_that_follow_each_other_are_traces_of_their_own(tmp_path: Path, *, thread: bool | None) -> None:
+async def test_cycles_that_follow_each_other_are_traces_of_their_own(tmp_path: Path, *, thread: bool) -> None:
     """The next is recorded while the last is written."""
     engine: AnyEngine = Engine(multiply, name="trainer", thread=thread)
     profiling = profile(engine, tmp_path, schedule(wait=0, warmup=1, active=1, repeat=4), **ON_CPU)
@@ -251,7 +251,7 @@ def test_run_sync_is_profiled_as_well(tmp_path: Path) -> None:
 
 
 @WAYS
-async def test_the_table_is_had_when_the_trace_is_written(tmp_path: Path, *, thread: bool | None) -> None:
+async def test_the_table_is_had_when_the_trace_is_written(tmp_path: Path, *, thread: bool) -> None:
     reports: list[Any] = []
 
     def tell(recorded: torch.profiler.profile, path: Path) -> None:
@@ -356,7 +356,7 @@ async def test_a_run_that_fails_inside_of_a_window_writes_what_there_is(
 
 
 @WAYS
-async def test_a_step_that_raises_is_in_its_trace(tmp_path: Path, *, thread: bool | None) -> None:
+async def test_a_step_that_raises_is_in_its_trace(tmp_path: Path, *, thread: bool) -> None:
     def step(engine: AnyEngine, batch: int) -> float:
         result = multiply(engine, batch)
         if batch == 2:
@@ -393,9 +393,7 @@ async def test_a_run_that_is_terminated_without_completed_writes_it_too(tmp_path
 
 
 @WAYS
-async def test_a_run_that_is_over_before_the_window_writes_what_there_is(
-    tmp_path: Path, *, thread: bool | None
-) -> None:
+async def test_a_run_that_is_over_before_the_window_writes_what_there_is(tmp_path: Path, *, thread: bool) -> None:
     engine: AnyEngine = Engine(multiply, name="trainer", thread=thread)
     profile(engine, tmp_path, Events.ITERATION_STARTED(every=2), iterations=9, warmup=1, **ON_CPU)
     await engine.run(range(2))  # only warmed up
@@ -435,7 +433,7 @@ async def test_a_run_that_is_cancelled_inside_of_a_window_writes_what_there_is(
 
 
 @WAYS
-async def test_a_second_engine_at_once_is_refused_and_the_first_goes_on(tmp_path: Path, *, thread: bool | None) -> None:
+async def test_a_second_engine_at_once_is_refused_and_the_first_goes_on(tmp_path: Path, *, thread: bool) -> None:
     first: AnyEngine = Engine(multiply, name="first", thread=thread)
     second: AnyEngine = Engine(multiply, name="second", thread=thread)
     profiling = profile(first, tmp_path, Events.ITERATION_STARTED(once=1), iterations=3, warmup=1, **ON_CPU)
@@ -458,7 +456,7 @@ async def test_a_second_engine_at_once_is_refused_and_the_first_goes_on(tmp_path
 
 
 @WAYS
-async def test_inside_of_the_users_own_profiler_it_is_refused(tmp_path: Path, *, thread: bool | None) -> None:
+async def test_inside_of_the_users_own_profiler_it_is_refused(tmp_path: Path, *, thread: bool) -> None:
     engine: AnyEngine = Engine(multiply, name="trainer", thread=thread)
     profile(engine, tmp_path, Events.ITERATION_STARTED(once=2), **ON_CPU)
     with torch.profiler.profile(**ON_CPU) as own:
@@ -474,7 +472,7 @@ async def test_inside_of_the_users_own_profiler_it_is_refused(tmp_path: Path, *,
 @WAYS
 @pytest.mark.parametrize("when", [2, 3], ids=["first", "last"])
 async def test_a_profiler_of_the_users_inside_of_a_window_is_found_out(
-    tmp_path: Path, *, thread: bool | None, when: int
+    tmp_path: Path, *, thread: bool, when: int
 ) -> None:
     own: list[Any] = []
 
@@ -495,9 +493,7 @@ async def test_a_profiler_of_the_users_inside_of_a_window_is_found_out(
 
 
 @WAYS
-async def test_a_profiler_of_the_users_that_began_in_the_warm_up_is_found_out(
-    tmp_path: Path, *, thread: bool | None
-) -> None:
+async def test_a_profiler_of_the_users_that_began_in_the_warm_up_is_found_out(tmp_path: Path, *, thread: bool) -> None:
     own = torch.profiler.profile(**ON_CPU)
 
     def step(engine: AnyEngine, batch: int) -> float:

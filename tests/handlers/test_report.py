@@ -21,7 +21,7 @@ LISTENER = ListenerStatistics(
 )
 STATISTICS = EngineStatistics(
     name="trainer",
-    running=False,
+    is_running=False,
     epoch=2,
     iteration=400,
     total=2.0,

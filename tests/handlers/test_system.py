@@ -21,7 +21,7 @@ from support.ways_to_end import cancel, complete, fail, run_without_data, termin
 import aengine.handlers.system
 from aengine import Engine, StopReason
 from aengine.handlers.system import SystemEvents, SystemStatistics
-from aengine.loggers import Record, track
+from aengine.loggers import Record, Tracker
 
 OFTEN = timedelta(milliseconds=10)
 NEVER = timedelta(days=1)
@@ -75,15 +75,15 @@ async def endless() -> Any:
     await anyio.sleep_forever()
 
 
-def doing_nothing(*, thread: bool | None = None) -> AnyEngine:
+def doing_nothing(*, thread: bool = True) -> AnyEngine:
     return Engine(lambda engine, batch: None, thread=thread)
 
 
 # The numbers
 
 
-@pytest.mark.parametrize("thread", [None, False])
-async def test_child_that_burns_a_processor_shows(*, thread: bool | None) -> None:
+@pytest.mark.parametrize("thread", [True, False])
+async def test_child_that_burns_a_processor_shows(*, thread: bool) -> None:
     engine = doing_nothing(thread=thread)
     samples = sampled(engine, timedelta(milliseconds=200))
     with burning() as pid:
@@ -233,29 +233,29 @@ async def test_each_gpu_gives_what_it_knows_and_is_let_go_of(monkeypatch: pytest
 # When they come
 
 
-@pytest.mark.parametrize("thread", [None, False])
-async def test_samples_are_tracked_at_their_own_cadence_while_a_step_lasts(*, thread: bool | None) -> None:
+@pytest.mark.parametrize("thread", [True, False])
+async def test_samples_are_tracked_at_their_own_cadence_while_a_step_lasts(*, thread: bool) -> None:
     """The engine waits for its data, or in a step on the worker, and three samples are written meanwhile."""
     written: list[Record] = []
     enough = threading.Event()
 
     def step(engine: AnyEngine, batch: int) -> None:
-        if thread is None:
+        if thread:
             assert enough.wait(60)
 
     def write(records: Any) -> None:
         written.extend(records)
         if len(written) >= 3:
             enough.set()
-            if thread is False:
+            if not thread:
                 engine.terminate()
 
     engine: AnyEngine = Engine(step, name="trainer", thread=thread)
     system = SystemStatistics(OFTEN)
     system.attach(engine)
-    track(engine, write, SystemEvents.SYSTEM_SAMPLED, values=system.values)
-    await engine.run([1] if thread is None else endless)
-    assert {(record.event, record.engine) for record in written} == {("SYSTEM_SAMPLED", "trainer")}
+    Tracker(write, values=system.values).attach(engine, SystemEvents.SYSTEM_SAMPLED)
+    await engine.run([1] if thread else endless)
+    assert {(record.event, record.engine_name) for record in written} == {("SYSTEM_SAMPLED", "trainer")}
     assert {record.step for record in written} <= {0, 1}
     assert all(record.values["process/memory_bytes"] > 0 for record in written)
 
@@ -291,8 +291,8 @@ async def test_samples_go_on_when_an_interrupted_run_does(*, again: bool) -> Non
 
 
 @pytest.mark.parametrize("end", [complete, terminate, fail, cancel, run_without_data], ids=lambda way: way.__name__)
-@pytest.mark.parametrize("thread", [None, False])
-async def test_run_does_not_wait_for_the_next_sample(end: Any, *, thread: bool | None) -> None:
+@pytest.mark.parametrize("thread", [True, False])
+async def test_run_does_not_wait_for_the_next_sample(end: Any, *, thread: bool) -> None:
     """It would be failed after its grace of 30 seconds."""
     engine = doing_nothing(thread=thread)
     samples = sampled(engine, NEVER)

@@ -14,7 +14,7 @@ import aengine.statistics
 from aengine import Engine, Events, StopReason
 from aengine.handlers.timer import Timer
 
-THREADS = pytest.mark.parametrize("thread", [None, False], ids=["worker", "loop"])
+THREADS = pytest.mark.parametrize("thread", [True, False], ids=["worker", "loop"])
 
 
 class Clock:
@@ -46,7 +46,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def stepping(clock: Clock, thread: bool | None = None) -> AnyEngine:  # noqa: FBT001 -- passed on
+def stepping(clock: Clock, *, thread: bool = True) -> AnyEngine:
     """Return an engine whose fetches, steps and validation take 10, 1 and 100 seconds."""
     engine: AnyEngine = Engine(clock.step, thread=thread)
     engine.add_event_handler(Events.GET_BATCH_STARTED, clock.passes(10))
@@ -54,8 +54,8 @@ def stepping(clock: Clock, thread: bool | None = None) -> AnyEngine:  # noqa: FB
 
 
 @THREADS
-async def test_time_of_an_epoch_is_without_the_validation_after_it(clock: Clock, *, thread: bool | None) -> None:
-    engine = stepping(clock, thread)
+async def test_time_of_an_epoch_is_without_the_validation_after_it(clock: Clock, *, thread: bool) -> None:
+    engine = stepping(clock, thread=thread)
     timer = Timer(average=True).attach(
         engine, resume=Events.EPOCH_STARTED, pause=Events.EPOCH_COMPLETED, step=Events.EPOCH_COMPLETED
     )
@@ -157,8 +157,8 @@ def test_it_can_be_resumed_and_paused_twice(clock: Clock) -> None:
     ids=lambda way: getattr(way, "__name__", ""),
 )
 @THREADS
-async def test_it_stops_with_the_run(clock: Clock, end: Any, seconds: float, *, thread: bool | None) -> None:
-    engine = stepping(clock, thread)
+async def test_it_stops_with_the_run(clock: Clock, end: Any, seconds: float, *, thread: bool) -> None:
+    engine = stepping(clock, thread=thread)
     timer = Timer().attach(engine)
     await end(engine)
     clock.now += 1000

@@ -11,7 +11,7 @@ from support.ignite import ignite
 from support.record import AnyEngine, double
 
 from aengine import Engine, EventEnum, Events
-from aengine.training.supervised import create_supervised_evaluator
+from aengine.training import create_supervised_evaluator
 
 Theirs: Any = ignite.engine.Events
 theirs: Any = ignite.engine.Engine

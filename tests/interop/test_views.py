@@ -14,6 +14,7 @@ from support.ignite_parity import MakeEngine, same_on_both
 
 import aengine
 from aengine import Engine, Events, StopReason
+from aengine.engine import stateful_listeners
 from aengine.interop.ignite import as_ignite
 
 handlers: Any = ignite.handlers
@@ -160,7 +161,7 @@ def test_handlers_attached_through_the_view_keep_what_is_known_of_them() -> None
     engine: Any = Engine(nothing)
     view, counting = view_of(engine), Counting()
     view.add_event_handler(Events.COMPLETED, counting)
-    assert engine.stateful_listeners() == [counting]
+    assert stateful_listeners(engine) == [counting]
     view.add_event_handler("COMPLETED", counting.wait)
     with pytest.raises(RuntimeError, match=r"async inline handler"):  # known to be async before it is called
         engine.fire_event(Events.COMPLETED)

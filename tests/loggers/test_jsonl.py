@@ -11,8 +11,7 @@ from typing import Any, TypeAlias
 import pytest
 
 from aengine import Engine, Events
-from aengine.loggers import Record, track
-from aengine.loggers.jsonl import JSONLines
+from aengine.loggers import JSONLines, Record, Tracker
 
 AnyEngine: TypeAlias = Engine[Any, Any]
 
@@ -42,7 +41,7 @@ def steps_of(path: Path) -> list[int]:
 async def test_a_run_becomes_lines(tmp_path: Path) -> None:
     path = tmp_path / "logs" / "run.jsonl"
     engine: AnyEngine = Engine(lambda engine, batch: {"loss": batch / 2}, name="trainer")
-    track(engine, JSONLines(path))
+    Tracker(JSONLines(path)).attach(engine)
     await engine.run([1, 2])
     first, *_, last = lines_of(path)
     assert first.pop("time") <= last.pop("time")
@@ -54,7 +53,7 @@ async def test_a_run_becomes_lines(tmp_path: Path) -> None:
 async def test_a_second_run_appends(tmp_path: Path) -> None:
     path = tmp_path / "run.jsonl"
     engine: AnyEngine = Engine(lambda engine, batch: batch)
-    track(engine, JSONLines(path), Events.ITERATION_COMPLETED)
+    Tracker(JSONLines(path)).attach(engine, Events.ITERATION_COMPLETED)
     await engine.run([1, 2])
     await engine.run([1])
     assert steps_of(path) == [1, 2, 1]
@@ -106,8 +105,7 @@ def test_a_write_that_fails_leaves_nothing_of_itself(tmp_path: Path) -> None:
     # In a process of its own, which may write no more than so many bytes to a file: as on a disk that is full.
     code = """
 import resource, signal, sys
-from aengine.loggers import Record
-from aengine.loggers.jsonl import JSONLines
+from aengine.loggers import JSONLines, Record
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 sink = JSONLines(sys.argv[1])
 record = lambda step: Record(step, 1, 1000.5, "ITERATION_COMPLETED", "trainer", {})
@@ -131,10 +129,9 @@ def test_after_a_kill_every_line_is_whole_and_the_next_run_goes_on(tmp_path: Pat
     code = """
 import itertools, os, signal, sys
 from aengine import Engine, Events
-from aengine.loggers import track
-from aengine.loggers.jsonl import JSONLines
+from aengine.loggers import JSONLines, Tracker
 engine = Engine(lambda engine, batch: batch)
-track(engine, JSONLines(sys.argv[1]), Events.ITERATION_COMPLETED, spool=10**6)
+Tracker(JSONLines(sys.argv[1]), buffer=10**6).attach(engine, Events.ITERATION_COMPLETED)
 @engine.on(Events.ITERATION_COMPLETED)
 def die(engine):
     if os.path.exists(sys.argv[1]) and os.path.getsize(sys.argv[1]) > int(sys.argv[2]):
@@ -159,8 +156,8 @@ async def test_two_engines_share_a_file(tmp_path: Path) -> None:
     sink = JSONLines(tmp_path / "run.jsonl")
     trainer: AnyEngine = Engine(lambda engine, batch: batch, name="trainer")
     evaluator: AnyEngine = Engine(lambda engine, batch: batch, name="evaluator")
-    track(trainer, sink, Events.ITERATION_COMPLETED)
-    track(evaluator, sink, Events.ITERATION_COMPLETED)
+    Tracker(sink).attach(trainer, Events.ITERATION_COMPLETED)
+    Tracker(sink).attach(evaluator, Events.ITERATION_COMPLETED)
 
     @trainer.subscribe(Events.EPOCH_COMPLETED)
     async def evaluate(_: object) -> None:
@@ -170,3 +167,10 @@ async def test_two_engines_share_a_file(tmp_path: Path) -> None:
     lines = lines_of(sink.path)
     assert [line["step"] for line in lines if line["engine"] == "trainer"] == list(range(1, 201))
     assert [line["step"] for line in lines if line["engine"] == "evaluator"] == 4 * list(range(1, 51))
+
+
+def test_what_writes_files_loads_neither_torch_nor_the_libraries_of_other_sinks() -> None:
+    others = {"torch", "tensorboard", "mlflow", "wandb", "opentelemetry"}
+    code = f"import sys; from aengine.loggers import JSONLines, Record, Sink; print({others} & {{*sys.modules}})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"

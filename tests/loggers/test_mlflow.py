@@ -28,12 +28,11 @@ from support.record import Boom
 
 from aengine import Engine, Events
 from aengine.checkpoint import Checkpoint
-from aengine.loggers import Record, Tracker, track as track_briefly
-from aengine.loggers.mlflow import MLflow
+from aengine.loggers import MLflow, Record, Tracker
 
 AnyEngine: TypeAlias = Engine[Any, Any]
 
-track = partial(track_briefly, linger=25.0)  # on a busy machine it takes seconds to begin
+PatientTracker = partial(Tracker, shutdown_timeout=25.0)  # on a busy machine it takes seconds to begin
 
 SERVER = os.environ.get("AENGINE_TEST_MLFLOW")
 PROGRAM = os.environ.get("AENGINE_TEST_MLFLOW_SERVER")
@@ -90,7 +89,7 @@ async def test_a_run_becomes_metrics(uri: str, request: pytest.FixtureRequest) -
             super().write(records)
 
     sink = Noting(request.node.name, name="first", params={"lr": 0.1}, tags={"kind": "test"}, tracking_uri=uri)
-    track(engine, sink, Events.ITERATION_COMPLETED)
+    PatientTracker(sink).attach(engine, Events.ITERATION_COMPLETED)
     await engine.run([1, 2], max_epochs=2)
     assert history(sink, uri, "trainer/loss") == [(1, 0.5), (2, 1.0), (3, 0.5), (4, 1.0)]
     assert history(sink, uri, "trainer/accuracy") == [(1, 1.0), (2, 2.0), (3, 1.0), (4, 2.0)]
@@ -131,7 +130,7 @@ def test_more_than_a_request_may_have_goes_in_several(uri: str) -> None:
 def test_a_name_that_is_not_allowed_becomes_one_that_is_with_one_warning(
     uri: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    sink = MLflow(tracking_uri=uri, tag=lambda record, name: name, params={"a=b": 1})
+    sink = MLflow(tracking_uri=uri, key=lambda record, name: name, params={"a=b": 1})
     names = {"loss (train)": "loss _train_", "/a//b/": "a/b", "../up": "up", ".": "_", "f1@5\\x": "f1_5_x", "": "_"}
     names |= {"x" * 300: "x" * 250, "äé 1": "äé 1"}
     for step, name in enumerate(names, start=1):
@@ -148,7 +147,7 @@ def test_a_name_that_is_not_allowed_becomes_one_that_is_with_one_warning(
 
 async def test_it_prints_nothing(uri: str, capfd: pytest.CaptureFixture[str]) -> None:
     engine: AnyEngine = Engine(lambda engine, batch: batch)
-    track(engine, MLflow(tracking_uri=uri))
+    PatientTracker(MLflow(tracking_uri=uri)).attach(engine)
     await engine.run([1])
     assert capfd.readouterr() == ("", "")
 
@@ -159,7 +158,7 @@ async def test_it_prints_nothing(uri: str, capfd: pytest.CaptureFixture[str]) ->
 async def test_a_run_that_is_terminated_is_finished(uri: str) -> None:
     engine: AnyEngine = Engine(lambda engine, batch: batch)
     sink = MLflow(tracking_uri=uri)
-    track(engine, sink)
+    PatientTracker(sink).attach(engine)
     engine.add_event_handler(Events.ITERATION_COMPLETED(once=1), engine.terminate, skip_completed=True)
     await engine.run([1, 2])
     assert status_of(sink, uri) == "FINISHED"
@@ -173,7 +172,7 @@ async def test_a_run_that_raises_is_failed_even_before_its_first_record(uri: str
         return batch
 
     engine, sink = Engine(fail, name="trainer"), MLflow(tracking_uri=uri)
-    track(engine, sink, Events.ITERATION_COMPLETED)
+    PatientTracker(sink).attach(engine, Events.ITERATION_COMPLETED)
     with pytest.raises(Boom):
         await engine.run([1, 2, 3, 4])
     assert status_of(sink, uri) == "FAILED"
@@ -188,8 +187,8 @@ async def test_a_run_that_failed_by_the_sink_itself_is_failed_as_well(uri: str) 
         return name
 
     engine: AnyEngine = Engine(lambda engine, batch: batch, name="trainer")
-    sink = MLflow(tracking_uri=uri, tag=tag)
-    track(engine, sink, Events.ITERATION_COMPLETED, on_error="raise")
+    sink = MLflow(tracking_uri=uri, key=tag)
+    PatientTracker(sink, on_error="raise").attach(engine, Events.ITERATION_COMPLETED)
 
     @engine.on(Events.ITERATION_STARTED(once=2))
     async def write_the_first(engine: AnyEngine) -> None:
@@ -204,7 +203,8 @@ async def test_a_run_that_failed_by_the_sink_itself_is_failed_as_well(uri: str) 
 async def test_records_without_numbers_are_written_too(uri: str) -> None:
     engine: AnyEngine = Engine(lambda engine, batch: "no number")
     sink = MLflow(tracking_uri=uri)
-    tracker = track(engine, sink, Events.STARTED | Events.ITERATION_COMPLETED)
+    tracker = PatientTracker(sink)
+    tracker.attach(engine, Events.STARTED | Events.ITERATION_COMPLETED)
     await engine.run([1, 2])
     written = tracker.statistics()
     assert (written.written, written.failures) == (3, 0)
@@ -214,7 +214,7 @@ async def test_records_without_numbers_are_written_too(uri: str) -> None:
 async def test_a_run_that_is_cancelled_is_killed(uri: str) -> None:
     engine: AnyEngine = Engine(lambda engine, batch: batch)
     sink = MLflow(tracking_uri=uri)
-    track(engine, sink, Events.STARTED)
+    PatientTracker(sink).attach(engine, Events.STARTED)
     with anyio.CancelScope() as scope:
 
         @engine.on(Events.ITERATION_COMPLETED(once=5))
@@ -228,7 +228,7 @@ async def test_a_run_that_is_cancelled_is_killed(uri: str) -> None:
 async def test_a_run_that_is_interrupted_is_running_until_it_goes_on(uri: str) -> None:
     engine: AnyEngine = Engine(lambda engine, batch: batch, name="trainer")
     sink = MLflow(tracking_uri=uri)
-    track(engine, sink, Events.ITERATION_COMPLETED)
+    PatientTracker(sink).attach(engine, Events.ITERATION_COMPLETED)
     engine.add_event_handler(Events.ITERATION_COMPLETED(once=2), engine.interrupt)
     await engine.run([1, 2, 3])
     assert status_of(sink, uri) == "RUNNING"
@@ -240,7 +240,7 @@ async def test_a_run_that_is_interrupted_is_running_until_it_goes_on(uri: str) -
 async def test_two_runs_in_a_row_are_one_run_of_mlflow(uri: str) -> None:
     engine: AnyEngine = Engine(lambda engine, batch: batch, name="trainer")
     sink = MLflow(tracking_uri=uri)
-    track(engine, sink, Events.ITERATION_COMPLETED)
+    PatientTracker(sink).attach(engine, Events.ITERATION_COMPLETED)
     await engine.run([1, 2])
     first, statuses = sink.run_id, []
 
@@ -260,8 +260,8 @@ async def test_a_trainer_and_its_evaluator_share_a_run_that_lasts_as_long_as_the
     sink, statuses = MLflow(tracking_uri=uri), []
     trainer: AnyEngine = Engine(lambda engine, batch: batch, name="trainer")
     evaluator: AnyEngine = Engine(lambda engine, batch: batch * 10, name="evaluator")
-    track(trainer, sink, Events.ITERATION_COMPLETED)
-    track(evaluator, sink, Events.COMPLETED, step=lambda _: trainer.state.iteration)
+    PatientTracker(sink).attach(trainer, Events.ITERATION_COMPLETED)
+    PatientTracker(sink, step=lambda _: trainer.state.iteration).attach(evaluator, Events.COMPLETED)
 
     @trainer.on(Events.EPOCH_COMPLETED)
     async def evaluate() -> None:
@@ -283,8 +283,8 @@ async def test_a_trainer_that_fails_beside_an_evaluator_that_does_not_has_failed
     sink = MLflow(tracking_uri=uri)
     trainer: AnyEngine = Engine(fail, name="trainer")
     evaluator: AnyEngine = Engine(lambda engine, batch: batch, name="evaluator")
-    track(trainer, sink, Events.ITERATION_COMPLETED)
-    track(evaluator, sink, Events.COMPLETED)
+    PatientTracker(sink).attach(trainer, Events.ITERATION_COMPLETED)
+    PatientTracker(sink).attach(evaluator, Events.COMPLETED)
 
     @trainer.subscribe(Events.ITERATION_COMPLETED(once=1))
     async def evaluate(_: object) -> None:
@@ -302,8 +302,8 @@ async def test_an_evaluation_after_a_failure_does_not_make_it_good(uri: str) -> 
     sink = MLflow(tracking_uri=uri)
     trainer: AnyEngine = Engine(fail, name="trainer")
     evaluator: AnyEngine = Engine(lambda engine, batch: batch, name="evaluator")
-    track(trainer, sink, Events.ITERATION_COMPLETED)
-    track(evaluator, sink, Events.COMPLETED)
+    PatientTracker(sink).attach(trainer, Events.ITERATION_COMPLETED)
+    PatientTracker(sink).attach(evaluator, Events.COMPLETED)
     with pytest.raises(Boom):
         await trainer.run([1])
     await evaluator.run([1, 2, 3])
@@ -335,7 +335,7 @@ async def test_a_checkpoint_has_it_go_on_in_the_same_run_of_mlflow(uri: str, tmp
     async def train(epochs: int) -> MLflow:
         engine: AnyEngine = Engine(lambda engine, batch: batch, name="trainer")
         sink = MLflow(tracking_uri=uri)
-        track(engine, sink, Events.EPOCH_COMPLETED)
+        PatientTracker(sink).attach(engine, Events.EPOCH_COMPLETED)
         async with Checkpoint(tmp_path / "checkpoints", {"mlflow": sink}) as checkpoint:
             checkpoint.attach(engine, Events.COMPLETED)
             await checkpoint.restore(engine)
@@ -381,7 +381,7 @@ async def test_several_engines_at_once_lose_nothing(uri: str) -> None:
     engines: list[AnyEngine] = [Engine(lambda engine, batch: batch, name=f"engine{number}") for number in range(4)]
     async with anyio.create_task_group() as tasks:
         for engine in engines:
-            track(engine, sink, Events.ITERATION_COMPLETED, linger=20)
+            PatientTracker(sink, shutdown_timeout=20).attach(engine, Events.ITERATION_COMPLETED)
             tasks.start_soon(engine.run, range(1, 21))
     for number in range(4):
         assert history(sink, uri, f"engine{number}/output") == [(step, float(step)) for step in range(1, 21)]
@@ -400,11 +400,11 @@ DOWN = """
 import logging, sys, time
 import anyio
 from aengine import Engine, Events
-from aengine.loggers import track
-from aengine.loggers.mlflow import MLflow
+from aengine.loggers import MLflow, Tracker
 
 engine = Engine(lambda engine, batch: batch)
-tracker = track(engine, MLflow("x", tracking_uri=sys.argv[2]), Events.ITERATION_COMPLETED, linger=0.5, spool=100)
+tracker = Tracker(MLflow("x", tracking_uri=sys.argv[2]), shutdown_timeout=0.5, buffer=100)
+tracker.attach(engine, Events.ITERATION_COMPLETED)
 began = time.perf_counter()
 anyio.run(engine.run, range(1000), backend=sys.argv[1])
 now = tracker.statistics()
@@ -497,7 +497,8 @@ async def test_a_server_that_is_killed_and_started_again_gets_all_of_it(
     uri, start, kill = server
     engine: AnyEngine = Engine(lambda engine, batch: batch, name="trainer")
     sink = MLflow(tracking_uri=uri)
-    tracker = track(engine, sink, Events.ITERATION_COMPLETED, linger=25)
+    tracker = PatientTracker(sink, shutdown_timeout=25)
+    tracker.attach(engine, Events.ITERATION_COMPLETED)
 
     @engine.on(Events.ITERATION_COMPLETED(once=100))
     async def go_down() -> None:
@@ -550,6 +551,6 @@ def test_it_touches_no_server_before_the_first_record(tmp_path: Path) -> None:
 
 
 def test_without_the_package_it_says_what_to_install() -> None:
-    code = "import sys; sys.modules['mlflow'] = None; import aengine.loggers.mlflow"
+    code = "import sys; sys.modules['mlflow'] = None; from aengine.loggers import MLflow"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert 'pip install -e ".[mlflow]"' in done.stderr

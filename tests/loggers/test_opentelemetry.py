@@ -37,8 +37,7 @@ from support.record import Boom, at
 from support.ways_to_end import is_freed
 
 from aengine import DataExhausted, Engine, Event, Events
-from aengine.loggers import track
-from aengine.loggers.opentelemetry import OpenTelemetry, instrument
+from aengine.loggers import Instrumentation, OpenTelemetry, Tracker
 
 AnyEngine: TypeAlias = Engine[Any, Any]
 
@@ -126,7 +125,7 @@ def events_of(span: ReadableSpan) -> list[str]:
     return [event.name for event in span.events]
 
 
-WAYS = pytest.mark.parametrize("thread", [None, False], ids=["worker", "loop"])
+WAYS = pytest.mark.parametrize("thread", [True, False], ids=["worker", "loop"])
 STEPS = pytest.mark.parametrize(
     "make",
     [
@@ -142,9 +141,9 @@ STEPS = pytest.mark.parametrize(
 
 
 @WAYS
-async def test_a_run_is_a_tree_of_epochs_and_iterations(traces: Traces, *, thread: bool | None) -> None:
+async def test_a_run_is_a_tree_of_epochs_and_iterations(traces: Traces, *, thread: bool) -> None:
     engine: AnyEngine = Engine(plain, name="trainer", thread=thread)
-    instrument(engine, tracer_provider=traces.provider, iterations_every=2)
+    Instrumentation(tracer_provider=traces.provider, every=2).attach(engine)
     await engine.run([1, 2, 3], max_epochs=2)
     assert [(traces.line(span), known(span)) for span in traces.spans] == [
         (
@@ -169,9 +168,9 @@ async def test_a_run_is_a_tree_of_epochs_and_iterations(traces: Traces, *, threa
 
 
 @WAYS
-async def test_a_run_is_a_child_of_the_span_that_it_was_called_in(traces: Traces, *, thread: bool | None) -> None:
+async def test_a_run_is_a_child_of_the_span_that_it_was_called_in(traces: Traces, *, thread: bool) -> None:
     engine: AnyEngine = Engine(plain, name="trainer", thread=thread)
-    instrument(engine, tracer_provider=traces.provider, iterations_every=1)
+    Instrumentation(tracer_provider=traces.provider, every=1).attach(engine)
     with traces.tracer.start_as_current_span("GET /train"):
         await engine.run([1])
         assert context.get_current() == trace.set_span_in_context(trace.get_current_span())
@@ -188,7 +187,7 @@ async def test_the_step_sees_the_span_of_its_iteration_or_else_of_its_epoch(
     traces: Traces, make: Callable[[Traces], AnyEngine]
 ) -> None:
     engine = make(traces)
-    instrument(engine, tracer_provider=traces.provider, iterations_every=2)
+    Instrumentation(tracer_provider=traces.provider, every=2).attach(engine)
     await engine.run([1, 2, 3])
     assert traces.lines("in the step") == [
         "run trainer > epoch trainer > in the step",
@@ -199,7 +198,7 @@ async def test_the_step_sees_the_span_of_its_iteration_or_else_of_its_epoch(
 
 @WAYS
 async def test_inline_handlers_are_within_the_span_of_their_event_in_whatever_order_they_were_added(
-    traces: Traces, *, thread: bool | None
+    traces: Traces, *, thread: bool
 ) -> None:
     engine: AnyEngine = Engine(plain, name="trainer", thread=thread)
 
@@ -213,7 +212,7 @@ async def test_inline_handlers_are_within_the_span_of_their_event_in_whatever_or
         with traces.tracer.start_as_current_span(f"async at {engine.last_event_name.name}"):
             await anyio.lowlevel.checkpoint()
 
-    instrument(engine, tracer_provider=traces.provider, iterations_every=1)
+    Instrumentation(tracer_provider=traces.provider, every=1).attach(engine)
     await engine.run([1])
     assert {traces.line(span) for span in traces.spans if " at " in f" {span.name}"} == {
         "run trainer > epoch trainer > iteration trainer > at ITERATION_COMPLETED",
@@ -228,13 +227,11 @@ async def test_inline_handlers_are_within_the_span_of_their_event_in_whatever_or
 
 
 @WAYS
-async def test_an_evaluator_run_in_an_async_handler_is_a_child_of_the_epoch(
-    traces: Traces, *, thread: bool | None
-) -> None:
+async def test_an_evaluator_run_in_an_async_handler_is_a_child_of_the_epoch(traces: Traces, *, thread: bool) -> None:
     trainer: AnyEngine = Engine(plain, name="trainer", thread=thread)
     evaluator: AnyEngine = Engine(spanning(traces), name="evaluator", thread=thread)
-    instrument(trainer, tracer_provider=traces.provider)
-    instrument(evaluator, tracer_provider=traces.provider)
+    Instrumentation(tracer_provider=traces.provider).attach(trainer)
+    Instrumentation(tracer_provider=traces.provider).attach(evaluator)
 
     @trainer.on(Events.EPOCH_COMPLETED)
     async def evaluate() -> None:
@@ -248,8 +245,8 @@ async def test_an_evaluator_run_in_an_async_handler_is_a_child_of_the_epoch(
 async def test_an_evaluator_run_in_a_plain_handler_is_a_child_of_the_iteration(traces: Traces) -> None:
     trainer: AnyEngine = Engine(plain, name="trainer")
     evaluator: AnyEngine = Engine(plain, name="evaluator")
-    instrument(trainer, tracer_provider=traces.provider, iterations_every=1)
-    instrument(evaluator, tracer_provider=traces.provider)
+    Instrumentation(tracer_provider=traces.provider, every=1).attach(trainer)
+    Instrumentation(tracer_provider=traces.provider).attach(evaluator)
     trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda: evaluator.run_sync([1]))
     await trainer.run([1])
     assert traces.lines("run evaluator") == [
@@ -260,8 +257,9 @@ async def test_an_evaluator_run_in_a_plain_handler_is_a_child_of_the_iteration(t
 async def test_a_subscriber_is_given_the_context_of_the_run(traces: Traces) -> None:
     trainer: AnyEngine = Engine(plain, name="trainer")
     evaluator: AnyEngine = Engine(plain, name="evaluator")
-    instrumentation = instrument(trainer, tracer_provider=traces.provider)
-    instrument(evaluator, tracer_provider=traces.provider)
+    instrumentation = Instrumentation(tracer_provider=traces.provider)
+    instrumentation.attach(trainer)
+    Instrumentation(tracer_provider=traces.provider).attach(evaluator)
 
     @trainer.subscribe(Events.EPOCH_COMPLETED)
     async def evaluate(event: Event) -> None:
@@ -278,7 +276,7 @@ async def test_a_subscriber_is_given_the_context_of_the_run(traces: Traces) -> N
 async def test_two_runs_at_once_have_each_its_own_tree(traces: Traces) -> None:
     async def train(name: str) -> None:
         engine: AnyEngine = Engine(spanning(traces, f"step of {name}"), name=name)
-        instrument(engine, tracer_provider=traces.provider, iterations_every=1)
+        Instrumentation(tracer_provider=traces.provider, every=1).attach(engine)
         with traces.tracer.start_as_current_span(f"POST /{name}"):
             await engine.run([1, 2])
 
@@ -292,7 +290,7 @@ async def test_two_runs_at_once_have_each_its_own_tree(traces: Traces) -> None:
 
 def test_run_sync_is_traced_and_leaves_no_span_behind(traces: Traces) -> None:
     engine: AnyEngine = Engine(spanning(traces), name="trainer")
-    instrument(engine, tracer_provider=traces.provider, iterations_every=1)
+    Instrumentation(tracer_provider=traces.provider, every=1).attach(engine)
     with traces.tracer.start_as_current_span("main") as main:
         engine.run_sync([1])
         assert trace.get_current_span() is main
@@ -301,7 +299,7 @@ def test_run_sync_is_traced_and_leaves_no_span_behind(traces: Traces) -> None:
 
 async def test_an_instrumented_engine_is_freed_when_nothing_holds_it(traces: Traces) -> None:
     engine: AnyEngine = Engine(plain, name="trainer")
-    instrument(engine, tracer_provider=traces.provider, iterations_every=1)
+    Instrumentation(tracer_provider=traces.provider, every=1).attach(engine)
     await engine.run([1, 2], max_epochs=2)
     freed = weakref.ref(engine)
     gc.disable()
@@ -314,7 +312,7 @@ async def test_an_instrumented_engine_is_freed_when_nothing_holds_it(traces: Tra
 
 async def test_what_is_not_sampled_costs_no_span_and_fails_nothing(traces: Traces) -> None:
     engine: AnyEngine = Engine(plain, name="trainer")
-    instrument(engine, tracer_provider=trace.NoOpTracerProvider(), iterations_every=1)
+    Instrumentation(tracer_provider=trace.NoOpTracerProvider(), every=1).attach(engine)
     await engine.run([1, 2])
     assert engine.state.iteration == 2
 
@@ -333,7 +331,7 @@ class Held(SpanProcessor):
 
 
 @WAYS
-async def test_the_times_are_those_of_the_events_and_not_of_the_writing(traces: Traces, *, thread: bool | None) -> None:
+async def test_the_times_are_those_of_the_events_and_not_of_the_writing(traces: Traces, *, thread: bool) -> None:
     held, stepped = Held(), []
 
     def step(engine: AnyEngine, batch: int) -> None:
@@ -343,7 +341,7 @@ async def test_the_times_are_those_of_the_events_and_not_of_the_writing(traces: 
 
     traces.provider.add_span_processor(held)
     engine: AnyEngine = Engine(step, name="trainer", thread=thread)
-    instrument(engine, tracer_provider=traces.provider, iterations_every=1)
+    Instrumentation(tracer_provider=traces.provider, every=1).attach(engine)
     let_go_at: list[int] = []
 
     @engine.on(Events.COMPLETED)
@@ -359,9 +357,9 @@ async def test_the_times_are_those_of_the_events_and_not_of_the_writing(traces: 
 
 
 @WAYS
-async def test_children_lie_within_their_parents(traces: Traces, *, thread: bool | None) -> None:
+async def test_children_lie_within_their_parents(traces: Traces, *, thread: bool) -> None:
     engine: AnyEngine = Engine(spanning(traces), name="trainer", thread=thread)
-    instrument(engine, tracer_provider=traces.provider, iterations_every=1)
+    Instrumentation(tracer_provider=traces.provider, every=1).attach(engine)
     await engine.run([1, 2], max_epochs=3)
     by_id = {span.context.span_id: span for span in traces.spans if span.context is not None}
     children = [span for span in traces.spans if span.parent is not None]
@@ -381,7 +379,7 @@ async def test_a_run_that_fails_has_the_status_and_its_exception(
     traces: Traces, make: Callable[[Traces], AnyEngine]
 ) -> None:
     engine, boom = make(traces), Boom("the loss is not a number")
-    instrument(engine, tracer_provider=traces.provider, iterations_every=1)
+    Instrumentation(tracer_provider=traces.provider, every=1).attach(engine)
 
     at(engine, "IC@1/2", lambda: fail(boom))
     with pytest.raises(Boom):
@@ -399,7 +397,7 @@ async def test_a_run_that_fails_has_the_status_and_its_exception(
 
 async def test_what_failed_ended_when_it_failed_and_the_run_after_its_clean_up(traces: Traces) -> None:
     engine: AnyEngine = Engine(plain, name="trainer")
-    instrument(engine, tracer_provider=traces.provider)
+    Instrumentation(tracer_provider=traces.provider).attach(engine)
 
     @engine.on(Events.EXCEPTION_RAISED)
     async def save_what_there_is(engine: AnyEngine, error: Exception) -> None:
@@ -416,7 +414,7 @@ async def test_what_failed_ended_when_it_failed_and_the_run_after_its_clean_up(t
 
 async def test_data_without_a_batch_is_a_failure_as_well(traces: Traces) -> None:
     engine: AnyEngine = Engine(plain, name="trainer")
-    instrument(engine, tracer_provider=traces.provider)
+    Instrumentation(tracer_provider=traces.provider).attach(engine)
     with pytest.raises(DataExhausted):
         await engine.run(iter([]), epoch_length=2)
     run = traces.one("run trainer")
@@ -426,7 +424,7 @@ async def test_data_without_a_batch_is_a_failure_as_well(traces: Traces) -> None
 
 async def test_a_run_inside_of_an_except_block_that_completes_has_not_failed(traces: Traces) -> None:
     engine: AnyEngine = Engine(plain, name="trainer")
-    instrument(engine, tracer_provider=traces.provider)
+    Instrumentation(tracer_provider=traces.provider).attach(engine)
     try:
         raise Boom  # noqa: TRY301 -- what a program may be handling when it trains
     except Boom:
@@ -437,10 +435,10 @@ async def test_a_run_inside_of_an_except_block_that_completes_has_not_failed(tra
 @WAYS
 @pytest.mark.parametrize("skip", [False, True], ids=["completed", "skip"])
 async def test_a_run_that_is_terminated_says_so_and_the_next_one_that_it_is_resumed(
-    traces: Traces, *, thread: bool | None, skip: bool
+    traces: Traces, *, thread: bool, skip: bool
 ) -> None:
     engine: AnyEngine = Engine(plain, name="trainer", thread=thread)
-    instrument(engine, tracer_provider=traces.provider, iterations_every=2)
+    Instrumentation(tracer_provider=traces.provider, every=2).attach(engine)
     at(engine, "IC@1/2", lambda: engine.terminate(skip_completed=skip))
 
     @engine.on(Events.COMPLETED)
@@ -463,10 +461,10 @@ async def test_a_run_that_is_terminated_says_so_and_the_next_one_that_it_is_resu
 @WAYS
 @pytest.mark.parametrize("where", ["S", "ES", "GS@1/1", "GC@1/1", "IS@1/2", "IC@1/2", "EC", "C"])
 async def test_a_run_that_goes_on_is_linked_to_the_one_that_was_interrupted(
-    traces: Traces, *, thread: bool | None, where: str
+    traces: Traces, *, thread: bool, where: str
 ) -> None:
     engine: AnyEngine = Engine(spanning(traces), name="trainer", thread=thread)
-    instrument(engine, tracer_provider=traces.provider, iterations_every=1)
+    Instrumentation(tracer_provider=traces.provider, every=1).attach(engine)
     at(engine, where, engine.interrupt)
     await engine.run([1, 2], max_epochs=2)
     with traces.tracer.start_as_current_span("later"):
@@ -492,7 +490,7 @@ async def test_a_run_that_goes_on_is_linked_to_the_one_that_was_interrupted(
 
 async def test_an_interrupted_run_that_is_given_up_is_linked_to_nothing(traces: Traces) -> None:
     engine: AnyEngine = Engine(plain, name="trainer")
-    instrument(engine, tracer_provider=traces.provider, iterations_every=1)
+    Instrumentation(tracer_provider=traces.provider, every=1).attach(engine)
     at(engine, "IC@1/1", engine.interrupt)
     await engine.run([1, 2])
     engine.state.max_epochs = None
@@ -508,7 +506,7 @@ async def test_a_run_that_is_cancelled_says_so_and_is_no_error(
     traces: Traces, make: Callable[[Traces], AnyEngine]
 ) -> None:
     engine = make(traces)
-    instrument(engine, tracer_provider=traces.provider, iterations_every=1)
+    Instrumentation(tracer_provider=traces.provider, every=1).attach(engine)
     with anyio.CancelScope() as scope:
 
         @engine.on(Events.ITERATION_COMPLETED(once=2))
@@ -529,10 +527,10 @@ async def test_a_run_that_is_cancelled_says_so_and_is_no_error(
 @pytest.mark.parametrize("skip", [False, True], ids=["completed", "skip"])
 @pytest.mark.parametrize("where", ["IS@1/2", "IC@1/2"])
 async def test_an_epoch_that_is_terminated_ends_and_the_next_one_begins(
-    traces: Traces, *, thread: bool | None, where: str, skip: bool
+    traces: Traces, *, thread: bool, where: str, skip: bool
 ) -> None:
     engine: AnyEngine = Engine(plain, name="trainer", thread=thread)
-    instrument(engine, tracer_provider=traces.provider, iterations_every=1)
+    Instrumentation(tracer_provider=traces.provider, every=1).attach(engine)
     at(engine, where, lambda: engine.terminate_epoch(skip_epoch_completed=skip))
     await engine.run([1, 2, 3], max_epochs=2)
     first, second = traces.all("epoch trainer")
@@ -545,10 +543,10 @@ async def test_an_epoch_that_is_terminated_ends_and_the_next_one_begins(
 @pytest.mark.parametrize("every", [1, 100])
 @pytest.mark.parametrize("where", ["IS@1/2", "IC@1/2", "EC@1/3"])
 async def test_a_run_instrumented_under_way_is_traced_from_there(
-    traces: Traces, caplog: pytest.LogCaptureFixture, *, thread: bool | None, where: str, every: int
+    traces: Traces, caplog: pytest.LogCaptureFixture, *, thread: bool, where: str, every: int
 ) -> None:
     engine: AnyEngine = Engine(plain, name="trainer", thread=thread)
-    at(engine, where, lambda: instrument(engine, tracer_provider=traces.provider, iterations_every=every))
+    at(engine, where, lambda: Instrumentation(tracer_provider=traces.provider, every=every).attach(engine))
     await engine.run([1, 2, 3], max_epochs=2)
     before = {"IS@1/2": 1, "IC@1/2": 1, "EC@1/3": 0}[where]
     assert traces.lines("iteration trainer") == (
@@ -562,7 +560,7 @@ async def test_a_run_instrumented_under_way_is_traced_from_there(
 
 async def test_a_run_instrumented_when_it_is_about_to_end_has_no_spans(traces: Traces) -> None:
     engine: AnyEngine = Engine(plain, name="trainer")
-    at(engine, "IC@1/2", lambda: instrument(engine, tracer_provider=traces.provider))
+    at(engine, "IC@1/2", lambda: Instrumentation(tracer_provider=traces.provider).attach(engine))
     at(engine, "IC@1/2", engine.terminate)
     await engine.run([1, 2, 3])
     assert not traces.spans
@@ -570,11 +568,46 @@ async def test_a_run_instrumented_when_it_is_about_to_end_has_no_spans(traces: T
     assert known(traces.one("run trainer"))["resumed"] is True
 
 
+@WAYS
+@pytest.mark.parametrize("where", ["IS@1/2", "IC@1/2", "EC@1/3"])
+async def test_removed_during_a_run_it_ends_the_spans_that_are_open(
+    traces: Traces, caplog: pytest.LogCaptureFixture, *, thread: bool | None, where: str
+) -> None:
+    engine: AnyEngine = Engine(plain, name="trainer", thread=thread)
+    instrumentation = Instrumentation(tracer_provider=traces.provider, every=1)
+    handle = instrumentation.attach(engine)
+    at(engine, where, handle.remove)
+    await engine.run([1, 2, 3], max_epochs=2)
+    spans = traces.spans
+    assert "stop_reason" not in known(traces.one("run trainer"))
+    assert len(traces.all("iteration trainer")) == {"IS@1/2": 2, "IC@1/2": 2, "EC@1/3": 3}[where]
+    assert len(traces.all("epoch trainer")) == 1
+    assert instrumentation.context is None
+    assert (len(engine.listeners()), engine.statistics().services, caplog.records) == (1, (), [])  # that of the test
+
+    instrumentation.attach(engine)
+    await engine.run([1])
+    assert traces.lines("iteration trainer")[-1] == "run trainer > epoch trainer > iteration trainer"
+    assert len(traces.spans) == len(spans) + 3
+
+
+async def test_removed_after_an_interruption_it_leaves_nothing(traces: Traces) -> None:
+    engine: AnyEngine = Engine(plain, name="trainer")
+    handle = Instrumentation(tracer_provider=traces.provider, every=1).attach(engine)
+    with engine.add_event_handler(Events.ITERATION_COMPLETED(once=2), engine.interrupt):
+        await engine.run([1, 2, 3])
+    spans = traces.spans
+    handle.remove()
+    assert (engine.listeners(), engine.statistics().services) == ((), ())
+    await engine.run()
+    assert traces.spans == spans
+
+
 async def test_a_native_cancellation_ends_the_spans_too(traces: Traces, anyio_backend: Backend) -> None:
     if anyio_backend[0] != "asyncio":
         pytest.skip("asyncio's own")
     engine: AnyEngine = Engine(waiting, name="trainer")
-    instrument(engine, tracer_provider=traces.provider, iterations_every=1)
+    Instrumentation(tracer_provider=traces.provider, every=1).attach(engine)
     at(engine, "IC@1/2", lambda: task.cancel())  # noqa: PLW0108 -- made below
     task = asyncio.ensure_future(engine.run([1, 2, 3]))
     with pytest.raises(asyncio.CancelledError):
@@ -593,7 +626,7 @@ async def test_a_span_processor_that_fails_is_logged_and_the_run_goes_on(
 
     traces.provider.add_span_processor(Failing())
     engine: AnyEngine = Engine(plain, name="trainer")
-    instrument(engine, tracer_provider=traces.provider, iterations_every=1)
+    Instrumentation(tracer_provider=traces.provider, every=1).attach(engine)
     await engine.run([1, 2])
     assert engine.state.iteration == 2
     assert sum("spans of trainer" in record.getMessage() for record in caplog.records) == 3
@@ -629,9 +662,9 @@ def meters() -> Iterator[Meters]:
 
 
 @WAYS
-async def test_iterations_are_counted_over_all_runs(meters: Meters, *, thread: bool | None) -> None:
+async def test_iterations_are_counted_over_all_runs(meters: Meters, *, thread: bool) -> None:
     engine: AnyEngine = Engine(plain, name="evaluator", thread=thread)
-    instrument(engine, tracer_provider=trace.NoOpTracerProvider(), meter_provider=meters.provider, iterations_every=4)
+    Instrumentation(tracer_provider=trace.NoOpTracerProvider(), meter_provider=meters.provider, every=4).attach(engine)
     await engine.run([1, 2, 3], max_epochs=2)
     await engine.run([1, 2, 3])
     at(engine, "IC@1/2", engine.interrupt)
@@ -643,7 +676,7 @@ async def test_iterations_are_counted_over_all_runs(meters: Meters, *, thread: b
 
 async def test_the_count_is_there_while_the_run_goes_on(meters: Meters) -> None:
     engine: AnyEngine = Engine(plain, name="trainer")
-    instrument(engine, tracer_provider=trace.NoOpTracerProvider(), meter_provider=meters.provider, iterations_every=2)
+    Instrumentation(tracer_provider=trace.NoOpTracerProvider(), meter_provider=meters.provider, every=2).attach(engine)
     seen: list[int] = []
 
     @engine.on(Events.ITERATION_COMPLETED(once=5))
@@ -658,7 +691,7 @@ async def test_the_count_is_there_while_the_run_goes_on(meters: Meters) -> None:
 
 async def test_the_time_is_split_as_in_the_statistics(meters: Meters) -> None:
     engine: AnyEngine = Engine(plain, name="trainer")
-    instrument(engine, tracer_provider=trace.NoOpTracerProvider(), meter_provider=meters.provider)
+    Instrumentation(tracer_provider=trace.NoOpTracerProvider(), meter_provider=meters.provider).attach(engine)
     engine.add_event_handler(Events.EPOCH_COMPLETED, lambda: sum(range(10_000)))
     await engine.run(range(500), max_epochs=2)
     spent = engine.statistics()
@@ -679,7 +712,7 @@ async def test_the_time_is_split_as_in_the_statistics(meters: Meters) -> None:
 
 async def test_the_durations_of_traced_iterations_are_a_histogram(traces: Traces, meters: Meters) -> None:
     engine: AnyEngine = Engine(plain, name="trainer")
-    instrument(engine, tracer_provider=traces.provider, meter_provider=meters.provider, iterations_every=2)
+    Instrumentation(tracer_provider=traces.provider, meter_provider=meters.provider, every=2).attach(engine)
     await engine.run(range(6))
     (point,) = meters.points("aengine.iteration.duration")
     took = [(span.end_time or 0) - (span.start_time or 0) for span in traces.all("iteration trainer")]
@@ -690,7 +723,7 @@ async def test_the_durations_of_traced_iterations_are_a_histogram(traces: Traces
 async def test_logged_numbers_are_gauges_by_name(meters: Meters) -> None:
     for name in ("trainer", "evaluator"):
         engine: AnyEngine = Engine(lambda engine, batch: {"loss": batch / 2, "top 5 %": batch}, name=name)
-        track(engine, OpenTelemetry(meters.provider), Events.ITERATION_COMPLETED)
+        Tracker(OpenTelemetry(meters.provider)).attach(engine, Events.ITERATION_COMPLETED)
         await engine.run([1, 2] if name == "trainer" else [3])
     losses = {point.attributes["aengine.engine"]: point.value for point in meters.points("aengine.values.loss")}
     assert losses == {"trainer": 1.0, "evaluator": 1.5}
@@ -755,13 +788,13 @@ def collector() -> Iterator[Collector]:
 
 
 @WAYS
-async def test_a_collector_gets_every_span_and_the_metrics(collector: Collector, *, thread: bool | None) -> None:
+async def test_a_collector_gets_every_span_and_the_metrics(collector: Collector, *, thread: bool) -> None:
     tracers, engine = TracerProvider(shutdown_on_exit=False), Engine(plain, name="trainer", thread=thread)
     tracers.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(f"{collector.url}/v1/traces")))
     reader = PeriodicExportingMetricReader(OTLPMetricExporter(f"{collector.url}/v1/metrics"))
     meters = MeterProvider([reader], shutdown_on_exit=False)
-    instrument(engine, tracer_provider=tracers, meter_provider=meters, iterations_every=1)
-    track(engine, OpenTelemetry(meters), Events.EPOCH_COMPLETED)
+    Instrumentation(tracer_provider=tracers, meter_provider=meters, every=1).attach(engine)
+    Tracker(OpenTelemetry(meters)).attach(engine, Events.EPOCH_COMPLETED)
     await engine.run(range(100), max_epochs=3)
     tracers.shutdown()
     meters.shutdown()
@@ -779,12 +812,12 @@ async def test_a_collector_gets_every_span_and_the_metrics(collector: Collector,
 
 
 @WAYS
-async def test_a_collector_that_does_not_answer_holds_up_no_run(collector: Collector, *, thread: bool | None) -> None:
+async def test_a_collector_that_does_not_answer_holds_up_no_run(collector: Collector, *, thread: bool) -> None:
     collector.answers.clear()
     tracers, engine = TracerProvider(shutdown_on_exit=False), Engine(plain, name="trainer", thread=thread)
     exporter = OTLPSpanExporter(f"{collector.url}/v1/traces")
     tracers.add_span_processor(BatchSpanProcessor(exporter, schedule_delay_millis=1))
-    instrument(engine, tracer_provider=tracers, iterations_every=1)
+    Instrumentation(tracer_provider=tracers, every=1).attach(engine)
     await engine.run(range(100), max_epochs=3)
     collector.is_called.wait()
     assert engine.state.iteration == 300
@@ -795,15 +828,13 @@ async def test_a_collector_that_does_not_answer_holds_up_no_run(collector: Colle
 
 
 @WAYS
-async def test_a_collector_that_is_down_holds_up_no_run(
-    caplog: pytest.LogCaptureFixture, *, thread: bool | None
-) -> None:
+async def test_a_collector_that_is_down_holds_up_no_run(caplog: pytest.LogCaptureFixture, *, thread: bool) -> None:
     with ThreadingHTTPServer(("127.0.0.1", 0), _Collecting) as gone:
         port = gone.server_address[1]
     tracers, engine = TracerProvider(shutdown_on_exit=False), Engine(plain, name="trainer", thread=thread)
     exporter = OTLPSpanExporter(f"http://127.0.0.1:{port}/v1/traces", timeout=0.1)
     tracers.add_span_processor(BatchSpanProcessor(exporter, schedule_delay_millis=1))
-    instrument(engine, tracer_provider=tracers, iterations_every=1)
+    Instrumentation(tracer_provider=tracers, every=1).attach(engine)
     state = await engine.run(range(100), max_epochs=3)
     tracers.shutdown()
     assert state.iteration == 300
@@ -816,8 +847,8 @@ async def test_a_collector_that_is_down_holds_up_no_run(
 
 @pytest.mark.parametrize("every", [0, -1, 1.5, True])
 def test_what_is_no_number_of_iterations_is_refused(every: Any) -> None:
-    with pytest.raises(ValueError, match=f"iterations_every= is a whole number of iterations, 1 or more; got {every}"):
-        instrument(Engine(plain), iterations_every=every)
+    with pytest.raises(ValueError, match=f"every= is a whole number of iterations, 1 or more; got {every}"):
+        Instrumentation(every=every).attach(Engine(plain))
 
 
 def run_python(code: str) -> subprocess.CompletedProcess[str]:
@@ -825,7 +856,7 @@ def run_python(code: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_without_the_package_it_says_what_to_install() -> None:
-    done = run_python("import sys; sys.modules['opentelemetry'] = None; import aengine.loggers.opentelemetry")
+    done = run_python("import sys; sys.modules['opentelemetry'] = None; from aengine.loggers import Instrumentation")
     assert 'pip install -e ".[opentelemetry]"' in done.stderr
 
 
@@ -834,11 +865,10 @@ def test_the_api_alone_is_enough() -> None:
 import sys
 sys.modules["opentelemetry.sdk"] = None
 from aengine import Engine
-from aengine.loggers import track
-from aengine.loggers.opentelemetry import OpenTelemetry, instrument
+from aengine.loggers import Instrumentation, OpenTelemetry, Tracker
 engine = Engine(lambda engine, batch: batch)
-instrument(engine, iterations_every=1)
-track(engine, OpenTelemetry())
+Instrumentation(every=1).attach(engine)
+Tracker(OpenTelemetry()).attach(engine)
 print(engine.run_sync([1, 2]).iteration)
 """
     done = run_python(code)

@@ -19,9 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from aengine import Engine, Events
 from aengine.checkpoint import Checkpoint, CheckpointEvents, Keep
 from aengine.events import EventLike
-from aengine.loggers import Record, track
-from aengine.loggers.jsonl import JSONLines
-from aengine.loggers.tensorboard import TensorBoard
+from aengine.loggers import JSONLines, Record, TensorBoard, Tracker
 
 AnyEngine: TypeAlias = Engine[Any, Any]
 
@@ -49,9 +47,9 @@ class Training:
         self.evaluator: AnyEngine = Engine(lambda engine, batch: float(batch), name="evaluator")
         self.sink = JSONLines(self.path)
         self.engine.add_event_handler(Events.EPOCH_COMPLETED, self.evaluate)
-        track(self.engine, self.sink, events)
+        Tracker(self.sink).attach(self.engine, events)
         at_step = self.engine.state
-        track(self.evaluator, self.sink, Events.COMPLETED, step=lambda _: at_step.iteration)
+        Tracker(self.sink, step=lambda _: at_step.iteration).attach(self.evaluator, Events.COMPLETED)
         self.checkpoint = Checkpoint(folder / "checkpoints", {"model": self.model}, keep=Keep(every_n=1))
         self.checkpoint.attach(self.engine, saves_at)
 
@@ -146,7 +144,7 @@ async def test_sparse_lines_are_there_once(events: EventLike, tmp_path: Path) ->
 
 async def test_run_that_begins_anew_appends(tmp_path: Path) -> None:
     engine: AnyEngine = Engine(lambda engine, batch: float(batch), name="trainer")
-    track(engine, JSONLines(tmp_path / "log.jsonl"), Events.ITERATION_COMPLETED)
+    Tracker(JSONLines(tmp_path / "log.jsonl")).attach(engine, Events.ITERATION_COMPLETED)
     for _ in range(2):
         await engine.run(range(3))
     assert [line["step"] for line in lines_of(tmp_path / "log.jsonl")] == [1, 2, 3] * 2
@@ -157,8 +155,8 @@ async def test_sink_of_ones_own_is_notified_of_what_stands(*, is_async: bool) ->
     calls: list[Any] = []
 
     class Plain:
-        def run_went_back(self, engine: str, standing: Any) -> None:
-            calls.append((engine, dict(standing)))
+        def run_went_back(self, engine_name: str, standing: Any) -> None:
+            calls.append((engine_name, dict(standing)))
 
         def write(self, records: Sequence[Record]) -> None:
             calls.extend(record.step for record in records)
@@ -171,7 +169,7 @@ async def test_sink_of_ones_own_is_notified_of_what_stands(*, is_async: bool) ->
     await engine.run(range(4), max_iters=3)
     saved = engine.state_dict() | {"max_iters": 6}
     engine.load_state_dict(saved)
-    track(engine, Async() if is_async else Plain(), BOTH, step=lambda engine: 10 * engine.state.iteration)
+    Tracker(Async() if is_async else Plain(), step=lambda engine: 10 * engine.state.iteration).attach(engine, BOTH)
     await engine.run(range(4))
     await engine.run(range(4), max_iters=7)  # in memory nothing is gone over
     standing = {"ITERATION_COMPLETED": 30, "EPOCH_COMPLETED": 29}
@@ -187,7 +185,7 @@ async def test_tensorboard_shows_each_step_once(tmp_path: Path) -> None:
             return float(engine.state.iteration + (100 if fails_at else 0))
 
         engine: AnyEngine = Engine(step, name="trainer")
-        track(engine, TensorBoard(tmp_path / "board"), Events.ITERATION_COMPLETED)
+        Tracker(TensorBoard(tmp_path / "board")).attach(engine, Events.ITERATION_COMPLETED)
         async with Checkpoint(tmp_path / "checkpoints", {}) as checkpoint:
             checkpoint.attach(engine, Events.ITERATION_COMPLETED(every=6))
             await checkpoint.restore(engine)
@@ -212,7 +210,7 @@ async def test_lines_of_what_a_checkpoint_covers_are_written_before_it(
 ) -> None:
     path = tmp_path / "log.jsonl"
     engine: AnyEngine = Engine(lambda engine, batch: float(batch), name="trainer")
-    track(engine, JSONLines(path), Events.ITERATION_COMPLETED)
+    Tracker(JSONLines(path)).attach(engine, Events.ITERATION_COMPLETED)
     covered: list[int] = []
     async with Checkpoint(tmp_path / "checkpoints", {}, write_in=write_in) as checkpoint:
         checkpoint.attach(engine, saves_at)
@@ -235,7 +233,7 @@ async def test_sink_that_hangs_does_not_keep_a_checkpoint_from_being_committed(
         await released.wait()
 
     engine: AnyEngine = Engine(lambda engine, batch: float(batch), name="trainer")
-    track(engine, hang, Events.ITERATION_COMPLETED, linger=0.05)
+    Tracker(hang, shutdown_timeout=0.05).attach(engine, Events.ITERATION_COMPLETED)
     async with Checkpoint(tmp_path, {}) as checkpoint:
         checkpoint.attach(engine, Events.ITERATION_COMPLETED(once=2))
         engine.subscribe(CheckpointEvents.CHECKPOINT_COMMITTED, lambda event: engine.terminate())
@@ -257,7 +255,7 @@ async def test_run_that_is_cancelled_while_a_commit_waits_ends(tmp_path: Path) -
         await anyio.sleep_forever()
 
     engine: AnyEngine = Engine(lambda engine, batch: float(batch), name="trainer", grace=0.1)
-    track(engine, hang, Events.ITERATION_COMPLETED, linger=0.02)
+    Tracker(hang, shutdown_timeout=0.02).attach(engine, Events.ITERATION_COMPLETED)
     async with Checkpoint(tmp_path, {}) as checkpoint, anyio.create_task_group() as group:
         checkpoint.attach(engine, Events.ITERATION_COMPLETED(every=3))
         group.start_soon(engine.run, [1] * 1_000_000)
@@ -272,8 +270,7 @@ import anyio, torch
 from pathlib import Path
 from aengine import Engine, Events
 from aengine.checkpoint import Checkpoint
-from aengine.loggers import track
-from aengine.loggers.jsonl import JSONLines
+from aengine.loggers import JSONLines, Tracker
 
 async def main(folder, dies_after):
     model = torch.nn.Linear(1, 1)
@@ -285,7 +282,7 @@ async def main(folder, dies_after):
             model.weight.mul_(0.9).add_(batch)
         return model.weight.item()
     engine = Engine(step, name="trainer")
-    track(engine, JSONLines(folder / "log.jsonl"), Events.ITERATION_COMPLETED | Events.EPOCH_COMPLETED)
+    Tracker(JSONLines(folder / "log.jsonl")).attach(engine, Events.ITERATION_COMPLETED | Events.EPOCH_COMPLETED)
     async with Checkpoint(folder / "checkpoints", {"model": model}) as checkpoint:
         checkpoint.attach(engine, Events.ITERATION_COMPLETED(every=7))
         restored = await checkpoint.restore(engine)

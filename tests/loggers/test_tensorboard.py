@@ -10,8 +10,7 @@ from typing import Any, TypeAlias
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
 from aengine import Engine, Events
-from aengine.loggers import Record, track
-from aengine.loggers.tensorboard import TensorBoard
+from aengine.loggers import Record, TensorBoard, Tracker
 
 AnyEngine: TypeAlias = Engine[Any, Any]
 
@@ -28,7 +27,7 @@ def files_in(directory: Path) -> list[Path]:
 
 async def test_a_run_becomes_scalars(tmp_path: Path) -> None:
     engine: AnyEngine = Engine(lambda engine, batch: {"loss": batch / 2, "accuracy": batch}, name="trainer")
-    track(engine, TensorBoard(tmp_path), Events.ITERATION_COMPLETED)
+    Tracker(TensorBoard(tmp_path)).attach(engine, Events.ITERATION_COMPLETED)
     await engine.run([1, 2], max_epochs=2)
     assert scalars_of(tmp_path) == {
         "trainer/loss": [(1, 0.5), (2, 1.0), (3, 0.5), (4, 1.0)],
@@ -45,7 +44,7 @@ async def test_the_time_is_that_of_the_step_and_not_of_the_writing(tmp_path: Pat
             super().write(records)
 
     engine: AnyEngine = Engine(lambda engine, batch: batch, name="trainer")
-    track(engine, Noting(tmp_path), Events.ITERATION_COMPLETED)
+    Tracker(Noting(tmp_path)).attach(engine, Events.ITERATION_COMPLETED)
     await engine.run([1, 2, 3])
     found = EventAccumulator(str(tmp_path))
     found.Reload()
@@ -54,7 +53,9 @@ async def test_the_time_is_that_of_the_step_and_not_of_the_writing(tmp_path: Pat
 
 async def test_tags_are_what_one_makes_of_them(tmp_path: Path) -> None:
     engine: AnyEngine = Engine(lambda engine, batch: batch)
-    track(engine, TensorBoard(tmp_path, tag=lambda record, name: f"{name} at {record.event}"), Events.COMPLETED)
+    Tracker(TensorBoard(tmp_path, tag=lambda record, name: f"{name} at {record.event}")).attach(
+        engine, Events.COMPLETED
+    )
     await engine.run([math.nan])
     ((tag, ((step, value),)),) = scalars_of(tmp_path).items()
     assert (tag, step) == ("output at COMPLETED", 1)
@@ -63,7 +64,7 @@ async def test_tags_are_what_one_makes_of_them(tmp_path: Path) -> None:
 
 async def test_a_second_run_begins_a_second_file(tmp_path: Path) -> None:
     engine: AnyEngine = Engine(lambda engine, batch: batch)
-    track(engine, TensorBoard(tmp_path, tag=lambda record, name: name), Events.ITERATION_COMPLETED)
+    Tracker(TensorBoard(tmp_path, tag=lambda record, name: name)).attach(engine, Events.ITERATION_COMPLETED)
     await engine.run([1])
     await engine.run([1, 2], max_epochs=2)
     assert len(files_in(tmp_path)) == 2
@@ -73,8 +74,8 @@ async def test_an_evaluator_in_the_run_of_a_trainer_writes_into_its_file(tmp_pat
     sink = TensorBoard(tmp_path)
     trainer: AnyEngine = Engine(lambda engine, batch: batch, name="trainer")
     evaluator: AnyEngine = Engine(lambda engine, batch: batch * 10, name="evaluator")
-    track(trainer, sink, Events.ITERATION_COMPLETED)
-    track(evaluator, sink, Events.COMPLETED, step=lambda _: trainer.state.iteration)
+    Tracker(sink).attach(trainer, Events.ITERATION_COMPLETED)
+    Tracker(sink, step=lambda _: trainer.state.iteration).attach(evaluator, Events.COMPLETED)
 
     @trainer.on(Events.EPOCH_COMPLETED)
     async def evaluate() -> None:
@@ -90,6 +91,6 @@ async def test_an_evaluator_in_the_run_of_a_trainer_writes_into_its_file(tmp_pat
 
 
 def test_without_the_package_it_says_what_to_install() -> None:
-    code = "import sys; sys.modules['tensorboard'] = None; import aengine.loggers.tensorboard"
+    code = "import sys; sys.modules['tensorboard'] = None; from aengine.loggers import TensorBoard"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert 'pip install -e ".[tensorboard]"' in done.stderr

@@ -16,6 +16,7 @@ from datetime import timedelta
 from functools import partial
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import anyio
@@ -28,7 +29,8 @@ from support.record import Boom
 from aengine import DataExhausted, Engine, Events, HandlerTimeout, Service, StopReason, StrayCancellation
 from aengine.bus.inbox import Inbox
 from aengine.drivers.subscriber_tasks import SubscriberTasks
-from aengine.loggers import Record, Tracker, track, writer as writer_module
+from aengine.loggers import Record, Tracker, writer as writer_module
+from aengine.loggers.writer import RecordWriter
 from aengine.threads.event_loop import EventLoopHandle, ThreadSafeEvent
 
 AnyEngine: TypeAlias = Engine[Any, Any]
@@ -90,15 +92,22 @@ def account(tracker: Tracker) -> tuple[int, int, int, int]:
     return now.taken, now.written, now.dropped, now.waiting
 
 
+def writer_of(tracker: Tracker) -> RecordWriter:
+    writer = tracker._writer
+    assert writer is not None
+    return writer
+
+
 # What is written
 
 
-@pytest.mark.parametrize("thread", [None, False])
-async def test_each_event_is_a_record_in_order(*, thread: bool | None) -> None:
+@pytest.mark.parametrize("thread", [True, False])
+async def test_each_event_is_a_record_in_order(*, thread: bool) -> None:
     sink, engine = Memory(), Engine(tenfold, name="trainer", thread=thread)
-    tracker = track(engine, sink)
+    tracker = Tracker(sink)
+    tracker.attach(engine)
     await engine.run([1, 2], max_epochs=2)
-    seen = [(record.event, record.engine, record.step, record.epoch, record.values) for record in sink.records]
+    seen = [(record.event, record.engine_name, record.step, record.epoch, record.values) for record in sink.records]
     ic, ec = "ITERATION_COMPLETED", "EPOCH_COMPLETED"
     assert seen == [
         (ic, "trainer", 1, 1, {"output": 10}),
@@ -121,14 +130,14 @@ async def test_an_async_sink_is_awaited_on_the_event_loop() -> None:
         threads.add(threading.get_ident())
         steps.extend(record.step for record in records)
 
-    track(engine, write, Events.ITERATION_COMPLETED)
+    Tracker(write).attach(engine, Events.ITERATION_COMPLETED)
     await engine.run([1, 2, 3])
     assert (threads, steps) == ({threading.get_ident()}, [1, 2, 3])
 
 
 async def test_a_plain_sink_is_called_in_another_thread() -> None:
     engine, threads = Engine(tenfold), []
-    track(engine, lambda records: threads.append(threading.current_thread()), Events.COMPLETED)
+    Tracker(lambda records: threads.append(threading.current_thread())).attach(engine, Events.COMPLETED)
     await engine.run([1])
     assert threads
     assert threads[0] is not threading.current_thread()
@@ -136,7 +145,7 @@ async def test_a_plain_sink_is_called_in_another_thread() -> None:
 
 async def test_values_are_taken_after_the_inline_handlers_in_whatever_order_they_were_added() -> None:
     sink, engine = Memory(), Engine(tenfold)
-    track(engine, sink, Events.EPOCH_COMPLETED)
+    Tracker(sink).attach(engine, Events.EPOCH_COMPLETED)
     engine.add_event_handler(Events.EPOCH_COMPLETED, lambda engine: engine.state.metrics.update(accuracy=0.5))
     await engine.run([1])
     assert sink.records[0].values == {"output": 10, "accuracy": 0.5}
@@ -149,14 +158,14 @@ async def test_a_tensor_is_written_as_it_was_though_the_next_step_changes_it() -
         return {"total": total.add_(batch), "logits": torch.zeros(3), "name": "x"}
 
     sink, engine = Memory(), Engine(add_up)
-    track(engine, sink, Events.ITERATION_COMPLETED)
+    Tracker(sink).attach(engine, Events.ITERATION_COMPLETED)
     await engine.run([1, 2, 3])
     assert [record.values for record in sink.records] == [{"total": 1.0}, {"total": 3.0}, {"total": 6.0}]
 
 
 async def test_a_step_of_ones_own_takes_the_place_of_the_iteration() -> None:
     sink, trainer, evaluator = Memory(), Engine(tenfold), Engine(tenfold)
-    track(evaluator, sink, Events.COMPLETED, step=lambda _: trainer.state.iteration)
+    Tracker(sink, step=lambda _: trainer.state.iteration).attach(evaluator, Events.COMPLETED)
 
     @trainer.on(Events.EPOCH_COMPLETED)
     async def evaluate() -> None:
@@ -168,45 +177,68 @@ async def test_a_step_of_ones_own_takes_the_place_of_the_iteration() -> None:
 
 async def test_what_is_no_number_is_refused_where_it_is_asked_for() -> None:
     engine = Engine(tenfold)
-    track(engine, Memory(), values=lambda engine: {"rates": [0.1, 0.2]})
+    Tracker(Memory(), values=lambda engine: {"rates": [0.1, 0.2]}).attach(engine)
     with pytest.raises(TypeError, match=r"'rates' is \[0.1, 0.2\]"):
         await engine.run([1])
 
 
-def test_what_cannot_work_is_refused_at_once() -> None:
-    engine: AnyEngine = Engine(tenfold)
-    with pytest.raises(TypeError, match="write\\(records\\)"):
-        track(engine, "log.jsonl")  # type: ignore[arg-type]  # as a user might
-    with pytest.raises(TypeError, match=r"Memory is a class: track\(engine, Memory\(\.\.\.\)\)"):
-        track(engine, Memory)  # type: ignore[arg-type]  # likewise
-    with pytest.raises(TypeError, match=r"is a file: track\(engine, JSONLines\(path\)\)"):
-        track(engine, sys.__stdout__)  # type: ignore[arg-type]  # likewise
-    with pytest.raises(TypeError, match=r"cannot be called as write\(records\)"):
-        track(engine, lambda: None)  # type: ignore[arg-type, misc]  # likewise
-    with pytest.raises(ValueError, match="spool="):
-        track(engine, Memory(), spool=0)
-    with pytest.raises(ValueError, match="no event 'ITERATION_COMPLETE'"):
-        track(engine, Memory(), "ITERATION_COMPLETE")
-    with pytest.raises(ValueError, match="on_error="):
-        track(engine, Memory(), on_error="ignore")  # type: ignore[arg-type]  # likewise
+def hooks(**methods: Any) -> Any:
+    """Return a sink with these beside `write`."""
+    return type("Hooked", (), {"write": lambda self, records: None, **methods})()
+
+
+async def takes_note(self: Any, *_: Any) -> None: ...
+
+
+unchecked: Any = Tracker  # as a user might call it who has no type checker
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: unchecked(Engine(tenfold)), r"by attach\(\), got Tracker\(<Engine 'tenfold'"),
+        (lambda: unchecked(Engine(tenfold), Memory()), r"write  Tracker\(sink, values=...\).attach\(engine, event\)"),
+        (lambda: unchecked(Memory(), Events.COMPLETED), r"attach\(\), got Tracker\(<.*Memory .*>, <Events.COMPLETED"),
+        (lambda: unchecked("logs/a.jsonl"), r"'logs/a.jsonl' is a path: Tracker\(JSONLines\('logs/a.jsonl'\)\)"),
+        (lambda: unchecked(Path("a.jsonl")), r"is a path: Tracker\(JSONLines\('a.jsonl'\)\) writes a file"),
+        (lambda: unchecked(3), r"has a method write\(records\), or is a function of the records, got 3"),
+        (lambda: unchecked(Memory), r"Memory is a class: Tracker\(Memory\(\.\.\.\)\)"),
+        (lambda: unchecked(sys.__stdout__), r"is a file: Tracker\(JSONLines\(path\)\)"),
+        (lambda: unchecked(lambda: None), r"cannot be called as write\(records\)"),
+        (lambda: unchecked(hooks(write=lambda self: None)), r"cannot be called as write\(records\)"),
+        (lambda: unchecked(hooks(close=lambda self, reason: None)), r"as close\(\): have it take no arguments"),
+        (lambda: unchecked(hooks(close=True)), r"^the sink's close\(\) must be callable, got True"),
+        (lambda: unchecked(hooks(run_ended=lambda self, name: None)), r"as run_ended\(engine_name, time, reason\)"),
+        (lambda: unchecked(hooks(run_started=takes_note, run_ended=takes_note)), r"run_started\(\) must be a plain"),
+        (lambda: unchecked(hooks(sync_to_disk=takes_note)), r"sync_to_disk\(\) must be a plain function"),
+        (
+            lambda: unchecked(hooks(run_ended=lambda self, *_: None)),
+            r"one of run_started\(\) and run_ended\(\): a RunL",
+        ),
+        (lambda: unchecked(Memory(), on_error="ignore"), r'^on_error= is one of "raise", "log", got \'ignore\''),
+    ],
+)
+def test_tracker_that_cannot_work_is_refused_at_once(make: Any, message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        make()
 
 
 def test_a_sink_gets_the_same_values_of_an_event_once() -> None:
     engine, other = Engine(tenfold, name="trainer"), Engine(tenfold)
     memory = Memory()
     every = Events.ITERATION_COMPLETED(every=2)
-    track(engine, memory, every | Events.EPOCH_COMPLETED)
+    Tracker(memory).attach(engine, every | Events.EPOCH_COMPLETED)
     for event in (every, Events.COMPLETED | Events.EPOCH_COMPLETED):
         with pytest.raises(
             RuntimeError, match=r"these values of engine 'trainer' at (ITERATION|EPOCH)_COMPLETED.* already"
         ):
-            track(engine, memory, event)
+            Tracker(memory).attach(engine, event)
     assert len(engine.statistics().services) == 1
-    track(engine, memory, Events.ITERATION_COMPLETED(every=3))
-    track(engine, memory, Events.EPOCH_COMPLETED, values=lambda engine: {"lr": 0.1})
-    track(engine, memory, Events.EPOCH_COMPLETED, step=lambda engine: 3)
-    track(engine, Memory(), every)
-    track(other, memory, every)
+    Tracker(memory).attach(engine, Events.ITERATION_COMPLETED(every=3))
+    Tracker(memory, values=lambda engine: {"lr": 0.1}).attach(engine, Events.EPOCH_COMPLETED)
+    Tracker(memory, step=lambda engine: 3).attach(engine, Events.EPOCH_COMPLETED)
+    Tracker(Memory()).attach(engine, every)
+    Tracker(memory).attach(other, every)
 
 
 @pytest.mark.parametrize(
@@ -216,17 +248,23 @@ def test_a_sink_gets_the_same_values_of_an_event_once() -> None:
         (TypeError, "values", lambda: {"loss": 1}),
         (TypeError, "step", 3),
         (TypeError, "step", lambda: 3),
-        (ValueError, "spool", "a"),
-        (TypeError, "linger", timedelta(seconds=5)),
-        (TypeError, "linger", None),
-        (ValueError, "linger", -1),
+        (ValueError, "buffer", 0),
+        (ValueError, "buffer", "a"),
+        (TypeError, "shutdown_timeout", "5"),
+        (TypeError, "shutdown_timeout", None),
+        (ValueError, "shutdown_timeout", -1),
     ],
 )
 def test_an_argument_that_cannot_be_used_is_refused_at_once(error: type[Exception], argument: str, value: Any) -> None:
-    engine: AnyEngine = Engine(tenfold)
     with pytest.raises(error, match=f"^{argument}= "):
-        track(engine, Memory(), **{argument: value})
-    assert engine.statistics().services == ()
+        Tracker(Memory(), **{argument: value})
+
+
+@pytest.mark.parametrize(("given", "seconds"), [(2, 2.0), (timedelta(minutes=1), 60.0)])
+def test_shutdown_timeout_is_seconds_or_a_timedelta(given: Any, seconds: float) -> None:
+    tracker = Tracker(Memory(), shutdown_timeout=given)
+    tracker.attach(Engine(tenfold))
+    assert writer_of(tracker).sink._shutdown_timeout == seconds
 
 
 # Slow sinks
@@ -244,20 +282,21 @@ async def test_a_slow_sink_delays_no_step_and_gets_what_waited_in_one_call() -> 
         assert sink.calls == []
         sink.go_on.set()
 
-    track(engine, sink, Events.ITERATION_COMPLETED)
+    Tracker(sink).attach(engine, Events.ITERATION_COMPLETED)
     await engine.run(range(500))
     assert sink.steps == list(range(1, 501))
     assert len(sink.calls) <= 3
 
 
-async def test_a_full_spool_drops_the_oldest_iterations_and_keeps_the_epochs(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_full_buffer_drops_the_oldest_iterations_and_keeps_the_epochs(caplog: pytest.LogCaptureFixture) -> None:
     sink, engine = Held(), Engine(tenfold)
 
     @engine.on(Events.ITERATION_STARTED(once=2))
     async def until_busy() -> None:
         await anyio.to_thread.run_sync(sink.is_busy.wait)
 
-    tracker = track(engine, sink, spool=10)
+    tracker = Tracker(sink, buffer=10)
+    tracker.attach(engine)
     engine.add_event_handler(Events.COMPLETED, sink.go_on.set)
     await engine.run(range(20), max_epochs=3)
     epochs = [record.epoch for record in sink.records if record.event == "EPOCH_COMPLETED"]
@@ -284,14 +323,14 @@ async def test_flush_waits_until_what_was_taken_is_written_and_not_for_others_to
         await engine.flush()
         flushed.append(list(sink.steps))
 
-    track(engine, sink, Events.ITERATION_COMPLETED)
+    Tracker(sink).attach(engine, Events.ITERATION_COMPLETED)
     await engine.run(range(50))
     assert flushed == [list(range(1, number)) for number in range(1, 51)]
 
 
 async def test_flush_ends_though_there_are_always_more_records_than_written() -> None:
     sink, engine = Memory(), Engine(tenfold)
-    track(engine, sink, Events.ITERATION_COMPLETED, spool=10**6)
+    Tracker(sink, buffer=10**6).attach(engine, Events.ITERATION_COMPLETED)
     has_begun = anyio.Event()
 
     @engine.subscribe(Events.ITERATION_COMPLETED(once=10))
@@ -345,13 +384,14 @@ async def test_flush_waits_for_what_was_taken_though_others_are_waited_for_first
                 go_on.set()
             assert steps == [1, 2, 3, 4]
 
-        track(engine, write, Events.ITERATION_COMPLETED)
+        Tracker(write).attach(engine, Events.ITERATION_COMPLETED)
         await engine.run(range(6))
 
 
 async def test_what_became_of_the_records_adds_up_at_any_time_in_any_thread() -> None:
     engine = Engine(tenfold)
-    tracker = track(engine, Memory(), Events.ITERATION_COMPLETED)
+    tracker = Tracker(Memory())
+    tracker.attach(engine, Events.ITERATION_COMPLETED)
     accounts: list[tuple[int, int, int, int]] = []
 
     def look() -> None:
@@ -374,8 +414,9 @@ async def test_the_step_may_find_that_a_record_is_due_while_the_event_loop_stops
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     engine = Engine(tenfold)
-    tracker = track(engine, Memory(), Events.ITERATION_COMPLETED)
-    writer, wakeup = tracker._writer, ThreadSafeEvent(EventLoopHandle())
+    tracker = Tracker(Memory())
+    tracker.attach(engine, Events.ITERATION_COMPLETED)
+    writer, wakeup = writer_of(tracker), ThreadSafeEvent(EventLoopHandle())
     writer._wakeup = wakeup
     is_locked: list[bool] = []
 
@@ -399,8 +440,9 @@ async def test_the_step_may_find_that_a_record_is_due_while_the_event_loop_stops
 def test_a_signal_handler_may_fire_an_event_while_a_record_is_taken() -> None:
     sink, engine = Memory(), Engine(tenfold, thread=False)
     engine.register_events("signal")
-    tracker = track(engine, sink, Events.ITERATION_COMPLETED | "signal")
-    lock = tracker._writer.lock
+    tracker = Tracker(sink)
+    tracker.attach(engine, Events.ITERATION_COMPLETED | "signal")
+    lock = writer_of(tracker).lock
     with lock:  # held by the thread in which the handler runs
         assert lock.acquire(blocking=False)
         lock.release()
@@ -427,7 +469,8 @@ async def test_a_flush_that_is_cancelled_does_not_cut_off_the_call_of_the_sink()
             group.cancel_scope.cancel()
         go_on.set()
 
-    tracker = track(engine, write, Events.ITERATION_COMPLETED)
+    tracker = Tracker(write)
+    tracker.attach(engine, Events.ITERATION_COMPLETED)
     await engine.run(range(3))
     assert (steps, tracker.statistics().failures) == ([1, 2, 3], 0)
 
@@ -444,7 +487,8 @@ async def test_a_flush_ends_when_the_task_that_writes_is_cancelled_from_outside(
         task.cancel()
         await anyio.sleep_forever()
 
-    tracker = track(engine, write, Events.ITERATION_COMPLETED)
+    tracker = Tracker(write)
+    tracker.attach(engine, Events.ITERATION_COMPLETED)
 
     async def flush() -> None:
         while not account(tracker)[0]:
@@ -463,14 +507,15 @@ async def test_a_flush_ends_when_the_task_that_writes_is_cancelled_from_outside(
 
 def test_a_tracker_shows_in_the_statistics_as_a_service() -> None:
     engine = Engine(tenfold)
-    tracker = track(engine, Memory())
+    tracker = Tracker(Memory())
+    tracker.attach(engine)
     assert [one.name for one in engine.statistics().services] == [tracker.name]
 
 
 @pytest.mark.usefixtures("never_at_its_own_pace")
 async def test_many_records_go_to_the_sink_in_one_call() -> None:
     sink, engine = Memory(), Engine(tenfold)
-    track(engine, sink, Events.ITERATION_COMPLETED, spool=10**6)
+    Tracker(sink, buffer=10**6).attach(engine, Events.ITERATION_COMPLETED)
     await engine.run(range(20_000))
     assert sink.steps == list(range(1, 20_001))
     assert len(sink.calls) < 100  # one for the first, then for a thousand; a batch that is behind leaves a rest
@@ -479,7 +524,8 @@ async def test_many_records_go_to_the_sink_in_one_call() -> None:
 @pytest.mark.usefixtures("never_at_its_own_pace")
 async def test_a_record_of_an_epoch_waits_for_nothing() -> None:
     sink, engine = Memory(), Engine(tenfold)
-    tracker = track(engine, sink)
+    tracker = Tracker(sink)
+    tracker.attach(engine)
 
     @engine.on(Events.EPOCH_STARTED)
     async def until_it_is_there(engine: AnyEngine) -> None:
@@ -492,8 +538,8 @@ async def test_a_record_of_an_epoch_waits_for_nothing() -> None:
 
 async def test_only_the_tracker_that_has_something_to_write_is_called() -> None:
     often, seldom, engine = Memory(), Memory(), Engine(tenfold)
-    track(engine, often, Events.ITERATION_COMPLETED)
-    track(engine, seldom, Events.COMPLETED)
+    Tracker(often).attach(engine, Events.ITERATION_COMPLETED)
+    Tracker(seldom).attach(engine, Events.COMPLETED)
 
     @engine.on(Events.ITERATION_COMPLETED)
     async def hand_over() -> None:
@@ -511,7 +557,8 @@ async def test_a_sink_that_is_down_costs_one_warning_and_loses_nothing(caplog: p
     caplog.set_level(logging.INFO)
     sink, engine = Memory(), Engine(tenfold)
     sink.fails = 3
-    tracker = track(engine, sink, Events.ITERATION_COMPLETED)
+    tracker = Tracker(sink)
+    tracker.attach(engine, Events.ITERATION_COMPLETED)
     await engine.run(range(100))
     assert sink.steps == list(range(1, 101))
     assert tracker.statistics().failures == 3
@@ -524,7 +571,7 @@ async def test_a_sink_that_is_down_costs_one_warning_and_loses_nothing(caplog: p
 async def test_a_sink_that_is_down_is_left_alone_between_two_tries() -> None:
     sink, engine = Memory(), Engine(tenfold)
     sink.fails = 10**6
-    track(engine, sink, linger=0.0)
+    Tracker(sink, shutdown_timeout=0.0).attach(engine)
 
     @engine.on(Events.EPOCH_COMPLETED)
     async def hand_over() -> None:
@@ -543,12 +590,13 @@ async def test_what_a_dead_sink_did_not_get_is_logged_and_waits_for_the_next_run
 
     sink, engine = Dead(), Engine(tenfold)
     sink.fails = 10**6
-    tracker = track(engine, sink, Events.ITERATION_COMPLETED, linger=0.2)
+    tracker = Tracker(sink, shutdown_timeout=0.2)
+    tracker.attach(engine, Events.ITERATION_COMPLETED)
     await engine.run([1, 2, 3])
     assert account(tracker) == (3, 0, 0, 3)
     assert "3 not written" in warnings_of(caplog)[-1]
     sink.fails = 0
-    tracker._writer.sink._linger = 30.0  # on a busy machine the time of the first run might be too short for the second
+    writer_of(tracker).sink._shutdown_timeout = 30.0  # on a busy machine the time of the first might be too short
     await engine.run([1, 2])
     assert sink.steps == [1, 2, 3, 1, 2]
     assert account(tracker) == (5, 5, 0, 0)
@@ -565,7 +613,8 @@ async def test_a_sink_that_hangs_does_not_keep_the_run_from_ending(*, is_async: 
         release.wait()
 
     engine = Engine(tenfold)
-    tracker = track(engine, hang if is_async else hang_in_thread, linger=0.05)
+    tracker = Tracker(hang if is_async else hang_in_thread, shutdown_timeout=0.05)
+    tracker.attach(engine)
     try:
         await engine.run([1, 2, 3])  # without HandlerTimeout
     finally:
@@ -576,7 +625,7 @@ async def test_a_sink_that_hangs_does_not_keep_the_run_from_ending(*, is_async: 
 async def test_with_raise_the_error_of_the_sink_fails_the_run() -> None:
     sink, engine = Memory(), Engine(tenfold)
     sink.fails = 1
-    track(engine, sink, on_error="raise")
+    Tracker(sink, on_error="raise").attach(engine)
     with pytest.raises(Boom):
         await engine.run([1, 2, 3])
 
@@ -584,7 +633,7 @@ async def test_with_raise_the_error_of_the_sink_fails_the_run() -> None:
 @pytest.mark.parametrize("event", [Events.ITERATION_COMPLETED(once=1), Events.EXCEPTION_RAISED])
 @pytest.mark.parametrize("fails_to_close", [False, True])
 async def test_a_sink_whose_error_failed_the_run_is_closed(event: Any, *, fails_to_close: bool) -> None:
-    class Broken(Witnessed):
+    class Broken(Listening):
         def close(self) -> None:
             super().close()
             if fails_to_close:
@@ -597,7 +646,8 @@ async def test_a_sink_whose_error_failed_the_run_is_closed(event: Any, *, fails_
 
     sink, engine = Broken(), Engine(step, name="trainer")
     sink.fails = 1
-    tracker = track(engine, sink, event, values=lambda _: {}, on_error="raise")
+    tracker = Tracker(sink, values=lambda _: {}, on_error="raise")
+    tracker.attach(engine, event)
     with pytest.raises(ExceptionGroup, match="several failures"):  # of the step, and of the sink
         await engine.run([1, 2])
     assert sink.reports == ["trainer begins", "trainer failed", "close"]
@@ -625,7 +675,8 @@ async def test_a_server_that_comes_up_late_gets_all_from_the_beginning() -> None
             assert connection.getresponse().status == 204
 
     engine = Engine(tenfold)
-    tracker = track(engine, post, Events.ITERATION_COMPLETED)
+    tracker = Tracker(post)
+    tracker.attach(engine, Events.ITERATION_COMPLETED)
 
     @engine.on(Events.ITERATION_COMPLETED(once=50))
     async def until_it_has_failed() -> None:
@@ -651,13 +702,14 @@ HANGS = """
 import sys, threading, time
 import anyio
 from aengine import Engine, Events
-from aengine.loggers import track
+from aengine.loggers import Tracker
 
 def hang(records):
     threading.Event().wait()
 
 engine = Engine(lambda engine, batch: batch)
-tracker = track(engine, hang, linger=0.1)
+tracker = Tracker(hang, shutdown_timeout=0.1)
+tracker.attach(engine)
 anyio.run(engine.run, [1, 2, 3], backend=sys.argv[1])
 print(tracker.statistics().waiting)
 """
@@ -687,7 +739,7 @@ async def test_an_async_sink_is_closed_by_awaiting_it_after_the_last_record() ->
             reports.append("closed")
 
     engine = Engine(tenfold)
-    track(engine, Async(), Events.EPOCH_COMPLETED)
+    Tracker(Async()).attach(engine, Events.EPOCH_COMPLETED)
     await engine.run([1], max_epochs=2)
     assert reports == ["EPOCH_COMPLETED", "EPOCH_COMPLETED", "closed"]
 
@@ -716,7 +768,7 @@ async def test_a_sink_is_not_closed_before_the_last_record_is_written() -> None:
     ] * 3:  # the tasks meet in one order, and in the other
         engine: AnyEngine = Engine(Breathing(in_step))
         engine.add_event_handler(Events.EPOCH_STARTED, Breathing(before_it))
-        track(engine, Reporting(), Events.EPOCH_COMPLETED)
+        Tracker(Reporting()).attach(engine, Events.EPOCH_COMPLETED)
         reports.clear()
         await engine.run([1], max_epochs=2)
         assert reports == ["written", "written", "closed"]
@@ -730,7 +782,8 @@ async def test_a_sink_that_cannot_be_closed_is_warned_of_and_the_run_is_none_the
             raise OSError("no space left")
 
     engine = Engine(tenfold)
-    tracker = track(engine, Full(), Events.ITERATION_COMPLETED)
+    tracker = Tracker(Full())
+    tracker.attach(engine, Events.ITERATION_COMPLETED)
     await engine.run([1, 2])
     assert engine.state.stop_reason is StopReason.COMPLETED
     assert account(tracker) == (2, 2, 0, 0)
@@ -749,7 +802,7 @@ async def test_a_plain_function_may_return_what_is_to_be_awaited() -> None:
     def hand_over(records: Sequence[Record]) -> Awaitable[None]:
         return write(records)
 
-    track(engine, hand_over, Events.ITERATION_COMPLETED)
+    Tracker(hand_over).attach(engine, Events.ITERATION_COMPLETED)
     await engine.run([1, 2])
     assert steps == [1, 2]
 
@@ -759,7 +812,8 @@ async def test_a_sink_that_outlives_the_grace_of_the_engine_fails_the_run_and_no
         await anyio.sleep_forever()
 
     engine = Engine(tenfold, grace=0.05)
-    tracker = track(engine, hang, Events.ITERATION_COMPLETED)  # linger=5
+    tracker = Tracker(hang)
+    tracker.attach(engine, Events.ITERATION_COMPLETED)  # shutdown_timeout=5
     with pytest.raises(HandlerTimeout, match="hang"):
         await engine.run([1, 2, 3])
     assert account(tracker) == (3, 0, 0, 3)
@@ -769,7 +823,7 @@ async def test_a_native_cancellation_loses_no_line(anyio_backend_name: str) -> N
     if anyio_backend_name != "asyncio":
         pytest.skip("trio has none")
     sink, engine = Held(), Engine(tenfold)
-    track(engine, sink, Events.ITERATION_COMPLETED, spool=10**6)
+    Tracker(sink, buffer=10**6).attach(engine, Events.ITERATION_COMPLETED)
     task = asyncio.create_task(engine.run(iter(int, 1), epoch_length=10**9))
     await asyncio.to_thread(sink.is_busy.wait)
     task.cancel()
@@ -786,7 +840,7 @@ async def test_the_last_lines_before_a_failure_are_written() -> None:
         return batch
 
     sink, engine = Memory(), Engine(fail)
-    track(engine, sink)
+    Tracker(sink).attach(engine)
     with pytest.raises(Boom):
         await engine.run([1, 2, 3, 4])
     assert sink.steps == [1, 2]
@@ -795,7 +849,7 @@ async def test_the_last_lines_before_a_failure_are_written() -> None:
 
 async def test_the_last_lines_before_a_cancellation_are_written() -> None:
     sink, engine = Memory(), Engine(tenfold)
-    track(engine, sink, spool=10**6)
+    Tracker(sink, buffer=10**6).attach(engine)
     with anyio.CancelScope() as scope:
 
         @engine.subscribe(Events.ITERATION_COMPLETED(once=5))
@@ -810,7 +864,8 @@ async def test_the_last_lines_before_a_cancellation_are_written() -> None:
 
 async def test_a_run_that_is_interrupted_goes_on_writing() -> None:
     sink, engine = Memory(), Engine(tenfold)
-    tracker = track(engine, sink, linger=0.0)  # so that the time for the last words is over as soon as it begins
+    tracker = Tracker(sink, shutdown_timeout=0.0)
+    tracker.attach(engine)  # so that the time for the last words is over as soon as it begins
     engine.add_event_handler(Events.ITERATION_COMPLETED(once=2), engine.interrupt)
 
     async def until_it_has_tried(events: int) -> None:
@@ -839,14 +894,15 @@ async def test_a_run_that_is_interrupted_goes_on_writing() -> None:
 
 async def test_a_record_of_the_last_event_is_written_though_the_time_of_an_event_before_is_over() -> None:
     sink, engine = Memory(), Engine(tenfold)
-    tracker = track(engine, sink, Events.COMPLETED, linger=0.01)
+    tracker = Tracker(sink, shutdown_timeout=0.01)
+    tracker.attach(engine, Events.COMPLETED)
     engine.add_event_handler(Events.ITERATION_COMPLETED(once=1), engine.terminate)
 
     @engine.on(Events.COMPLETED)
     async def take_longer() -> None:
-        while not tracker._writer.sink.is_late:  # noqa: ASYNC110 -- it is time itself that is waited for
+        while not writer_of(tracker).sink.is_late:  # noqa: ASYNC110 -- it is time itself that is waited for
             await anyio.sleep(0.01)
-        tracker._writer.sink._linger = 30.0
+        writer_of(tracker).sink._shutdown_timeout = 30.0
 
     await engine.run([1, 2])
     assert sink.steps == [1]
@@ -855,11 +911,12 @@ async def test_a_record_of_the_last_event_is_written_though_the_time_of_an_event
 
 @pytest.mark.parametrize("moment", ["between runs", "at the start"])
 async def test_an_event_before_the_next_run_has_begun_has_nothing_of_the_end_of_the_last(moment: str) -> None:
-    sink, engine = Witnessed(), Engine(tenfold, name="trainer")
+    sink, engine = Listening(), Engine(tenfold, name="trainer")
     engine.register_events("mine")
-    tracker = track(engine, sink, "mine", linger=0.0, on_error="raise")
+    tracker = Tracker(sink, shutdown_timeout=0.0, on_error="raise")
+    tracker.attach(engine, "mine")
     await engine.run([1])
-    await anyio.sleep(0.01)  # the deadline of the last run, whose linger is 0, is over
+    await anyio.sleep(0.01)  # the deadline of the last run, whose shutdown_timeout is 0, is over
     engine.state.max_epochs = None
     sink.reports.clear()
     if moment == "between runs":
@@ -883,7 +940,8 @@ async def test_an_event_before_the_next_run_has_begun_has_nothing_of_the_end_of_
 async def test_an_event_while_an_interrupted_run_ends_does_not_keep_later_records_from_being_written() -> None:
     sink, engine = Memory(), Engine(tenfold)
     engine.register_events("mine")
-    tracker = track(engine, sink, Events.EPOCH_COMPLETED | "mine")
+    tracker = Tracker(sink)
+    tracker.attach(engine, Events.EPOCH_COMPLETED | "mine")
     engine.add_event_handler(Events.ITERATION_COMPLETED(once=1), engine.interrupt)
 
     class EmitsLate(Service):
@@ -903,56 +961,56 @@ async def test_an_event_while_an_interrupted_run_ends_does_not_keep_later_record
 async def test_two_trackers_of_one_engine_get_everything() -> None:
     one, other, engine = Memory(), Memory(), Engine(tenfold)
     one.fails = 1
-    track(engine, one, Events.ITERATION_COMPLETED)
-    track(engine, other, Events.ITERATION_COMPLETED(every=2))
+    Tracker(one).attach(engine, Events.ITERATION_COMPLETED)
+    Tracker(other).attach(engine, Events.ITERATION_COMPLETED(every=2))
     await engine.run(range(10))
     assert (one.steps, other.steps) == ([*range(1, 11)], [2, 4, 6, 8, 10])
 
 
 def test_run_sync_writes_as_well() -> None:
     sink, engine = Memory(), Engine(tenfold)
-    track(engine, sink)
+    Tracker(sink).attach(engine)
     engine.run_sync([1, 2])
     assert sink.steps == [1, 2, 2]
 
 
-# Witnesses
+# Run listeners
 
 
-class Witnessed(Memory):
+class Listening(Memory):
     """A sink that notes what is reported to it of runs, and in which order with its records."""
 
     def __init__(self) -> None:
         super().__init__()
         self.reports: list[str] = []
 
-    def begin(self, engine: str, time: float) -> None:
-        self.reports.append(f"{engine} begins")
+    def run_started(self, engine_name: str, time: float) -> None:
+        self.reports.append(f"{engine_name} begins")
 
     def write(self, records: Sequence[Record]) -> None:
         super().write(records)
         self.reports.extend(record.event for record in records)
 
-    def end(self, engine: str, time: float, reason: StopReason) -> None:
-        self.reports.append(f"{engine} {reason}")
+    def run_ended(self, engine_name: str, time: float, reason: StopReason) -> None:
+        self.reports.append(f"{engine_name} {reason}")
 
     def close(self) -> None:
         super().close()
         self.reports.append("close")
 
 
-async def test_a_witness_gets_the_begin_of_a_run_and_why_it_ended() -> None:
-    sink, engine = Witnessed(), Engine(tenfold, name="trainer")
-    track(engine, sink, Events.EPOCH_COMPLETED)
+async def test_a_run_listener_gets_the_begin_of_a_run_and_why_it_ended() -> None:
+    sink, engine = Listening(), Engine(tenfold, name="trainer")
+    Tracker(sink).attach(engine, Events.EPOCH_COMPLETED)
     for _ in range(2):
         await engine.run([1])
     assert sink.reports == ["trainer begins", "EPOCH_COMPLETED", "trainer completed", "close"] * 2
 
 
 @pytest.mark.parametrize("skip", [False, True])
-async def test_a_witness_gets_a_termination_once(*, skip: bool) -> None:
-    sink, engine = Witnessed(), Engine(tenfold, name="trainer")
-    track(engine, sink, Events.COMPLETED | Events.TERMINATE)
+async def test_a_run_listener_gets_a_termination_once(*, skip: bool) -> None:
+    sink, engine = Listening(), Engine(tenfold, name="trainer")
+    Tracker(sink).attach(engine, Events.COMPLETED | Events.TERMINATE)
     engine.add_event_handler(Events.ITERATION_COMPLETED(once=1), engine.terminate, skip_completed=skip)
     await engine.run([1, 2])
     closed = [one for one in sink.reports if one != "close"]
@@ -961,20 +1019,20 @@ async def test_a_witness_gets_a_termination_once(*, skip: bool) -> None:
     assert sink.reports[-1] == "close"
 
 
-async def test_a_witness_gets_a_failure() -> None:
+async def test_a_run_listener_gets_a_failure() -> None:
     def fail(engine: AnyEngine, batch: int) -> int:
         raise Boom
 
-    sink, engine = Witnessed(), Engine(fail, name="trainer")
-    track(engine, sink)
+    sink, engine = Listening(), Engine(fail, name="trainer")
+    Tracker(sink).attach(engine)
     with pytest.raises(Boom):
         await engine.run([1])
     assert sink.reports == ["trainer begins", "trainer failed", "close"]
 
 
-async def test_a_witness_gets_a_cancellation() -> None:
-    sink, engine = Witnessed(), Engine(tenfold, name="trainer")
-    track(engine, sink, Events.STARTED)
+async def test_a_run_listener_gets_a_cancellation() -> None:
+    sink, engine = Listening(), Engine(tenfold, name="trainer")
+    Tracker(sink).attach(engine, Events.STARTED)
     with anyio.CancelScope() as scope:
 
         @engine.on(Events.ITERATION_COMPLETED(once=5))
@@ -985,9 +1043,9 @@ async def test_a_witness_gets_a_cancellation() -> None:
     assert sink.reports == ["trainer begins", "STARTED", "trainer cancelled", "close"]
 
 
-async def test_a_witness_gets_the_failure_of_a_run_that_was_completed() -> None:
-    sink, engine = Witnessed(), Engine(tenfold, name="trainer")
-    track(engine, sink, Events.EPOCH_COMPLETED)
+async def test_a_run_listener_gets_the_failure_of_a_run_that_was_completed() -> None:
+    sink, engine = Listening(), Engine(tenfold, name="trainer")
+    Tracker(sink).attach(engine, Events.EPOCH_COMPLETED)
 
     @engine.on(Events.COMPLETED)
     def fail() -> None:
@@ -998,9 +1056,9 @@ async def test_a_witness_gets_the_failure_of_a_run_that_was_completed() -> None:
     assert sink.reports[-2:] == ["trainer failed", "close"]
 
 
-async def test_a_run_that_is_interrupted_has_not_ended_for_a_witness() -> None:
-    sink, engine = Witnessed(), Engine(tenfold, name="trainer")
-    track(engine, sink, Events.EPOCH_COMPLETED)
+async def test_a_run_that_is_interrupted_has_not_ended_for_a_run_listener() -> None:
+    sink, engine = Listening(), Engine(tenfold, name="trainer")
+    Tracker(sink).attach(engine, Events.EPOCH_COMPLETED)
     engine.add_event_handler(Events.ITERATION_COMPLETED(once=2), engine.interrupt)
     await engine.run([1, 2, 3])
     assert sink.reports == ["trainer begins", "close"]
@@ -1015,13 +1073,13 @@ async def test_a_run_that_is_interrupted_has_not_ended_for_a_witness() -> None:
 async def test_a_record_that_comes_at_the_very_end_is_written_before_the_end_is_reported(
     event: Any, *, skip: bool
 ) -> None:
-    sink, engine = Witnessed(), Engine(tenfold, name="trainer")
+    sink, engine = Listening(), Engine(tenfold, name="trainer")
 
     def look(_: object) -> dict[str, int]:
         threading.Event().wait(0.02)  # long enough for the task that writes to come to an end
         return {}
 
-    track(engine, sink, event, values=look)
+    Tracker(sink, values=look).attach(engine, event)
     if skip:
         engine.add_event_handler(Events.ITERATION_COMPLETED(once=3), engine.terminate, skip_completed=True)
     await engine.run(range(5))
@@ -1031,7 +1089,7 @@ async def test_a_record_that_comes_at_the_very_end_is_written_before_the_end_is_
 
 
 async def test_a_record_after_the_end_was_reported_is_of_a_run_that_is_reported_again() -> None:
-    class EmitsLate(Witnessed):
+    class EmitsLate(Listening):
         async def close(self) -> None:  # type: ignore[override]
             super().close()
             if self.closed == 1:
@@ -1039,21 +1097,21 @@ async def test_a_record_after_the_end_was_reported_is_of_a_run_that_is_reported_
 
     sink, engine = EmitsLate(), Engine(tenfold, name="trainer")
     engine.register_events("mine")
-    track(engine, sink, "mine")
+    Tracker(sink).attach(engine, "mine")
     await engine.run([1])
     once = ["trainer begins", "trainer completed", "close"]
     assert sink.reports == [*once, "trainer begins", "mine", *once[1:]]
 
 
 async def test_the_end_of_a_run_whose_sink_was_given_up_is_not_reported_of_the_next() -> None:
-    class Hanging(Witnessed):
+    class Hanging(Listening):
         async def write(self, records: Sequence[Record]) -> None:  # type: ignore[override]
             if engine.state.max_epochs == 1:
                 await anyio.sleep_forever()
             super().write(records)
 
     sink, engine = Hanging(), Engine(tenfold, name="trainer", grace=0.05)
-    track(engine, sink, Events.EPOCH_COMPLETED)
+    Tracker(sink).attach(engine, Events.EPOCH_COMPLETED)
     with pytest.raises(HandlerTimeout):
         await engine.run([1])
     assert sink.reports == ["trainer begins", "trainer failed"]
@@ -1062,11 +1120,12 @@ async def test_the_end_of_a_run_whose_sink_was_given_up_is_not_reported_of_the_n
     assert sink.reports[2:] == ["trainer begins", "EPOCH_COMPLETED", "close"]
 
 
-@pytest.mark.parametrize("thread", [None, False])
-async def test_what_was_taken_of_a_run_without_data_is_written_and_the_sink_closed(*, thread: bool | None) -> None:
+@pytest.mark.parametrize("thread", [True, False])
+async def test_what_was_taken_of_a_run_without_data_is_written_and_the_sink_closed(*, thread: bool) -> None:
     """Such a run ends without an event."""
-    sink, engine = Witnessed(), Engine(tenfold, name="trainer", thread=thread)
-    tracker = track(engine, sink, Events.STARTED, values=lambda _: {"rate": 0.1})
+    sink, engine = Listening(), Engine(tenfold, name="trainer", thread=thread)
+    tracker = Tracker(sink, values=lambda _: {"rate": 0.1})
+    tracker.attach(engine, Events.STARTED)
     for _ in range(2):
         with pytest.raises(DataExhausted):
             await engine.run(lambda: iter(()))
@@ -1078,7 +1137,8 @@ async def test_what_was_taken_of_a_run_without_data_is_written_and_the_sink_clos
 async def test_a_sink_that_is_down_has_its_time_when_a_run_found_no_data(caplog: pytest.LogCaptureFixture) -> None:
     sink, engine = Memory(), Engine(tenfold)
     sink.fails = 1
-    tracker = track(engine, sink, Events.STARTED, values=lambda _: {"rate": 0.1})
+    tracker = Tracker(sink, values=lambda _: {"rate": 0.1})
+    tracker.attach(engine, Events.STARTED)
     with pytest.raises(DataExhausted):
         await engine.run(lambda: iter(()))
     assert (account(tracker), sink.tries, sink.closed) == ((1, 1, 0, 0), 2, 1)
@@ -1097,19 +1157,20 @@ def test_two_engines_of_one_name_on_one_sink_are_warned_of(*, is_method: bool) -
     memory, other = Memory(), OfMethod()
     make: Any = {False: lambda: memory, True: lambda: other.send}[is_method]
     validation, test = Engine(tenfold, name="evaluator"), Engine(tenfold, name="evaluator")
-    track(validation, make(), Events.COMPLETED)
-    track(validation, make(), Events.EPOCH_COMPLETED)
-    track(test, Memory(), Events.COMPLETED)
-    track(Engine(tenfold, name="test"), make(), Events.COMPLETED)
+    Tracker(make()).attach(validation, Events.COMPLETED)
+    Tracker(make()).attach(validation, Events.EPOCH_COMPLETED)
+    Tracker(Memory()).attach(test, Events.COMPLETED)
+    Tracker(make()).attach(Engine(tenfold, name="test"), Events.COMPLETED)
     with pytest.warns(UserWarning, match=r"two engines of the name 'evaluator' write to one sink, .* give each a name"):
-        track(test, make(), Events.COMPLETED)
+        Tracker(make()).attach(test, Events.COMPLETED)
 
 
 async def test_engines_of_one_name_one_after_the_other_are_fine_and_freed_by_reference_count() -> None:
     sink = Memory()
     for _ in range(3):
         engine = Engine(tenfold, name="evaluator", thread=False)
-        tracker = track(engine, sink, Events.COMPLETED)
+        tracker = Tracker(sink)
+        tracker.attach(engine, Events.COMPLETED)
         await engine.run([1])
         is_alive = weakref.ref(engine)
         gc.disable()

@@ -20,12 +20,11 @@ from wandb.proto.wandb_internal_pb2 import Record as RecentRecords  # type: igno
 
 from aengine import Engine, Events, StopReason
 from aengine.checkpoint import Checkpoint
-from aengine.loggers import Record, track as track_briefly
-from aengine.loggers.wandb import WandB
+from aengine.loggers import Record, Tracker, WandB
 
 AnyEngine: TypeAlias = Engine[Any, Any]
 
-track = partial(track_briefly, linger=25.0)  # on a busy machine it takes seconds to begin
+PatientTracker = partial(Tracker, shutdown_timeout=25.0)  # on a busy machine it takes seconds to begin
 
 _BLOCK, _HEADER = 1 << 15, 7
 
@@ -105,7 +104,7 @@ async def test_a_run_becomes_rows(tmp_path: Path) -> None:
             super().write(records)
 
     sink = Noting("digits", name="first", config={"lr": 0.1}, directory=tmp_path / "there")
-    track(engine, sink, Events.ITERATION_COMPLETED)
+    PatientTracker(sink).attach(engine, Events.ITERATION_COMPLETED)
     await engine.run([1, 2], max_epochs=2)
     found = rows(tmp_path / "there")
     assert [(row["step"], row["loss"], row["accuracy"]) for row in found] == [
@@ -147,14 +146,14 @@ def test_what_is_no_number_is_written_as_such(tmp_path: Path) -> None:
 
 async def test_a_long_run_is_there_to_the_last_row(tmp_path: Path) -> None:
     engine: AnyEngine = Engine(lambda engine, batch: batch, name="trainer")
-    track(engine, WandB(), Events.ITERATION_COMPLETED, linger=25)
+    PatientTracker(WandB(), shutdown_timeout=25).attach(engine, Events.ITERATION_COMPLETED)
     await engine.run(range(5000))
     assert values(tmp_path, "output") == [(step, step - 1) for step in range(1, 5001)]
 
 
 async def test_it_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     engine: AnyEngine = Engine(lambda engine, batch: batch)
-    track(engine, WandB())
+    PatientTracker(WandB()).attach(engine)
     await engine.run([1])
     assert capfd.readouterr() == ("", "")
 
@@ -173,7 +172,7 @@ async def test_wandb_is_called_beside_the_event_loop(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(wandb, "init", noted_init)
     monkeypatch.setattr(wandb.Run, "finish", noted_finish)
     engine: AnyEngine = Engine(lambda engine, batch: batch)
-    track(engine, WandB())
+    PatientTracker(WandB()).attach(engine)
     await engine.run([1])
     assert len(threads) == 2
     assert threading.current_thread() not in threads
@@ -191,7 +190,7 @@ async def test_a_run_that_raises_has_failed_even_before_its_first_record(tmp_pat
         return batch
 
     engine = Engine(fail, name="trainer")
-    track(engine, WandB(), Events.ITERATION_COMPLETED)
+    PatientTracker(WandB()).attach(engine, Events.ITERATION_COMPLETED)
     with pytest.raises(Boom):
         await engine.run([1, 2, 3, 4])
     assert exit_codes(tmp_path) == [1]
@@ -200,7 +199,7 @@ async def test_a_run_that_raises_has_failed_even_before_its_first_record(tmp_pat
 
 async def test_a_run_that_is_cancelled_has_failed(tmp_path: Path) -> None:
     engine: AnyEngine = Engine(lambda engine, batch: batch)
-    track(engine, WandB(), Events.STARTED)
+    PatientTracker(WandB()).attach(engine, Events.STARTED)
     with anyio.CancelScope() as scope:
 
         @engine.on(Events.ITERATION_COMPLETED(once=5))
@@ -213,7 +212,7 @@ async def test_a_run_that_is_cancelled_has_failed(tmp_path: Path) -> None:
 
 async def test_a_run_that_is_interrupted_is_finished_when_it_has_gone_on(tmp_path: Path) -> None:
     engine: AnyEngine = Engine(lambda engine, batch: batch, name="trainer")
-    track(engine, WandB(), Events.ITERATION_COMPLETED)
+    PatientTracker(WandB()).attach(engine, Events.ITERATION_COMPLETED)
     engine.add_event_handler(Events.ITERATION_COMPLETED(once=2), engine.interrupt)
     await engine.run([1, 2, 3])
     await engine.run()
@@ -225,7 +224,7 @@ async def test_a_run_that_is_interrupted_is_finished_when_it_has_gone_on(tmp_pat
 async def test_two_runs_in_a_row_have_one_id(tmp_path: Path) -> None:
     engine: AnyEngine = Engine(lambda engine, batch: batch, name="trainer")
     sink = WandB()
-    track(engine, sink, Events.ITERATION_COMPLETED)
+    PatientTracker(sink).attach(engine, Events.ITERATION_COMPLETED)
     await engine.run([1, 2])
     await engine.run([1, 2], max_epochs=2)
     assert ids(tmp_path) == [sink.run_id] * 2
@@ -250,8 +249,8 @@ async def test_a_trainer_and_its_evaluator_share_a_run_that_ends_as_the_trainer_
     sink = WandB()
     trainer: AnyEngine = Engine(step, name="trainer")
     evaluator: AnyEngine = Engine(lambda engine, batch: batch * 10, name="evaluator")
-    track(trainer, sink, Events.ITERATION_COMPLETED)
-    track(evaluator, sink, Events.COMPLETED, step=lambda _: trainer.state.iteration)
+    PatientTracker(sink).attach(trainer, Events.ITERATION_COMPLETED)
+    PatientTracker(sink, step=lambda _: trainer.state.iteration).attach(evaluator, Events.COMPLETED)
 
     @trainer.on(Events.EPOCH_COMPLETED)
     async def evaluate() -> None:
@@ -268,7 +267,7 @@ async def test_a_run_of_ones_own_is_written_into_and_never_finished(tmp_path: Pa
     run = wandb.init(settings=wandb.Settings(silent=True, console="off"))
     try:
         engine: AnyEngine = Engine(lambda engine, batch: batch, name="trainer")
-        track(engine, WandB(run=run), Events.ITERATION_COMPLETED)
+        PatientTracker(WandB(run=run)).attach(engine, Events.ITERATION_COMPLETED)
         await engine.run([1, 2])
         run.log({"mine": 1})  # fails where it is finished
     finally:
@@ -281,7 +280,8 @@ async def test_a_run_of_ones_own_that_is_finished_is_warned_of(caplog: pytest.Lo
     run = wandb.init(settings=wandb.Settings(silent=True, console="off"))
     run.finish()
     engine: AnyEngine = Engine(lambda engine, batch: batch)
-    tracker = track(engine, WandB(run=run), linger=0.1)
+    tracker = PatientTracker(WandB(run=run), shutdown_timeout=0.1)
+    tracker.attach(engine)
     await engine.run([1, 2])
     assert tracker.statistics().written == 0
     warned = [
@@ -295,7 +295,7 @@ async def test_the_applications_own_run_is_left_alone(tmp_path: Path) -> None:
     try:
         engine: AnyEngine = Engine(lambda engine, batch: batch, name="trainer")
         sink = WandB()
-        track(engine, sink, Events.ITERATION_COMPLETED)
+        PatientTracker(sink).attach(engine, Events.ITERATION_COMPLETED)
         await engine.run([1, 2])
         assert wandb.run is own
         own.log({"mine": 1})
@@ -311,7 +311,7 @@ async def test_a_checkpoint_has_it_go_on_in_the_same_run(tmp_path: Path) -> None
     async def train(epochs: int) -> WandB:
         engine: AnyEngine = Engine(lambda engine, batch: batch, name="trainer")
         sink = WandB(directory=tmp_path / str(epochs))
-        track(engine, sink, Events.EPOCH_COMPLETED)
+        PatientTracker(sink).attach(engine, Events.EPOCH_COMPLETED)
         async with Checkpoint(tmp_path / "checkpoints", {"wandb": sink}) as checkpoint:
             checkpoint.attach(engine, Events.EPOCH_COMPLETED)
             await checkpoint.restore(engine)
@@ -359,11 +359,11 @@ DOWN = """
 import sys, time
 import anyio
 from aengine import Engine, Events
-from aengine.loggers import track
-from aengine.loggers.wandb import WandB
+from aengine.loggers import Tracker, WandB
 
 engine = Engine(lambda engine, batch: batch)
-tracker = track(engine, WandB("x", mode="online"), Events.ITERATION_COMPLETED, linger=0.5, spool=100)
+tracker = Tracker(WandB("x", mode="online"), shutdown_timeout=0.5, buffer=100)
+tracker.attach(engine, Events.ITERATION_COMPLETED)
 began = time.perf_counter()
 anyio.run(engine.run, range(1000), backend=sys.argv[1])
 print(tracker.statistics().taken, time.perf_counter() - began)
@@ -413,9 +413,9 @@ def test_a_run_that_exists_is_as_it_is() -> None:
 
 def test_a_sink_that_is_disabled_writes_nothing(tmp_path: Path) -> None:
     sink = WandB(mode="disabled")
-    sink.begin("trainer", 1000.0)
+    sink.run_started("trainer", 1000.0)
     sink.write([record(1, loss=1)])
-    sink.end("trainer", 1001.0, StopReason.COMPLETED)
+    sink.run_ended("trainer", 1001.0, StopReason.COMPLETED)
     sink.close()
     assert files_in(tmp_path) == []
 
@@ -428,6 +428,6 @@ def test_it_begins_no_run_before_the_first_record(tmp_path: Path) -> None:
 
 
 def test_without_the_package_it_says_what_to_install() -> None:
-    code = "import sys; sys.modules['wandb'] = None; import aengine.loggers.wandb"
+    code = "import sys; sys.modules['wandb'] = None; from aengine.loggers import WandB"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert 'pip install -e ".[wandb]"' in done.stderr

@@ -48,7 +48,7 @@ class Group:
 
 
 def group_of(
-    size: int, data: Callable[[int], Iterable[Any]] = lambda _: [1, 2, 3], *, thread: bool | None = None
+    size: int, data: Callable[[int], Iterable[Any]] = lambda _: [1, 2, 3], *, thread: bool = True
 ) -> tuple[list[AnyEngine], Callable[..., Any], Group]:
     """Return engines that agree, a function that runs them all and returns what each raised, and their group."""
     group = Group(size)
@@ -76,12 +76,12 @@ def group_of(
     return engines, run, group
 
 
-both_threads = pytest.mark.parametrize("thread", [None, False], ids=["worker", "loop"])
+both_threads = pytest.mark.parametrize("thread", [True, False], ids=["worker", "loop"])
 
 
 @both_threads
 @pytest.mark.parametrize("where", ["GS@1/1", "GC@1/1", "IS@1/2", "IC@1/2", "EC@1/3", "ES@2/3"])
-async def test_termination_of_one_ends_all_before_the_same_step(where: str, *, thread: bool | None) -> None:
+async def test_termination_of_one_ends_all_before_the_same_step(where: str, *, thread: bool) -> None:
     engines, run, _ = group_of(3, thread=thread)
     at(engines[1], where, engines[1].terminate)
     at(engines[1], where, lambda: terminated.append(engines[1].should_terminate))

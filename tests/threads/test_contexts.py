@@ -64,7 +64,7 @@ class Program:
             self.act(is_async=True)
             yield batch
 
-    def engine(self, *, thread: bool | None) -> AnyEngine:
+    def engine(self, *, thread: bool) -> AnyEngine:
         engine: AnyEngine = Engine(lambda *_: self.act(is_async=False), thread=thread)
         for event, is_async in self.handlers:
             if is_async:
@@ -78,7 +78,7 @@ async def test_plain_and_async_code_of_a_run_see_each_others_changes() -> None:
     """On the worker as on the event loop's own thread, where there is one context."""
     for seed in range(8):
         programs = Program(seed), Program(seed)
-        await programs[0].engine(thread=None).run(programs[0].data, max_epochs=2)
+        await programs[0].engine(thread=True).run(programs[0].data, max_epochs=2)
         await programs[1].engine(thread=False).run(programs[1].data, max_epochs=2)
         assert programs[0].seen == programs[1].seen, f"seed {seed}"
         assert not any(variable.get(None) for variable in VARIABLES), "a change has left its run"

@@ -235,19 +235,6 @@ async def test_what_belongs_to_one_thread_has_the_step_run_there_and_a_warning_s
     assert len(caplog.messages) == 1
 
 
-@pytest.mark.parametrize(("context", "name"), BOUND.items())
-async def test_an_engine_that_insists_on_the_worker_refuses_what_belongs_to_one_thread(
-    context: Context, name: str
-) -> None:
-    fired: list[Any] = []
-    engine: Engine[int, int] = Engine(lambda _, batch: batch, thread=True)
-    engine.add_event_handler(Events.STARTED, fired.append)
-    with context(), pytest.raises(RuntimeError, match=rf"{name}: in force.*thread=False"):
-        await engine.run([1])
-    assert fired == []
-    assert (await engine.run([1])).output == 1
-
-
 async def test_a_step_on_the_event_loop_needs_no_warning(caplog: pytest.LogCaptureFixture) -> None:
     with flops(), torch.device("cpu"):
         await Engine(lambda *_: compute(), thread=False).run([1])
@@ -266,7 +253,7 @@ async def test_a_profiler_that_a_step_begins_leaves_it_on_the_worker() -> None:
         if batch == 2:
             recorded.stop()
 
-    await Engine(step, thread=True).run(range(4))
+    await Engine(step).run(range(4))
     assert linears(recorded) == 3
 
 

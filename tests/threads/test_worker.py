@@ -122,11 +122,12 @@ async def test_other_steps_run_on_the_loops_thread_and_start_none(is_async: Any)
     assert threading.active_count() == before
 
 
-def test_thread_true_insists_on_a_plain_step() -> None:
-    async def step(engine: Engine[int, None], batch: int) -> None: ...
+@pytest.mark.parametrize("thread", [True, False])
+async def test_an_async_step_runs_on_the_event_loop_whatever_thread_says(*, thread: bool) -> None:
+    async def step(engine: Engine[int, threading.Thread], batch: int) -> threading.Thread:
+        return threading.current_thread()
 
-    with pytest.raises(TypeError, match=r"thread=True puts a plain step on the worker.*leave"):
-        Engine(step, thread=True)
+    assert (await Engine(step, thread=thread).run([1])).output is threading.current_thread()
 
 
 async def test_the_event_loop_stays_free_while_a_step_blocks() -> None:
@@ -390,7 +391,7 @@ async def test_a_cancellation_waits_for_the_step_in_flight() -> None:
         with anyio.CancelScope(shield=True):
             for _ in range(20):
                 await checkpoint()
-        assert engine.statistics().running
+        assert engine.statistics().is_running
         gate.set()
 
     async with anyio.create_task_group() as group:

@@ -19,11 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from aengine import Engine, Events
 from aengine.checkpoint import Checkpoint, Keep
-from aengine.loggers import Record, track
-from aengine.training.gradients import GradientEvents, GradientStatistics
-from aengine.training.supervised import create_supervised_trainer
+from aengine.loggers import Record, Tracker
+from aengine.training import GradientEvents, GradientStatistics, create_supervised_trainer
 
-THREADS = pytest.mark.parametrize("thread", [None, False], ids=["worker", "loop"])
+THREADS = pytest.mark.parametrize("thread", [True, False], ids=["worker", "loop"])
 
 
 def expected_of(
@@ -87,9 +86,7 @@ def record_values(engine: AnyEngine, statistics: GradientStatistics) -> list[tup
 
 @THREADS
 @pytest.mark.parametrize("accumulate", [1, 3])
-async def test_numbers_are_those_of_the_plain_loop_and_training_is_the_same(
-    accumulate: int, *, thread: bool | None
-) -> None:
+async def test_numbers_are_those_of_the_plain_loop_and_training_is_the_same(accumulate: int, *, thread: bool) -> None:
     plain = Plain(accumulate=accumulate, norm=0.5)
     model, optimizer = build()
     trainer = create_supervised_trainer(
@@ -298,14 +295,14 @@ def test_no_device_is_waited_for() -> None:
 
 
 @THREADS
-async def test_numbers_are_tracked_at_their_own_cadence(*, thread: bool | None) -> None:
+async def test_numbers_are_tracked_at_their_own_cadence(*, thread: bool) -> None:
     model, optimizer = build()
     trainer = create_supervised_trainer(model, optimizer, LOSS, thread=thread)
     statistics = GradientStatistics(model, optimizer, every=3)
     statistics.attach(trainer)
     seen = record_values(trainer, statistics)
     written: list[Record] = []
-    track(trainer, written.extend, GradientEvents.GRADIENTS_MEASURED, values=statistics.values)
+    Tracker(written.extend, values=statistics.values).attach(trainer, GradientEvents.GRADIENTS_MEASURED)
     await trainer.run(batches(), max_epochs=2)
     assert [(record.step, record.values) for record in written] == seen
     assert [record.step for record in written] == [3, 6, 9, 12]
@@ -460,7 +457,7 @@ import os, sys, torch, torch.distributed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from aengine import Engine
-from aengine.training.gradients import GradientStatistics
+from aengine.training import GradientStatistics
 
 rank, size = int(sys.argv[1]), int(sys.argv[2])
 store = torch.distributed.FileStore(sys.argv[3], size)
@@ -500,7 +497,7 @@ def test_part_of_a_number_is_not_logged_as_the_whole(mesh: DeviceMesh) -> None:
     part = DTensor.from_local(torch.tensor(3.0), mesh, [Partial()])
     engine: AnyEngine = Engine(lambda engine, batch: {"loss": part}, thread=False)
     records: list[Record] = []
-    track(engine, records.extend, Events.ITERATION_COMPLETED)
+    Tracker(records.extend).attach(engine, Events.ITERATION_COMPLETED)
     with pytest.raises(TypeError, match=r"this process has a part of 'loss': call full_tensor\(\)"):
         engine.run_sync([1])
     part = part.redistribute(placements=[Replicate()])

@@ -17,9 +17,10 @@ from torchmetrics.wrappers import BootStrapper, ClasswiseWrapper, MetricTracker,
 
 from aengine import Engine, Events
 from aengine.checkpoint import Checkpoint, Keep
+from aengine.engine import stateful_listeners
 from aengine.errors import CheckpointMismatch
-from aengine.training.metrics import AnyMetric, attach_metric
-from aengine.training.supervised import create_supervised_evaluator, create_supervised_trainer
+from aengine.training import MetricHandler, create_supervised_evaluator, create_supervised_trainer
+from aengine.training.metrics import AnyMetric
 
 CLASSES = 3
 
@@ -85,14 +86,14 @@ def results_of(engine: AnyEngine, every: int) -> list[Any]:
     return results
 
 
-@pytest.mark.parametrize("thread", [None, False], ids=["worker", "loop"])
+@pytest.mark.parametrize("thread", [True, False], ids=["worker", "loop"])
 @pytest.mark.parametrize("kind", METRICS)
-async def test_results_equal_those_by_hand(kind: str, thread: bool | None) -> None:  # noqa: FBT001 -- pytest passes it by name
+async def test_results_equal_those_by_hand(kind: str, thread: bool) -> None:  # noqa: FBT001 -- pytest passes it by name
     torch.manual_seed(5)
     expected = by_hand(METRICS[kind](), epochs=2, every=2)
     torch.manual_seed(5)
     engine: AnyEngine = Engine(through, thread=thread)
-    attach_metric(engine, METRICS[kind](), "score", every=2)
+    MetricHandler(METRICS[kind](), "score", every=2).attach(engine)
     results = results_of(engine, 2)
     await engine.run(scored(), max_epochs=2)
     assert results == expected
@@ -104,7 +105,8 @@ async def test_run_resumed_within_an_epoch_computes_what_it_would_have_computed(
     async def run(step: int | None = None) -> list[Any]:
         torch.manual_seed(5)
         engine: AnyEngine = Engine(through)
-        attached = attach_metric(engine, METRICS[kind](), "score", every=2)
+        handler = MetricHandler(METRICS[kind](), "score", every=2)
+        handler.attach(engine)
         results = results_of(engine, 2)
         async with Checkpoint(tmp_path, {"nothing": torch.nn.Identity()}, keep=Keep(every_n=1)) as checkpoint:
             checkpoint.attach(engine, Events.ITERATION_COMPLETED)
@@ -112,9 +114,9 @@ async def test_run_resumed_within_an_epoch_computes_what_it_would_have_computed(
                 torch.rand(3)
                 await checkpoint.restore(engine, step)
             await engine.run(scored(), max_epochs=2)
-        assert attached.iterations == 6
-        if isinstance(attached.metric, MetricTracker):
-            results.append({key: value.tolist() for key, value in _as_dict(attached.metric.compute_all()).items()})
+        assert handler.iterations == 6
+        if isinstance(handler.metric, MetricTracker):
+            results.append({key: value.tolist() for key, value in _as_dict(handler.metric.compute_all()).items()})
         return results
 
     whole = await run()
@@ -129,8 +131,8 @@ def _as_dict(result: Any) -> dict[str, Any]:
 
 async def test_running_mean_of_the_losses_continues_over_the_epochs_if_it_is_not_epoch_bound() -> None:
     engine: AnyEngine = Engine(through)
-    attach_metric(engine, RunningMean(window=4), "bound")
-    attach_metric(engine, RunningMean(window=4), "free", epoch_bound=False)
+    MetricHandler(RunningMean(window=4), "bound").attach(engine)
+    MetricHandler(RunningMean(window=4), "free", epoch_bound=False).attach(engine)
     await engine.run([torch.tensor(1.0), torch.tensor(2.0), torch.tensor(6.0)], max_epochs=2)
     assert engine.state.metrics == {"bound": 3.0, "free": 3.75}  # of 1, 2, 6; of 6, 1, 2, 6
     await engine.run([torch.tensor(5.0)])
@@ -140,18 +142,18 @@ async def test_running_mean_of_the_losses_continues_over_the_epochs_if_it_is_not
 async def test_output_transform_gives_arguments_by_place_or_by_name_or_one() -> None:
     engine: AnyEngine = Engine(through)
     swapped = {"target": 0, "preds": 1}
-    attach_metric(
-        engine, MeanSquaredError(), "by name", output_transform=lambda pair: {k: pair[i] for k, i in swapped.items()}
-    )
-    attach_metric(engine, MeanSquaredError(), "by place")
-    attach_metric(engine, SumMetric(), "one", output_transform=lambda pair: pair[0])
+    MetricHandler(
+        MeanSquaredError(), "by name", output_transform=lambda pair: {k: pair[i] for k, i in swapped.items()}
+    ).attach(engine)
+    MetricHandler(MeanSquaredError(), "by place").attach(engine)
+    MetricHandler(SumMetric(), "one", output_transform=lambda pair: pair[0]).attach(engine)
     await engine.run([(torch.tensor([1.0]), torch.tensor([3.0]))])
     assert engine.state.metrics == {"by name": 4.0, "by place": 4.0, "one": 1.0}
 
 
 async def test_results_that_are_no_single_number_stay_tensors() -> None:
     engine: AnyEngine = Engine(through)
-    attach_metric(engine, MulticlassAccuracy(CLASSES, average=None), "each")
+    MetricHandler(MulticlassAccuracy(CLASSES, average=None), "each").attach(engine)
     await engine.run(scored())
     assert engine.state.metrics["each"].shape == (CLASSES,)
 
@@ -175,7 +177,7 @@ class Seen(Metric):
 async def test_metric_of_ones_own_is_saved_and_has_results_of_its_own(tmp_path: Path) -> None:
     for step in (None, 2):
         engine: AnyEngine = Engine(through)
-        attach_metric(engine, Seen(), "seen")
+        MetricHandler(Seen(), "seen").attach(engine)
         async with Checkpoint(tmp_path, {}, keep=Keep(every_n=1)) as checkpoint:
             checkpoint.attach(engine, Events.ITERATION_COMPLETED)
             if step is not None:
@@ -191,7 +193,7 @@ async def test_trainer_and_evaluator_have_metrics() -> None:
         model, torch.optim.SGD(model.parameters(), lr=1.0), torch.nn.functional.cross_entropy
     )
     evaluator = create_supervised_evaluator(model, {"accuracy": MulticlassAccuracy(CLASSES, average="micro")})
-    attach_metric(trainer, MeanMetric(), "loss")
+    MetricHandler(MeanMetric(), "loss").attach(trainer)
     losses: list[float] = []
     trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: losses.append(engine.state.output.item()))
     await trainer.run(data)
@@ -209,7 +211,7 @@ async def test_metric_of_a_run_that_failed_continues_with_it() -> None:
         return torch.tensor(batch)
 
     engine: AnyEngine = Engine(step)
-    attach_metric(engine, SumMetric(), "sum")
+    MetricHandler(SumMetric(), "sum").attach(engine)
     with pytest.raises(Boom):
         await engine.run([1.0, 2.0, 3.0])
     await engine.run([1.0, 2.0, 3.0])
@@ -219,7 +221,7 @@ async def test_metric_of_a_run_that_failed_continues_with_it() -> None:
 async def test_metric_that_misses_the_beginning_of_an_epoch_says_so(caplog: pytest.LogCaptureFixture) -> None:
     engine: AnyEngine = Engine(through)
     engine.load_state_dict({"iteration": 2, "epoch_length": 3, "max_epochs": 1})
-    attach_metric(engine, SumMetric(), "sum")
+    MetricHandler(SumMetric(), "sum").attach(engine)
     with caplog.at_level(logging.WARNING, "aengine.training"):
         await engine.run([torch.tensor(1.0)] * 3, max_epochs=1)
     assert "metric 'sum' continues within an epoch and has 0 of its 2 iterations" in caplog.text
@@ -233,35 +235,35 @@ def test_what_is_no_metric_is_refused() -> None:
     engine: AnyEngine = Engine(through)
     wrong: Any = {"accuracy": MeanMetric()}
     with pytest.raises(TypeError, match=r"takes a metric of torchmetrics, got \{.*several go into a"):
-        attach_metric(engine, wrong, "score")
+        MetricHandler(wrong, "score").attach(engine)
     wrong = None
     with pytest.raises(TypeError, match="takes the name of the result, got None"):
-        attach_metric(engine, MeanMetric(), wrong)
+        MetricHandler(MeanMetric(), wrong).attach(engine)
 
 
 def test_second_metric_of_a_name_is_refused() -> None:
     engine: AnyEngine = Engine(through)
-    attach_metric(engine, MeanMetric(), "loss")
+    MetricHandler(MeanMetric(), "loss").attach(engine)
     with pytest.raises(ValueError, match="has a metric 'loss' already: give this one another name"):
-        attach_metric(engine, SumMetric(), "loss")
+        MetricHandler(SumMetric(), "loss").attach(engine)
 
 
 def test_second_name_of_a_metric_is_refused() -> None:
     engine: AnyEngine = Engine(lambda engine, batch: batch, name="evaluator")
     other: AnyEngine = Engine(lambda engine, batch: batch)
     metric = MeanMetric()
-    attach_metric(engine, metric, "mean")
+    MetricHandler(metric, "mean").attach(engine)
     with pytest.raises(RuntimeError, match="this MeanMetric is attached to engine 'evaluator' already, as 'mean'"):
-        attach_metric(engine, metric, "average")
-    attach_metric(engine, MeanMetric(), "average")
-    attach_metric(other, metric, "mean")
+        MetricHandler(metric, "average").attach(engine)
+    MetricHandler(MeanMetric(), "average").attach(engine)
+    MetricHandler(metric, "mean").attach(other)
 
 
 def test_wrong_interval_is_refused_and_nothing_is_attached() -> None:
     engine: AnyEngine = Engine(through)
     with pytest.raises(ValueError, match="every"):
-        attach_metric(engine, MeanMetric(), "loss", every=0)
-    assert engine.stateful_listeners() == []
+        MetricHandler(MeanMetric(), "loss", every=0).attach(engine)
+    assert stateful_listeners(engine) == []
 
 
 @pytest.mark.parametrize(
@@ -275,7 +277,7 @@ def test_wrong_interval_is_refused_and_nothing_is_attached() -> None:
 async def test_state_of_another_metric_is_refused(tmp_path: Path, other: Callable[[], AnyMetric], message: str) -> None:
     for make in (SumMetric, other):
         engine: AnyEngine = Engine(through)
-        attach_metric(engine, make(), "score")
+        MetricHandler(make(), "score").attach(engine)
         async with Checkpoint(tmp_path, {}) as checkpoint:
             checkpoint.attach(engine, Events.EPOCH_COMPLETED)
             if make is SumMetric:

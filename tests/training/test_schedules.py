@@ -26,13 +26,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from aengine import Engine, Events
 from aengine.checkpoint import Checkpoint, Keep
-from aengine.training.averages import attach_average
-from aengine.training.schedules import attach_scheduler
-from aengine.training.supervised import create_supervised_trainer
-from aengine.training.update import UpdateEvents
+from aengine.training import AverageHandler, OptimizerEvents, SchedulerHandler, create_supervised_trainer
 
-THREADS = pytest.mark.parametrize("thread", [None, False], ids=["worker", "loop"])
-STEPPED = UpdateEvents.OPTIMIZER_STEPPED
+THREADS = pytest.mark.parametrize("thread", [True, False], ids=["worker", "loop"])
+STEPPED = OptimizerEvents.OPTIMIZER_STEPPED
 
 
 def warming_up(optimizer: torch.optim.Optimizer) -> LRScheduler:
@@ -73,8 +70,8 @@ class Training:
         self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
         self.scheduler = make(self.optimizer)
         self.trainer = create_supervised_trainer(self.model, self.optimizer, LOSS, **options)
-        attach_scheduler(self.trainer, self.scheduler, event)
-        attach_average(self.trainer, self.average, self.model)
+        SchedulerHandler(self.scheduler).attach(self.trainer, event)
+        AverageHandler(self.average, self.model).attach(self.trainer)
         self.losses = record_losses(self.trainer)
         self.rates: list[float] = []
         self.trainer.add_event_handler(
@@ -98,7 +95,7 @@ class Training:
 async def test_scheduler_and_average_equal_those_of_the_plain_loop_also_resumed(
     tmp_path: Path,
     kind: str,
-    thread: bool | None,  # noqa: FBT001 -- pytest passes it by name
+    thread: bool,  # noqa: FBT001 -- pytest passes it by name
 ) -> None:
     model, optimizer = build()
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
@@ -131,10 +128,10 @@ async def test_scheduler_and_average_equal_those_of_the_plain_loop_also_resumed(
     ],
     ids=["iteration", "step", "epoch", "every-second-step"],
 )
-async def test_scheduler_takes_a_step_at_each_firing(event: Any, group: int, changes: int, thread: bool | None) -> None:  # noqa: FBT001 -- pytest passes it by name
+async def test_scheduler_takes_a_step_at_each_firing(event: Any, group: int, changes: int, thread: bool) -> None:  # noqa: FBT001 -- pytest passes it by name
     model, optimizer = build()
     trainer = create_supervised_trainer(model, optimizer, LOSS, gradient_accumulation_steps=group, thread=thread)
-    attach_scheduler(trainer, StepLR(optimizer, 1, gamma=0.5), event)
+    SchedulerHandler(StepLR(optimizer, 1, gamma=0.5)).attach(trainer, event)
     await trainer.run(batches(), max_epochs=2)
     assert optimizer.param_groups[0]["lr"] == 0.05 * 0.5**changes
 
@@ -148,7 +145,7 @@ async def test_plateau_is_found_in_a_metric_of_the_engine_or_another_one() -> No
         trainer = create_supervised_trainer(model, optimizer, LOSS)
         trainer.state.metrics["loss"] = 1.0
         plateau = ReduceLROnPlateau(optimizer, patience=1, factor=0.1)
-        attach_scheduler(trainer, plateau, Events.EPOCH_COMPLETED, metric=metric)
+        SchedulerHandler(plateau, metric=metric).attach(trainer, Events.EPOCH_COMPLETED)
         await trainer.run(batches(), max_epochs=3)
         assert plateau.best == 1.0
         rates.append(optimizer.param_groups[0]["lr"])
@@ -160,7 +157,9 @@ async def test_plateau_that_was_resumed_continues_to_count(tmp_path: Path) -> No
         model, optimizer = build()
         trainer = create_supervised_trainer(model, optimizer, LOSS)
         trainer.state.metrics["loss"] = 1.0
-        attach_scheduler(trainer, ReduceLROnPlateau(optimizer, patience=2), Events.EPOCH_COMPLETED, metric="loss")
+        SchedulerHandler(ReduceLROnPlateau(optimizer, patience=2), metric="loss").attach(
+            trainer, Events.EPOCH_COMPLETED
+        )
         rates: list[float] = []
         trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda: rates.append(optimizer.param_groups[0]["lr"]))
         async with Checkpoint(tmp_path, {"optimizer": optimizer}, keep=Keep(every_n=1)) as checkpoint:
@@ -184,8 +183,8 @@ async def test_average_of_an_engine_of_ones_own_takes_in_each_iteration_or_at_it
 
     engine: AnyEngine = Engine(step)
     average, late = AveragedModel(model), AveragedModel(model)
-    attach_average(engine, average, model)
-    attach_average(engine, late, model, Events.ITERATION_COMPLETED(after=1))
+    AverageHandler(average, model).attach(engine)
+    AverageHandler(late, model).attach(engine, Events.ITERATION_COMPLETED(after=1))
     await engine.run([1.0, 2.0, 6.0])
     assert average.state_dict()["module.weight"].item() == 3.0
     assert late.state_dict()["module.weight"].item() == 4.0
@@ -195,13 +194,13 @@ async def test_average_that_is_handed_to_the_checkpoint_too_is_saved_once(tmp_pa
     model, optimizer = build()
     average = AveragedModel(model)
     trainer = create_supervised_trainer(model, optimizer, LOSS)
-    attach_average(trainer, average, model)
+    AverageHandler(average, model).attach(trainer)
     async with Checkpoint(tmp_path, {"average": average}) as checkpoint:
         checkpoint.attach(trainer, Events.EPOCH_COMPLETED)
         await trainer.run(batches())
         (info,) = checkpoint.list()
     tree = torch.load(info.path / "state.pt", weights_only=True)
-    assert list(tree["handlers"]) == ["Update"]
+    assert list(tree["handlers"]) == ["OptimizerUpdate"]
     assert tree["state"]["average"]["n_averaged"] == 7
 
 
@@ -210,7 +209,7 @@ async def test_average_is_of_a_compiled_model_as_well() -> None:
     compiled: Any = torch.compile(model, backend="eager")
     average = AveragedModel(model)
     trainer = create_supervised_trainer(compiled, optimizer, LOSS)
-    attach_average(trainer, average, compiled)
+    AverageHandler(average, compiled).attach(trainer)
     await trainer.run(batches()[:1])
     assert_equal_bits(list(average.module.parameters()), list(model.parameters()))
 
@@ -226,7 +225,7 @@ def scheduler_of(kind: str) -> Any:
 @pytest.mark.parametrize(
     ("kind", "metric", "message"),
     [
-        ("plateau", None, r'ReduceLROnPlateau needs a metric: attach_scheduler\(.*, metric="loss"\)'),
+        ("plateau", None, r'ReduceLROnPlateau needs a metric: SchedulerHandler\(scheduler, metric="loss"\)'),
         ("step", "loss", "StepLR takes no metric: leave metric= out"),
         ("optimizer", None, r"takes a scheduler of torch.optim.lr_scheduler, got a SGD"),
         ("plateau", 0.5, "metric= takes the name of a metric .*; got 0.5"),
@@ -236,13 +235,13 @@ def scheduler_of(kind: str) -> Any:
 def test_scheduler_that_does_not_fit_is_refused(kind: str, metric: Any, message: str) -> None:
     engine: AnyEngine = Engine(lambda engine, batch: batch)
     with pytest.raises(TypeError, match=message):
-        attach_scheduler(engine, scheduler_of(kind), Events.EPOCH_COMPLETED, metric=metric)
+        SchedulerHandler(scheduler_of(kind), metric=metric).attach(engine, Events.EPOCH_COMPLETED)
 
 
 def test_step_of_the_optimizer_is_no_event_of_an_engine_that_does_not_tell_of_it() -> None:
     engine: AnyEngine = Engine(lambda engine, batch: batch, name="own")
     with pytest.raises(ValueError, match="engine 'own' has no event 'OPTIMIZER_STEPPED'"):
-        attach_scheduler(engine, scheduler_of("step"), STEPPED)
+        SchedulerHandler(scheduler_of("step")).attach(engine, STEPPED)
 
 
 def test_average_that_does_not_fit_is_refused() -> None:
@@ -251,11 +250,11 @@ def test_average_that_does_not_fit_is_refused() -> None:
     average, not_one = AveragedModel(model), model
     wrong: Any = not_one
     with pytest.raises(TypeError, match=r"takes a torch.optim.swa_utils.AveragedModel, got a Sequential"):
-        attach_average(engine, wrong, model)
+        AverageHandler(wrong, model).attach(engine)
     with pytest.raises(TypeError, match="takes the model that is trained, got AveragedModel"):
-        attach_average(engine, average, average)
+        AverageHandler(average, average).attach(engine)
     with pytest.raises(ValueError, match="the average is one of another model: of its 6 parameters and the 2"):
-        attach_average(engine, average, torch.nn.Linear(2, 1))
+        AverageHandler(average, torch.nn.Linear(2, 1)).attach(engine)
 
 
 def test_scheduler_is_attached_to_an_engine_once() -> None:
@@ -263,13 +262,14 @@ def test_scheduler_is_attached_to_an_engine_once() -> None:
     engine: AnyEngine = Engine(lambda engine, batch: batch, name="trainer")
     other: AnyEngine = Engine(lambda engine, batch: batch)
     scheduler = StepLR(optimizer, 2)
-    schedule = attach_scheduler(engine, scheduler, Events.EPOCH_COMPLETED)
+    schedule = SchedulerHandler(scheduler)
+    schedule.attach(engine, Events.EPOCH_COMPLETED)
     with pytest.raises(RuntimeError, match="this StepLR is attached to engine 'trainer' already"):
-        attach_scheduler(engine, scheduler, Events.ITERATION_COMPLETED)
+        SchedulerHandler(scheduler).attach(engine, Events.ITERATION_COMPLETED)
     with pytest.raises(RuntimeError, match="already"):
         schedule.attach(engine, Events.EPOCH_COMPLETED)
-    attach_scheduler(engine, StepLR(optimizer, 2), Events.EPOCH_COMPLETED)
-    attach_scheduler(other, scheduler, Events.EPOCH_COMPLETED)
+    SchedulerHandler(StepLR(optimizer, 2)).attach(engine, Events.EPOCH_COMPLETED)
+    SchedulerHandler(scheduler).attach(other, Events.EPOCH_COMPLETED)
 
 
 def test_average_is_attached_to_an_engine_once() -> None:
@@ -277,8 +277,8 @@ def test_average_is_attached_to_an_engine_once() -> None:
     engine: AnyEngine = Engine(lambda engine, batch: batch, name="trainer")
     other: AnyEngine = Engine(lambda engine, batch: batch)
     average = AveragedModel(model)
-    attach_average(engine, average, model)
+    AverageHandler(average, model).attach(engine)
     with pytest.raises(RuntimeError, match="this average is attached to engine 'trainer' already"):
-        attach_average(engine, average, model, Events.EPOCH_COMPLETED)
-    attach_average(engine, AveragedModel(model), model)
-    attach_average(other, average, model)
+        AverageHandler(average, model).attach(engine, Events.EPOCH_COMPLETED)
+    AverageHandler(AveragedModel(model), model).attach(engine)
+    AverageHandler(average, model).attach(other)

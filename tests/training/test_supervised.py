@@ -29,27 +29,29 @@ from torchmetrics import MeanSquaredError
 
 from aengine import Engine, Events
 from aengine.checkpoint import Checkpoint, Keep
+from aengine.engine import stateful_listeners
 from aengine.errors import CheckpointMismatch
-from aengine.training.supervised import (
+from aengine.training import (
+    OptimizerEvents,
+    OptimizerUpdate,
     create_supervised_evaluator,
     create_supervised_trainer,
     evaluating,
-    move,
     prepare_batch,
     supervised_training_step,
 )
-from aengine.training.update import Update, UpdateEvents
+from aengine.training.supervised import move
 
-THREADS = pytest.mark.parametrize("thread", [None, False], ids=["worker", "loop"])
+THREADS = pytest.mark.parametrize("thread", [True, False], ids=["worker", "loop"])
 
 # The arguments of the trainer, and the same for the plain loop.
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "plain": ({}, {}),
     "accumulation": ({"gradient_accumulation_steps": 3}, {"accumulate": 3}),
     "clipping": ({"clip_gradients": 0.5}, {"norm": 0.5}),
-    "bfloat16": ({"amp_mode": torch.bfloat16}, {"dtype": torch.bfloat16}),
+    "bfloat16": ({"autocast_dtype": torch.bfloat16}, {"dtype": torch.bfloat16}),
     "accumulation, clipping, bfloat16": (
-        {"gradient_accumulation_steps": 4, "clip_gradients": 0.3, "amp_mode": torch.bfloat16},
+        {"gradient_accumulation_steps": 4, "clip_gradients": 0.3, "autocast_dtype": torch.bfloat16},
         {"accumulate": 4, "norm": 0.3, "dtype": torch.bfloat16},
     ),
 }
@@ -61,7 +63,7 @@ def scaler() -> torch.amp.GradScaler:
 
 @THREADS
 @pytest.mark.parametrize("variant", VARIANTS)
-async def test_losses_equal_those_of_the_plain_loop(variant: str, thread: bool | None) -> None:  # noqa: FBT001 -- pytest passes it by name
+async def test_losses_equal_those_of_the_plain_loop(variant: str, thread: bool) -> None:  # noqa: FBT001 -- pytest passes it by name
     ours, theirs = VARIANTS[variant]
     plain_model, plain_optimizer = build()
     expected = plain_loop(plain_model, plain_optimizer, **theirs)
@@ -76,7 +78,7 @@ async def test_losses_equal_those_of_the_plain_loop(variant: str, thread: bool |
 
 @THREADS
 @pytest.mark.parametrize("dtype", [None, torch.float16], ids=str)
-async def test_gradient_scaler_scales_as_in_the_plain_loop(dtype: torch.dtype | None, thread: bool | None) -> None:  # noqa: FBT001 -- pytest passes it by name
+async def test_gradient_scaler_scales_as_in_the_plain_loop(dtype: torch.dtype | None, thread: bool) -> None:  # noqa: FBT001 -- pytest passes it by name
     plain_model, plain_optimizer = build()
     plain_scaler = scaler()
     expected = plain_loop(plain_model, plain_optimizer, scaler=plain_scaler, dtype=dtype, norm=0.5, accumulate=2)
@@ -86,7 +88,7 @@ async def test_gradient_scaler_scales_as_in_the_plain_loop(dtype: torch.dtype | 
         model,
         optimizer,
         LOSS,
-        amp_mode=dtype,
+        autocast_dtype=dtype,
         scaler=own,
         clip_gradients=0.5,
         gradient_accumulation_steps=2,
@@ -102,8 +104,8 @@ async def test_gradient_scaler_scales_as_in_the_plain_loop(dtype: torch.dtype | 
 async def test_weights_that_were_cast_for_one_step_are_not_used_in_the_next() -> None:
     """Though the caller's autocast continues, which alone would forget them."""
     model, optimizer = build()
-    trainer = create_supervised_trainer(model, optimizer, LOSS, amp_mode=torch.bfloat16, thread=False)
-    evaluator = create_supervised_evaluator(model, amp_mode=torch.bfloat16, thread=False)
+    trainer = create_supervised_trainer(model, optimizer, LOSS, autocast_dtype=torch.bfloat16, thread=False)
+    evaluator = create_supervised_evaluator(model, autocast_dtype=torch.bfloat16, thread=False)
     losses = record_losses(trainer)
     predictions: list[torch.Tensor] = []
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -157,7 +159,7 @@ def stepped(engine: AnyEngine) -> list[int]:
         assert isinstance(optimizer, torch.optim.Optimizer)
         seen.append(engine.state.iteration)
 
-    engine.add_event_handler(UpdateEvents.OPTIMIZER_STEPPED, note)
+    engine.add_event_handler(OptimizerEvents.OPTIMIZER_STEPPED, note)
     return seen
 
 
@@ -167,7 +169,7 @@ def accumulating(steps: int, **options: Any) -> tuple[AnyEngine, torch.nn.Module
 
 
 @THREADS
-async def test_optimizer_is_stepped_at_the_end_of_each_group_and_epoch(thread: bool | None) -> None:  # noqa: FBT001 -- pytest passes it by name
+async def test_optimizer_is_stepped_at_the_end_of_each_group_and_epoch(thread: bool) -> None:  # noqa: FBT001 -- pytest passes it by name
     trainer, _ = accumulating(3, thread=thread)
     seen = stepped(trainer)
     await trainer.run(batches(), max_epochs=2)
@@ -206,7 +208,7 @@ def slope_trainer(steps: int, **options: Any) -> tuple[AnyEngine, torch.nn.Linea
     model = torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.zeros_(model.weight)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    update = Update(model, optimizer, accumulate=steps, **options)
+    update = OptimizerUpdate(model, optimizer, gradient_accumulation_steps=steps, **options)
 
     def step(engine: AnyEngine, batch: Any) -> None:
         slope, weight = batch if isinstance(batch, tuple) else (batch, None)
@@ -227,7 +229,7 @@ def moves(engine: AnyEngine, model: torch.nn.Linear) -> list[float]:
         at.append(-model.weight.item())
         moved.append(round(at[-1] - at[-2], 4))
 
-    engine.add_event_handler(UpdateEvents.OPTIMIZER_STEPPED, note)
+    engine.add_event_handler(OptimizerEvents.OPTIMIZER_STEPPED, note)
     return moved
 
 
@@ -360,7 +362,7 @@ class Resumable:
 @pytest.mark.parametrize("has_length", [True, False], ids=["length", "no-length"])
 async def test_run_resumed_in_the_middle_of_a_group_continues_as_if_it_had_not_ended(
     tmp_path: Path,
-    thread: bool | None,  # noqa: FBT001 -- pytest passes it by name
+    thread: bool,  # noqa: FBT001 -- pytest passes it by name
     has_length: bool,  # noqa: FBT001 -- pytest passes it by name
 ) -> None:
     options: dict[str, Any] = {"gradient_accumulation_steps": 4, "clip_gradients": 0.5, "thread": thread}
@@ -384,7 +386,9 @@ async def test_group_cannot_be_continued_in_another_size(tmp_path: Path) -> None
 
 async def test_trainer_with_a_scaler_does_not_continue_without_one(tmp_path: Path) -> None:
     await Resumable(tmp_path).run()
-    with pytest.raises(CheckpointMismatch, match="this Update has a GradScaler, and the one that was saved had none"):
+    with pytest.raises(
+        CheckpointMismatch, match="this OptimizerUpdate has a GradScaler, and the one that was saved had none"
+    ):
         await Resumable(tmp_path, scaler=scaler()).run(2)
 
 
@@ -430,7 +434,7 @@ def test_step_that_failed_before_its_gradients_were_added_costs_the_group_nothin
 async def test_save_at_a_step_of_the_optimizer_is_taken_when_all_have_seen_the_iteration(tmp_path: Path) -> None:
     trainer, model = accumulating(3)
     async with Checkpoint(tmp_path, {"model": model}, keep=Keep(every_n=1)) as checkpoint:
-        checkpoint.attach(trainer, UpdateEvents.OPTIMIZER_STEPPED)
+        checkpoint.attach(trainer, OptimizerEvents.OPTIMIZER_STEPPED)
         trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: engine.state.metrics.update(seen=1.0))
         await trainer.run(batches())
         infos = checkpoint.list()
@@ -441,8 +445,8 @@ async def test_save_at_a_step_of_the_optimizer_is_taken_when_all_have_seen_the_i
 
 def test_state_in_the_midst_of_a_step_of_the_optimizer_is_refused() -> None:
     trainer, _ = accumulating(3)
-    (update,) = trainer.stateful_listeners()
-    trainer.add_event_handler(UpdateEvents.OPTIMIZER_STEPPED, update.state_dict)
+    (update,) = stateful_listeners(trainer)
+    trainer.add_event_handler(OptimizerEvents.OPTIMIZER_STEPPED, update.state_dict)
     with pytest.raises(RuntimeError, match="save at ITERATION_COMPLETED or EPOCH_COMPLETED"):
         trainer.run_sync(batches())
 
@@ -528,7 +532,7 @@ def test_batches_are_moved_whatever_they_are_made_of() -> None:
 
 def test_public_step_serves_an_engine_of_ones_own() -> None:
     model, optimizer = build()
-    update = Update(model, optimizer, accumulate=2)
+    update = OptimizerUpdate(model, optimizer, gradient_accumulation_steps=2)
     trainer: AnyEngine = Engine(supervised_training_step(model, update, LOSS), name="own")
     update.attach(trainer)
     losses = record_losses(trainer)
@@ -539,7 +543,7 @@ def test_public_step_serves_an_engine_of_ones_own() -> None:
 
 async def test_async_step_of_ones_own_updates_as_well() -> None:
     model, optimizer = build()
-    update = Update(model, optimizer, accumulate=3)
+    update = OptimizerUpdate(model, optimizer, gradient_accumulation_steps=3)
 
     async def step(engine: AnyEngine, batch: Any) -> torch.Tensor:
         update.zero_grad()
@@ -557,8 +561,8 @@ async def test_async_step_of_ones_own_updates_as_well() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("amp_mode", [None, torch.bfloat16], ids=str)
-def test_default_step_on_a_gpu_never_waits_for_it(amp_mode: torch.dtype | None) -> None:
+@pytest.mark.parametrize("autocast_dtype", [None, torch.bfloat16], ids=str)
+def test_default_step_on_a_gpu_never_waits_for_it(autocast_dtype: torch.dtype | None) -> None:
     model, _ = build()
     model.cuda()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
@@ -568,7 +572,7 @@ def test_default_step_on_a_gpu_never_waits_for_it(amp_mode: torch.dtype | None) 
         LOSS,
         "cuda",
         non_blocking=True,
-        amp_mode=amp_mode,
+        autocast_dtype=autocast_dtype,
         clip_gradients=1.0,
         thread=False,
     )
@@ -591,7 +595,10 @@ def drop_nothing(model: torch.nn.Sequential) -> None:
 def test_two_models_with_an_optimizer_each_are_updated_one_by_one() -> None:
     """Each in groups of its own size, as the plain loops of each do."""
     (first, first_optimizer), (second, second_optimizer) = build(), build()
-    updates = Update(first, first_optimizer, accumulate=2), Update(second, second_optimizer, accumulate=3)
+    updates = (
+        OptimizerUpdate(first, first_optimizer, gradient_accumulation_steps=2),
+        OptimizerUpdate(second, second_optimizer, gradient_accumulation_steps=3),
+    )
 
     def step(engine: AnyEngine, batch: Any) -> list[float]:
         losses = []
@@ -637,7 +644,7 @@ WRAPPERS: dict[str, Any] = {
 
 @THREADS
 @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
-async def test_what_is_frozen_stays_in_evaluation_mode(thread: bool | None, wrap: Any) -> None:  # noqa: FBT001 -- pytest passes it by name
+async def test_what_is_frozen_stays_in_evaluation_mode(thread: bool, wrap: Any) -> None:  # noqa: FBT001 -- pytest passes it by name
     model = frozen_model()
     before = {name: value.clone() for name, value in model[0].state_dict().items()}
     modes = modes_of(model)
@@ -792,7 +799,7 @@ def test_batch_without_a_loss_says_what_is_missing(batch: Any, loss_fn: Any, mes
 
 
 @THREADS
-async def test_evaluator_evaluates_and_leaves_each_module_in_the_mode_it_was_in(thread: bool | None) -> None:  # noqa: FBT001 -- pytest passes it by name
+async def test_evaluator_evaluates_and_leaves_each_module_in_the_mode_it_was_in(thread: bool) -> None:  # noqa: FBT001 -- pytest passes it by name
     model, _ = build()
     model.train()
     model[1].eval()  # frozen, as batch normalisation often is
@@ -840,7 +847,7 @@ def test_model_is_back_in_training_mode_by_its_own_train() -> None:
 def test_evaluator_computes_in_the_type_it_is_given() -> None:
     model = torch.nn.Linear(WIDTH, 1).eval()
     for device in (None, "cpu"):
-        evaluator = create_supervised_evaluator(model, device=device, amp_mode=torch.bfloat16)
+        evaluator = create_supervised_evaluator(model, device=device, autocast_dtype=torch.bfloat16)
         evaluator.run_sync(batches())
         assert evaluator.state.output[0].dtype is torch.bfloat16
         assert not model.training  # as it was
@@ -852,9 +859,13 @@ def test_evaluator_computes_in_the_type_it_is_given() -> None:
 @pytest.mark.parametrize(
     ("options", "kind", "message"),
     [
-        ({"amp_mode": "amp"}, ValueError, "torch.float16 with scaler=True .which is pytorch-ignite's"),
-        ({"amp_mode": torch.float16}, ValueError, "pass scaler=True, or a GradScaler; or take amp_mode=torch.bfloat16"),
-        ({"scaler": True}, ValueError, "scaler=True goes with amp_mode=torch.float16"),
+        ({"autocast_dtype": "amp"}, ValueError, "torch.float16 with scaler=True .which is pytorch-ignite's"),
+        (
+            {"autocast_dtype": torch.float16},
+            ValueError,
+            "pass scaler=True, or a GradScaler; or take autocast_dtype=torch.bfloat16",
+        ),
+        ({"scaler": True}, ValueError, "scaler=True goes with autocast_dtype=torch.float16"),
         ({"scaler": 65536.0}, TypeError, "the scaler is a torch.amp.GradScaler, got 65536.0"),
         ({"gradient_accumulation_steps": 0}, ValueError, "a whole number of batches, 1 or more; got 0"),
         ({"clip_gradients": -1.0}, ValueError, "clip_gradients= takes the greatest norm, more than 0"),
@@ -886,8 +897,8 @@ def test_metrics_of_an_evaluator_have_names() -> None:
 
 def test_scaler_given_as_true_is_one_for_the_device_of_the_model() -> None:
     model, optimizer = build()
-    trainer = create_supervised_trainer(model, optimizer, LOSS, amp_mode=torch.float16, scaler=True)
-    (update,) = trainer.stateful_listeners()
+    trainer = create_supervised_trainer(model, optimizer, LOSS, autocast_dtype=torch.float16, scaler=True)
+    (update,) = stateful_listeners(trainer)
     assert update.state_dict()["scaler"]["scale"] == 65536.0
 
 
@@ -918,15 +929,15 @@ def test_update_is_of_a_model_and_takes_the_gradients_of_no_other() -> None:
     wrong: Any = len
     model, optimizer = build()
     with pytest.raises(TypeError, match=r"the model is a torch.nn.Module, got <built-in function len>"):
-        Update(wrong, optimizer)
-    saved = {"pending": 1, "accumulate": 2, "gradients": [None], "scaler": None}
+        OptimizerUpdate(wrong, optimizer)
+    saved = {"pending": 1, "gradient_accumulation_steps": 2, "gradients": [None], "scaler": None}
     with pytest.raises(ValueError, match="there are gradients of 1 parameters, and 6 in the model"):
-        Update(model, optimizer, accumulate=2).load_state_dict(saved)
+        OptimizerUpdate(model, optimizer, gradient_accumulation_steps=2).load_state_dict(saved)
 
 
 def test_update_that_is_attached_to_no_engine_says_so() -> None:
     model, optimizer = build()
-    update = Update(model, optimizer)
+    update = OptimizerUpdate(model, optimizer)
     trainer: AnyEngine = Engine(supervised_training_step(model, update, LOSS), name="own")
     with pytest.raises(RuntimeError, match=r"is not attached to engine 'own': call  update.attach"):
         trainer.run_sync(batches())

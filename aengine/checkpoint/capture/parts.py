@@ -18,7 +18,7 @@ from aengine.checkpoint.capture.metrics import MetricPart, is_metric
 from aengine.checkpoint.capture.modules import PlainNames, unwrap
 from aengine.checkpoint.capture.randomness import PythonGenerator
 from aengine.checkpoint.capture.trees import path_text
-from aengine.engine import Engine
+from aengine.engine import Engine, stateful_listeners
 from aengine.errors import CheckpointMismatch
 from aengine.state import Stateful
 
@@ -246,7 +246,7 @@ def _listeners(parts: Parts, engine: Engine[Any, Any]) -> dict[str, Stateful]:
     found: dict[str, Stateful] = {}
     for owner, its_engine in (("", engine), *nested):
         kinds: Counter[str] = Counter()
-        for one in its_engine.stateful_listeners():
+        for one in stateful_listeners(its_engine):
             if id(unwrap(one)) not in known and not isinstance(one, Engine):
                 known.add(id(unwrap(one)))
                 kinds[kind := type(one).__qualname__] += 1

@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from aengine import CheckpointMismatch, Engine, Events
 from aengine.checkpoint import Checkpoint
-from aengine.training.averages import attach_average
+from aengine.training import AverageHandler
 
 Wrap = Callable[[Any], Any]
 
@@ -61,7 +61,7 @@ def engine_of(model: Any, average: Any) -> AnyEngine:
                 parameter.copy_(torch.full_like(parameter, float(batch)))
 
     engine: AnyEngine = Engine(step, thread=False)
-    attach_average(engine, average, model)  # a part that the checkpoint finds by itself
+    AverageHandler(average, model).attach(engine)  # a part that the checkpoint finds by itself
     return engine
 
 

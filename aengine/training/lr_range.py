@@ -1,6 +1,7 @@
 """Learning-rate range test: train with a rate that grows until the loss diverges, record the loss, undo everything.
 
-    found = await lr_range_test(trainer, model, optimizer, loader, exponential(1e-6, 1.0, steps=100))
+    rates = torch.logspace(-6, 0, 100).tolist()
+    found = await lr_range_test(trainer, model, optimizer=optimizer, data=loader, rates=rates)
     optimizer.param_groups[0]["lr"] = found.suggestion
 
 After Smith, "Cyclical Learning Rates for Training Neural Networks" (2015, arXiv:1506.01186), with the smoothed loss and
@@ -10,7 +11,7 @@ the stop at divergence of fastai's `lr_find`.
 import copy
 import math
 import sys
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -18,18 +19,20 @@ from typing import Any, TypeAlias
 
 import torch
 
-from aengine.arguments import check_whole
 from aengine.data.generators import capture, capture_process, restore, restore_process
-from aengine.engine import Engine, session_of
+from aengine.engine import Engine, session_of, stateful_listeners
 from aengine.events import Events
 from aengine.state import State, Stateful
-from aengine.training.gradients import GradientStatistics
-from aengine.training.update import Update
+from aengine.training.gradients import GradientStatistics, keep_measurements
+from aengine.training.update import OptimizerUpdate
 
 AnyEngine: TypeAlias = Engine[Any, Any]
 
 _MIN_STEPS = 3
 """A slope is computed over three points."""
+
+_DEFAULT_RATES = tuple(1e-7 * 1e8 ** (step / 99) for step in range(100))
+"""From 1e-7 to 10."""
 
 _MAX_ITERATIONS_PER_STEP = 1000
 """After so many iterations without a step of the optimizer, the test fails: there will be none."""
@@ -86,37 +89,17 @@ class LRRange:
         return self.smoothed.index(min(self.smoothed))
 
 
-def exponential(start: float = 1e-7, end: float = 10.0, steps: int = 100) -> list[float]:
-    """Return rates from `start` to `end`, each the same multiple of the one before.
-
-    Raises:
-        ValueError: the rates do not rise from more than 0, or `steps` is no whole number, 3 or more.
-    """
-    _check_ends(start, end, steps)
-    return [start * (end / start) ** (step / (steps - 1)) for step in range(steps)]
-
-
-def linear(start: float = 1e-7, end: float = 10.0, steps: int = 100) -> list[float]:
-    """Return rates from `start` to `end`, each greater by the same amount than the one before.
-
-    Raises:
-        ValueError: as `exponential`.
-    """
-    _check_ends(start, end, steps)
-    return [start + (end - start) * step / (steps - 1) for step in range(steps)]
-
-
 async def lr_range_test(  # noqa: PLR0913 -- what is trained, and how the curve is judged
     trainer: AnyEngine,
     model: torch.nn.Module,
+    *,
     optimizer: torch.optim.Optimizer,
     data: Any,
-    rates: Sequence[float] | None = None,
-    *,
+    rates: Iterable[float] | None = None,
     smoothing: float = 0.05,
     divergence: float = 5.0,
     output_transform: Callable[[Any], Any] = lambda output: output,
-    also: Iterable[Stateful] = (),
+    preserve: Iterable[Stateful] = (),
 ) -> LRRange:
     """Run a trainer's step over data, each step of the optimizer with the next rate, and restore everything.
 
@@ -135,14 +118,15 @@ async def lr_range_test(  # noqa: PLR0913 -- what is trained, and how the curve 
         optimizer: the optimizer whose rate grows. If its parameter groups have different rates, or different
             `initial_lr` where there is a scheduler, the ratios between them stay, and `rates` are for the first group.
         data: as of `run()`. It is restarted when it ends before the rates do. A position that it keeps from one pass to
-            the next is not restored, unless it is among `also`.
-        rates: one for each step of the optimizer, rising; by default `exponential()`.
+            the next is not restored, unless it is among `preserve`.
+        rates: one for each step of the optimizer, rising; by default 100 from 1e-7 to 10, each the same multiple of the
+            one before. For instance `torch.logspace(-5, 0, 60).tolist()`.
         smoothing: the weight of a new loss in the smoothed loss, an exponential average; 1 for no smoothing. It lags
             behind by some `1 / smoothing` steps, and so does the suggestion: take several times as many steps.
         divergence: the test ends when the smoothed loss is so many times its least value, or is not finite. Where the
             least value is negative, when it is above it by `divergence - 1` times its absolute value.
         output_transform: takes the loss from the trainer's output: a number, or a tensor of one.
-        also: objects with `state_dict` and `load_state_dict` that the step changes as well, such as a GradScaler.
+        preserve: objects with `state_dict` and `load_state_dict` that the step changes as well, such as a GradScaler.
 
     Raises:
         EngineBusy: the trainer is running.
@@ -154,22 +138,22 @@ async def lr_range_test(  # noqa: PLR0913 -- what is trained, and how the curve 
     """
     if not isinstance(trainer, Engine):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(
-            "lr_range_test(trainer, model, optimizer, data) takes the engine that trains the model first, got"
+            "lr_range_test(trainer, model, optimizer=..., data=...) takes the engine that trains the model first, got"
             f" {trainer!r}"
         )
-    sweep = _Sweep(optimizer, exponential() if rates is None else rates, smoothing, divergence, output_transform)
+    sweep = _Sweep(optimizer, _DEFAULT_RATES if rates is None else rates, smoothing, divergence, output_transform)
     if not isinstance(model, torch.nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(
-            "lr_range_test(trainer, model, optimizer, data) takes a torch.nn.Module, to restore it; several as"
+            "lr_range_test(trainer, model, optimizer=..., data=...) takes a torch.nn.Module, to restore it; several as"
             f" torch.nn.ModuleList([...]); got {model!r}"
         )
     session = session_of(trainer)
-    step, thread = session.step, None if session.threaded else False
-    updates = [one for one in trainer.stateful_listeners() if isinstance(one, Update)]
+    step, thread = session.step, session.threaded
+    updates = [one for one in stateful_listeners(trainer) if isinstance(one, OptimizerUpdate)]
 
     def end_step() -> None:
-        # At the trainer's ITERATION_COMPLETED, which is not fired here, an Update notes that no step is under way. It
-        # does so as well when a state is loaded.
+        # At the trainer's ITERATION_COMPLETED, which is not fired here, an OptimizerUpdate notes that no step is under
+        # way. It does so as well when a state is loaded.
         for update in updates:
             update.load_state_dict(update.state_dict())
 
@@ -183,7 +167,7 @@ async def lr_range_test(  # noqa: PLR0913 -- what is trained, and how the curve 
     test.add_event_handler(Events.ITERATION_COMPLETED, sweep.record)
     with (
         session.busy(),  # so that a run of the trainer is refused meanwhile
-        _restored(trainer, model, optimizer, data, also),
+        _restored(trainer, model, optimizer, data, preserve),
         sweep.counting_steps(),
     ):
         await test.run(data, max_epochs=sys.maxsize)  # until the sweep terminates it
@@ -196,7 +180,7 @@ class _Sweep:
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
-        rates: Sequence[float],
+        rates: Iterable[float],
         smoothing: float,
         divergence: float,
         output_transform: Callable[[Any], Any],
@@ -287,7 +271,11 @@ def _number(loss: Any) -> float:
 
 @contextmanager
 def _restored(
-    trainer: AnyEngine, model: torch.nn.Module, optimizer: torch.optim.Optimizer, data: Any, also: Iterable[Stateful]
+    trainer: AnyEngine,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    data: Any,
+    preserve: Iterable[Stateful],
 ) -> Generator[None]:
     """Restore everything at the end, what was kept last first. If one fails, the others are restored all the same."""
     with ExitStack() as kept:
@@ -296,11 +284,13 @@ def _restored(
         else:
             kept.callback(restore_process, capture_process())
         kept.callback(_keep_state(trainer.state))
-        kept.callback(_keep_model(model, optimizer))  # restored after the handlers, as an Update restores gradients too
+        kept.callback(
+            _keep_model(model, optimizer)
+        )  # restored after the handlers, as an OptimizerUpdate restores gradients too
         kept.callback(_keep_optimizer(optimizer))
-        for one in (*trainer.stateful_listeners(), *also):
+        for one in (*stateful_listeners(trainer), *preserve):
             if isinstance(one, GradientStatistics):  # its state_dict lacks the measured values
-                kept.callback(one.keep())
+                kept.callback(keep_measurements(one))
             else:
                 kept.callback(one.load_state_dict, copy.deepcopy(one.state_dict()))
         yield
@@ -373,20 +363,14 @@ def _keep_optimizer(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
 # Arguments
 
 
-def _check_ends(start: float, end: float, steps: int) -> None:
-    if not 0 < start < end < math.inf:
-        raise ValueError(f"the rates of a range test rise, from more than 0; got {start!r} to {end!r}")
-    check_whole(steps, "steps=", minimum=_MIN_STEPS)
-
-
 def _check_rates(rates: Any) -> tuple[float, ...]:
     if not isinstance(rates, Iterable):
-        raise TypeError(f"rates= are several, such as exponential(1e-7, 10.0, steps=100); got {rates!r}")
+        raise TypeError(f"rates= are several, such as torch.logspace(-7, 1, 100).tolist(); got {rates!r}")
     rising = tuple(float(rate) for rate in rates)  # pyright: ignore[reportUnknownVariableType]
     if len(rising) < _MIN_STEPS or not all(0 < one < other < math.inf for one, other in pairwise(rising)):
         raise ValueError(
-            f"the rates of a range test are {_MIN_STEPS} or more, rising, from more than 0, as exponential() and"
-            f" linear() make them; got {len(rising)}: {rising[:5]}"
+            f"the rates of a range test are {_MIN_STEPS} or more, rising, from more than 0, such as"
+            f" torch.logspace(-7, 1, 100).tolist(); got {len(rising)}: {rising[:5]}"
         )
     return rising
 
