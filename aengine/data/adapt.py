@@ -101,8 +101,19 @@ def is_factory(data: Any) -> bool:
     return callable(data) and not has(data, "__aiter__") and not is_iterable(data)
 
 
+def unwrapped(data: Any) -> Any:
+    """Return what this wraps, at any depth, as it says itself by `__wrapped__`, as functools.wraps() has it."""
+    while (inner := getattr(data, "__wrapped__", None)) is not None:
+        data = inner
+    return data
+
+
 def is_one_shot(data: Any) -> bool:
-    """Say whether this is its own iterator, without an `__iter__` written in Python, which could restart it."""
+    """Say whether this is its own iterator, without an `__iter__` written in Python, which could restart it.
+
+    An iterator that wraps another one is what that is.
+    """
+    data = unwrapped(data)
     again, following = ("__aiter__", "__anext__") if is_async_iterable(data) else ("__iter__", "__next__")
     if has(data, following) and has(data, again):
         return not isinstance(getattr(type(data), again), FunctionType)

@@ -4,6 +4,7 @@ One prefetcher serves one pass over the data, from where its iterator stands to 
 data has ended, so the next pass begins when the loop asks for it, after the handlers of EPOCH_STARTED.
 """
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
@@ -390,6 +391,15 @@ def _report_errors(report: Callable[[BaseException], None], buffer: Buffer | Non
         if error is not None:
             report(error)
         del error
+
+
+def reporter(logger: logging.Logger, name: str) -> Callable[[BaseException], None]:
+    """Return a function that logs an error of the data, of this name, for which nothing waits any more."""
+
+    def report(error: BaseException) -> None:
+        logger.error("the data (%s) failed when its run was over", name, exc_info=error)
+
+    return report
 
 
 Prefetcher: TypeAlias = TaskPrefetcher | ThreadPrefetcher

@@ -11,23 +11,30 @@ from collections.abc import Awaitable, Callable, Generator, Iterable, Mapping
 from concurrent.futures import Future
 from functools import partial
 from types import AsyncGeneratorType, GeneratorType
-from typing import Any, NoReturn
+from typing import Any
 
 import anyio
 
-from aengine.data.adapt import Adapted, is_stateful
+from aengine.data.adapt import Adapted, is_stateful, unwrapped
+from aengine.data.finish import Finish
 from aengine.data.managed import ManagedData, RunContext
 from aengine.data.opened import OpenedData
 from aengine.data.position import DataPosition
-from aengine.data.prefetch import Buffer, ClosingInThread, Fetched, Prefetcher, TaskPrefetcher, ThreadPrefetcher
+from aengine.data.prefetch import (
+    Buffer,
+    ClosingInThread,
+    Fetched,
+    Prefetcher,
+    TaskPrefetcher,
+    ThreadPrefetcher,
+    reporter,
+)
+from aengine.data.taking import PENDING, arrive_never, end_of_data, raise_stop, take_later, without_stop
 from aengine.errors import StrayCancellation
 from aengine.state import State
 from aengine.threads.dedicated import DedicatedThread, wait_until_done
 from aengine.threads.event_loop import EventLoopHandle
 from aengine.threads.thread_state import context_for_thread
-
-PENDING: Any = object()
-"""What `take()` returns when the next batch must be awaited; and what is awaited, where it is to be taken after all."""
 
 
 class Source:
@@ -40,9 +47,10 @@ class Source:
         position: where it stands, and what of it was fetched and not stepped on.
         take: returns the next batch, or PENDING; raises StopIteration at the end of the data.
         arrival: returns an awaitable of the next batch, which raises StopAsyncIteration at the end. It may return
-            PENDING: then the data was entered, and `take()` is called again, on the thread of the loop.
+            PENDING: then `take()` is called again, on the thread of the loop, as where the data was entered.
         has_ended: whether the end was met, so that only a restart gives more.
         opened: what is iterated: the data itself, or what it made or gave when it was called or entered.
+        finish: what of a batch that has yet to be finished is to be done as it is taken.
         run: the run on an event loop that reads this; without one nothing is awaited.
         follows: the state whose `epoch_length` is that of the pass under way; None where it is fixed.
     """
@@ -65,6 +73,7 @@ class Source:
         self.run: RunContext | None = None
         self.follows: State | None = None
         self._logger = logger
+        self._report = reporter(logger, data.name)
         self._is_manager = data.is_manager
         self._managed: ManagedData | None = None  # while it is entered
         self._is_put_back = False  # the context manager was, before it was entered
@@ -76,8 +85,8 @@ class Source:
         self._worker: DedicatedThread | None = None  # that of an interrupted run, which has pulled what is open
         self._making: Future[bool] | None = None  # the call of a function that makes the data, in that thread
         self._begun_in: EventLoopHandle | None = None  # where an async iterator was begun that outlives a run
-        self.arrival: Callable[[], Awaitable[Any]] = self._open_and_wait
-        self.take: Callable[[], Any] = self._open_and_take
+        self.finish = Finish()
+        self._use(self._open_and_take, self._open_and_wait)
 
     def attach(self, run: RunContext | None) -> None:
         """A run on an event loop begins, or goes on, and reads this; None when it is over.
@@ -97,24 +106,53 @@ class Source:
     def resume_at(self, position: Mapping[str, Any], completed: int) -> None:
         """Go on, at the next fetch, from a position of `position.after()`, in a loop that has completed so much."""
         if self.position.resume_at(position, completed):
-            self.has_ended, self.take = True, _raise_stop
+            self.has_ended = True
+            self._use(raise_stop)
 
     def end(self, completed: int) -> None:
         """The end of the data was met: from now on only `restart` gives more."""
         self.has_ended = True
-        self.take = _raise_stop
+        self._use(raise_stop)
         self.position.end(completed)
 
     def restart(self, completed: int) -> None:
         """Begin the data again at the next fetch. What is open has been closed; what is unread is dropped."""
-        self.has_ended = self._is_closed = False
-        self.take, self.arrival = self._open_and_take, self._open_and_wait
+        self.has_ended = self._is_closed = self.finish.is_missing = False
+        self._use(self._open_and_take, self._open_and_wait)
         self.position.restart(completed)
 
     def unread_batch(self, batch: Any) -> None:
         """Take back the batch in hand, which was not stepped on: it is the next one."""
-        self.position.unread_batch(batch)
-        self.take = self._take_unread
+        self.position.unread_batch(self.finish.as_fetched(batch))
+        self.finish.drop()
+        self._use(self._take_unread)
+
+    # Taking
+
+    def _use(self, take: Callable[[], Any], arrival: Callable[[], Awaitable[Any]] | None = None) -> None:
+        """Have batches taken, and awaited, so from now on."""
+        self._take, self._arrival = take, arrival or self._arrival
+        if self.finish.is_missing:
+            self.take, self.arrival = self._take, self._arrival
+        else:
+            self.take, self.arrival = self._take_finished, self._arrival_unfinished
+
+    def _take_finished(self) -> Any:
+        self.finish.drop()
+        batch = self._take()
+        try:
+            return batch if batch is PENDING else self.finish(batch)
+        except BaseException:
+            self.unread_batch(batch)
+            raise
+
+    async def _arrival_unfinished(self) -> Any:
+        """What is awaited is awaited on the event loop: have the batch taken again, on the thread of the loop."""
+        batch = await self._arrival()
+        if batch is not PENDING and self.finish.hook is not None:
+            self.unread_batch(batch)
+            return PENDING
+        return batch
 
     # Opening
 
@@ -123,22 +161,19 @@ class Source:
         if data is _NOT_ENTERED:
             return PENDING
         if data is None:
-            self.take = lambda: None
+            self.finish.look_for(data)
+            self._use(lambda: None)
             return None
         opened = self._pass = OpenedData(data, self.data, self.position, self._put_back)
         run = self.run
         # Where a thread of its own would not have what is in force here, plain data is pulled here.
-        if run is not None and run.prefetch and (run.settings.bound is None or opened.make()):
-            self.take, self.arrival = _take_later, self._open_ahead
-            return PENDING
-        if opened.make():
-            self.take = _take_later
+        is_ahead = run is not None and run.prefetch and (run.settings.bound is None or opened.make())
+        if is_ahead or opened.make():
+            self._use(take_later, self._open_ahead if is_ahead else None)
             return PENDING
         opened.open()
         self._choose()
-        batch = self.take()
-        self._took_first(batch)
-        return batch
+        return self._took_first(self._take())
 
     async def _open_and_wait(self) -> Any:
         if self._entered is _NOT_ENTERED:
@@ -148,19 +183,19 @@ class Source:
         assert opened is not None, "made by take()"  # noqa: S101
         await opened.open_async()
         self._choose()
-        batch = _without_stop(self.take)
+        batch = without_stop(self._take)
         if batch is PENDING:
-            batch = await self.arrival()
-        self._took_first(batch)
-        return batch
+            batch = await self._arrival()
+        return self._took_first(batch)
 
-    def _took_first(self, batch: Any) -> None:
+    def _took_first(self, batch: Any) -> Any:
         """Only now is the length surely that of this pass: samplers may plan it as its first batch is fetched."""
         position, state, known = self.position, self.follows, self.position.said
         position.took_first(batch)
         length = position.ask_length()
         if state is not None and length not in (None, known) and position.origin == state.epoch_start:
             state.epoch_length = length
+        return batch
 
     async def _enter(self) -> None:
         assert self.run is not None, "what is awaited is awaited on an event loop"  # noqa: S101
@@ -177,6 +212,7 @@ class Source:
 
     def _put_back(self, made: Any) -> None:
         self.opened = made
+        self.finish.look_for(made)
         if not self._is_put_back:
             self.position.put_back(self.data if self._is_manager and is_stateful(self.data) else made)
         self._is_put_back = False
@@ -186,16 +222,15 @@ class Source:
         position, opened = self.position, self._pass
         has_state = position.stateful is not None
         if position.unread:
-            self.take = self._take_unread
+            self._use(self._take_unread)
         elif self._prefetcher is not None:
-            self.take, self.arrival = self._take_ahead, self._arrival_ahead
+            self._use(self._take_ahead, self._arrival_ahead)
         elif opened is None:
-            self.take = _raise_stop
+            self._use(raise_stop)
         elif opened.is_async:
-            self.take = _take_later
-            self.arrival = self._arrival_of_stateful if has_state else opened.iterator.__anext__
+            self._use(take_later, self._arrival_of_stateful if has_state else opened.iterator.__anext__)
         else:
-            self.take = self._take_of_stateful if has_state else opened.iterator.__next__
+            self._use(self._take_of_stateful if has_state else opened.iterator.__next__)
 
     def _take_unread(self) -> Any:
         fetched = self.position.unread.popleft()
@@ -232,8 +267,8 @@ class Source:
             opened.make()
         self._pull_ahead(opened, run)
         batch = await self._arrival_ahead()
-        self._took_first(batch)
-        return batch
+        self._choose()  # only now it is known whether the data has a hook
+        return self._took_first(batch)
 
     def _pull_ahead(self, opened: OpenedData, run: RunContext) -> None:
         buffer = Buffer(run.prefetch or 1, run.loop_handle)
@@ -243,17 +278,14 @@ class Source:
             run.spawn(self._prefetcher.pull, self._prefetcher.never_started)
         else:
             thread = self._thread_of(run)
-            report = _reporter(self._logger, self.name)
-            self._prefetcher = ThreadPrefetcher(buffer, opened, begin, state, thread, report)
-        self.take, self.arrival = self._take_ahead, self._arrival_ahead
+            self._prefetcher = ThreadPrefetcher(buffer, opened, begin, state, thread, self._report)
+        self._use(self._take_ahead, self._arrival_ahead)
 
     def _begin_ahead(self, buffer: Buffer, run: RunContext) -> None:
         """The data is open. Called where it is pulled, while the loop waits for the first batch."""
         unread, fetched = self.position.unread, self.position.fetched
-        if run.prefetch:
-            buffer.begin(unread, lambda more: run.can_use(fetched + more))
-        else:  # an interrupted run goes on with data that another thread has pulled ahead: now only on demand
-            buffer.begin(unread, lambda _: False)
+        # Without prefetch= an interrupted run goes on with data that another thread has pulled ahead: now on demand.
+        buffer.begin(unread, lambda more: bool(run.prefetch) and run.can_use(fetched + more))
         unread.clear()
 
     def _thread_of(self, run: RunContext) -> DedicatedThread:
@@ -267,7 +299,7 @@ class Source:
 
     async def _arrival_ahead(self) -> Any:
         await self._buffer.arrival()
-        return _without_stop(self._take_ahead)
+        return without_stop(self._take_ahead)
 
     @property
     def _buffer(self) -> Buffer:
@@ -312,17 +344,17 @@ class Source:
                 self._thread.settle()
             if not prefetcher.buffer.has_ended:
                 self._keep_what_was_pulled()
-                self.take = self._take_after_suspension
+                self._use(self._take_after_suspension)
         if self._is_async_of_ours and self.run is not None:
             self._begun_in = self.run.loop_handle
         if self._is_manager:  # it is exited with this run, and entered by the next
             is_ahead = self._prefetcher is not None and self._buffer.has_ended
             error = self._buffer.unreported() if is_ahead else None
             yield from self.close_pass()
-            self._entered, self._is_closed = _NOT_ENTERED, False
-            self.take, self.arrival = self._open_and_take, self._open_and_wait
+            self._entered, self._is_closed, self.finish.is_missing = _NOT_ENTERED, False, False
+            self._use(self._open_and_take, self._open_and_wait)
             if is_ahead or self.has_ended:  # it goes on with what was pulled, then the end; a restart enters it again
-                self._pass = OpenedData(_end_of_data(error), None, self.position, lambda _: None)
+                self._pass = OpenedData(end_of_data(error), None, self.position, lambda _: None)
                 self._pass.make()
                 self._pass.open()
                 self._choose()
@@ -349,7 +381,7 @@ class Source:
         return self._worker is not None
 
     def _take_after_suspension(self) -> Any:
-        self.take, self.arrival = _take_later, self._arrival_after_suspension
+        self._use(take_later, self._arrival_after_suspension)
         return PENDING
 
     async def _arrival_after_suspension(self) -> Any:
@@ -359,8 +391,8 @@ class Source:
             self._pull_ahead(opened, run)
         else:
             self._choose()
-        taken = _without_stop(self.take)
-        return await self.arrival() if taken is PENDING else taken
+        taken = without_stop(self._take)
+        return await self._arrival() if taken is PENDING else taken
 
     def _keep_what_was_pulled(self) -> None:
         self.position.unread.extend(self._buffer.unread())
@@ -404,12 +436,12 @@ class Source:
         elif opened is not None and opened.is_async:
             await opened.aclose()
         elif opened is not None and self._thread is not None:  # it was left open by an interruption
-            await ClosingInThread(self._thread, opened, _reporter(self._logger, self.name)).wait()
+            await ClosingInThread(self._thread, opened, self._report).wait()
 
     def close(self) -> None:
         """Close what takes no await, on the thread that has pulled it. Does nothing a second time."""
         # Bound methods of its own would keep this alive until the collector runs, and a DataLoader's workers with it.
-        self.take, self.arrival = _raise_stop, _arrive_never
+        self.take, self.arrival = self._take, self._arrival = raise_stop, arrive_never
         self._is_closed = True
         opened, is_elsewhere = self._pass, self._thread is not None or self._worker is not None
         if opened is not None and not opened.is_async and not is_elsewhere:
@@ -423,7 +455,7 @@ class Source:
         if isinstance(prefetcher, ThreadPrefetcher):
             prefetcher.close_soon()
         elif thread is not None and opened is not None:
-            ClosingInThread(thread, opened, _reporter(self._logger, self.name)).leave()
+            ClosingInThread(thread, opened, self._report).leave()
         is_busy = self._is_thread_busy
         self.close()
         self._pass = self._prefetcher = self._thread = self._worker = None
@@ -461,40 +493,7 @@ class Source:
     @property
     def _is_generator_of_users(self) -> bool:
         opened = self._pass
-        return opened is not None and not opened.is_ours and isinstance(opened.iterator, AsyncGeneratorType)
+        return opened is not None and not opened.is_ours and isinstance(unwrapped(opened.iterator), AsyncGeneratorType)
 
 
 _NOT_ENTERED = object()
-
-
-def _take_later() -> Any:
-    return PENDING
-
-
-def _reporter(logger: logging.Logger, name: str) -> Callable[[BaseException], None]:
-    def report(error: BaseException) -> None:
-        logger.error("the data (%s) failed when its run was over", name, exc_info=error)
-
-    return report
-
-
-def _end_of_data(error: BaseException | None) -> Generator[NoReturn]:
-    if error is not None:
-        raise error
-    yield from ()
-
-
-def _without_stop(take: Callable[[], Any]) -> Any:
-    """Take a batch in a coroutine, which cannot raise StopIteration."""
-    try:
-        return take()
-    except StopIteration:
-        raise StopAsyncIteration from None
-
-
-def _raise_stop() -> NoReturn:
-    raise StopIteration
-
-
-async def _arrive_never() -> NoReturn:
-    raise StopAsyncIteration

@@ -8,8 +8,7 @@ Needs the API of OpenTelemetry, which does nothing by itself: the SDK and an exp
 
 import re
 import threading
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Awaitable, Iterator, Mapping, Sequence
 from time import perf_counter, time_ns
 from typing import Any, NamedTuple, TypeAlias
 
@@ -110,11 +109,6 @@ class Instrumentation:
         meter_provider: gives the meter; likewise.
         every: one iteration in so many is a span.
 
-    Attributes:
-        context: OpenTelemetry's context with the span of the run under way, None between runs. For code that Python's
-            context variables do not reach: a subscriber's handler gives it to `tracer.start_span(context=...)`, or
-            hands it to `opentelemetry.context.attach` before it runs another engine.
-
     Raises:
         ValueError: `every` is no whole number, or less than 1.
     """
@@ -126,24 +120,25 @@ class Instrumentation:
         meter_provider: metrics.MeterProvider | None = None,
         every: int = 100,
     ) -> None:
-        self.context: Context | None = None
-        self._engine_name = ""
         self._every = check_whole(every, "every=", minimum=1, of="iterations")
         self._attachment = Attachment(self)
         self._tracer = trace.get_tracer(_NAME, tracer_provider=tracer_provider)
-        self._costs = _Costs(metrics.get_meter(_NAME, meter_provider=meter_provider))
-        self._run: _Open | None = None
-        self._epoch: _Open | None = None
-        self._iteration: _Open | None = None
-        self._stopped_at: float | None = None
-        self._interrupted: Span | None = None  # of the run that was interrupted, and may go on
-        self._was_in_epoch = False  # when it was interrupted
-        self._until_resumed = RemovableEventHandle(lambda: None)  # the handler of its next event
+        self._meter = metrics.get_meter(_NAME, meter_provider=meter_provider)
+        self._spans: _Spans | None = None  # until it is attached
+
+    @property
+    def context(self) -> Context | None:
+        """OpenTelemetry's context with the span of the run under way, None between runs.
+
+        For code that Python's context variables do not reach: a subscriber's handler gives it to
+        `tracer.start_span(context=...)`, or hands it to `opentelemetry.context.attach` before it runs another engine.
+        """
+        return None if self._spans is None else self._spans.context
 
     def attach(self, engine: AnyEngine) -> RemovableEventHandle:
         """Trace the runs of an engine, also the one under way.
 
-        What is returned removes it again; the spans that are open then end.
+        What is returned removes it again; during a run, the spans that are open then end, without a stop reason.
 
         Raises:
             TypeError: this is no engine.
@@ -152,40 +147,56 @@ class Instrumentation:
         return self._attachment.begin(engine, self._listen(engine))
 
     def _listen(self, engine: AnyEngine) -> Iterator[RemovableEventHandle]:
-        self._engine_name = engine.name
+        spans = self._spans = _Spans(self._tracer, _Costs(self._meter, engine.name), engine.name)
         name = f"spans of {engine.name}"
-        end_of_run = _EndOfRun(self._end_run)
-        service = engine.add_service(end_of_run, on_error="log", name=name)
-        yield RemovableEventHandle(partial(self._leave, end_of_run, service))
+        yield engine.add_service(spans, on_error="log", name=name)
         started, completed = Events.ITERATION_STARTED(every=self._every), Events.ITERATION_COMPLETED(every=self._every)
-        yield engine.add_event_handler(Events.STARTED, self._begin_run)
-        yield engine.add_event_handler(Events.EPOCH_STARTED, self._begin_epoch)
-        yield engine.add_event_handler(started, self._begin_iteration)
-        yield engine.add_event_handler(Events.TERMINATE_SINGLE_EPOCH, self._note_end_of_epoch)
+        yield engine.add_event_handler(Events.STARTED, spans.begin_run)
+        yield engine.add_event_handler(Events.EPOCH_STARTED, spans.begin_epoch)
+        yield engine.add_event_handler(started, spans.begin_iteration)
+        yield engine.add_event_handler(Events.TERMINATE_SINGLE_EPOCH, spans.note_end_of_epoch)
         for event in _STOPS:
-            yield engine.add_event_handler(event, self._stop, event.value)
-        yield engine.add_event_handler(Events.EXCEPTION_RAISED, self._fail)
+            yield engine.add_event_handler(event, spans.stop, event.value)
+        yield engine.add_event_handler(Events.EXCEPTION_RAISED, spans.fail)
 
         # A snapshot is taken after all inline handlers, in whatever order they were added: all are within the span.
-        leave, leave_epoch = self._leave_iteration, self._leave_epoch
-        yield engine.subscribe(completed, self._end_iteration, snapshot=leave, on_error="log", name=name)
-        yield engine.subscribe(Events.EPOCH_COMPLETED, self._end, snapshot=leave_epoch, on_error="log", name=name)
+        leave, leave_epoch = spans.leave_iteration, spans.leave_epoch
+        yield engine.subscribe(completed, spans.end_iteration, snapshot=leave, on_error="log", name=name)
+        yield engine.subscribe(Events.EPOCH_COMPLETED, spans.end, snapshot=leave_epoch, on_error="log", name=name)
+        yield RemovableEventHandle(spans.forget)  # first of all, when it is removed
 
-    def _leave(self, end_of_run: "_EndOfRun", service: RemovableEventHandle) -> None:
-        end_of_run.is_removed = True
-        service.remove()
+
+class _Spans(Service):
+    """The spans of one engine's runs, as long as an Instrumentation is attached to it."""
+
+    def __init__(self, tracer: trace.Tracer, costs: "_Costs", engine_name: str) -> None:
+        self.context: Context | None = None
+        self._tracer = tracer
+        self._costs = costs
+        self._engine_name = engine_name
+        self._run: _Open | None = None
+        self._epoch: _Open | None = None
+        self._iteration: _Open | None = None
+        self._stopped_at: float | None = None
+        self._interrupted: Span | None = None  # of the run that was interrupted, and may go on
+        self._was_in_epoch = False  # when it was interrupted
+        self._until_resumed = RemovableEventHandle(lambda: None)  # the handler of its next event
+        self._is_removed = False  # though handlers of the event under way are still called
+
+    def forget(self) -> None:
+        """Begin and leave no span any more: those that are open end with the service."""
+        self._is_removed = True
         self._until_resumed.remove()
-        self._interrupted = None
 
     # Beside the step, in a thread
 
-    def _end_iteration(self, event: Event) -> None:
+    def end_iteration(self, event: Event) -> None:
         ended: _Ended = event.snapshot
         for opened in ended.opened:
             self._costs.took(event.monotonic - opened.began)
-        self._end(event)
+        self.end(event)
 
-    def _end(self, event: Event) -> None:
+    def end(self, event: Event) -> None:
         ended: _Ended = event.snapshot
         for opened in ended.opened:
             opened.end(event.monotonic)
@@ -193,29 +204,39 @@ class Instrumentation:
 
     # Inline, where the step runs
 
-    def _begin_run(self, engine: AnyEngine) -> Awaitable[None]:
+    def begin_run(self, engine: AnyEngine) -> Awaitable[None] | None:
+        if self._is_removed:
+            return None
         self._interrupted = None  # this run begins anew
         return _enter(self._ensure_run(engine))
 
-    def _begin_epoch(self, engine: AnyEngine) -> Awaitable[None]:
+    def begin_epoch(self, engine: AnyEngine) -> Awaitable[None] | None:
+        if self._is_removed:
+            return None
         run = self._ensure_run(engine)
         for opened in self._take_epoch():  # of an epoch whose EPOCH_COMPLETED was skipped
             opened.end(perf_counter())
         return _enter(self._open_epoch(engine, run))
 
-    def _begin_iteration(self, engine: AnyEngine) -> None:
+    def begin_iteration(self, engine: AnyEngine) -> None:
+        if self._is_removed:
+            return
         outside = self._ensure_run(engine) if self._epoch is None else self._epoch.context
         attributes = {"aengine.iteration": engine.state.iteration, "aengine.epoch": engine.state.epoch}
         self._iteration = self._open("iteration", outside, attributes)
         context.attach(self._iteration.context)
 
-    def _leave_iteration(self, engine: AnyEngine) -> "_Ended":
+    def leave_iteration(self, engine: AnyEngine) -> "_Ended":
+        if self._is_removed:
+            return _Ended(engine, ())
         run = self._ensure_run(engine)
         iteration, self._iteration = self._iteration, None
         context.attach(run if self._epoch is None else self._epoch.context)
         return _Ended(engine, () if iteration is None else (iteration,))
 
-    def _leave_epoch(self, engine: AnyEngine) -> Awaitable["_Ended"]:
+    def leave_epoch(self, engine: AnyEngine) -> "Awaitable[_Ended] | _Ended":
+        if self._is_removed:
+            return _Ended(engine, ())
         run = self._ensure_run(engine)
         return _enter(run, _Ended(engine, self._take_epoch()))
 
@@ -225,21 +246,27 @@ class Instrumentation:
         self._iteration = self._epoch = None
         return opened
 
-    def _note_end_of_epoch(self) -> None:
+    def note_end_of_epoch(self) -> None:
         if self._epoch is not None:
             self._epoch.span.add_event("aengine.epoch_terminated")
 
-    def _stop(self, _: AnyEngine, how: str) -> Awaitable[None] | None:
+    def stop(self, _: AnyEngine, how: str) -> Awaitable[None] | None:
         self._stopped_at = perf_counter()
-        if self._run is None:
+        if self._run is None or self._is_removed:
             return None
         self._run.span.add_event(f"aengine.{how}")
         return _enter(self._run.context)  # what the handlers of COMPLETED do is not in the epoch
 
-    def _fail(self) -> None:
+    def fail(self) -> None:
         self._stopped_at = perf_counter()
 
     # Runs
+
+    async def run_ended(self, engine: AnyEngine, reason: StopReason, error: BaseException | None) -> None:
+        self._end_run(engine, reason, error)
+
+    def run_abandoned(self, engine: AnyEngine, reason: StopReason, error: BaseException | None) -> None:
+        self._end_run(engine, None if self._is_removed else reason, error)  # the run goes on
 
     def _ensure_run(self, engine: AnyEngine) -> Context:
         """Return the context of the run. Begins its span if this is the first event of it that is seen."""
@@ -257,14 +284,16 @@ class Instrumentation:
         links = () if interrupted is None else (Link(interrupted.get_span_context()),)
         self._run = self._open("run", context.get_current(), attributes, links)
         self.context = self._run.context
-        self._costs.begin(engine)
+        self._costs.begin(engine.statistics())
         self._stopped_at = None
         if interrupted is not None and self._was_in_epoch:
             self._open_epoch(engine, self.context)
         self._interrupted, self._was_in_epoch = None, False
         return self.context
 
-    def _resume(self, engine: AnyEngine) -> Awaitable[None]:
+    def _resume(self, engine: AnyEngine) -> Awaitable[None] | None:
+        if self._is_removed:
+            return None
         run = self._ensure_run(engine)
         return _enter(run if self._epoch is None else self._epoch.context)
 
@@ -284,7 +313,7 @@ class Instrumentation:
             return
         if reason is not StopReason.FAILED:  # a Ctrl-C cancels a run
             error = None
-        if reason is StopReason.INTERRUPTED:
+        if reason is StopReason.INTERRUPTED and not self._is_removed:
             self._interrupted, self._was_in_epoch = run.span, self._epoch is not None
             # No STARTED comes when it goes on: its span begins with its next event, whichever that is.
             self._until_resumed = engine.add_event_handler(_FIRST_OF_RESUMED, lambda *_: self._resume(engine))
@@ -308,20 +337,6 @@ class Instrumentation:
             f"{what} {self._engine_name}", outside, attributes=known, links=links, start_time=now
         )
         return _Open(span, trace.set_span_in_context(span, outside), began, now)
-
-
-class _EndOfRun(Service):
-    """Calls a function at the end of each run, however it ends; without a reason where it is removed during the run."""
-
-    def __init__(self, end_run: Callable[[AnyEngine, StopReason | None, BaseException | None], None]) -> None:
-        self._end_run = end_run
-        self.is_removed = False
-
-    async def run_ended(self, engine: AnyEngine, reason: StopReason, error: BaseException | None) -> None:
-        self._end_run(engine, reason, error)
-
-    def run_abandoned(self, engine: AnyEngine, reason: StopReason, error: BaseException | None) -> None:
-        self._end_run(engine, None if self.is_removed else reason, error)
 
 
 class _Open:
@@ -349,8 +364,8 @@ class _Ended(NamedTuple):
 class _Costs:
     """Where the time of a run goes, as metrics: the differences between two calls of `engine.statistics()`."""
 
-    def __init__(self, meter: metrics.Meter) -> None:
-        self._engine: Attributes = {}
+    def __init__(self, meter: metrics.Meter, engine_name: str) -> None:
+        self._engine: Attributes = {"aengine.engine": engine_name}
         self._iterations = meter.create_counter("aengine.iterations", "{iteration}", "Iterations begun")
         self._time = meter.create_counter("aengine.time", "s", "Time of the loop, by what it was spent on")
         self._duration = meter.create_histogram(
@@ -363,9 +378,7 @@ class _Costs:
         self._spent: dict[str, float] = {}
         self._lock = threading.Lock()  # two subscribers, each with a thread, and the end of the run add to them
 
-    def begin(self, engine: AnyEngine) -> None:
-        now = engine.statistics()
-        self._engine = {"aengine.engine": engine.name}
+    def begin(self, now: EngineStatistics) -> None:
         self._counted, self._spent = now.iteration, _spent(now)
 
     def took(self, seconds: float) -> None:

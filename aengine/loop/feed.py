@@ -4,7 +4,8 @@ from collections.abc import Awaitable, Generator
 from typing import Any
 
 from aengine.data.rewind import END
-from aengine.data.source import PENDING, Source
+from aengine.data.source import Source
+from aengine.data.taking import PENDING
 from aengine.errors import DataExhausted
 from aengine.loop.effects import Effect, LoopGenerator, NextBatch
 from aengine.state import State, set_dataloader
@@ -20,7 +21,7 @@ class Feed:
     Attributes:
         source: the data; another source from `change()` on.
         in_hand: the batch that was fetched and not stepped on, else END. Set by the loop, which is the hot path.
-        consumed: the batch stepped on last, as it was fetched, until another is fetched, else None; likewise.
+        consumed: the batch stepped on last, until another is fetched, else None; likewise.
         is_awaited: whether what the loop yielded last is the next batch. Set by the loop, likewise.
         empty: the error of data that gave nothing at all, after which no event is fired.
     """
@@ -156,7 +157,8 @@ class Feed:
         position, following = self.source.position, self.in_hand
         if following is END and self._is_closed and position.unread:
             following = position.unread[0].batch
-        return position.with_check(position.after(completed), self.consumed, following)
+        as_fetched = self.source.finish.as_fetched
+        return position.with_check(position.after(completed), as_fetched(self.consumed), as_fetched(following))
 
     def exhaustion(self, completed: int) -> str:
         """Return the sentence that says that the data has ended too early, and what to pass instead."""

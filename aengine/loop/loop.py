@@ -16,7 +16,8 @@ from aengine.bus.topic import Topic
 from aengine.callables import is_awaitable, refuse_stop_iteration
 from aengine.data.managed import RunContext
 from aengine.data.rewind import END
-from aengine.data.source import PENDING, Source
+from aengine.data.source import Source
+from aengine.data.taking import PENDING
 from aengine.errors import DataExhaustedWarning, HandlerTimeout, StrayCancellation
 from aengine.events import ALWAYS, NEVER
 from aengine.loop.effects import BUDGET, Effect, LoopGenerator, NextBatch, WaitCancelled

@@ -1,11 +1,11 @@
-"""Moving ahead: batches are copied to a GPU beside the step, while it computes with the batches before them.
+"""Moving: batches are copied to a GPU beside the step, while it computes with the batches before them.
 
-    data = prefetch_to_device(trainer, DataLoader(..., pin_memory=True), "cuda")
+    data = prefetch_to_device(DataLoader(..., pin_memory=True), "cuda")
     await trainer.run(data, max_epochs=10, prefetch=2)
 
-The prefetcher copies each batch on a CUDA stream of its own. Between two steps, on the step's thread, the step's stream
-is made to wait for the copy, and the memory is marked as in use by that stream: so the allocator does not give it to
-the copy of another batch before the step's kernels have run. No thread waits for the GPU.
+The prefetcher copies each batch on a CUDA stream of its own. Where the step runs, just before it does, its stream is
+made to wait for the copy, and the memory is marked as in use by that stream: so the allocator does not give it to the
+copy of another batch before the step's kernels have run. No thread waits for the GPU.
 
 Without this, a supervised trainer with `device="cuda"` copies in its step, and unless it has `non_blocking=True` waits
 there for everything that the GPU was given so far. It needs `prefetch=`, else a batch is copied only when it is
@@ -26,24 +26,23 @@ import anyio.to_thread
 import torch
 
 from aengine.callables import name_of
-from aengine.data.adapt import adapt, is_async_iterable, is_factory, is_one_shot
-from aengine.engine import Engine
-from aengine.events import Events
+from aengine.data.adapt import adapt, is_async_iterable, is_factory
+from aengine.data.finish import HOOK
 from aengine.state import Stateful
 from aengine.training.supervised import Device, move
 
 
-def prefetch_to_device(engine: Engine[Any, Any], data: Any, device: Device) -> Any:
-    """Return data whose batches are on a device when they come to this engine's steps, moved there as they are fetched.
+def prefetch_to_device(data: Any, device: Device) -> Any:
+    """Return data whose batches are on a device when they come to a step, moved there as they are fetched.
 
-    Call it before other handlers of GET_BATCH_COMPLETED are added: those would see a batch before it is handed over.
     What the data can do, the returned object can: have a length, be async, restart, save its position and restore it.
-    The step sees tensors on the device, at any depth of mappings, lists, tuples and dataclasses, and in objects with
-    `to()`; the supervised trainer's `device=` then has nothing left to move. To continue a run in memory, pass the very
-    object that this returned.
+    Handlers and the step see tensors on the device, at any depth of mappings, lists, tuples and dataclasses, and in
+    objects with `to()`; the supervised trainer's `device=` then has nothing left to move. To continue a run in memory,
+    pass the very object that this returned. It may be the data of several engines, as far as the data itself may.
+
+    Only engines can make use of it: what else iterates it gets batches that are not handed over to its stream yet.
 
     Args:
-        engine: the engine that runs over the data.
         data: what `run()` would be given.
         device: where to move batches; "cuda" is the caller's current one.
 
@@ -53,11 +52,10 @@ def prefetch_to_device(engine: Engine[Any, Any], data: Any, device: Device) -> A
     """
     if data is None:
         raise TypeError(
-            "prefetch_to_device() takes the data that run() would be given, and a run without data has no batches"
+            "prefetch_to_device(data, device) takes the data that run() would be given, and a run without data has no"
+            " batches"
         )
     adapted = adapt(data)
-    if not engine.has_event_handler(_hand_over, Events.GET_BATCH_COMPLETED):
-        engine.add_event_handler(Events.GET_BATCH_COMPLETED, _hand_over)
     mover = _Mover(device)
     return _Context(data, mover) if adapted.is_manager else _opened(data, mover)
 
@@ -86,15 +84,9 @@ class Moved:
 
     def __getitem__(self, _: object) -> NoReturn:  # also called where it is unpacked, as in  x, y = batch
         raise RuntimeError(
-            "this batch was moved ahead for another engine: call  prefetch_to_device(engine, data, device)  with the one that"
-            " runs over it, and before its handlers of GET_BATCH_COMPLETED are added"
+            "this batch was not handed over to a step: an engine does that where run() is given what"
+            " prefetch_to_device(data, device) returned. Call that last, of what wraps data, and iterate it by engines"
         )
-
-
-def _hand_over(engine: Engine[Any, Any]) -> None:
-    batch = engine.state.batch
-    if type(batch) is Moved:
-        engine.state.batch = batch.hand_over()
 
 
 class _Mover:
@@ -159,53 +151,43 @@ def tensors_in(value: Any) -> Iterator[torch.Tensor]:
 
 
 def _opened(data: Any, mover: _Mover) -> Any:
-    if is_factory(data):
-        return _Factory(data, mover)
-    if not is_one_shot(data):
-        return _iterable(data, mover)
-    # A generator and a map object, for the engine to see that this is a one-shot iterator, too.
-    return _one_shot(data, mover) if is_async_iterable(data) else map(mover, data)
+    return _Factory(data, mover) if is_factory(data) else _iterable(data, mover)
 
 
 def _iterable(data: Any, mover: _Mover) -> Any:
     return _AsyncIterable(data, mover) if is_async_iterable(data) else _PlainIterable(data, mover)
 
 
-async def _one_shot(data: Any, mover: _Mover) -> AsyncIterator[Moved]:
-    async for batch in data:
-        yield await mover.beside(batch)
-
-
 class _Wrapped:
     def __init__(self, data: Any, mover: _Mover) -> None:
-        self._data = data
+        self.__wrapped__ = data
         self._mover = mover
 
     def __len__(self) -> int:
-        return len(self._data)
+        return len(self.__wrapped__)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "_data":  # missing while it is being copied: looking it up would come here again, for ever
+        if name == "__wrapped__":  # missing while it is being copied: looking it up would come here again, for ever
             raise AttributeError(name)
-        return getattr(self._data, name)  # its sampler, its generator, ...
+        return getattr(self.__wrapped__, name)  # its sampler, its generator, ...
 
 
 class _Factory(_Wrapped):
     """A callable that makes the data."""
 
     def __call__(self) -> Any:
-        return _iterable(self._data(), self._mover)
+        return _iterable(self.__wrapped__(), self._mover)
 
 
 class _Context(_Wrapped):
     """An async context manager."""
 
     async def __aenter__(self) -> Any:
-        value = await self._data.__aenter__()
-        return _opened(self._data if value is None else value, self._mover)
+        value = await self.__wrapped__.__aenter__()
+        return _opened(self.__wrapped__ if value is None else value, self._mover)
 
     async def __aexit__(self, *failure: object) -> Any:
-        return await self._data.__aexit__(*failure)
+        return await self.__wrapped__.__aexit__(*failure)
 
 
 class _Iterable(_Wrapped):
@@ -217,36 +199,42 @@ class _Iterable(_Wrapped):
 
     def __init__(self, data: Any, mover: _Mover) -> None:
         super().__init__(data, mover)
+        self._finish = getattr(data, HOOK, None)
         self._was_loaded = self._is_begun = False
         if isinstance(data, Stateful):  # attributes of its own, so that only then this is a Stateful as well
             self.state_dict = data.state_dict
             self.load_state_dict = self._load_state_dict
 
+    def finish_batch_for_step(self, moved: Moved) -> Any:
+        """Hand a batch over to the step's stream, then do what the data itself wants to be done."""
+        batch = moved.hand_over()
+        return batch if self._finish is None else self._finish(batch)
+
     def _load_state_dict(self, state_dict: Any) -> None:
-        self._data.load_state_dict(state_dict)
+        self.__wrapped__.load_state_dict(state_dict)
         self._was_loaded, self._is_begun = True, False
 
     def _begin(self) -> Any:
-        if self._was_loaded and self._is_begun and type(self._data).__module__.partition(".")[0] == "datasets":
+        if self._was_loaded and self._is_begun and type(self.__wrapped__).__module__.partition(".")[0] == "datasets":
             # Hugging Face's data sets begin each pass at the state that was loaded last, until another is loaded.
-            self._data.load_state_dict({})
+            self.__wrapped__.load_state_dict({})
         self._is_begun = True
-        return self._data
+        return self.__wrapped__
 
 
 class _PlainIterable(_Iterable):
     def __iter__(self) -> Iterator[Moved]:
         iterator = iter(self._begin())
-        return self if iterator is self._data else _PlainIterable(iterator, self._mover)
+        return self if iterator is self.__wrapped__ else _PlainIterable(iterator, self._mover)
 
     def __next__(self) -> Moved:
-        return self._mover(next(self._data))
+        return self._mover(next(self.__wrapped__))
 
 
 class _AsyncIterable(_Iterable):
     def __aiter__(self) -> AsyncIterator[Moved]:
         iterator = aiter(self._begin())
-        return self if iterator is self._data else _AsyncIterable(iterator, self._mover)
+        return self if iterator is self.__wrapped__ else _AsyncIterable(iterator, self._mover)
 
     async def __anext__(self) -> Moved:
-        return await self._mover.beside(await anext(self._data))
+        return await self._mover.beside(await anext(self.__wrapped__))

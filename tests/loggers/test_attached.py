@@ -294,9 +294,11 @@ async def test_removed_between_runs_nothing_is_left_and_what_was_not_written_is_
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     sink, engine = Listening(), Engine(same, name="trainer")
+    sink.is_down = True
     tracker = Tracker(sink, shutdown_timeout=0.0)
     handle = tracker.attach(engine, Events.ITERATION_COMPLETED)
     await engine.run([1, 2])
+    sink.is_down = False
     caplog.clear()
     handle.remove()
     handle.remove()

@@ -167,3 +167,10 @@ async def test_two_engines_share_a_file(tmp_path: Path) -> None:
     lines = lines_of(sink.path)
     assert [line["step"] for line in lines if line["engine"] == "trainer"] == list(range(1, 201))
     assert [line["step"] for line in lines if line["engine"] == "evaluator"] == 4 * list(range(1, 51))
+
+
+def test_what_writes_files_loads_neither_torch_nor_the_libraries_of_other_sinks() -> None:
+    others = {"torch", "tensorboard", "mlflow", "wandb", "opentelemetry"}
+    code = f"import sys; from aengine.loggers import JSONLines, Record, Sink; print({others} & {{*sys.modules}})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"

@@ -551,6 +551,6 @@ def test_it_touches_no_server_before_the_first_record(tmp_path: Path) -> None:
 
 
 def test_without_the_package_it_says_what_to_install() -> None:
-    code = "import sys; sys.modules['mlflow'] = None; import aengine.loggers.mlflow"
+    code = "import sys; sys.modules['mlflow'] = None; from aengine.loggers import MLflow"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert 'pip install -e ".[mlflow]"' in done.stderr

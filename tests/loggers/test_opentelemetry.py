@@ -568,6 +568,41 @@ async def test_a_run_instrumented_when_it_is_about_to_end_has_no_spans(traces: T
     assert known(traces.one("run trainer"))["resumed"] is True
 
 
+@WAYS
+@pytest.mark.parametrize("where", ["IS@1/2", "IC@1/2", "EC@1/3"])
+async def test_removed_during_a_run_it_ends_the_spans_that_are_open(
+    traces: Traces, caplog: pytest.LogCaptureFixture, *, thread: bool | None, where: str
+) -> None:
+    engine: AnyEngine = Engine(plain, name="trainer", thread=thread)
+    instrumentation = Instrumentation(tracer_provider=traces.provider, every=1)
+    handle = instrumentation.attach(engine)
+    at(engine, where, handle.remove)
+    await engine.run([1, 2, 3], max_epochs=2)
+    spans = traces.spans
+    assert "stop_reason" not in known(traces.one("run trainer"))
+    assert len(traces.all("iteration trainer")) == {"IS@1/2": 2, "IC@1/2": 2, "EC@1/3": 3}[where]
+    assert len(traces.all("epoch trainer")) == 1
+    assert instrumentation.context is None
+    assert (len(engine.listeners()), engine.statistics().services, caplog.records) == (1, (), [])  # that of the test
+
+    instrumentation.attach(engine)
+    await engine.run([1])
+    assert traces.lines("iteration trainer")[-1] == "run trainer > epoch trainer > iteration trainer"
+    assert len(traces.spans) == len(spans) + 3
+
+
+async def test_removed_after_an_interruption_it_leaves_nothing(traces: Traces) -> None:
+    engine: AnyEngine = Engine(plain, name="trainer")
+    handle = Instrumentation(tracer_provider=traces.provider, every=1).attach(engine)
+    with engine.add_event_handler(Events.ITERATION_COMPLETED(once=2), engine.interrupt):
+        await engine.run([1, 2, 3])
+    spans = traces.spans
+    handle.remove()
+    assert (engine.listeners(), engine.statistics().services) == ((), ())
+    await engine.run()
+    assert traces.spans == spans
+
+
 async def test_a_native_cancellation_ends_the_spans_too(traces: Traces, anyio_backend: Backend) -> None:
     if anyio_backend[0] != "asyncio":
         pytest.skip("asyncio's own")
@@ -821,7 +856,7 @@ def run_python(code: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_without_the_package_it_says_what_to_install() -> None:
-    done = run_python("import sys; sys.modules['opentelemetry'] = None; import aengine.loggers.opentelemetry")
+    done = run_python("import sys; sys.modules['opentelemetry'] = None; from aengine.loggers import Instrumentation")
     assert 'pip install -e ".[opentelemetry]"' in done.stderr
 
 

@@ -91,6 +91,6 @@ async def test_an_evaluator_in_the_run_of_a_trainer_writes_into_its_file(tmp_pat
 
 
 def test_without_the_package_it_says_what_to_install() -> None:
-    code = "import sys; sys.modules['tensorboard'] = None; import aengine.loggers.tensorboard"
+    code = "import sys; sys.modules['tensorboard'] = None; from aengine.loggers import TensorBoard"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert 'pip install -e ".[tensorboard]"' in done.stderr

@@ -288,7 +288,7 @@ async def test_a_slow_sink_delays_no_step_and_gets_what_waited_in_one_call() -> 
     assert len(sink.calls) <= 3
 
 
-async def test_a_full_spool_drops_the_oldest_iterations_and_keeps_the_epochs(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_full_buffer_drops_the_oldest_iterations_and_keeps_the_epochs(caplog: pytest.LogCaptureFixture) -> None:
     sink, engine = Held(), Engine(tenfold)
 
     @engine.on(Events.ITERATION_STARTED(once=2))

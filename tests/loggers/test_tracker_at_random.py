@@ -86,7 +86,13 @@ class Tracked:
             buffer=rng.choice([2, 10_000]),
             shutdown_timeout=20.0,
         )
-        self.tracker.attach(engine, rng.choice(EVENTS))
+        self._handle = self.tracker.attach(engine, rng.choice(EVENTS))
+        self.is_removed = False
+
+    def remove(self) -> None:
+        """Remove the tracker, during a run."""
+        self.is_removed = True
+        self._handle.remove()
 
     def _values(self, _: AnyEngine) -> dict[str, int]:
         self.taken += 1
@@ -95,14 +101,18 @@ class Tracked:
     def check(self, reason: StopReason | None) -> None:
         """Check what holds between two runs."""
         now, reports = self.tracker.statistics(), self.sink.reports
-        assert now.taken == now.written + now.dropped + now.waiting == self.taken
+        assert now.taken == now.written + now.dropped + now.waiting
+        assert now.taken == self.taken or (self.is_removed and now.taken == self.taken - 1)  # in the midst of an event
         assert len(self.sink.written) == now.written
         assert self.sink.written == sorted(set(self.sink.written))
         marks = [one.partition(":")[0] for one in reports if not one.startswith(("write", "close"))]
         assert marks == ["begin", "end"] * (len(marks) // 2) + ["begin"] * (len(marks) % 2)
-        if reports and reason is not StopReason.INTERRUPTED:
+        if self.is_removed:
+            assert marks == ["begin", "end"] * (len(marks) // 2)
+        if reports and (self.is_removed or reason is not StopReason.INTERRUPTED):
             assert not now.waiting
             assert reports[-1] == "close"
+        if reports and not self.is_removed and reason is not StopReason.INTERRUPTED:
             assert [one for one in reports if one.startswith("end")][-1] == f"end: {reason}"
 
     def check_all(self) -> None:
@@ -116,6 +126,7 @@ class Trouble:
     def __init__(self, rng: random.Random, engine: AnyEngine) -> None:
         self._rng = rng
         self._engine = engine
+        self.removable: list[Tracked] = []
         self._odds = rng.choice([0.0, 0.1, 0.4])
         self.scope: anyio.CancelScope | None = None
 
@@ -126,7 +137,7 @@ class Trouble:
         if self._rng.random() < self._odds:
             engine = self._engine
             ends = [engine.terminate, engine.terminate_epoch, engine.interrupt, self._raise]
-            self._rng.choice([*ends, *[self._fire] * 8])()
+            self._rng.choice([*ends, self._remove, *[self._fire] * 8])()
 
     async def strike_async(self) -> None:
         if self._rng.random() < self._odds:
@@ -135,6 +146,8 @@ class Trouble:
             await self._engine.emit("mine")
         if self._rng.random() < self._odds / 4 and self.scope is not None:
             self.scope.cancel()
+        if self._rng.random() < self._odds / 4:
+            self._remove()
 
     async def beside(self) -> None:
         while self._odds:
@@ -152,6 +165,10 @@ class Trouble:
 
     def _fire(self) -> None:
         self._engine.fire_event("mine")
+
+    def _remove(self) -> None:
+        if self.removable:
+            self.removable.pop().remove()
 
     def _raise(self) -> None:
         raise Boom
@@ -181,7 +198,8 @@ def engine_of(rng: random.Random) -> tuple[AnyEngine, Trouble]:
 async def run_at_random(seed: int) -> None:
     rng = random.Random(seed)
     engine, trouble = engine_of(rng)
-    tracked = [Tracked(rng, engine) for _ in range(rng.randint(1, 3))]
+    tracked = [Tracked(rng, engine) for _ in range(rng.randint(1, 4))]
+    trouble.removable = tracked[:2]
 
     async def run(length: int) -> None:
         await trouble.run(range(length), max_epochs=rng.randint(1, 3))
@@ -200,6 +218,7 @@ async def run_at_random(seed: int) -> None:
     await run(3)
     for one in tracked:
         one.check_all()
+    assert len(engine.statistics().services) == sum(not one.is_removed for one in tracked)
 
 
 @pytest.fixture(autouse=True)

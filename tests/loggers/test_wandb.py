@@ -428,6 +428,6 @@ def test_it_begins_no_run_before_the_first_record(tmp_path: Path) -> None:
 
 
 def test_without_the_package_it_says_what_to_install() -> None:
-    code = "import sys; sys.modules['wandb'] = None; import aengine.loggers.wandb"
+    code = "import sys; sys.modules['wandb'] = None; from aengine.loggers import WandB"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert 'pip install -e ".[wandb]"' in done.stderr

@@ -588,9 +588,7 @@ async def test_output_that_is_no_loss_is_refused(output: Any) -> None:
     model, optimizer = build()
     trainer: AnyEngine = Engine(lambda engine, batch: output)
     with pytest.raises(TypeError, match="take it from there, as by  output_transform="):
-        await lr_range_test(
-            Engine(lambda engine, batch: output), model, optimizer=optimizer, data=batches(), rates=RATES
-        )
+        await lr_range_test(trainer, model, optimizer=optimizer, data=batches(), rates=RATES)
 
 
 @pytest.mark.parametrize(

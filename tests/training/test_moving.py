@@ -98,7 +98,7 @@ async def test_a_run_is_what_it_was(kind: str, prefetch: int, thread: bool) -> N
         engine: AnyEngine = Engine(double, thread=thread)
         data: Any = ALL_KINDS[kind](6)
         if is_moved:
-            data = prefetch_to_device(engine, data, "cpu")
+            data = prefetch_to_device(data, "cpu")
         seen, steps = record(engine), record_steps(engine)
         state = await engine.run(data, max_epochs=2, epoch_length=3, prefetch=prefetch)
         recorded.append((seen, steps, state.stop_reason, state.epoch_length))
@@ -110,7 +110,7 @@ async def test_a_run_is_what_it_was(kind: str, prefetch: int, thread: bool) -> N
 async def test_batches_are_on_the_device_when_the_step_and_handlers_see_them(prefetch: int) -> None:
     seen: list[bool] = []
     engine: AnyEngine = Engine(lambda engine, batch: seen.append(batch.is_meta))
-    data = prefetch_to_device(engine, [torch.ones(2)] * 3, "meta")
+    data = prefetch_to_device([torch.ones(2)] * 3, "meta")
     for event in (Events.GET_BATCH_COMPLETED, Events.ITERATION_STARTED, Events.ITERATION_COMPLETED):
         engine.add_event_handler(event, lambda engine: seen.append(engine.state.batch.is_meta))
     await engine.run(data, prefetch=prefetch)
@@ -184,33 +184,30 @@ def test_object_whose_tensors_cannot_be_found_is_refused() -> None:
 
 
 def test_what_is_no_data_is_refused() -> None:
-    engine: AnyEngine = Engine(double)
     with pytest.raises(TypeError, match=r"data must be an iterable"):
-        prefetch_to_device(engine, 3, "cpu")
+        prefetch_to_device(3, "cpu")
     with pytest.raises(TypeError, match=r"a run without data has no batches"):
-        prefetch_to_device(engine, None, "cpu")
+        prefetch_to_device(None, "cpu")
 
 
 @pytest.mark.parametrize(
     "step", [lambda engine, batch: sum(batch), lambda engine, batch: batch[0]], ids=["iter", "get"]
 )
-def test_engine_without_move_ahead_says_so(step: Any) -> None:
-    data = prefetch_to_device(Engine(double), [[1, 2]], "cpu")
-    with pytest.raises(
-        RuntimeError, match=r"was moved ahead for another engine: call  prefetch_to_device\(engine, data"
-    ):
-        Engine(step).run_sync(data)
+def test_batch_that_no_engine_has_handed_over_says_so(step: Any) -> None:
+    data = prefetch_to_device([[1, 2]], "cpu")
+    with pytest.raises(RuntimeError, match=r"an engine does that where run\(\) is given what prefetch_to_device\("):
+        Engine(step).run_sync(list(data))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs that there is no GPU")
 def test_device_that_is_not_there_is_refused_at_once() -> None:
     with pytest.raises((RuntimeError, AssertionError), match=r"CUDA|NVIDIA"):
-        prefetch_to_device(Engine(double), [torch.ones(1)], "cuda")
+        prefetch_to_device([torch.ones(1)], "cuda")
 
 
 def test_data_keeps_its_attributes() -> None:
     loader = DataLoader(TensorDataset(torch.arange(6)), batch_size=2, generator=torch.Generator())
-    data = prefetch_to_device(Engine(double), loader, "cpu")
+    data = prefetch_to_device(loader, "cpu")
     assert len(data) == 3
     assert data.generator is loader.generator
     assert data.batch_size == 2
@@ -234,7 +231,7 @@ async def test_run_that_was_stopped_continues_exactly(
 ) -> None:
     """With a new engine and new data, from what JSON can hold; what was fetched ahead is not taken for stepped on."""
     first: AnyEngine = Engine(double, thread=thread)
-    data = prefetch_to_device(first, KINDS[kind](5), "cpu")
+    data = prefetch_to_device(KINDS[kind](5), "cpu")
     steps = record_steps(first)
     first.add_event_handler(Events.ITERATION_COMPLETED(once=stop_at), first.terminate)
     await first.run(data, max_epochs=3, epoch_length=4, prefetch=prefetch)
@@ -243,7 +240,7 @@ async def test_run_that_was_stopped_continues_exactly(
     second: AnyEngine = Engine(double, thread=thread)
     second.load_state_dict(saved)
     more = record_steps(second)
-    await second.run(prefetch_to_device(second, KINDS[kind](5), "cpu"), max_epochs=3, epoch_length=4, prefetch=prefetch)
+    await second.run(prefetch_to_device(KINDS[kind](5), "cpu"), max_epochs=3, epoch_length=4, prefetch=prefetch)
     plain: AnyEngine = Engine(double)
     expected = record_steps(plain)
     await plain.run(KINDS[kind](5), max_epochs=3, epoch_length=4)
@@ -263,7 +260,7 @@ async def test_run_continues_in_memory_as_it_would_without(how: str, event: Any,
         engine: AnyEngine = Engine(double)
         data: Any = ALL_KINDS[kind](6)
         if is_moved:
-            data = prefetch_to_device(engine, data, "cpu")
+            data = prefetch_to_device(data, "cpu")
         steps = record_steps(engine)
         stop = engine.add_event_handler(event(once=2), lambda engine: getattr(engine, how)())
         await engine.run(data, max_epochs=2, epoch_length=3, prefetch=prefetch)
@@ -295,7 +292,7 @@ async def test_shuffled_data_comes_as_it_would_have_come(loader: str, prefetch: 
         engine: AnyEngine = Engine(lambda engine, batch: seen.append(batch[0].tolist()))
         async with Checkpoint(tmp_path / folder, {}) as saving:
             saving.attach(engine, Events.ITERATION_COMPLETED(every=4))
-            data = prefetch_to_device(engine, LOADERS[loader](), "cpu")
+            data = prefetch_to_device(LOADERS[loader](), "cpu")
             await saving.restore(engine)
             if stop_at is not None:
                 engine.add_event_handler(Events.ITERATION_COMPLETED(once=stop_at), engine.terminate)
@@ -320,12 +317,12 @@ async def test_hugging_face_data_that_was_put_back_begins_its_next_pass_at_its_b
 
     first: AnyEngine = Engine(reading)
     first.add_event_handler(Events.ITERATION_COMPLETED(once=3), first.terminate)
-    await first.run(prefetch_to_device(first, stream(), "cpu"), max_epochs=3, epoch_length=5, prefetch=2)
+    await first.run(prefetch_to_device(stream(), "cpu"), max_epochs=3, epoch_length=5, prefetch=2)
     second: AnyEngine = Engine(reading)
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     rows: list[int] = []
     second.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: rows.append(engine.state.output))
-    await second.run(prefetch_to_device(second, stream(), "cpu"), max_epochs=3, epoch_length=5, prefetch=2)
+    await second.run(prefetch_to_device(stream(), "cpu"), max_epochs=3, epoch_length=5, prefetch=2)
     assert rows == [3, 4, 0, 1, 2, 3, 4, 0, 1, 2, 3, 4]
 
 
@@ -374,7 +371,7 @@ async def test_what_the_engine_opened_is_closed_once(kind: str, prefetch: int, t
     log: list[str] = []
     engine: AnyEngine = Engine(double, thread=thread)
     engine.add_event_handler(Events.ITERATION_COMPLETED(once=4), engine.terminate)
-    await engine.run(prefetch_to_device(engine, CLOSING[kind](log), "cpu"), prefetch=prefetch)
+    await engine.run(prefetch_to_device(CLOSING[kind](log), "cpu"), prefetch=prefetch)
     assert log == ["closed"]
 
 
@@ -383,7 +380,7 @@ async def test_generators_of_the_user_are_left_open(prefetch: int) -> None:
     plain, own = numbers(9), numbers_async(9)
     for data in (plain, own):
         engine: AnyEngine = Engine(double)
-        await engine.run(prefetch_to_device(engine, data, "cpu"), max_iters=2, prefetch=prefetch)
+        await engine.run(prefetch_to_device(data, "cpu"), max_iters=2, prefetch=prefetch)
     fetched = 2  # never more than the run can use
     assert next(plain) == fetched + 1
     assert await anext(own) == fetched + 1
@@ -400,7 +397,7 @@ async def test_broker_is_entered_and_exited_and_loses_no_batch_to_a_cancellation
     broker = Broker()
     engine: AnyEngine = Engine(double, thread=thread)
     steps = record_steps(engine)
-    data = prefetch_to_device(engine, broker, "cpu")
+    data = prefetch_to_device(broker, "cpu")
     for _ in range(3):
         with anyio.CancelScope() as scope:
             broker.cancel = scope.cancel
@@ -430,16 +427,16 @@ class OwnIterator:
 @prefetches
 async def test_data_that_is_its_own_iterator_is_left_open(prefetch: int) -> None:
     own, engine = OwnIterator(), Engine[Any, Any](double)
-    await engine.run(prefetch_to_device(engine, own, "cpu"), max_iters=3, prefetch=prefetch)
+    await engine.run(prefetch_to_device(own, "cpu"), max_iters=3, prefetch=prefetch)
     assert (own.next, own.is_closed) == (3, False)
 
 
 def test_position_of_the_data_is_found_where_every_python_looks() -> None:
     """From 3.12 on, isinstance() of a protocol sees nothing that `__getattr__` gives."""
-    data = prefetch_to_device(Engine(double), Stateful(3), "cpu")
+    data = prefetch_to_device(Stateful(3), "cpu")
     assert inspect.getattr_static(data, "state_dict")() == {"next": 0}
     with pytest.raises(AttributeError):
-        inspect.getattr_static(prefetch_to_device(Engine(double), [1], "cpu"), "state_dict")
+        inspect.getattr_static(prefetch_to_device([1], "cpu"), "state_dict")
 
 
 async def test_error_of_the_data_comes_out_as_it_is() -> None:
@@ -452,7 +449,7 @@ async def test_error_of_the_data_comes_out_as_it_is() -> None:
     for data in (batches, batches()):
         engine: AnyEngine = Engine(double)
         with pytest.raises(OSError, match="gone") as raised:
-            await engine.run(prefetch_to_device(engine, data, "cpu"), prefetch=2)
+            await engine.run(prefetch_to_device(data, "cpu"), prefetch=2)
         assert raised.value is boom
         assert engine.state.iteration == 1
 
@@ -467,14 +464,14 @@ def test_default_step_needs_nothing_of_what_is_in_a_tensor() -> None:
     trainer = create_supervised_trainer(
         model, optimizer, torch.nn.functional.mse_loss, clip_gradients=1.0, gradient_accumulation_steps=2
     )
-    trainer.run_sync(prefetch_to_device(trainer, [(torch.ones(2, 4), torch.ones(2, 1))] * 5, "meta"), max_epochs=2)
+    trainer.run_sync(prefetch_to_device([(torch.ones(2, 4), torch.ones(2, 1))] * 5, "meta"), max_epochs=2)
     assert trainer.state.output.is_meta
 
     reading = create_supervised_trainer(
         model, optimizer, torch.nn.functional.mse_loss, output_transform=lambda x, y, p, loss: loss.item()
     )
     with pytest.raises(RuntimeError, match="meta"):  # the control
-        reading.run_sync(prefetch_to_device(reading, [(torch.ones(2, 4), torch.ones(2, 1))], "meta"))
+        reading.run_sync(prefetch_to_device([(torch.ones(2, 4), torch.ones(2, 1))], "meta"))
 
 
 # On a GPU
@@ -509,7 +506,7 @@ async def test_step_computes_with_its_own_batch_however_far_the_copies_are_ahead
             sums.append(batch.double().mean())
 
     engine: AnyEngine = Engine(step, thread=thread)
-    await engine.run(prefetch_to_device(engine, pinned(40), "cuda"), prefetch=3)
+    await engine.run(prefetch_to_device(pinned(40), "cuda"), prefetch=3)
     torch.cuda.synchronize()
     assert [one.item() for one in sums] == [float(number) for number in range(40)]
 
@@ -526,7 +523,7 @@ async def test_batch_that_is_made_on_the_gpu_is_waited_for(prefetch: int) -> Non
 
     means: list[torch.Tensor] = []
     engine: AnyEngine = Engine(lambda engine, batch: means.append(batch.double().mean()))
-    await engine.run(prefetch_to_device(engine, batches, "cuda"), prefetch=prefetch)
+    await engine.run(prefetch_to_device(batches, "cuda"), prefetch=prefetch)
     assert [one.item() for one in means] == [float(number) for number in range(20)]
 
 
@@ -537,7 +534,7 @@ def test_moving_ahead_never_waits_for_the_gpu() -> None:
         model, torch.optim.SGD(model.parameters(), lr=0.01), torch.nn.functional.mse_loss, "cuda", thread=False
     )
     batches = [(torch.ones(8, 64).pin_memory(), torch.ones(8, 1).pin_memory()) for _ in range(20)]
-    data = prefetch_to_device(trainer, batches, "cuda")
+    data = prefetch_to_device(batches, "cuda")
     trainer.run_sync(data)  # the first calls of libraries may wait
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -562,7 +559,7 @@ async def test_losses_are_those_of_batches_that_the_step_moves() -> None:
         inputs = torch.randn(256, 64, generator=torch.Generator().manual_seed(1))
         data: Any = DataLoader(TensorDataset(inputs, inputs.sum(1, keepdim=True)), batch_size=8, pin_memory=True)
         if is_moved:
-            data = prefetch_to_device(trainer, data, "cuda")
+            data = prefetch_to_device(data, "cuda")
         await trainer.run(data, max_epochs=3, prefetch=2)
         losses.append([one.item() for one in seen])
     assert losses[0] == losses[1]
