@@ -79,6 +79,6 @@ async def test_it_is_attached_to_an_event_once_and_to_others_as_well(tmp_path: P
         run.checkpoint.attach(run.engine, every)
         await run.engine.run([1, 2, 3, 4, 5])
         assert [(info.step, info.revision) for info in run.checkpoint.list()] == [(3, 1), (4, 1), (5, 1)]
-        await run.checkpoint.close()
+        await run.checkpoint.aclose()
         handle.remove()
         run.checkpoint.attach(run.engine, every)

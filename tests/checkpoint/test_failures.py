@@ -147,13 +147,13 @@ async def test_ctrl_c_wins_over_a_save_that_fails_which_is_logged(
 
 
 async def test_with_warn_the_run_goes_on_and_the_failures_are_counted(tmp_path: Path) -> None:
-    async with saving(tmp_path, on_error="warn") as run:
+    async with saving(tmp_path, on_error="log") as run:
         run.checkpoint.attach(run.engine, Events.ITERATION_COMPLETED(every=2))
         for step in (2, 6):
             run.before_step(step, lambda: fill_the_disk(run))
         with pytest.warns(CheckpointWarning, match=FULL) as warned:
             await run.engine.run(range(8))
-        assert len(warned) == run.checkpoint.failures == 2
+        assert len(warned) == run.checkpoint.statistics().failures == 2
         assert run.engine.state.stop_reason is StopReason.COMPLETED
         assert run.saved == [4, 8]
 
@@ -190,14 +190,14 @@ async def test_what_could_not_be_loaded_back_fails_the_run_at_the_save(tmp_path:
 
 
 async def test_with_warn_what_cannot_be_staged_is_a_failure_as_well(tmp_path: Path) -> None:
-    async with saving(tmp_path, on_error="warn") as run:
+    async with saving(tmp_path, on_error="log") as run:
         grown = Grown()
         run.engine.add_event_handler(Events.STARTED, grown)
         run.engine.add_event_handler(Events.ITERATION_STARTED(once=3), grown.grow)
         run.checkpoint.attach(run.engine, Events.ITERATION_COMPLETED)
         with pytest.warns(CheckpointWarning, match="Grown"):
             await run.engine.run([1, 2, 3, 4])
-        assert run.checkpoint.failures == 2
+        assert run.checkpoint.statistics().failures == 2
         assert run.saved == [1, 2]
 
 
@@ -209,7 +209,7 @@ async def test_the_waits_for_a_save_that_fails_do_not_hang(tmp_path: Path) -> No
 
         async def ask() -> None:
             with pytest.raises(CheckpointNotWritten, match=FULL):
-                await run.checkpoint.save_now()
+                await run.checkpoint.save()
             heard.append("the other task")
 
         async def begin() -> None:
@@ -245,13 +245,13 @@ async def test_a_failure_that_no_run_has_raised_is_raised_by_drain_and_close(tmp
             def leave() -> None:
                 scope.cancel()
 
-            await run.checkpoint.save_now()
+            await run.checkpoint.save()
 
     await ask_and_leave()
     run.valve.is_open.set()
     with pytest.raises(CheckpointNotWritten, match=FULL):
-        await run.checkpoint.drain()
-    await run.checkpoint.close()
+        await run.checkpoint.flush()
+    await run.checkpoint.aclose()
     assert strays(tmp_path) == []
 
 

@@ -112,7 +112,7 @@ async def test_where_the_name_is_too_long_nothing_is_written_and_that_is_said(tm
         with pytest.raises(CheckpointNotWritten, match=advice):
             await run.run([1])
         with pytest.raises(CheckpointNotWritten, match=advice):
-            await checkpoint.save_now()
+            await checkpoint.save()
         assert checkpoint.list() == []
         with pytest.raises(CheckpointNotFound):
             checkpoint.pin(1)
@@ -143,4 +143,4 @@ async def test_a_manifest_that_is_too_long_is_not_written(tmp_path: Path) -> Non
             await run.run([1])
         assert checkpoint.list() == []
         with anyio.fail_after(10):
-            await checkpoint.drain()
+            await checkpoint.flush()

@@ -78,7 +78,7 @@ async def test_cancelled_while_it_reads_it_has_changed_nothing(
                 await run.checkpoint.load()
             else:
                 which: Any = {"restore": None, "restore best": "best", "restore 2": 2}[call]
-                await run.checkpoint.restore(run.engine, which)
+                await run.checkpoint.restore(which)
 
         with anyio.fail_after(30):
             if how == "native":
@@ -94,7 +94,7 @@ async def test_cancelled_while_it_reads_it_has_changed_nothing(
                     group.cancel_scope.cancel()
         assert not valve.may_read.is_set(), "it did not wait for the file"
         assert (run.steps, run.engine.state.iteration, run.engine.state_dict()["iteration"]) == (0, 0, 0)
-        assert not run.checkpoint.damaged
+        assert not run.checkpoint.statistics().damaged
         assert content(tmp_path) == before
         assert torch.equal(rng, torch.get_rng_state())
         valve.may_read.set()
@@ -103,10 +103,10 @@ async def test_cancelled_while_it_reads_it_has_changed_nothing(
         assert run.steps == 0
 
         with pytest.warns(CheckpointWarning, match="step-0000000003"):
-            info = await run.checkpoint.restore(run.engine)
+            info = await run.checkpoint.restore()
         assert info is not None
         assert (info.step, run.steps) == (2, 2)
-        assert list(run.checkpoint.damaged) == [tmp_path / "damaged-step-0000000003"]
+        assert list(run.checkpoint.statistics().damaged) == [tmp_path / "damaged-step-0000000003"]
 
 
 async def test_one_that_is_cancelled_leaves_the_checkpoint_free_for_another_engine(tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ async def test_cancelled_while_it_compares_checksums_it_reads_no_further(
         await until(lambda: not [one for one in threading.enumerate() if one.name == "aengine checkpoint: read"])
         assert len(measured) == 1
         assert not valve.reads.is_set()
-        assert run.checkpoint.damaged == ()
+        assert run.checkpoint.statistics().damaged == ()
 
 
 async def test_what_is_damaged_is_set_aside_also_where_what_follows_is_of_another_model(tmp_path: Path) -> None:

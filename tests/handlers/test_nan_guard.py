@@ -109,7 +109,7 @@ async def test_run_that_is_restored_and_tried_again_is_not_failed_for_what_was_b
         with pytest.raises(FloatingPointError):
             await engine.run(range(10))
         bad.clear()
-        await checkpoint.restore(engine)
+        await checkpoint.restore()
         await engine.run(range(10))
         assert engine.state.iteration == 10
 

@@ -322,7 +322,7 @@ async def test_a_run_that_is_resumed_goes_on_in_the_same_run_of_mlflow(
     second = MLflow(run_id=first.run_id, params={"lr": 0.2, "layers": 3}, tracking_uri=uri)
     second.write([record(2, loss=2)])
     assert status_of(second, uri) == "RUNNING"
-    second.close()
+    second.aclose()
     assert status_of(second, uri) == "FINISHED"
     assert history(first, uri, "trainer/loss") == [(1, 1.0), (2, 2.0)]
     found = run_of(second, uri)
@@ -338,7 +338,7 @@ async def test_a_checkpoint_has_it_go_on_in_the_same_run_of_mlflow(uri: str, tmp
         PatientTracker(sink).attach(engine, Events.EPOCH_COMPLETED)
         async with Checkpoint(tmp_path / "checkpoints", {"mlflow": sink}) as checkpoint:
             checkpoint.attach(engine, Events.COMPLETED)
-            await checkpoint.restore(engine)
+            await checkpoint.restore()
 
             @engine.on(Events.COMPLETED)
             async def until_it_has_a_name() -> None:

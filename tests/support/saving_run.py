@@ -40,7 +40,7 @@ class Valve(TorchFile):
 
 
 class Run:
-    """An engine that counts its steps in a model, and a Checkpoint of it that is not attached yet."""
+    """An engine that counts its steps in a model, and a Checkpoint attached to it, which saves when it is told to."""
 
     def __init__(
         self, directory: Path, *, thread: bool = False, grace: float = 30.0, valve: Valve | None = None, **options: Any
@@ -51,6 +51,7 @@ class Run:
         self.engine: AnyEngine = Engine(self._step if thread else self._async_step, name="saved", grace=grace)
         self.valve = valve or Valve()
         self.checkpoint = Checkpoint(directory, {"model": self.model}, serializer=self.valve, **options)
+        self.checkpoint.attach(self.engine)
 
     def _step(self, engine: AnyEngine, batch: Any) -> float:
         with torch.no_grad():
@@ -66,7 +67,7 @@ class Run:
 
         @self.engine.on(Events.ITERATION_STARTED(once=step))
         async def do() -> None:
-            await self.checkpoint.drain()
+            await self.checkpoint.flush()
             act()
 
     @property
@@ -88,7 +89,7 @@ async def saving(directory: Path, **options: Any) -> AsyncIterator[Run]:
         yield run
     finally:
         run.valve.is_open.set()
-        await run.checkpoint.close()
+        await run.checkpoint.aclose()
     assert strays(directory) == []
     assert open_files(directory) == []
 

@@ -215,7 +215,7 @@ def test_data_with_persistent_workers_comes_again_as_it_came(tmp_path: Path) -> 
             async with Checkpoint(tmp_path, {}, keep=Keep(every_n=1)) as checkpoint:
                 checkpoint.attach(engine, Events.ITERATION_COMPLETED)
                 if step is not None:
-                    await checkpoint.restore(engine, step)
+                    await checkpoint.restore(step)
                 await engine.run(loader, max_epochs=3)
 
         anyio.run(run)

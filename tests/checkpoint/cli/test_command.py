@@ -271,13 +271,13 @@ def test_json_can_be_asked_for_before_and_behind_the_action(store: Store, say: S
 def test_pin_and_unpin(store: Store, say: Say) -> None:
     write(store, 500)
     assert say("pin", 500) == (0, "step 500: pinned\n", "")
-    assert store.find(500).pinned
+    assert store.find(500).is_pinned
     assert json.loads(say("unpin", 500, "--json")[1]) == {
         "path": str(store.find(500).path),
         "step": 500,
         "pinned": False,
     }
-    assert not store.find(500).pinned
+    assert not store.find(500).is_pinned
 
 
 @pytest.mark.parametrize(

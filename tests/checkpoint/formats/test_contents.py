@@ -142,7 +142,7 @@ async def test_serializer_of_ones_own_writes_and_reads_and_another_refuses(tmp_p
     again: AnyEngine = Engine(step)
     again.randomness = None
     async with Checkpoint(tmp_path, counter, serializer=Json()) as reader:
-        info = await reader.restore(again)
+        info = await reader.restore()
     assert info is not None
     assert (info.step, info.epoch, info.event, counter.count) == (2, 1, "COMPLETED", 7)
 
