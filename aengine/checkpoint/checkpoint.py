@@ -440,7 +440,7 @@ async def _read(finder: Finder, which: Which, *, required: bool) -> Found | None
 def _refuse_engine(which: Any, call: str) -> None:
     if isinstance(which, Engine):
         raise TypeError(
-            f"{call}(which) takes no engine: it is the one that the Checkpoint is attached to. Call "
+            f"{call}(which) takes no engine, since it is the one that the Checkpoint is attached to: call "
             f" checkpoint.attach(engine, event)  and then  await checkpoint.{call}()"
         )
 

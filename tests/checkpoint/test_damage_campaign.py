@@ -64,7 +64,7 @@ async def restored_step(directory: Path) -> int:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", CheckpointWarning)
-            info = await run.checkpoint.restore(required=True)
+            info = await run.restore(required=True)
         assert info is not None
         assert run.steps == run.engine.state.iteration == info.step
         return info.step
@@ -178,7 +178,7 @@ async def forge_at_random(saved: Path, directory: Path, rounds: int, seed: int) 
         run = Run(directory)
         with warnings.catch_warnings(), suppress(CheckpointMismatch):
             warnings.simplefilter("ignore")
-            info = await run.checkpoint.restore(required=True)
+            info = await run.restore(required=True)
             assert info is not None
             assert info.step in {3, 4}, seed
         await run.checkpoint.aclose()

@@ -262,7 +262,7 @@ async def test_a_resumed_run_goes_on_from_the_end(tmp_path: Path) -> None:
             await _data(run)
     async with saving(tmp_path) as run:
         run.checkpoint.attach(run.engine, SELDOM)
-        info = await run.checkpoint.restore()
+        info = await run.restore()
         assert info is not None
         assert info.step == run.steps == 3
         with pytest.raises(Boom):

@@ -89,7 +89,7 @@ async def test_close_that_is_cancelled_lets_go_of_the_directory(tmp_path: Path) 
             others.start_soon(open_when_given_up)
             with anyio.CancelScope() as scope:
                 async with anyio.create_task_group() as group:
-                    group.start_soon(run.checkpoint.close)
+                    group.start_soon(run.checkpoint.aclose)
                     await until(lambda: run.checkpoint._engine is None)
                     scope.cancel()
         other = Run(tmp_path)

@@ -14,6 +14,7 @@ from support.saving_run import Run, Valve, endless, saving, until
 
 from aengine import Engine, Event, Events, HandlerTimeout
 from aengine.checkpoint import Checkpoint, CheckpointEvents, Keep, TorchFile
+from aengine.checkpoint.events import REQUESTED
 from aengine.drivers.services import ServiceTasks
 from aengine.errors import CheckpointNotWritten, StrayCancellation
 
@@ -53,7 +54,7 @@ async def test_a_request_to_a_run_that_dies_before_its_first_event_is_refused(
         tasks_of_the_run()[0].cancel()
         with pytest.raises(StrayCancellation):
             await running
-        assert not run.engine.fire_event_soon(CheckpointEvents.CHECKPOINT_REQUESTED)
+        assert not run.engine.fire_event_soon(REQUESTED)
         with anyio.fail_after(60):
             await asking
 
@@ -117,7 +118,7 @@ async def test_a_request_to_a_checkpoint_that_is_closed_is_refused(tmp_path: Pat
             await until(lambda: run.engine.state.iteration == 2)
             await run.checkpoint.flush()
             await run.checkpoint.aclose()
-            with pytest.raises(RuntimeError, match="serves no engine"), anyio.fail_after(60):
+            with pytest.raises(RuntimeError, match="is attached to no engine"), anyio.fail_after(60):
                 await run.checkpoint.save()
             run.engine.resume()
 
@@ -278,6 +279,7 @@ async def test_epoch_that_is_to_end_is_saved_when_it_has_ended(tmp_path: Path) -
     engine = Engine(step)
     del seen[2:]
     async with Checkpoint(tmp_path, {}) as checkpoint:
+        checkpoint.attach(engine)
         await checkpoint.restore()
         await engine.run([1, 2, 3, 4])
     assert seen == whole
@@ -294,7 +296,7 @@ async def test_accident_in_the_first_step_of_an_epoch_does_not_replace_what_is_s
         run.engine.add_event_handler(Events.ITERATION_STARTED(once=3), fail)
         async with run.checkpoint:
             if restore:
-                await run.checkpoint.restore(required=True)
+                await run.restore(required=True)
             assert run.steps == run.engine.state.iteration
             with pytest.raises(Boom):
                 await run.engine.run([1, 2], max_epochs=2)
@@ -414,7 +416,7 @@ async def test_restoring_waits_for_the_save_under_way(tmp_path: Path) -> None:
                 await until(lambda: run.checkpoint._saver.under_way is not None)
                 scope.cancel()
         async with anyio.create_task_group() as group:
-            group.start_soon(run.checkpoint.restore, run.engine)
+            group.start_soon(run.restore)
             for _ in range(10):
                 await breathe()
             run.valve.is_open.set()

@@ -59,7 +59,7 @@ async def test_a_save_that_is_asked_for_is_of_a_completed_step_and_committed(tmp
             run.engine.terminate()
         assert run.saved[0] == info.step
         fresh = Run(tmp_path)
-        await fresh.checkpoint.restore(info.step)
+        await fresh.restore(info.step)
         assert fresh.steps == info.step == fresh.engine.state.iteration
 
 
@@ -259,7 +259,7 @@ async def test_a_run_that_is_stopped_is_saved_where_it_stopped(event: str, tmp_p
         fresh = Run(tmp_path)
         is_in_a_step = event == "CANCELLED"  # and what it has changed so far is not known
         with pytest.warns(CheckpointWarning, match="middle of a step") if is_in_a_step else nullcontext():
-            assert (await fresh.checkpoint.restore()) is not None
+            assert (await fresh.restore()) is not None
         fresh.engine.add_event_handler(Events.ITERATION_COMPLETED, fresh.engine.terminate)
         await fresh.engine.run(endless)
         assert fresh.steps == fresh.engine.state.iteration == 4

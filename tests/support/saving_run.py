@@ -12,7 +12,7 @@ from anyio.lowlevel import checkpoint as breathe
 from support.record import AnyEngine
 
 from aengine import Engine, Events
-from aengine.checkpoint import Checkpoint, TorchFile
+from aengine.checkpoint import Checkpoint, CheckpointInfo, TorchFile
 
 
 class Valve(TorchFile):
@@ -40,7 +40,7 @@ class Valve(TorchFile):
 
 
 class Run:
-    """An engine that counts its steps in a model, and a Checkpoint attached to it, which saves when it is told to."""
+    """An engine that counts its steps in a model, and a Checkpoint of it that is not attached yet."""
 
     def __init__(
         self, directory: Path, *, thread: bool = False, grace: float = 30.0, valve: Valve | None = None, **options: Any
@@ -51,7 +51,6 @@ class Run:
         self.engine: AnyEngine = Engine(self._step if thread else self._async_step, name="saved", grace=grace)
         self.valve = valve or Valve()
         self.checkpoint = Checkpoint(directory, {"model": self.model}, serializer=self.valve, **options)
-        self.checkpoint.attach(self.engine)
 
     def _step(self, engine: AnyEngine, batch: Any) -> float:
         with torch.no_grad():
@@ -61,6 +60,11 @@ class Run:
     async def _async_step(self, engine: AnyEngine, batch: Any) -> float:
         await breathe()
         return self._step(engine, batch)
+
+    async def restore(self, which: Any = "latest", **options: bool) -> CheckpointInfo | None:
+        """Have the Checkpoint attached, at no event more, and restore."""
+        self.checkpoint.attach(self.engine)
+        return await self.checkpoint.restore(which, **options)
 
     def before_step(self, step: int, act: Callable[[], object]) -> None:
         """Call `act` as a step begins, when earlier saves are over."""

@@ -558,5 +558,5 @@ def test_every_public_name_of_checkpoints_can_be_imported() -> None:
     script = "from aengine.checkpoint import *; import aengine.checkpoint as c; print(set(c.__all__) - set(dir()))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
-    with pytest.raises(AttributeError, match="no attribute 'Checkpont'"):
+    with pytest.raises(AttributeError, match="has no 'Checkpont': Checkpoint"):
         aengine.checkpoint.Checkpont  # type: ignore[attr-defined]  # noqa: B018 -- the misspelling is the test
