@@ -106,13 +106,11 @@ class Source:
     def resume_at(self, position: Mapping[str, Any], completed: int) -> None:
         """Go on, at the next fetch, from a position of `position.after()`, in a loop that has completed so much."""
         if self.position.resume_at(position, completed):
-            self.has_ended = True
-            self._use(raise_stop)
+            self.has_ended, self.take = True, raise_stop
 
     def end(self, completed: int) -> None:
         """The end of the data was met: from now on only `restart` gives more."""
-        self.has_ended = True
-        self._use(raise_stop)
+        self.has_ended, self.take = True, raise_stop
         self.position.end(completed)
 
     def restart(self, completed: int) -> None:
