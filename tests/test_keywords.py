@@ -108,7 +108,9 @@ def test_keyword_of_the_handler_may_have_any_name() -> None:
 def test_traceback_shows_no_frame_in_between(call: Callable[[], Any]) -> None:
     with pytest.raises(TypeError) as raised:
         call()
-    assert aengine.keywords.__file__ not in [frame.filename for frame in traceback.extract_tb(raised.value.__traceback__)]
+    assert aengine.keywords.__file__ not in [
+        frame.filename for frame in traceback.extract_tb(raised.value.__traceback__)
+    ]
     assert raised.value.__cause__ is raised.value.__context__ is None
 
 
@@ -126,7 +128,10 @@ def test_error_from_inside_is_the_very_object() -> None:
 
 
 def test_decorated_function_looks_as_it_did() -> None:
-    assert str(inspect.signature(Thing)) == "(step: Any, metric: Any = None, *, grace: float = 30.0, is_quick: bool = False) -> None"
+    assert (
+        str(inspect.signature(Thing))
+        == "(step: Any, metric: Any = None, *, grace: float = 30.0, is_quick: bool = False) -> None"
+    )
     assert str(inspect.signature(Kept)) == "(last: int = 1, best: int = 0) -> None"
     assert list(inspect.signature(Thing.attach).parameters) == ["self", "engine", "event", "evaluator"]
     assert Thing.__doc__ == "What a thing is."

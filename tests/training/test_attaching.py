@@ -167,10 +167,6 @@ MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
         lambda: MetricHandler(MeanMetric(), "mean").attach(wrong(as_ignite(ENGINE))),
         r"MetricHandler.attach\(engine\) takes an Engine of aengine's first, got .*pytorch-ignite's",
     ),
-    "evaluator: a metric of pytorch-ignite": (
-        lambda: create_supervised_evaluator(LINEAR, wrong({"accuracy": ignite.metrics.Accuracy()})),
-        r"write  metric.attach\(as_ignite\(engine\), 'accuracy'\)",
-    ),
     "evaluator: metrics without names": (
         lambda: create_supervised_evaluator(LINEAR, wrong([MeanMetric()])),
         "metrics= are metrics by name",
