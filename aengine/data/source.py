@@ -131,10 +131,9 @@ class Source:
         """Have batches taken, and awaited, so from now on."""
         self._take: Callable[[], Any] = take
         self._arrival: Callable[[], Awaitable[Any]] = arrival or self._arrival
-        if self.finish.is_missing:
-            self.take, self.arrival = self._take, self._arrival
-        else:
-            self.take, self.arrival = self._take_finished, self._arrival_unfinished
+        is_final = self.finish.is_missing
+        self.take: Callable[[], Any] = take if is_final else self._take_finished
+        self.arrival: Callable[[], Awaitable[Any]] = self._arrival if is_final else self._arrival_unfinished
 
     def _take_finished(self) -> Any:
         self.finish.drop()
