@@ -86,6 +86,8 @@ class Source:
         self._making: Future[bool] | None = None  # the call of a function that makes the data, in that thread
         self._begun_in: EventLoopHandle | None = None  # where an async iterator was begun that outlives a run
         self.finish = Finish()
+        self.take: Callable[[], Any]
+        self.arrival: Callable[[], Awaitable[Any]]
         self._use(self._open_and_take, self._open_and_wait)
 
     def attach(self, run: RunContext | None) -> None:
@@ -132,8 +134,8 @@ class Source:
         self._take: Callable[[], Any] = take
         self._arrival: Callable[[], Awaitable[Any]] = arrival or self._arrival
         is_final = self.finish.is_missing
-        self.take: Callable[[], Any] = take if is_final else self._take_finished
-        self.arrival: Callable[[], Awaitable[Any]] = self._arrival if is_final else self._arrival_unfinished
+        self.take = take if is_final else self._take_finished
+        self.arrival = self._arrival if is_final else self._arrival_unfinished
 
     def _take_finished(self) -> Any:
         self.finish.drop()
