@@ -57,8 +57,8 @@ class Inbox:
     def __init__(self, name: str, capacity: int, overflow: Overflow, lock: Any) -> None:
         self.name = name
         self.accepted = self.handled = self.dropped = self.discarded = 0
-        self.waiting: deque[Event] = deque()
-        self.in_hand: Event | None = None
+        self.waiting: deque[Event[Any, Any]] = deque()
+        self.in_hand: Event[Any, Any] | None = None
         self.wakeup: ThreadSafeEvent | None = None
         self._capacity = capacity
         self._overflow = overflow
@@ -86,7 +86,7 @@ class Inbox:
 
     # Writers, which hold the bus's lock. A topic puts events by itself, as far as the limit: a call for each is felt.
 
-    def put_at_limit(self, event: Event) -> bool:
+    def put_at_limit(self, event: Event[Any, Any]) -> bool:
         """Do what the policy says with an event that is over the limit. Returns False if room is to be waited for.
 
         Raises:
@@ -100,27 +100,27 @@ class Inbox:
         if wakeup is not None and not wakeup.is_posted:
             wakeup.set()
 
-    def _discard(self, _: Event) -> bool:
+    def _discard(self, _: Event[Any, Any]) -> bool:
         self.discarded += 1
         return True
 
-    def _wait(self, event: Event) -> bool:
+    def _wait(self, event: Event[Any, Any]) -> bool:
         self.waiting.append(event)
         self.wake_reader()
         return False
 
-    def _drop_new(self, _: Event) -> bool:
+    def _drop_new(self, _: Event[Any, Any]) -> bool:
         self.dropped += 1
         return True
 
-    def _refuse(self, event: Event) -> bool:
+    def _refuse(self, event: Event[Any, Any]) -> bool:
         self.dropped += 1
         raise InboxOverflow(
             f"the inbox of {self.name!r} is full: {self._capacity} events wait and {event} came. Make its handler"
             ' faster, its buffer= larger, or choose another overflow=, such as "wait"'
         )
 
-    def _drop_oldest(self, event: Event) -> bool:
+    def _drop_oldest(self, event: Event[Any, Any]) -> bool:
         try:  # suppress() costs as much as all the rest, here and below
             self.waiting.popleft()
             self.dropped += 1
@@ -128,7 +128,7 @@ class Inbox:
             pass
         return self._replace_dropped(event)
 
-    def _keep_latest(self, event: Event) -> bool:
+    def _keep_latest(self, event: Event[Any, Any]) -> bool:
         waiting = self.waiting
         try:
             if waiting and waiting[-1].name == event.name:  # as it is wherever one event alone is listened to
@@ -141,7 +141,7 @@ class Inbox:
             pass
         return self._replace_dropped(event)
 
-    def _replace_dropped(self, event: Event) -> bool:
+    def _replace_dropped(self, event: Event[Any, Any]) -> bool:
         if self._processed_waiters:  # the dropped one may have been what they waited for
             self._wake_processed()
         self.waiting.append(event)
@@ -151,11 +151,11 @@ class Inbox:
 
     # The reader
 
-    def take_nowait(self) -> Event | None:
+    def take_nowait(self) -> Event[Any, Any] | None:
         """Take the next event; None if none waits. The one before is thereby handled, this one is in hand."""
         return next(self.drain(), None)
 
-    def drain(self) -> Iterator[Event]:
+    def drain(self) -> Iterator[Event[Any, Any]]:
         """Take one event after another, until none waits. The one before is thereby handled, each time."""
         waiting = self.waiting
         if self.in_hand is not None:

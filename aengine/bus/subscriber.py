@@ -94,7 +94,7 @@ class Subscriber(Subscription):
         self,
         bus: "Bus",
         selectors: tuple[Selector, ...],
-        handler: Callable[[Event], Any],
+        handler: Callable[[Event[Any, Any]], Any],
         *,
         buffer: int,
         overflow: Overflow,
@@ -184,7 +184,7 @@ class Subscriber(Subscription):
         if since is not None:
             self._busy += perf_counter() - since
 
-    def _handle_stray(self, cancellation: BaseException, event: Event) -> None:
+    def _handle_stray(self, cancellation: BaseException, event: Event[Any, Any]) -> None:
         stray = self._stray()
         stray.__cause__ = cancellation
         try:
@@ -193,7 +193,7 @@ class Subscriber(Subscription):
         finally:
             del stray  # whose traceback holds this frame: no cycle may hold the engine
 
-    def _isolates(self, error: Exception, event: Event) -> bool:
+    def _isolates(self, error: Exception, event: Event[Any, Any]) -> bool:
         """Note on an error where it was raised. Says whether it was logged, and the handler goes on."""
         self.errors += 1
         error.add_note(f"in subscriber {self.name!r} of {event.name}, {place_of(event)}")
@@ -203,7 +203,7 @@ class Subscriber(Subscription):
             )
         return self._isolated
 
-    async def _handle_in_thread(self, event: Event) -> None:
+    async def _handle_in_thread(self, event: Event[Any, Any]) -> None:
         # A thread of its own, not one of anyio's: a slow handler takes none of the application's threads, and one that
         # never returns does not keep the process from ending.
         thread, self._thread = self._thread or DedicatedThread(f"aengine {self.name}"), None
@@ -233,6 +233,6 @@ class Subscriber(Subscription):
         return f"{self.name!r} of {self.events} {where}, {discarded} more discarded"
 
 
-def place_of(event: Event) -> str:
+def place_of(event: Event[Any, Any]) -> str:
     """Return where in its run an event was fired, to show."""
     return f"engine {event.engine_name!r}, epoch {event.epoch}, iteration {event.iteration}"

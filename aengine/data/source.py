@@ -86,6 +86,7 @@ class Source:
         self._making: Future[bool] | None = None  # the call of a function that makes the data, in that thread
         self._begun_in: EventLoopHandle | None = None  # where an async iterator was begun that outlives a run
         self.finish = Finish()
+        self._arrival: Callable[[], Awaitable[Any]] = self._open_and_wait
         self._use(self._open_and_take, self._open_and_wait)
 
     def attach(self, run: RunContext | None) -> None:
