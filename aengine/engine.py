@@ -33,7 +33,7 @@ from aengine.events import Event, EventEnum, EventLike
 from aengine.loop.requests import Request, Requests
 from aengine.state import Randomness, State
 from aengine.statistics import EngineStatistics, ListenerInfo
-from aengine.type_variables import Batch, Output, Taken
+from aengine.type_variables import Batch, Output, Taken, with_defaults
 
 Arguments = ParamSpec("Arguments")
 Positional = TypeVarTuple("Positional")
@@ -131,6 +131,9 @@ class Engine(Generic[Batch, Output]):
             threaded=not is_async and thread,
             grace=check_seconds(grace, "grace=", 30.0),
         )
+
+    def __class_getitem__(cls, parameters: Any) -> Any:
+        return with_defaults(cls, parameters)
 
     # What looks into pytorch-ignite's engine finds the way here. Not by __getattr__: each access would be slower by it.
     _allowed_events = InsideOfIgnite()

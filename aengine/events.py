@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeAlias,
 
 from aengine.arguments import check_interval, check_whole
 from aengine.callables import check_callable
-from aengine.type_variables import Output, Snapshot
+from aengine.type_variables import Output, Snapshot, with_defaults
 
 Test: TypeAlias = Callable[[Any, int], bool]
 """A filter of one's own: given the engine and the event's counter, says whether to fire."""
@@ -269,6 +269,10 @@ class Event(NamedTuple, Generic[Output, Snapshot]):
     monotonic: float
     payload: Any
     snapshot: Snapshot
+
+    @classmethod  # said, for a NamedTuple does not know
+    def __class_getitem__(cls, parameters: Any) -> Any:
+        return with_defaults(cls, parameters)
 
     @property
     def time(self) -> float:

@@ -6,7 +6,7 @@ from enum import Enum
 from traceback import format_exception
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, Protocol, Self, runtime_checkable
 
-from aengine.type_variables import Batch, Output
+from aengine.type_variables import Batch, Output, with_defaults
 
 if TYPE_CHECKING:
     from aengine.loop.progress import Progress
@@ -137,6 +137,9 @@ class State(Generic[Batch, Output]):
         def __getattr__(self, name: str) -> Any: ...
         def __setattr__(self, name: str, value: Any) -> None: ...
 
+    def __class_getitem__(cls, parameters: Any) -> Any:
+        return with_defaults(cls, parameters)
+
     def get_event_attrib_value(self, event_name: Any) -> int:
         """Return the counter of an event, given by name or as the event itself.
 
@@ -175,6 +178,7 @@ class State(Generic[Batch, Output]):
         shown = {
             name.removeprefix("_"): value if isinstance(value, _SHOWN) else f"<{type(value).__name__}>"
             for name, value in vars(self).items()
+            if not name.startswith("__")  # as typing has them, of a State[int, float]()
         }
         return f"State({', '.join(f'{name}={value}' for name, value in shown.items())})"
 

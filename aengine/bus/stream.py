@@ -8,7 +8,7 @@ import anyio.lowlevel
 from aengine.bus.subscriber import TURN_EVENTS, Subscription
 from aengine.events import Event
 from aengine.threads.event_loop import EventLoopHandle
-from aengine.type_variables import Output, Snapshot
+from aengine.type_variables import Output, Snapshot, with_defaults
 
 
 class Stream(Subscription, Generic[Output, Snapshot]):
@@ -25,6 +25,9 @@ class Stream(Subscription, Generic[Output, Snapshot]):
     Raises:
         RuntimeError: it is read outside of its `async with`, or by a second task, or its `async with` is entered twice.
     """
+
+    def __class_getitem__(cls, parameters: Any) -> Any:
+        return with_defaults(cls, parameters)
 
     _loop_handle: EventLoopHandle | None = None  # where it is read
     _taken = 0
