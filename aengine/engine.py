@@ -116,9 +116,9 @@ class Engine(Generic[Batch, Output]):
         is_async = is_async_callable(step)
         if not isinstance(thread, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"thread= is True, for the worker, or False, for the event loop's thread; got {thread!r}")
-        self.name = name or name_of(step).rpartition("<locals>.")[2]
+        self.name: str = name or name_of(step).rpartition("<locals>.")[2]
         self.state: State[Batch, Output] = State()
-        self.logger = logging.getLogger("aengine.engine")
+        self.logger: logging.Logger = logging.getLogger("aengine.engine")
         self.state_dict_user_keys: list[str] = []
         self.randomness: Randomness | None = None
         self._requests = Requests()

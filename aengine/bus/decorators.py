@@ -22,7 +22,7 @@ Caller = TypeVar("Caller", contravariant=True)  # noqa: PLC0105 -- private to th
 class WithDefault(Protocol[Caller]):
     """A handler with an argument of its own: `lambda engine, name=name: ...`, which mypy takes for nothing else."""
 
-    def __call__(self, engine: Caller, own: Any = ..., /) -> Any:
+    def __call__(self, engine: Caller, own: Any = None, /) -> Any:
         """Handle the event."""
         ...
 

@@ -54,8 +54,13 @@ class Inbox:
         "waiting", "wakeup",
     )  # fmt: skip
 
+    accepted: int
+    discarded: int
+    dropped: int
+    handled: int
+
     def __init__(self, name: str, capacity: int, overflow: Overflow, lock: Any) -> None:
-        self.name = name
+        self.name: str = name
         self.accepted = self.handled = self.dropped = self.discarded = 0
         self.waiting: deque[Event[Any, Any]] = deque()
         self.in_hand: Event[Any, Any] | None = None
@@ -213,8 +218,8 @@ class Inbox:
     def close_nowait(self, *, discard: bool = False) -> None:
         """Accept no more. What waits can still be taken, unless it is discarded."""
         with self._lock:
-            self.closed = True
-            self.limit = 0
+            self.closed: bool = True
+            self.limit: int = 0
             self._at_limit = Inbox._discard
             if discard:
                 self.discarded += len(self.waiting) + (self.in_hand is not None)
@@ -227,7 +232,7 @@ class Inbox:
     def stop_reader(self) -> None:
         """Have the reader end after the event in hand. What waits, and what comes from now on, is for the next run."""
         with self._lock:
-            self.is_reader_stopped = True
+            self.is_reader_stopped: bool = True
             # In the place of this deque comes another, since the reader may be in the middle of it: it finds it empty,
             # though something else fires steadily. To look for each event whether it is to end would be felt.
             old, self.waiting = self.waiting, deque(self.waiting)
@@ -348,7 +353,7 @@ class BackpressureWait:
     __slots__ = ("_accepted", "_is_abandoned", "_loop_handle", "inbox")
 
     def __init__(self, inbox: Inbox, loop_handle: EventLoopHandle | None, is_abandoned: Callable[[], bool]) -> None:
-        self.inbox = inbox
+        self.inbox: Inbox = inbox
         self._accepted = inbox.accepted
         self._loop_handle = loop_handle
         self._is_abandoned = is_abandoned

@@ -51,12 +51,12 @@ class Subscription:
         if not isinstance(snapshot, Hashable):
             snapshot = partial(cast(Snapshot, snapshot))  # shared by those that were given the very same one
         self._bus = bus
-        self.events = " | ".join(map(str, selectors))
-        self.name = name or f"stream of {self.events}"
+        self.events: str = " | ".join(map(str, selectors))
+        self.name: str = name or f"stream of {self.events}"
         self.errors = 0
         self._busy = 0.0
         self._busy_since: float | None = None
-        self.inbox = Inbox(self.name, buffer, overflow, bus.lock)
+        self.inbox: Inbox = Inbox(self.name, buffer, overflow, bus.lock)
         self._listeners = [InboxListener(selector, self.inbox, snapshot) for selector in selectors]
         self._topics = [bus.topic(selector.name) for selector in selectors]
 
