@@ -161,7 +161,7 @@ def ours(training: Training, *, is_concurrent: bool, report: Callable[[str], Non
     def copy_average(_: AnyEngine) -> dict[str, Tensor]:
         return {name: tensor.clone() for name, tensor in average.state_dict().items()}
 
-    async def validate_snapshot(event: Event) -> None:
+    async def validate_snapshot(event: Event[Any, dict[str, Tensor]]) -> None:
         validated.load_state_dict(event.snapshot)
         validator.state.step = event.iteration
         await validator.run(training.held_out)

@@ -116,7 +116,7 @@ def begin(engine: Engine[Any, Any]) -> None:
 
 
 @trainer.subscribe(Events.EPOCH_COMPLETED(every=5), snapshot=lambda _: deepcopy(average.module.state_dict()))
-async def observe(event: Event) -> None:
+async def observe(event: Event[Any, dict[str, Any]]) -> None:
     candidate.load_state_dict(event.snapshot)
     observer.state.step = event.iteration
     await observer.run(in_batches(training))

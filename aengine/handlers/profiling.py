@@ -154,7 +154,7 @@ class Profiling:
         self._handles += [
             engine.add_event_handler(Events.ITERATION_STARTED, self._window.begin_range, "step"),
             engine.add_event_handler(Events.ITERATION_COMPLETED, self._end_iteration),
-            engine.add_event_handler(_ENDS, lambda *_: self._close(engine)),
+            engine.add_event_handler(_ENDS, lambda: self._close(engine)),
         ]
 
     def _end_step(self) -> None:

@@ -21,6 +21,7 @@ from aengine.engine import Engine
 from aengine.events import Event, Events
 
 AnyEngine: TypeAlias = Engine[Any, Any]
+_Snapshot: TypeAlias = tuple[int, int, Mapping[str, Any]]
 
 _logger = logging.getLogger("aengine.handlers")
 
@@ -128,7 +129,7 @@ class _Bars:
         self._open: dict[Bar, int] = {}  # with the part of the run that each shows
         self._has_failed = False
 
-    def draw(self, event: Event) -> None:
+    def draw(self, event: Event[Any, _Snapshot]) -> None:
         """Draw all that there is to show at an event: the events before it may have been dropped."""
         if self._has_failed:
             return
@@ -139,7 +140,7 @@ class _Bars:
             self._has_failed = True
             _logger.warning("the progress of %s cannot be shown any more", event.engine_name, exc_info=error)
 
-    def _draw(self, event: Event) -> None:
+    def _draw(self, event: Event[Any, _Snapshot]) -> None:
         is_end = event.name in _END_NAMES
         if is_end and not self._open:  # a second event of the end, such as COMPLETED after TERMINATE
             return
@@ -168,7 +169,7 @@ class _Line(NamedTuple):
     text: str
 
 
-def _lines(event: Event) -> list[_Line]:
+def _lines(event: Event[Any, _Snapshot]) -> list[_Line]:
     epoch_start, epochs_completed, values = event.snapshot
     text = ", ".join(_formatted(values))
     name, epochs, done = event.engine_name, event.max_epochs, event.iteration - epoch_start

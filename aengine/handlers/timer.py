@@ -80,7 +80,7 @@ class Timer:
         engine.add_event_handler(pause, self.pause)
         if step is not None:
             engine.add_event_handler(step, self.step)
-        engine.add_event_handler(_ENDS, lambda *_: self.pause())
+        engine.add_event_handler(_ENDS, self.pause)
         engine.add_event_handler(Events.INTERRUPT, self._interrupt)
         self._engine = engine
         return self

@@ -45,11 +45,11 @@ from aengine.events import EventLike
 try:
     import ignite.engine
     import ignite.metrics.metric
-except ModuleNotFoundError as error:
+except ModuleNotFoundError as _error:
     raise ModuleNotFoundError(
         "aengine.interop.ignite attaches pytorch-ignite's metrics and handlers, and it is not installed: "
         'pip install "pytorch-ignite>=0.5", which is what aengine\'s extra "ignite" brings'
-    ) from error
+    ) from _error
 
 __all__ = ["ResumableEpochWise", "as_ignite"]
 

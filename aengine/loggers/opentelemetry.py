@@ -190,14 +190,13 @@ class _Spans(Service):
 
     # Beside the step, in a thread
 
-    def end_iteration(self, event: Event) -> None:
-        ended: _Ended = event.snapshot
-        for opened in ended.opened:
+    def end_iteration(self, event: "Event[Any, _Ended]") -> None:
+        for opened in event.snapshot.opened:
             self._costs.took(event.monotonic - opened.began)
         self.end(event)
 
-    def end(self, event: Event) -> None:
-        ended: _Ended = event.snapshot
+    def end(self, event: "Event[Any, _Ended]") -> None:
+        ended = event.snapshot
         for opened in ended.opened:
             opened.end(event.monotonic)
         self._costs.add(ended.engine)
@@ -316,7 +315,7 @@ class _Spans(Service):
         if reason is StopReason.INTERRUPTED and not self._is_removed:
             self._interrupted, self._was_in_epoch = run.span, self._epoch is not None
             # No STARTED comes when it goes on: its span begins with its next event, whichever that is.
-            self._until_resumed = engine.add_event_handler(_FIRST_OF_RESUMED, lambda *_: self._resume(engine))
+            self._until_resumed = engine.add_event_handler(_FIRST_OF_RESUMED, lambda: self._resume(engine))
         state, now = engine.state, perf_counter()
         stopped_at = now if self._stopped_at is None else self._stopped_at
         ends = [*((opened, stopped_at) for opened in self._take_epoch()), (run, now)]

@@ -330,8 +330,8 @@ async def test_machine_that_cannot_be_read_fails_the_run(monkeypatch: pytest.Mon
 
 
 def test_without_an_event_loop_of_ones_own() -> None:
-    engine: AnyEngine = Engine(lambda engine, batch: enough.wait(60))
     enough = threading.Event()
+    engine: AnyEngine = Engine(lambda engine, batch: enough.wait(60))
     samples = sampled(engine)
     engine.add_event_handler(SystemEvents.SYSTEM_SAMPLED(once=2), enough.set)
     engine.run_sync([1])
