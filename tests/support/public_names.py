@@ -57,8 +57,16 @@ class _Shown:
                 return "..."
 
 
+@cache
+def _public_values() -> list[Any]:
+    modules = [import_module(package) for package in PUBLIC]
+    return [getattr(module, name) for module in modules for name in module.__all__]
+
+
 def _ours(kind: type) -> list[type]:
-    return [base for base in kind.__mro__ if base.__module__.partition(".")[0] == "aengine"]
+    """Return a class and its bases that are ours, without those that are public themselves, and listed."""
+    bases = [base for base in kind.__mro__[1:] if not any(base is one for one in _public_values())]
+    return [base for base in [kind, *bases] if base.__module__.partition(".")[0] == "aengine"]
 
 
 @cache
@@ -90,12 +98,16 @@ def members_of(kind: type) -> Mapping[str, str]:
     return {name: found[name] for name in sorted(found) if not name.startswith("_") and name not in made_of}
 
 
+RETURNED = ("RemovableEventHandle", "Stream")
+"""Classes that users are given objects of, and make none: what these take is not theirs to know."""
+
+
 def is_made_by_users(value: Any) -> bool:
     """Say whether parameters are to be shown: of functions and classes; not of errors, Enums and protocols."""
     if not inspect.isclass(value):
         return inspect.isroutine(value)
     is_protocol = getattr(value, "_is_protocol", False)
-    return not is_protocol and not issubclass(value, BaseException | Enum)
+    return not is_protocol and value.__name__ not in RETURNED and not issubclass(value, BaseException | Enum)
 
 
 def names_in(package: str) -> Mapping[str, str]:
