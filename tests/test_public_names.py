@@ -10,10 +10,10 @@ import pkgutil
 import re
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
-from support.public_names import PUBLIC, members_of, names_in
+from support.public_names import PUBLIC, members_of, names_in, values_in
 
 from aengine.lazy import PACKAGES
 
@@ -56,7 +56,7 @@ def entries() -> dict[str, dict[str, Entry]]:
 
 @EVERY_PACKAGE
 def test_page_lists_what_a_package_hands_on(package: str) -> None:
-    assert sorted(entries()[package]) == sorted(importlib.import_module(package).__all__)
+    assert sorted(entries()[package]) == sorted(values_in(package))
 
 
 def test_page_has_no_other_package() -> None:
@@ -72,7 +72,7 @@ def test_parameters_are_those_of_the_page(package: str) -> None:
 
 @EVERY_PACKAGE
 def test_members_are_those_of_the_page(package: str) -> None:
-    values = {name: getattr(importlib.import_module(package), name) for name in entries()[package]}
+    values = values_in(package)
     classes = {name: kind for name, kind in values.items() if inspect.isclass(kind) and (package, name) not in ELSEWHERE}
     assert {name: entries()[package][name].members for name in classes} == {
         name: dict(members_of(kind)) for name, kind in classes.items()
@@ -81,15 +81,13 @@ def test_members_are_those_of_the_page(package: str) -> None:
 
 @EVERY_PACKAGE
 def test_every_name_says_what_it_is(package: str) -> None:
-    values: dict[str, Any] = {name: getattr(importlib.import_module(package), name) for name in entries()[package]}
-    described = {name: value for name, value in values.items() if inspect.isclass(value) or inspect.isroutine(value)}
+    described = {name: value for name, value in values_in(package).items() if inspect.isclass(value) or inspect.isroutine(value)}
     assert [name for name, value in described.items() if not value.__dict__.get("__doc__", value.__doc__)] == []
 
 
 @EVERY_PACKAGE
 def test_names_are_sorted(package: str) -> None:
-    names = importlib.import_module(package).__all__
-    assert names == sorted(names)
+    assert [*values_in(package)] == sorted(values_in(package))
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -125,5 +123,5 @@ PROGRAMS = [ROOT / "README.md", PAGE, *sorted((ROOT / "examples").glob("*.py"))]
 def test_users_import_from_packages(path: Path) -> None:
     imports = re.findall(r"^\s*from (aengine[\w.]*) import (\([^)]*\)|.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
     imported = {(package, name) for package, names in imports for name in re.findall(r"\w+", names.partition("#")[0])}
-    public = {(package, name) for package in PUBLIC for name in importlib.import_module(package).__all__}
+    public = {(package, name) for package in PUBLIC for name in values_in(package)}
     assert sorted(imported - public) == []

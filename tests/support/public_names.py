@@ -10,6 +10,7 @@ What the standard library defines (of an Enum, a tuple, an exception) is not our
 import ast
 import inspect
 import textwrap
+import warnings
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from enum import Enum
@@ -58,14 +59,18 @@ class _Shown:
 
 
 @cache
-def _public_values() -> list[Any]:
-    modules = [import_module(package) for package in PUBLIC]
-    return [getattr(module, name) for module in modules for name in module.__all__]
+def values_in(package: str) -> Mapping[str, Any]:
+    """Return what a package lists in `__all__`, by name."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # pytorch-ignite's, of torch
+        module = import_module(package)
+    return {name: getattr(module, name) for name in module.__all__}
 
 
 def _ours(kind: type) -> list[type]:
     """Return a class and its bases that are ours, without those that are public themselves, and listed."""
-    bases = [base for base in kind.__mro__[1:] if not any(base is one for one in _public_values())]
+    public = [value for package in PUBLIC for value in values_in(package).values()]
+    bases = [base for base in kind.__mro__[1:] if not any(base is one for one in public)]
     return [base for base in [kind, *bases] if base.__module__.partition(".")[0] == "aengine"]
 
 
@@ -112,8 +117,7 @@ def is_made_by_users(value: Any) -> bool:
 
 def names_in(package: str) -> Mapping[str, str]:
     """Return what a package lists in `__all__`, each with its signature if it has one."""
-    module = import_module(package)
-    values = {name: getattr(module, name) for name in module.__all__}
+    values = values_in(package)
     return {name: signature_of(value) if is_made_by_users(value) else "" for name, value in values.items()}
 
 
@@ -122,7 +126,7 @@ def lines() -> Iterator[str]:
     for package in PUBLIC:
         for name, signature in names_in(package).items():
             yield f"{package}.{name}{signature}"
-            value = getattr(import_module(package), name)
+            value = values_in(package)[name]
             if inspect.isclass(value):
                 yield from (f"{package}.{name}.{member}{given}" for member, given in members_of(value).items())
 
