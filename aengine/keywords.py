@@ -75,6 +75,8 @@ def _advice(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
         return f"{call}() has no {wrong[0]}=; it takes {', '.join(f'{one.name}=' for one in named) or 'nothing'}"
     keyword_only = [one.name for one in named if one.kind is one.KEYWORD_ONLY]
     takes_more = any(one.kind is one.VAR_POSITIONAL for one in parameters)
+    if len(args) > len(positional) and any(hasattr(one, "add_event_handler") for one in args[1:]):
+        return f"{call}() takes no engine: write {call}(...).attach(engine)"
     if len(args) > len(positional) and not takes_more and keyword_only:
         first = " and ".join(one.name for one in positional if one.name != "self") or "nothing"
         return f"{call}() takes {first} by position, and by keyword {', '.join(f'{one}=' for one in keyword_only)}"

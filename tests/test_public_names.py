@@ -41,9 +41,9 @@ def entries() -> dict[str, dict[str, Entry]]:
     """
     parts = re.split(r"^#+ `(aengine[\w.]*)`$", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)
     found: dict[str, dict[str, Entry]] = {}
-    for package, text in zip(parts[1::2], parts[2::2], strict=True):
-        text = re.split(r"^## ", text, flags=re.MULTILINE)[0]
-        blocks = "\n".join(re.findall(r"^```text\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL))
+    for package, rest in zip(parts[1::2], parts[2::2], strict=True):
+        section = re.split(r"^## ", rest, flags=re.MULTILINE)[0]
+        blocks = "\n".join(re.findall(r"^```text\n(.*?)^```$", section, flags=re.MULTILINE | re.DOTALL))
         bare = re.sub(r" *#.*$", "", blocks, flags=re.MULTILINE)
         for entry in re.split(r"\n(?=\S)", bare.strip()):
             words = re.findall(r"(\.?)(\w+)((?:\((?:[^()]|\([^()]*\))*\))?)", " ".join(entry.split()))
@@ -73,7 +73,9 @@ def test_parameters_are_those_of_the_page(package: str) -> None:
 @EVERY_PACKAGE
 def test_members_are_those_of_the_page(package: str) -> None:
     values = values_in(package)
-    classes = {name: kind for name, kind in values.items() if inspect.isclass(kind) and (package, name) not in ELSEWHERE}
+    classes = {
+        name: kind for name, kind in values.items() if inspect.isclass(kind) and (package, name) not in ELSEWHERE
+    }
     assert {name: entries()[package][name].members for name in classes} == {
         name: dict(members_of(kind)) for name, kind in classes.items()
     }
@@ -81,7 +83,9 @@ def test_members_are_those_of_the_page(package: str) -> None:
 
 @EVERY_PACKAGE
 def test_every_name_says_what_it_is(package: str) -> None:
-    described = {name: value for name, value in values_in(package).items() if inspect.isclass(value) or inspect.isroutine(value)}
+    described = {
+        name: value for name, value in values_in(package).items() if inspect.isclass(value) or inspect.isroutine(value)
+    }
     assert [name for name, value in described.items() if not value.__dict__.get("__doc__", value.__doc__)] == []
 
 
@@ -109,9 +113,7 @@ def test_type_checkers_see_what_is_handed_on(package: str) -> None:
         if one.asname is None  # `handlers as handlers`: the packages themselves
     }
     [table] = [node for node in ast.walk(branch) if isinstance(node, ast.Dict)]
-    handed_on = {
-        name: f"{package}.{home}" for home, names in ast.literal_eval(table).items() for name in names.split()
-    }
+    handed_on = {name: f"{package}.{home}" for home, names in ast.literal_eval(table).items() for name in names.split()}
     assert seen == handed_on
     assert sorted(seen) == sorted(module.__all__)
 
@@ -121,7 +123,9 @@ PROGRAMS = [ROOT / "README.md", PAGE, *sorted((ROOT / "examples").glob("*.py"))]
 
 @pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.name)
 def test_users_import_from_packages(path: Path) -> None:
-    imports = re.findall(r"^\s*from (aengine[\w.]*) import (\([^)]*\)|.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    imports = re.findall(
+        r"^\s*from (aengine[\w.]*) import (\([^)]*\)|.*)$", path.read_text(encoding="utf-8"), re.MULTILINE
+    )
     imported = {(package, name) for package, names in imports for name in re.findall(r"\w+", names.partition("#")[0])}
     public = {(package, name) for package in PUBLIC for name in values_in(package)}
     assert sorted(imported - public) == []

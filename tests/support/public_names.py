@@ -132,4 +132,4 @@ def lines() -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    print(*lines(), sep="\n")
+    print(*lines(), sep="\n")  # noqa: T201 -- it is a command, too
