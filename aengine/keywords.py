@@ -67,11 +67,12 @@ def _advice(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
     lacking = [one.name for one in named if one.name in free and one.default is one.empty]
     call = function.__qualname__.removesuffix(".__init__")
     known = {one.name for one in named}
-    for word in kwargs:
-        if word not in known and (meant := _meant(word, call, lacking if takes_any else free)):
-            return f"{call}() has no {word}=: {meant}"
-    wrong = [word for word in kwargs if word not in known and not takes_any]
-    if wrong:
+    wrong = [word for word in kwargs if word not in known]
+    meant = {word: _meant(word, call, lacking if takes_any else free) for word in wrong}
+    answers = [f"no {word}=: {answer}" for word, answer in meant.items() if answer]
+    if answers:
+        return f"{call}() has {', '.join(answers)}"
+    if wrong and not takes_any:
         return f"{call}() has no {wrong[0]}=; it takes {', '.join(f'{one.name}=' for one in named) or 'nothing'}"
     keyword_only = [one.name for one in named if one.kind is one.KEYWORD_ONLY]
     takes_more = any(one.kind is one.VAR_POSITIONAL for one in parameters)

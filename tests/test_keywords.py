@@ -74,6 +74,10 @@ def await_run(*args: Any, **kwargs: Any) -> int:
         (lambda: any_thing(1, gracee=1), "Thing() has no gracee=: grace=?"),
         (lambda: any_thing(1, quick=True), "Thing() has no quick=: is_quick=?"),
         (lambda: any_thing(1, trainer=2), "Thing() has no trainer=: write Thing(...).attach(trainer)"),
+        (
+            lambda: any_thing(process_function=1, gracee=2, xyz=3),
+            "Thing() has no process_function=: write step=, no gracee=: grace=?",
+        ),
         (lambda: any_thing(1, xyz=2), "Thing() has no xyz=; it takes step=, metric=, grace=, is_quick="),
         (lambda: any_thing(1, 2, 3), "Thing() takes step and metric by position, and by keyword grace=, is_quick="),
         (lambda: any_thing(an_engine, 1, 2), "Thing() takes no engine: write Thing(...).attach(engine)"),
