@@ -69,7 +69,7 @@ def run(**arguments: Any) -> None:
         (lambda: engine.stream(Events.STARTED, 8), "Engine.stream() takes event by position, and by keyword buffer="),
         (
             lambda: early_stopping(patience=3, score_function=handler, trainer=engine),
-            "EarlyStopping() has no score_function=: write metric=, no trainer=: write EarlyStopping(...).attach(trainer)",
+            "no score_function=: write metric=, no trainer=: write EarlyStopping(...).attach(trainer)",
         ),
         (
             lambda: early_stopping(3, handler, engine),
