@@ -93,6 +93,7 @@ KEYWORDS: Mapping[str, str] = _table(
         "global_step_transform": "step",
         "n_saved": "write keep=Keep(last=2)",
         "trainer engine evaluator": "write {{call}}(...).attach({name})",
+        "event": "write {{call}}(...).attach(engine, event)",
         # Lightning, and what is written by hand
         "dirpath save_dir": "directory",
         "every_n_train_steps every_n_epochs": "write .attach(engine, Events.ITERATION_COMPLETED(every=500))",

@@ -77,7 +77,10 @@ def _advice(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
     takes_more = any(one.kind is one.VAR_POSITIONAL for one in parameters)
     if len(args) > len(positional) and not takes_more and keyword_only:
         first = " and ".join(one.name for one in positional if one.name != "self") or "nothing"
-        return f"{call}() takes {first} by position, and by keyword {', '.join(f'{one}=' for one in keyword_only)}"
+        others = ", ".join(f"{one}=" for one in keyword_only)
+        is_attached = function.__name__ == "__init__" and hasattr(args[0], "attach")
+        attach = f"; the engine and the event are for {call}(...).attach()" if is_attached else ""
+        return f"{call}() takes {first} by position, and by keyword {others}{attach}"
     return None
 
 
