@@ -68,10 +68,15 @@ def await_run(*args: Any, **kwargs: Any) -> int:
         (lambda: Thing(1, xyz=2), "Thing() has no xyz=; it takes step=, metric=, grace=, is_quick="),
         (
             lambda: Thing(1, 2, 3),
-            "Thing() takes step and metric by position, and by keyword grace=, is_quick=; the engine and the event are for"
-            " Thing(...).attach()",
+            (
+                "Thing() takes step and metric by position, and by keyword grace=, is_quick=; the engine and the event are"
+                " for Thing(...).attach()"
+            ),
         ),
-        (lambda: Thing(1).attach(2, 3, 4), "Thing.attach() takes engine and event by position, and by keyword evaluator="),
+        (
+            lambda: Thing(1).attach(2, 3, 4),
+            "Thing.attach() takes engine and event by position, and by keyword evaluator=",
+        ),
         (lambda: Thing(1, event=3), "Thing() has no event=: write Thing(...).attach(engine, event)"),
         (lambda: Thing(1).attach(2, event_name=3), "Thing.attach() has no event_name=: write event="),
         (lambda: Kept(lst=3), "Kept() has no lst=: last=?"),
