@@ -69,8 +69,8 @@ def await_run(*args: Any, **kwargs: Any) -> int:
         (
             lambda: Thing(1, 2, 3),
             (
-                "Thing() takes step and metric by position, and by keyword grace=, is_quick=; the engine and the event are"
-                " for Thing(...).attach()"
+                "Thing() takes step and metric by position, and by keyword grace=, is_quick=; the engine and the event"
+                " are for Thing(...).attach()"
             ),
         ),
         (
