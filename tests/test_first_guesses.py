@@ -73,7 +73,7 @@ def run(**arguments: Any) -> None:
         ),
         (
             lambda: early_stopping(3, handler, engine),
-            "EarlyStopping() takes no engine: write EarlyStopping(...).attach(engine)",
+            "; the engine and the event are for EarlyStopping(...).attach()",
         ),
         (
             lambda: early_stopping(3, "accuracy", mode="max", trainer=engine),
@@ -87,7 +87,7 @@ def run(**arguments: Any) -> None:
         (lambda: checkpoint("checkpoints", {}, n_saved=3), "Checkpoint() has no n_saved=: write keep=Keep(last=2)"),
         (lambda: checkpoint("checkpoints", {}, keeps=keep()), "Checkpoint() has no keeps=: keep=?"),
         (lambda: keep(lasts=3), "Keep() has no lasts=: last=?"),
-        (lambda: tracker(sink, engine), "Tracker() takes no engine: write Tracker(...).attach(engine)"),
+        (lambda: tracker(sink, engine), "; the engine and the event are for Tracker(...).attach()"),
         (lambda: tracker(sink, metric_names=["loss"]), "Tracker() has no metric_names=: write values="),
         (lambda: metric_handler(None, "loss", engine=engine), "write MetricHandler(...).attach(engine)"),
         (lambda: supervised_trainer(None, None, amp_mode="amp"), "has no amp_mode=: write autocast_dtype="),

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 import aengine.keywords
-from aengine import Engine
 from aengine.keywords import explain_wrong_call
 
 
@@ -55,7 +54,6 @@ def nothing() -> None: ...
 
 
 # What is called wrongly, out of sight of type checkers.
-an_engine: Any = Engine(lambda engine, batch: None)
 any_thing: Any = Thing
 any_kept: Any = Kept
 any_add: Any = add
@@ -79,8 +77,14 @@ def await_run(*args: Any, **kwargs: Any) -> int:
             "Thing() has no process_function=: write step=, no gracee=: grace=?",
         ),
         (lambda: any_thing(1, xyz=2), "Thing() has no xyz=; it takes step=, metric=, grace=, is_quick="),
-        (lambda: any_thing(1, 2, 3), "Thing() takes step and metric by position, and by keyword grace=, is_quick="),
-        (lambda: any_thing(an_engine, 1, 2), "Thing() takes no engine: write Thing(...).attach(engine)"),
+        (lambda: any_thing(1, event=2), "Thing() has no event=: write Thing(...).attach(engine, event)"),
+        (
+            lambda: any_thing(1, 2, 3),
+            (
+                "Thing() takes step and metric by position, and by keyword grace=, is_quick=; the engine and the event"
+                " are for Thing(...).attach()"
+            ),
+        ),
         (lambda: any_thing(1).attach(2, event_name=3), "Thing.attach() has no event_name=: write event="),
         (lambda: any_kept(lst=3), "Kept() has no lst=: last=?"),
         (lambda: any_add(event_name=1, handler=2), "add() has no event_name=: write event="),
