@@ -18,6 +18,7 @@ from functools import cache
 from importlib import import_module
 from typing import Any
 
+from aengine import EventEnum, EventsList
 from aengine.lazy import PACKAGES
 
 PUBLIC = (*PACKAGES, "aengine.interop.ignite")
@@ -47,31 +48,28 @@ class _Shown:
     def __repr__(self) -> str:
         match self._value:
             case str():
-                return f'"{self._value}"'
-            case Enum():
-                return "..."
-            case None | bool() | int() | float() | ():
-                return repr(self._value)
+                shown = f'"{self._value}"'
+            case EventsList():
+                shown = " | ".join(map(str, self._value))
+            case EventEnum():
+                shown = str(self._value)
             case timedelta():
-                return f"timedelta(seconds={self._value.total_seconds():g})"
+                shown = f"timedelta(seconds={self._value.total_seconds():g})"
+            case None | bool() | int() | float() | ():
+                shown = repr(self._value)
             case _:
-                return "..."
+                shown = "..."
+        return shown
 
 
-@cache
-def values_in(package: str) -> Mapping[str, Any]:
-    """Return what a package lists in `__all__`, by name."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # pytorch-ignite's, of torch
-        module = import_module(package)
-    return {name: getattr(module, name) for name in module.__all__}
+def _is_ours(kind: type) -> bool:
+    return kind.__module__.partition(".")[0] == "aengine"
 
 
-def _ours(kind: type) -> list[type]:
-    """Return a class and its bases that are ours, without those that are public themselves, and listed."""
+def _public_bases(kind: type) -> list[type]:
+    """Return the bases of a class that are public themselves, and listed with their members."""
     public = [value for package in PUBLIC for value in values_in(package).values()]
-    bases = [base for base in kind.__mro__[1:] if not any(base is one for one in public)]
-    return [base for base in [kind, *bases] if base.__module__.partition(".")[0] == "aengine"]
+    return [base for base in kind.__mro__[1:] if _is_ours(base) and any(base is one for one in public)]
 
 
 @cache
@@ -87,20 +85,21 @@ def _attributes_of(kind: type) -> frozenset[str]:
 
 
 def members_of(kind: type) -> Mapping[str, str]:
-    """Return the public members of a class, each with its signature if it has one; without what it is made of.
+    """Return the public members of a class, each with its signature if it has one; without what is listed elsewhere.
 
-    Those are the parameters of a record: a dataclass or a named tuple.
+    That is what a public base has, and what a record, a dataclass or a named tuple, is made of: its parameters.
     """
     found: dict[str, str] = {}
-    for base in _ours(kind):
+    for base in filter(_is_ours, kind.__mro__):
         for name, value in vars(base).items():
             function = value.__func__ if isinstance(value, classmethod | staticmethod) else value
             takes = inspect.isfunction(function) and not isinstance(value, classmethod)
             found.setdefault(name, signature_of(function) if takes else "")
         for name in (*_attributes_of(base), *inspect.get_annotations(base)):
             found.setdefault(name, "")
-    made_of = set(getattr(kind, "__dataclass_fields__", ())) | set(getattr(kind, "_fields", ()))
-    return {name: found[name] for name in sorted(found) if not name.startswith("_") and name not in made_of}
+    listed = {name for base in _public_bases(kind) for name in members_of(base)}
+    listed |= set(getattr(kind, "__dataclass_fields__", ())) | set(getattr(kind, "_fields", ()))
+    return {name: found[name] for name in sorted(found) if not name.startswith("_") and name not in listed}
 
 
 RETURNED = ("RemovableEventHandle", "Stream")
