@@ -62,6 +62,15 @@ class _Shown:
         return shown
 
 
+@cache
+def values_in(package: str) -> Mapping[str, Any]:
+    """Return what a package lists in `__all__`, by name."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # pytorch-ignite's, of torch
+        module = import_module(package)
+    return {name: getattr(module, name) for name in module.__all__}
+
+
 def _is_ours(kind: type) -> bool:
     return kind.__module__.partition(".")[0] == "aengine"
 
