@@ -19,6 +19,7 @@ from aengine.drivers.services import Service
 from aengine.engine import Engine
 from aengine.events import Event, Events, EventsList
 from aengine.extras import missing_package
+from aengine.keywords import explain_wrong_call
 from aengine.loggers.sink import Record
 from aengine.state import StopReason
 from aengine.statistics import EngineStatistics
@@ -42,6 +43,7 @@ _BUCKETS = (1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
 """Bounds of the histogram in seconds; OpenTelemetry's default ones are for milliseconds."""
 
 
+@explain_wrong_call
 class OpenTelemetry:
     """A sink for `Tracker`: each number becomes a gauge, "aengine.values.loss", with the engine's name as attribute.
 
@@ -78,6 +80,7 @@ class OpenTelemetry:
         return "OpenTelemetry()"
 
 
+@explain_wrong_call
 class Instrumentation:
     """Traces and measures the runs of an engine: attach one to each engine, before other handlers are added.
 

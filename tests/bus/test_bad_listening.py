@@ -239,6 +239,41 @@ def test_counter_of_an_event_that_has_none_says_which_have() -> None:
         Engine(double).state.get_event_attrib_value(Events.TERMINATE)
 
 
+class Called:
+    def __call__(self) -> None: ...
+
+
+@pytest.mark.parametrize("handler", [print, partial(print), Called()])
+@pytest.mark.parametrize("name", ["add_event_handler", "subscribe"])
+def test_handler_before_its_event_is_answered_by_the_order(name: str, handler: Any) -> None:
+    engine: Any = Engine(double)
+    with refused(TypeError, "expected an event", "the event comes first", "(event, handler)"):
+        getattr(engine, name)(handler, Events.STARTED)
+
+
+@pytest.mark.parametrize("name", ["remove_event_handler", "has_event_handler"])
+@pytest.mark.parametrize("arguments", [(Events.STARTED, print), (Events.STARTED, Events.STARTED), ("STARTED", print)])
+def test_event_before_its_handler_is_answered_by_the_order(name: str, arguments: Any) -> None:
+    engine: Any = Engine(double)
+    with refused(TypeError, "a handler must be a function", repr(arguments[0]), f"{name}(handler, event)"):
+        getattr(engine, name)(*arguments)
+
+
+def test_event_alone_has_no_handler() -> None:
+    engine: Any = Engine(double)
+    with refused(TypeError, "has_event_handler(handler, event)"):
+        engine.has_event_handler(Events.STARTED)
+
+
+@pytest.mark.parametrize("name", ["add_event_handler", "subscribe"])
+def test_event_is_no_handler(name: str) -> None:
+    """It can be called, but for a filter."""
+    engine: Any = Engine(double)
+    with refused(TypeError, "a handler must be a function", repr(Events.COMPLETED), "joined by |"):
+        getattr(engine, name)(Events.STARTED, Events.COMPLETED)
+    assert engine.listeners() == ()
+
+
 async def handler_to_await(engine: AnyEngine) -> None: ...
 
 
