@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from typing import Any
 
 PACKAGES = (
-    "aengine", "aengine.checkpoint", "aengine.handlers", "aengine.loggers", "aengine.training",
+    "aengine", "aengine.checkpoint", "aengine.handlers", "aengine.loggers", "aengine.plots", "aengine.training",
 )  # fmt: skip
 """What users import from, and what is lazy: looking for a name in it loads nothing."""
 

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from aengine import Engine, Events
 from aengine.checkpoint import Checkpoint, Keep
-from aengine.handlers.nan_guard import NanGuard
+from aengine.handlers import NanGuard
 
 
 def guarded(bad_at: int, make: Callable[[float], Any] = torch.tensor, **options: Any) -> AnyEngine:
@@ -117,4 +117,4 @@ async def test_run_that_is_restored_and_tried_again_is_not_failed_for_what_was_b
 @pytest.mark.parametrize("every", [0, -1, 2.5, None], ids=str)
 def test_wrong_interval_is_refused(every: Any) -> None:
     with pytest.raises(ValueError, match="every= is a whole number of iterations, 1 or more; got"):
-        NanGuard(every)
+        NanGuard(every=every)

@@ -20,7 +20,7 @@ from support.ways_to_end import cancel, complete, fail, run_without_data, termin
 
 import aengine.handlers.system
 from aengine import Engine, StopReason
-from aengine.handlers.system import SystemEvents, SystemStatistics
+from aengine.handlers import SystemEvents, SystemStatistics
 from aengine.loggers import Record, Tracker
 
 OFTEN = timedelta(milliseconds=10)
@@ -32,7 +32,7 @@ BURN = "print('on', flush=True)\nwhile True: pass"
 
 def sampled(engine: AnyEngine, every: timedelta = OFTEN) -> list[Values]:
     """Return the list that is going to hold the samples of this engine."""
-    system = SystemStatistics(every)
+    system = SystemStatistics(every=every)
     system.attach(engine)
     samples: list[Values] = []
 
@@ -251,7 +251,7 @@ async def test_samples_are_tracked_at_their_own_cadence_while_a_step_lasts(*, th
                 engine.terminate()
 
     engine: AnyEngine = Engine(step, name="trainer", thread=thread)
-    system = SystemStatistics(OFTEN)
+    system = SystemStatistics(every=OFTEN)
     system.attach(engine)
     Tracker(write, values=system.values).attach(engine, SystemEvents.SYSTEM_SAMPLED)
     await engine.run([1] if thread else endless)
@@ -346,7 +346,7 @@ def test_without_an_event_loop_of_ones_own() -> None:
 )
 def test_what_is_no_time_is_refused(every: Any, kind: type[Exception]) -> None:
     with pytest.raises(kind, match="every= is "):
-        SystemStatistics(every)
+        SystemStatistics(every=every)
 
 
 def test_they_are_attached_once() -> None:

@@ -9,7 +9,7 @@ from support.record import AnyEngine
 
 import aengine.handlers.time_limit
 from aengine import Engine, Events, StopReason
-from aengine.handlers.time_limit import Deadline, TimeLimit
+from aengine.handlers import Deadline, TimeLimit
 
 
 class Clock:
