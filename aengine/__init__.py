@@ -1,16 +1,18 @@
 # The packages, from the lowest layer up: each imports from those before it, never from those after.
+#   guesses      what a wrong word was meant to be  drivers/     advancing the loop; its tasks
 #   arguments    users' values, checked             engine       Engine: run, stop, resume, save
-#   callables    users' functions, checked, bound   checkpoint/  saving during training, and resuming exactly
-#   extras       optional packages that are missing   capture/     every part's state at one instant, copied
-#   errors       the exception tree                   formats/     how it becomes files, and state again
-#   state        what the loop knows                  store/       the directory: commits, locks, retention
-#   events       names, filters, the Event record     cli/         python -m aengine checkpoints
-#   statistics   where the time went                handlers/    ready-made: limits, progress, profiling, pictures
-#   threads/     crossing threads                   signals      stop_on_signals
+#   callables    users' functions, checked, bound   attachment   what an object has added to its engine
+#   extras       optional packages that are missing checkpoint/  saving during training, and resuming exactly
+#   keywords     wrong keywords, answered             capture/     every part's state at one instant, copied
+#   lazy         names that packages hand on          formats/     how it becomes files, and state again
+#   errors       the exception tree                   store/       the directory: commits, locks, retention
+#   state        what the loop knows                  cli/         python -m aengine
+#   events       names, filters, the Event record   handlers/    ready-made: limits, guards, progress, profiling
+#   statistics   where the time went                signals      stop_on_signals
+#   threads/     crossing threads                   plots/       pictures of a run
 #   bus/         listeners: inline, subscribers     training/    supervised steps, metrics, schedules, range test
 #   data/        any data as the next batch         loggers/     numbers of a run, written concurrently
 #   loop/        the loop: a generator, no I/O      interop/     pytorch-ignite's metrics and handlers
-#   drivers/     advancing the loop; its tasks
 """The training-loop engine for async Python.
 
 from aengine import Engine, Events
@@ -24,6 +26,8 @@ from typing import TYPE_CHECKING
 from aengine.lazy import lazy_names
 
 if TYPE_CHECKING:
+    # `import aengine` is enough for `aengine.handlers.EarlyStopping`.
+    from aengine import checkpoint as checkpoint, handlers as handlers, loggers as loggers, training as training
     from aengine.bus.emitter import RemovableEventHandle
     from aengine.bus.stream import Stream
     from aengine.checkpoint import Checkpoint, Keep

@@ -4,6 +4,8 @@ from collections.abc import Iterable, Mapping
 from datetime import timedelta
 from typing import Any, TypeVar
 
+from aengine.guesses import near_word
+
 T = TypeVar("T")
 
 
@@ -74,6 +76,8 @@ def check_interval(value: Any, what: str, usual: float) -> float:
 def check_choice(value: T, what: str, choices: Iterable[str]) -> T:
     """Return the value, which must be one of `choices`; where they are a mapping, the message says what each means.
 
+    A word that is nearly one of them is answered by it.
+
     For instance: `check_choice(mode, "mode=", {"max": "more is better", "min": "less is better"})`.
 
     Raises:
@@ -84,4 +88,5 @@ def check_choice(value: T, what: str, choices: Iterable[str]) -> T:
         return value
     meanings: Mapping[str, str] = choices if isinstance(choices, Mapping) else {}
     shown = (f'"{name}" ({meanings[name]})' if name in meanings else f'"{name}"' for name in names)
-    raise ValueError(f"{what} is one of {', '.join(shown)}, got {value!r}")
+    near = near_word(value, names) if isinstance(value, str) else None
+    raise ValueError(f"{what} is one of {', '.join(shown)}, got {value!r}" + (f': "{near}"?' if near else ""))

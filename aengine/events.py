@@ -297,6 +297,17 @@ def event_name(event: object) -> str | None:
     return name if isinstance(name, str) else None
 
 
+def check_no_event(handler: object, instead: str) -> None:
+    """Raise TypeError for an event where a handler belongs: events can be called, too.
+
+    Args:
+        handler: what the user gave.
+        instead: what to write instead.
+    """
+    if event_name(handler) is not None:
+        raise TypeError(f"a handler must be a function, got the event {handler!r}: {instead}")
+
+
 def selectors(event: EventLike) -> tuple[Selector, ...]:
     """Take apart whatever can be listened to. Raises TypeError for anything else."""
     return tuple(_selector(one) for one in _flat(event))
@@ -314,10 +325,10 @@ def _flat(event: Any) -> Iterator[Any]:
 def _selector(event: Any) -> Selector:
     name = event_name(event)
     if name is None or isinstance(event, Event):
-        advice = ": the event comes first, as in  @engine.on(Events.ITERATION_COMPLETED)"
+        advice = ": the event comes first, as in  @engine.on(Events.ITERATION_COMPLETED)  or (event, handler)"
         raise TypeError(
             f"expected an event such as Events.STARTED, an event's name, or several joined by |, got {event!r}"
-            + advice * inspect.isroutine(event)
+            + advice * (callable(event) and not isinstance(event, type))
         )
     condition = getattr(event, "filter", None)
     if callable(condition):  # an event of ignite's

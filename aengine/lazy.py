@@ -2,10 +2,11 @@
 
 import sys
 from collections.abc import Callable, Mapping
-from difflib import get_close_matches
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
+
+from aengine.guesses import NAMES, near_word
 
 PACKAGES = (
     "aengine", "aengine.checkpoint", "aengine.handlers", "aengine.loggers", "aengine.plots", "aengine.training",
@@ -23,9 +24,17 @@ def lazy_names(package: str, modules: Mapping[str, str]) -> tuple[Callable[[str]
     homes = {name: module for module, names in modules.items() for name in names.split()}
 
     def get(name: str) -> Any:
+        if f"{package}.{name}" in PACKAGES:
+            return import_module(f"{package}.{name}")
         if name not in homes:
             raise _missing(package, name)
-        value = getattr(import_module(f"{package}.{homes[name]}"), name)
+        try:
+            value = getattr(import_module(f"{package}.{homes[name]}"), name)
+        except ImportError as error:  # of an optional library
+            if _caller(2) == _IMPORT:
+                raise
+            # hasattr() and what looks at all members (inspect, pydoc) expect this one.
+            raise AttributeError(f"{package}.{name} is not to be had: {error}") from error
         setattr(sys.modules[package], name, value)  # it is found without this function from now on
         return value
 
@@ -35,17 +44,24 @@ def lazy_names(package: str, modules: Mapping[str, str]) -> tuple[Callable[[str]
     return get, names
 
 
+_IMPORT = "_handle_fromlist"
+"""The function of importlib that looks for the names of `from package import name`, by `hasattr()`.
+
+Where that says no, it looks for a module of that name, and then the statement raises an ImportError of its own words.
+So an error that is to be read must be none that `hasattr()` catches.
+"""
+
+
 def _missing(package: str, name: str) -> Exception:
     """Return the error for a name that a package does not have; it says which one may be meant."""
     message = f"{package} has no {name!r}"
-    if name.startswith("_"):
+    if name.startswith("_"):  # looked for by those who ask every module for it
         return AttributeError(message)
-    asks_for_import = _caller(3) == "_handle_fromlist"
-    if asks_for_import and find_spec(f"{package}.{name}") is not None:
-        return AttributeError(message)  # a module of the package: the import statement goes on, and loads it
+    is_import = _caller(3) == _IMPORT
+    if is_import and find_spec(f"{package}.{name}") is not None:
+        return AttributeError(message)  # a module of the package: the statement goes on, and loads it
     message += _advice(package, name)
-    # `from package import name` catches an AttributeError, and raises an ImportError of its own words in its place.
-    return ImportError(message) if asks_for_import else AttributeError(message)
+    return ImportError(message, name=package) if is_import else AttributeError(message)
 
 
 def _caller(depth: int) -> str:
@@ -55,12 +71,13 @@ def _caller(depth: int) -> str:
 
 def _advice(package: str, name: str) -> str:
     public = {one: import_module(one).__all__ for one in PACKAGES}
-    elsewhere = [one for one in PACKAGES if name in public[one]]
-    if elsewhere:
-        return f": from {elsewhere[0]} import {name}"
-    near = get_close_matches(name, public[package], n=1)
-    if near:
-        return f": {near[0]}?"
-    near = get_close_matches(name, [other for names in public.values() for other in names], n=1)
-    homes = [one for one in PACKAGES if near and near[0] in public[one]]
-    return f": from {homes[0]} import {near[0]}?" if homes else f"; it has {', '.join(public[package])}"
+    homes = {other: one for one in reversed(PACKAGES) for other in public[one]}
+    if name in homes:
+        return f": from {homes[name]} import {name}"
+    if name in NAMES:
+        return f": {NAMES[name]}"
+    if near := near_word(name, public[package]):
+        return f": {near}?"
+    if near := near_word(name, homes):
+        return f": from {homes[near]} import {near}?"
+    return f"; it has {', '.join(public[package])}"

@@ -13,7 +13,7 @@ from aengine.bus.listeners import InlineHandler
 from aengine.bus.subscriber import Subscriber
 from aengine.bus.topic import Topic
 from aengine.callables import name_of
-from aengine.events import Event, EventEnum, EventLike, Events, Selector, event_name, selectors
+from aengine.events import Event, EventEnum, EventLike, Events, Selector, check_no_event, event_name, selectors
 from aengine.state import State, Stateful
 from aengine.statistics import ListenerInfo
 from aengine.threads.worker import close_unawaited
@@ -119,8 +119,10 @@ class EventEmitter:
         self, event: EventLike, handler: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> RemovableEventHandle:
         """Add an inline handler, to each of several events."""
+        selected = self.select(event)
+        check_no_event(handler, "(event, handler); several events are joined by |")
         # All are made before one listens: what cannot be called is added to none.
-        added = [InlineHandler(selector, handler, args, kwargs) for selector in self.select(event)]
+        added = [InlineHandler(selector, handler, args, kwargs) for selector in selected]
         for one in added:
             self.bus.topic(one.selector.name).listen(one)
         return RemovableEventHandle(partial(self._remove, added))
@@ -131,6 +133,7 @@ class EventEmitter:
 
     def remove_inline(self, handler: Callable[..., Any], event: EventLike) -> None:
         """Remove an inline handler from the very event that it was added with, or raise ValueError."""
+        check_no_event(handler, "remove_event_handler(handler, event)")
         for selector in self.select(event):
             found = [one for one in self._find(handler, selector) if one.selector == selector]
             if not found:
@@ -142,6 +145,7 @@ class EventEmitter:
 
     def has_inline(self, handler: Callable[..., Any], event: EventLike | None) -> bool:
         """Say whether an inline handler listens: to anything; to an event, or, filtered, with that very filter."""
+        check_no_event(handler, "has_event_handler(handler, event)")
         if event is None:
             return any(one.handler == handler for topic in self.bus.topics for one in topic.inline)
         return any(

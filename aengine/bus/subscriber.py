@@ -14,7 +14,7 @@ from aengine.bus.inbox import OVERFLOW, Inbox, Overflow
 from aengine.bus.listeners import InboxListener, Snapshot
 from aengine.callables import check_callable, is_async_callable, is_awaitable, name_of
 from aengine.errors import StrayCancellation
-from aengine.events import Event, Selector
+from aengine.events import Event, Selector, check_no_event
 from aengine.statistics import ListenerStatistics
 from aengine.threads.dedicated import DedicatedThread, wait_until_done
 from aengine.threads.event_loop import EventLoopHandle, OwnCancellations
@@ -102,6 +102,7 @@ class Subscriber(Subscription):
         snapshot: Snapshot | None,
         name: str | None,
     ) -> None:
+        check_no_event(handler, "(event, handler); several events are joined by |")
         check_callable(handler, "a subscriber's handler", "handler", "event")
         check_choice(on_error, "on_error=", {"raise": "the run fails", "log": "counted and logged"})
         super().__init__(bus, selectors, name or name_of(handler), buffer, overflow, snapshot)

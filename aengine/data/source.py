@@ -50,7 +50,7 @@ class Source:
             PENDING: then `take()` is called again, on the thread of the loop, as where the data was entered.
         has_ended: whether the end was met, so that only a restart gives more.
         opened: what is iterated: the data itself, or what it made or gave when it was called or entered.
-        finish: what of a batch that has yet to be finished is to be done as it is taken.
+        finish: what the data has remain to be done to a batch as it is taken.
         run: the run on an event loop that reads this; without one nothing is awaited.
         follows: the state whose `epoch_length` is that of the pass under way; None where it is fixed.
     """
@@ -131,7 +131,8 @@ class Source:
 
     def _use(self, take: Callable[[], Any], arrival: Callable[[], Awaitable[Any]] | None = None) -> None:
         """Have batches taken, and awaited, so from now on."""
-        self._take, self._arrival = take, arrival or self._arrival
+        self._take: Callable[[], Any] = take
+        self._arrival: Callable[[], Awaitable[Any]] = arrival or self._arrival
         if self.finish.is_missing:
             self.take, self.arrival = self._take, self._arrival
         else:

@@ -51,6 +51,8 @@ except ModuleNotFoundError as error:
         'pip install "pytorch-ignite>=0.5", which is what aengine\'s extra "ignite" brings'
     ) from error
 
+__all__ = ["ResumableEpochWise", "as_ignite"]
+
 Handler = TypeVar("Handler", bound=Callable[..., Any])
 
 

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from aengine.callables import check_callable
 from aengine.extras import missing_package
 from aengine.loggers.runs import RecentRecords, SharedRun, check_mappings, check_reachable, check_texts
 from aengine.loggers.sink import Record, tag_of
@@ -74,6 +75,7 @@ class MLflow:
     ) -> None:
         check_texts("MLflow", experiment=experiment, name=name, run_id=run_id, tracking_uri=tracking_uri)
         check_mappings("MLflow", params=params, tags=tags)
+        check_callable(key, "MLflow(key=)", "key", "record", "name")
         if run_id is not None and (experiment is not None or name is not None):
             raise ValueError("MLflow(run_id=) has its experiment and its name already: leave experiment and name= out")
         self._experiment = experiment or "Default"

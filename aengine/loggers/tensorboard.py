@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from aengine.callables import check_callable
 from aengine.extras import missing_package
 from aengine.loggers.runs import SharedRun
 from aengine.loggers.sink import Record, tag_of
@@ -26,9 +27,13 @@ class TensorBoard:
     Args:
         directory: where the event files go; made at the first record.
         tag: `tag(record, name)` returns the name of a value on the page.
+
+    Raises:
+        TypeError: an argument is wrong.
     """
 
     def __init__(self, directory: str | os.PathLike[str], *, tag: Callable[[Record, str], str] = tag_of) -> None:
+        check_callable(tag, "TensorBoard(tag=)", "tag", "record", "name")
         self.directory = Path(directory)
         self._tag = tag
         self._writer: Any = None

@@ -128,8 +128,8 @@ class Tracker:
         """Take the numbers of an engine at each event, also in the run under way.
 
         What is returned removes it again. During a run, what was taken until then is still written, in
-        `shutdown_timeout` seconds and beside the step: `engine.flush()` waits for that. Then the sink is closed as at
-        the end of a run. Where no run is under way, what a sink that is down has not taken is lost.
+        `shutdown_timeout` seconds and beside the step, and the sink is closed as at the end of a run: `engine.flush()`
+        waits for that. Where no run is under way, what a sink that is down has not taken is lost.
 
         Two engines of one name that are alive and write to one sink are warned of.
 
@@ -178,7 +178,7 @@ class Tracker:
             if engine.has_event_handler(take, one):
                 raise RuntimeError(
                     f"{self.name} gets these values of engine {engine.name!r} at {one} already, and would get each of"
-                    " them twice: attach one Tracker, or at other events, or with other values="
+                    " them twice: attach one Tracker only, or choose other events, or other values="
                 )
         self._writer = writer
         service = engine.add_service(writer, name=self.name)
@@ -229,7 +229,7 @@ def _share(engine: AnyEngine, sink: Any) -> RemovableEventHandle:
                 f"two engines of the name {engine.name!r} write to one sink, {name_of_sink(sink)}, where nothing tells"
                 ' their records apart: give each a name, as by  create_supervised_evaluator(..., name="validation")  or'
                 "  Engine(step, name=...)",
-                stacklevel=5,  # of who calls Tracker.attach()
+                stacklevel=5,  # the call of Tracker.attach()
             )
         except Warning:  # they are errors here: then this attaches nothing
             handle.remove()

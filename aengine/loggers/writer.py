@@ -36,9 +36,7 @@ class _Phase(Enum):
 
     IDLE = "no run is under way: records wait for the next one"
     RUNNING = "serve() writes, at its pace"
-    LEAVING = (
-        "the tracker was removed during the run: serve() writes what it took, in that time too, and closes the sink"
-    )
+    LEAVING = "the tracker was removed during the run: serve() writes the rest and closes the sink, in a limited time"
     ENDING = "the run is ending: serve() writes all that waits, and has `shutdown_timeout` seconds for that"
     CLOSING = "serve() returns, for run_ended() writes the rest and closes the sink, in the time that remains"
     FAILED = "the run fails by an error of the sink: nothing more is written in it"
@@ -300,11 +298,16 @@ class RecordWriter(Service):
         end_of_round.set()
 
     def _is_to_write(self, goal: int) -> bool:
-        """Whether records up to this number wait, and the task will try: during the run not if the sink is down."""
+        """Whether records up to this number wait, and the task will try: during the run not if the sink is down.
+
+        Where the tracker is removed, also whether the sink is still to be closed.
+        """
         with self.lock:
+            if self._phase is _Phase.LEAVING:
+                return True
             if self.buffer.oldest > goal:
                 return False
-            if self._phase in (_Phase.LEAVING, _Phase.ENDING):
+            if self._phase is _Phase.ENDING:
                 return not self.sink.is_late
             return self._phase is _Phase.RUNNING and self.sink.is_well
 

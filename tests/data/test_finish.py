@@ -293,7 +293,7 @@ async def async_data() -> AsyncIterator[int]:
 
 
 @pytest.mark.parametrize("prefetch", [0, 2])
-@pytest.mark.parametrize("data", [[1, 2, 3], plain_data, async_data, Sized(3)], ids=["list", "plain", "async", "sized"])
+@pytest.mark.parametrize("data", [[1, 2, 3], plain_data, async_data], ids=["list", "function", "async"])
 async def test_batches_of_other_data_are_taken_without_a_call_of_it(data: Any, prefetch: int) -> None:
     """Where batches come from at once, the loop calls the iterator of the data itself."""
     engine: AnyEngine = Engine(double)

@@ -255,7 +255,7 @@ class Case(NamedTuple):
     step: str
     data: str
     prefetch: int
-    overflow: str
+    overflow: Any
 
     def __str__(self) -> str:
         return "-".join(map(str, self))

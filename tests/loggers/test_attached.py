@@ -26,7 +26,6 @@ class Listening:
     def __init__(self) -> None:
         self.seen: list[Any] = []
         self.is_down = False
-        self.has_closed = threading.Event()
 
     def run_started(self, engine_name: str, time: float) -> None:
         self.seen.append(f"{engine_name} started")
@@ -41,7 +40,6 @@ class Listening:
 
     def close(self) -> None:
         self.seen.append("close")
-        self.has_closed.set()
 
     @property
     def steps(self) -> list[int]:
@@ -134,23 +132,22 @@ async def test_removed_during_the_run_it_has_all_written_and_the_sink_closed_whi
     sink, engine = make(), Engine(same, name="trainer", thread=thread)
     tracker = Tracker(sink)
     handle = tracker.attach(engine, Events.ITERATION_COMPLETED)
-    removed, after = anyio.Event(), list[Any]()
-    remove_by(engine, handle.remove)
+    removed, after = threading.Event(), list[Any]()
+
+    def remove() -> None:
+        handle.remove()
+        removed.set()
+
+    remove_by(engine, remove)
 
     @engine.on(Events.ITERATION_STARTED)
     async def look() -> None:  # as soon as it is removed
         await anyio.lowlevel.checkpoint()
-        if handle_is_used() and not removed.is_set():
-            removed.set()
+        if removed.is_set() and not after:
             await engine.flush()
-            await anyio.to_thread.run_sync(sink.has_closed.wait)
-            await anyio.lowlevel.checkpoint()
             after.extend(sink.seen)
             assert engine.statistics().services == ()
             engine.terminate()
-
-    def handle_is_used() -> bool:
-        return handle._remove is None
 
     await engine.run(itertools.count(), epoch_length=10**9)
     steps = sink.steps
@@ -187,7 +184,7 @@ async def test_sink_that_does_not_take_the_rest_has_its_time_and_holds_up_no_ste
     async def remove() -> None:
         handle.remove()
         await engine.flush()
-        await until_gone(engine)
+        assert engine.statistics().services == ()
 
     try:
         await engine.run(range(5))
@@ -244,6 +241,20 @@ async def test_attached_and_removed_in_one_handler_of_a_run_it_has_all_written(*
 
     engine.add_event_handler(Events.ITERATION_COMPLETED(once=3), until_gone)
     await engine.run(range(5))
+    assert sink.seen == ["trainer started", 2, "trainer interrupted", "close"]
+    assert account(tracker) == (1, 1, 0, 0)
+
+
+def test_attached_and_removed_in_a_run_without_an_event_loop_it_has_one_opened() -> None:
+    sink, engine = Listening(), Engine(same, name="trainer")
+    tracker = Tracker(sink)
+
+    @engine.on(Events.ITERATION_STARTED(once=2))
+    def log_once() -> None:
+        with tracker.attach(engine, Events.STARTED):
+            engine.fire_event(Events.STARTED)
+
+    engine.run_sync(range(5))
     assert sink.seen == ["trainer started", 2, "trainer interrupted", "close"]
     assert account(tracker) == (1, 1, 0, 0)
 

@@ -517,6 +517,21 @@ async def test_a_server_that_is_killed_and_started_again_gets_all_of_it(
     assert ["failed; it is tried again" in one for one in warnings_of(caplog) if "MLflow(" in one] == [True]
 
 
+async def test_run_is_finished_when_its_tracker_is_removed(tmp_path: Path) -> None:
+    sink = MLflow(tracking_uri=str(tmp_path / "mlruns"))
+    engine: AnyEngine = Engine(lambda engine, batch: batch, name="trainer")
+    handle = PatientTracker(sink).attach(engine, Events.ITERATION_COMPLETED)
+
+    @engine.on(Events.ITERATION_STARTED(once=3))
+    async def remove() -> None:
+        handle.remove()
+        await engine.flush()
+        assert status_of(sink, str(tmp_path / "mlruns")) == "FINISHED"
+
+    await engine.run(range(4))
+    assert [step for step, _ in history(sink, str(tmp_path / "mlruns"), "trainer/output")] == [1, 2]
+
+
 # Bad arguments
 
 
@@ -528,8 +543,10 @@ async def test_a_server_that_is_killed_and_started_again_gets_all_of_it(
         ({"tracking_uri": Path("mlruns")}, "tracking_uri="),
         ({"params": [("lr", 1)]}, "params="),
         ({"tags": "kind"}, "tags="),
+        ({"key": "loss"}, "MLflow\\(key=\\) must be callable"),
+        ({"key": lambda name: name}, "cannot be called as key\\(record, name\\)"),
     ],
-    ids=["experiment", "name", "tracking_uri", "params", "tags"],
+    ids=["experiment", "name", "tracking_uri", "params", "tags", "key", "key of one argument"],
 )
 def test_what_cannot_work_is_refused_at_once(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(TypeError, match=message):

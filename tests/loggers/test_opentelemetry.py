@@ -571,7 +571,7 @@ async def test_a_run_instrumented_when_it_is_about_to_end_has_no_spans(traces: T
 @WAYS
 @pytest.mark.parametrize("where", ["IS@1/2", "IC@1/2", "EC@1/3"])
 async def test_removed_during_a_run_it_ends_the_spans_that_are_open(
-    traces: Traces, caplog: pytest.LogCaptureFixture, *, thread: bool | None, where: str
+    traces: Traces, caplog: pytest.LogCaptureFixture, *, thread: bool, where: str
 ) -> None:
     engine: AnyEngine = Engine(plain, name="trainer", thread=thread)
     instrumentation = Instrumentation(tracer_provider=traces.provider, every=1)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
 from aengine import Engine, Events
@@ -60,6 +61,12 @@ async def test_tags_are_what_one_makes_of_them(tmp_path: Path) -> None:
     ((tag, ((step, value),)),) = scalars_of(tmp_path).items()
     assert (tag, step) == ("output at COMPLETED", 1)
     assert math.isnan(value)
+
+
+@pytest.mark.parametrize("tag", ["loss", lambda name: name])
+def test_tags_that_cannot_be_made_are_refused_at_once(tmp_path: Path, tag: Any) -> None:
+    with pytest.raises(TypeError, match=r"^TensorBoard\(tag=\) "):
+        TensorBoard(tmp_path, tag=tag)
 
 
 async def test_a_second_run_begins_a_second_file(tmp_path: Path) -> None:

@@ -492,10 +492,10 @@ def test_step_prepares_applies_and_transforms_as_its_arguments_say() -> None:
         torch.optim.SGD(model.parameters(), lr=0.0),
         LOSS,
         "cpu",
-        True,  # noqa: FBT003 -- as users of pytorch-ignite may
-        prepare,
-        lambda output: output["logits"],
-        lambda x, y, y_pred, loss: (x, y, y_pred, loss.item()),
+        non_blocking=True,
+        prepare_batch=prepare,
+        model_transform=lambda output: output["logits"],
+        output_transform=lambda x, y, y_pred, loss: (x, y, y_pred, loss.item()),
         model_fn=lambda model, x: {"logits": 2 * model(x)},
     )
     x, y = batches()[0]

@@ -1,0 +1,91 @@
+"""Keywords: a call with one that is wrong says which is meant."""
+
+import inspect
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar, cast
+
+from aengine.guesses import KEYWORDS, near_word
+
+T = TypeVar("T")
+
+
+def explain_wrong_call(thing: T) -> T:
+    """Decorate a function, or a class for its constructor and `attach`: wrong arguments are answered by what is meant.
+
+    Its signature and type stay what they are, an async function stays one, and no frame of this module remains in the
+    traceback of what it raises. A call takes some 0.1 µs longer.
+    """
+    if isinstance(thing, type):
+        for name in {"__init__", "attach"} & vars(thing).keys():
+            setattr(thing, name, _explained(vars(thing)[name]))
+        return thing
+    return cast(T, _explained(cast(Callable[..., Any], thing)))
+
+
+def _explained(function: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except BaseException as error:
+            _revise(error, function, args, kwargs)
+            raise
+
+    @wraps(function)
+    async def call_async(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return await function(*args, **kwargs)
+        except BaseException as error:
+            _revise(error, function, args, kwargs)
+            raise
+
+    return call_async if inspect.iscoroutinefunction(function) else call
+
+
+def _revise(error: BaseException, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Take the frame of the wrapper out of the traceback; where the call itself has failed, say why in better words."""
+    if error.__traceback__ is None:
+        return
+    error.__traceback__ = inside = error.__traceback__.tb_next  # a bare `raise` does not put the frame back
+    if inside is None and isinstance(error, TypeError):
+        better = _advice(function, args, kwargs)
+        if better is not None:
+            error.args = (better,)
+
+
+def _advice(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    """Return what is wrong with a call and what to write instead; None where Python's own message says all there is."""
+    parameters = list(inspect.signature(function).parameters.values())
+    takes_any = any(one.kind is one.VAR_KEYWORD for one in parameters)
+    positional = [one for one in parameters if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
+    named = [one for one in parameters if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)]
+    named = [one for one in named if one.name != "self"]
+    filled = {one.name for one in positional[: len(args)]}
+    # A function that hands on keywords of any name may mean them: only an argument that it lacks is looked for in them.
+    free = [one.name for one in named if one.name not in filled | kwargs.keys()]
+    lacking = [one.name for one in named if one.name in free and one.default is one.empty]
+    call = function.__qualname__.removesuffix(".__init__")
+    known = {one.name for one in named}
+    for word in kwargs:
+        if word not in known and (meant := _meant(word, call, lacking if takes_any else free)):
+            return f"{call}() has no {word}=: {meant}"
+    wrong = [word for word in kwargs if word not in known and not takes_any]
+    if wrong:
+        return f"{call}() has no {wrong[0]}=; it takes {', '.join(f'{one.name}=' for one in named) or 'nothing'}"
+    keyword_only = [one.name for one in named if one.kind is one.KEYWORD_ONLY]
+    takes_more = any(one.kind is one.VAR_POSITIONAL for one in parameters)
+    if len(args) > len(positional) and not takes_more and keyword_only:
+        first = " and ".join(one.name for one in positional if one.name != "self") or "nothing"
+        return f"{call}() takes {first} by position, and by keyword {', '.join(f'{one}=' for one in keyword_only)}"
+    return None
+
+
+def _meant(word: str, call: str, names: list[str]) -> str | None:
+    for meant in KEYWORDS.get(word, "").split(" / "):
+        if meant in names:
+            return f"write {meant}="
+        if meant.startswith("write "):
+            return meant.format(call=call)
+    near = near_word(word, names)
+    return near and f"{near}=?"
