@@ -1,7 +1,9 @@
 """Early stopping ends a run whose score does not improve, also when it was resumed in between."""
 
+import gc
 import math
 import re
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +137,44 @@ async def test_score_may_be_that_of_an_evaluator_beside_the_step(tmp_path: Path,
         assert stopping in stateful_listeners(trainer)
 
 
+def test_event_may_have_a_payload() -> None:
+    trainer: AnyEngine = Engine(lambda engine, batch: engine.fire_event("SCORED", batch), name="trainer")
+    trainer.register_events("SCORED")
+    EarlyStopping(2, lambda engine: 1.0, mode="max").attach(trainer, "SCORED")
+    trainer.run_sync([object()], max_epochs=9)
+    assert trainer.state.epoch == 3
+
+
+def test_removed_during_a_run_it_stops_it_no_more() -> None:
+    trainer: AnyEngine = Engine(lambda engine, batch: None, name="trainer")
+    stopping = EarlyStopping(2, lambda engine: 1.0, mode="max")
+    handle = stopping.attach(trainer)
+    trainer.add_event_handler(Events.EPOCH_COMPLETED(once=2), handle.remove)
+    trainer.run_sync([1], max_epochs=5)
+    assert (trainer.state.epoch, stopping.best, stopping.waited) == (5, 1.0, 1)
+    stopping.attach(trainer)
+    trainer.run_sync([1], max_epochs=5)
+    assert trainer.state.epoch == 3
+
+
+def test_engines_are_freed_at_once() -> None:
+    """Though the trainer's handler has the evaluator, and the evaluator's terminates the trainer."""
+    gc.disable()
+    try:
+        trainer: AnyEngine = Engine(lambda engine, batch: None, name="trainer")
+        evaluator: AnyEngine = Engine(lambda engine, batch: batch, name="evaluator")
+        trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda _, evaluator=evaluator: evaluator.run_sync([1.0]))
+        stopping = EarlyStopping(2, lambda engine: engine.state.output, mode="max")
+        stopping.attach(trainer, evaluator=evaluator)
+        trainer.run_sync([1], max_epochs=9)
+        assert trainer.state.epoch == 3
+        gone = [weakref.ref(trainer), weakref.ref(evaluator)]
+        del trainer, evaluator
+        assert [one() for one in gone] == [None, None]
+    finally:
+        gc.enable()
+
+
 def test_metric_that_is_not_there_is_named_with_those_that_are() -> None:
     trainer, _ = scoring([1], metric="accuracy")
     with pytest.raises(RuntimeError, match=r"engine 'trainer' has no metric 'accuracy' .* it has \['score'\]"):
@@ -187,5 +227,5 @@ def test_what_is_no_engine_is_refused() -> None:
     with pytest.raises(
         TypeError, match=r"as evaluator=, got <Engine 'evaluator' .*attach\(trainer, evaluator=evaluator\)"
     ):
-        stopping.attach(trainer, evaluator)  # type: ignore[arg-type]  # as pytorch-ignite's users may write it
+        stopping.attach(trainer, evaluator)  # as pytorch-ignite's users may write it
     assert not trainer.listeners()

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 import anyio
 import anyio.lowlevel
+import anyio.to_thread
 import pytest
 import torch
 from support.record import Boom, at
@@ -434,6 +435,70 @@ async def test_a_run_that_is_cancelled_inside_of_a_window_writes_what_there_is(
         await engine.run(range(9))
     assert scope.cancelled_caught
     assert names_in(tmp_path) == ["trainer-2-3.pt.trace.json"]
+
+
+# Removed and attached again
+
+
+@WAYS
+@pytest.mark.parametrize("iteration", [2, 3], ids=["warming up", "recording"])
+async def test_removed_inside_of_a_window_it_drops_what_it_has(tmp_path: Path, *, thread: bool, iteration: int) -> None:
+    """At once where the step runs, and the engine is as it was; the process's profiler is free."""
+    engine: AnyEngine = Engine(multiply, name="trainer", thread=thread)
+    profiler, free = Profiler(tmp_path, iterations=5, **ON_CPU), Profiler(tmp_path / "free", iterations=1, **ON_CPU)
+    handle = profiler.attach(engine, Events.ITERATION_STARTED(once=2))
+    free.attach(engine, Events.ITERATION_STARTED(once=iteration + 1))
+    listeners: list[int] = []
+
+    @engine.on(Events.ITERATION_COMPLETED(once=iteration))
+    def remove() -> None:
+        handle.remove()
+        listeners.append(len(engine.listeners()))
+
+    await engine.run(range(9))
+    assert listeners == [len(engine.listeners())]
+    assert profiler.paths == []
+    assert [path.name for path in free.paths] == [f"trainer-{iteration + 2}-{iteration + 2}.pt.trace.json"]
+
+
+@WAYS
+@pytest.mark.parametrize("iteration", [2, 3], ids=["warming up", "recording"])
+async def test_removed_on_another_thread_it_drops_it_when_the_iteration_is_over(
+    tmp_path: Path, *, thread: bool, iteration: int
+) -> None:
+    engine: AnyEngine = Engine(multiply, name="trainer", thread=thread)
+    profiler = Profiler(tmp_path, iterations=5, **ON_CPU)
+    handle = profiler.attach(engine, Events.ITERATION_STARTED(once=2))
+
+    @engine.on(Events.ITERATION_STARTED(once=iteration))
+    async def remove() -> None:
+        await anyio.to_thread.run_sync(handle.remove)
+
+    seen: list[int] = []
+    after = Events.ITERATION_COMPLETED(once=iteration + 1)
+    engine.add_event_handler(after, lambda: seen.append(len(engine.listeners())))
+    await engine.run(range(9))
+    assert seen == [2]  # what this test has added
+    assert profiler.paths == []
+    profiler.attach(engine, Events.ITERATION_STARTED(once=1))
+    await engine.run(range(9))
+    assert [path.name for path in profiler.paths] == ["trainer-2-6.pt.trace.json"]
+
+
+async def test_windows_of_several_events_of_one_engine(tmp_path: Path) -> None:
+    """One that is to open while another is open does not."""
+    engine: AnyEngine = Engine(multiply, name="trainer")
+    profiler = Profiler(tmp_path, iterations=2, **ON_CPU)
+    profiler.attach(engine, Events.ITERATION_STARTED(once=(1, 7)))
+    handle = profiler.attach(engine, Events.ITERATION_STARTED(once=2))
+    profiler.attach(engine, schedule(wait=3, warmup=1, active=1, repeat=1))
+    engine.add_event_handler(Events.ITERATION_COMPLETED(once=8), handle.remove)  # not the one whose window is open
+    await engine.run(range(12))
+    assert [path.name for path in profiler.paths] == [
+        "trainer-2-3.pt.trace.json",
+        "trainer-5-5.pt.trace.json",
+        "trainer-8-9.pt.trace.json",
+    ]
 
 
 # One profiler for a process

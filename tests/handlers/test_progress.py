@@ -172,6 +172,46 @@ async def test_a_terminal_that_is_stopped_delays_no_step() -> None:
     assert engine.state.iteration == 1000
 
 
+@pytest.mark.parametrize("thread", [True, False], ids=["worker", "loop"])
+async def test_removed_during_a_run_its_bars_stay_as_they_are(*, thread: bool) -> None:
+    display = RecordingDisplay()
+    engine: AnyEngine = Engine(plain, name="trainer", thread=thread)
+    handle = ProgressBar(display, every=EACH).attach(engine)
+
+    @engine.on(Events.ITERATION_COMPLETED(once=5))
+    async def remove() -> None:
+        await engine.flush()
+        handle.remove()
+
+    await engine.run([1, 2, 3], max_epochs=4)
+    for calls, count in ((display.bars["epoch"], 1), (display.bars["it"], 1)):
+        assert (calls[-2][-1], calls[-1], calls.count("closed")) == (count, "closed", 1)
+
+
+async def test_bars_that_cannot_be_closed_are_warned_of_when_removed(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Broken(RecordingDisplay):
+        def bar(self, unit: str) -> "_RecordingBar":
+            bar = super().bar(unit)
+            bar.close = self.fail  # type: ignore[method-assign]
+            return bar
+
+        def fail(self) -> None:
+            raise OSError("the terminal is gone")
+
+    engine: AnyEngine = Engine(plain, name="trainer")
+    handle = ProgressBar(Broken(), every=EACH).attach(engine)
+
+    @engine.on(Events.ITERATION_COMPLETED(once=1))
+    async def remove() -> None:
+        await engine.flush()
+        handle.remove()
+
+    await engine.run([1, 2])
+    assert [one.levelname for one in caplog.records if one.name == "aengine.handlers"] == ["WARNING"]
+
+
 # What they print
 
 
@@ -261,6 +301,20 @@ async def test_the_time_of_a_run_that_is_over_stands_still() -> None:
     looks = [line.strip() for line in re.split(r"[\r\n]|\x1b\[A", terminal.getvalue()) if "short: 100%" in line]
     assert len(looks) > 1
     assert looks[-1] == looks[-2]
+
+
+async def test_without_a_display_engines_share_one_on_stderr(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer: AnyEngine = Engine(plain, name="trainer")
+    evaluator: AnyEngine = Engine(plain, name="evaluator")
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())  # replaced later than it was made, as notebooks do
+    for engine in (trainer, evaluator):
+        ProgressBar().attach(engine)
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda: evaluator.run(range(7)))
+    await trainer.run(range(20))
+    *_, trained, evaluated, rest = terminal.getvalue().split("\n")
+    assert "trainer: 100%" in trained
+    assert "evaluator: 100%" in evaluated
+    assert "\n" not in rest
 
 
 @BOTH

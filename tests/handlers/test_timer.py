@@ -199,6 +199,19 @@ async def test_timer_that_stood_when_the_run_was_interrupted_stands_still_when_i
     assert timer.value() == 3.0
 
 
+@THREADS
+async def test_removed_during_a_run_it_stops_and_keeps_what_it_has_measured(clock: Clock, *, thread: bool) -> None:
+    engine = stepping(clock, thread=thread)
+    timer = Timer()
+    handle = timer.attach(engine)
+    engine.add_event_handler(Events.ITERATION_COMPLETED(once=2), handle.remove)
+    await engine.run([1, 2, 3, 4])
+    assert (timer.value(), timer.is_running) == (22.0, False)
+    timer.attach(other := stepping(clock, thread=thread))
+    await other.run([1])
+    assert timer.value() == 11.0
+
+
 def test_it_is_attached_once() -> None:
     timer = Timer()
     timer.attach(Engine(lambda engine, batch: None))
