@@ -126,8 +126,10 @@ print([one.__name__ for one in found])
         ),
         (
             "from aengine.handlers import EpochOutputStore",
-            "ImportError: aengine.handlers has no 'EpochOutputStore': from ignite.handlers import EpochOutputStore  #"
-            " pytorch-ignite's own attaches as it is",
+            (
+                "ImportError: aengine.handlers has no 'EpochOutputStore':"
+                " from ignite.handlers import EpochOutputStore  # pytorch-ignite's own attaches as it is"
+            ),
         ),
     ],
 )

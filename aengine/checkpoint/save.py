@@ -300,7 +300,7 @@ class Saver(Service):
             self.failures += 1
         self._acknowledgements.add(acknowledge, saving)
 
-    async def follow(self, engine: AnyEngine, event: Event) -> None:
+    async def follow(self, engine: AnyEngine, event: Event[Any, Any]) -> None:
         """Beside the step: wait for the write, and fire what became of it."""
         saving: Saving | None = event.snapshot
         if saving is None:
