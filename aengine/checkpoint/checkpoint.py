@@ -34,11 +34,13 @@ from aengine.checkpoint.writer import Writer
 from aengine.engine import Engine, session_of
 from aengine.errors import CheckpointWarning, EngineBusy
 from aengine.events import EventLike, Events, FilteredEvent, Selector, selectors
+from aengine.keywords import explain_wrong_call
 from aengine.threads.dedicated import DedicatedThread, wait_until_done
 
 _logger = logging.getLogger("aengine.checkpoint")
 
 
+@explain_wrong_call
 class Checkpoint:
     """Saves the state of a run into a directory, while the run goes on, and restores it.
 
@@ -307,6 +309,7 @@ class Checkpoint:
 
     # Restoring
 
+    @explain_wrong_call
     async def restore(
         self, which: Which = "latest", *, required: bool = False, strict: bool = True
     ) -> CheckpointInfo | None:
@@ -350,6 +353,7 @@ class Checkpoint:
         self._writer.go_on_from(info, is_newest=which == "latest")
         return info
 
+    @explain_wrong_call
     async def load(self, which: Which = "latest", *, only: Iterable[str] | None = None) -> CheckpointInfo:
         """Load the state of a checkpoint, or some parts of it, and nothing else. Returns which.
 

@@ -322,7 +322,7 @@ async def test_a_run_that_is_resumed_goes_on_in_the_same_run_of_mlflow(
     second = MLflow(run_id=first.run_id, params={"lr": 0.2, "layers": 3}, tracking_uri=uri)
     second.write([record(2, loss=2)])
     assert status_of(second, uri) == "RUNNING"
-    second.aclose()
+    second.close()
     assert status_of(second, uri) == "FINISHED"
     assert history(first, uri, "trainer/loss") == [(1, 1.0), (2, 2.0)]
     found = run_of(second, uri)

@@ -123,7 +123,7 @@ def outlook(directory: Path, found: list[Entry]) -> tuple[CheckpointInfo | None,
 
     finder = Finder(Store(directory), lambda _: {}, sets_aside=False, verify=verify)
     try:
-        chosen = finder.find(None)
+        chosen = finder.find("latest")
     except CheckpointDamaged:
         return None, "A run would not resume: none of them is whole, and it does not begin anew for that."
     except OSError as error:
