@@ -97,6 +97,7 @@ async def test_run_that_was_stopped_and_is_loaded_has_nothing_left(tmp_path: Pat
         await trainer.run([0], max_epochs=4)
     again, stopping = scoring(scores)
     async with Checkpoint(tmp_path, {}, keep=Keep()) as checkpoint:
+        checkpoint.attach(again)
         await checkpoint.restore()
         state = await again.run([0], max_epochs=4)
         assert (state.epoch, state.stop_reason, stopping.waited) == (3, StopReason.TERMINATED, 2)

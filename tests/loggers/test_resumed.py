@@ -63,7 +63,7 @@ class Training:
     async def evaluate(self) -> None:
         await self.evaluator.run([self.model.weight.item()])
 
-    async def run(self, which: Any = None) -> list[dict[str, Any]]:
+    async def run(self, which: Any = "latest") -> list[dict[str, Any]]:
         async with self.checkpoint:
             if await self.checkpoint.restore(which) is None:
                 await self.checkpoint.save()  # so that also what comes before the first save is gone over
