@@ -64,7 +64,7 @@ class NanGuard:
         self._read()
         return {}
 
-    def load_state_dict(self, _: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # noqa: ARG002 -- as Stateful has it
         """Forget the results that are not read yet: they are of outputs before the load."""
         self._unread.clear()
 
