@@ -11,8 +11,10 @@ from aengine.attachment import Attachment
 from aengine.bus.emitter import RemovableEventHandle
 from aengine.engine import Engine
 from aengine.events import Events
+from aengine.keywords import explain_wrong_call
 
 
+@explain_wrong_call
 class NanGuard:
     """Fails the run with a FloatingPointError when an output is, or contains, NaN or infinity.
 

@@ -227,5 +227,5 @@ def test_what_is_no_engine_is_refused() -> None:
     with pytest.raises(
         TypeError, match=r"as evaluator=, got <Engine 'evaluator' .*attach\(trainer, evaluator=evaluator\)"
     ):
-        stopping.attach(trainer, evaluator)  # as pytorch-ignite's users may write it
+        stopping.attach(trainer, evaluator)  # type: ignore[arg-type]  # as pytorch-ignite's users may write it
     assert not trainer.listeners()
