@@ -27,7 +27,7 @@ from aengine.loop.loop import Loop
 from aengine.loop.progress import Limits, Progress, begin, refuse_other_arguments
 from aengine.loop.requests import Phase, Request, Requests
 from aengine.loop.state_dict import from_state_dict, to_state_dict
-from aengine.state import ErrorInfo, Randomness, State, StopReason, set_dataloader
+from aengine.state import Randomness, State, StopReason, describe_error, set_dataloader
 from aengine.statistics import EngineStatistics
 from aengine.threads.thread_state import bound_to_this_thread
 from aengine.threads.worker import close_unawaited
@@ -176,7 +176,7 @@ class Session:
             state.stop_reason = StopReason.FAILED if is_failure else StopReason.CANCELLED
         # A step's own BaseException has failed the run, too. What else is none of these is a cancellation.
         if is_failure or isinstance(error, KeyboardInterrupt | SystemExit) or state.stop_reason is StopReason.FAILED:
-            state.error = ErrorInfo.of(error)
+            state.error = describe_error(error)
 
     def _stay_on_thread(self, bound: str, prefetch: int) -> None:
         """Say that something of torch, which `bound` names, is in force on this thread, and must see step and data."""
