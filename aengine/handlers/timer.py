@@ -98,7 +98,7 @@ class Timer:
         yield engine.add_event_handler(pause, self.pause)
         if step is not None:
             yield engine.add_event_handler(step, self.step)
-        yield engine.add_event_handler(_ENDS, lambda *_: self.pause())
+        yield engine.add_event_handler(_ENDS, self.pause)
         yield engine.add_event_handler(Events.INTERRUPT, self._interrupt)
 
     def reset(self) -> None:

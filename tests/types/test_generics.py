@@ -18,7 +18,7 @@ T = TypeVar("T")
         (Event[int], (int, type(None))),
         (Event[int, str], (int, str)),
         (Event[T], (T, type(None))),  # type: ignore[valid-type]  # of no class
-        (Event[T][int], (int, type(None))),  # type: ignore[misc, valid-type]  # likewise
+        (Event[T][int], (int, type(None))),  # type: ignore[valid-type]  # likewise
         (Stream[int], (int, type(None))),
     ],
     ids=repr,
@@ -38,7 +38,8 @@ def test_what_is_made_by_an_alias_is_what_the_class_makes() -> None:
     class Own(Engine[int, int]):
         """An engine of one's own."""
 
-    for kind in (Engine[int, int], Own):
+    kinds: list[Any] = [Engine[int, int], Own]
+    for kind in kinds:
         engine = kind(lambda _, batch: batch)
         engine.state = State[int, int](seed=3)
         assert (engine.run_sync([1, 2]).output, engine.state.seed) == (2, 3)
