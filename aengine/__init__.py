@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from aengine.bus.emitter import RemovableEventHandle
     from aengine.bus.stream import Stream
     from aengine.checkpoint import Checkpoint, Keep
+    from aengine.data.adapt import Data
     from aengine.drivers.services import Service
     from aengine.engine import Engine
     from aengine.errors import (
@@ -62,6 +63,7 @@ else:  # out of sight of type checkers, which would take any name for one of thi
             "bus.emitter": "RemovableEventHandle",
             "bus.stream": "Stream",
             "checkpoint": "Checkpoint Keep",
+            "data.adapt": "Data",
             "drivers.services": "Service",
             "engine": "Engine",
             "errors": "AengineError CheckpointDamaged CheckpointError CheckpointLocked CheckpointMismatch"
@@ -86,6 +88,7 @@ __all__ = [
     "CheckpointNotFound",
     "CheckpointNotWritten",
     "CheckpointWarning",
+    "Data",
     "DataExhausted",
     "DataExhaustedWarning",
     "DataOrderWarning",

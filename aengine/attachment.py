@@ -1,8 +1,9 @@
 """Attachment: what an object has added to the one engine that it serves, added as a whole and removed as a whole."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from typing import Any
+from weakref import ref
 
 from aengine.bus.emitter import RemovableEventHandle
 from aengine.engine import Engine
@@ -12,15 +13,19 @@ class Attachment:
     """The engine that an object is attached to, none at first: one object serves one engine, once.
 
     Without this, the evaluator's STARTED would have a NanGuard forget what the trainer's outputs were, and a TimeLimit
-    begin again. The engine is not kept, nor are the handles: that would be a cycle, and the engine be freed later.
+    begin again. The engine is kept weakly, and no handle is: that would be a cycle, and the engine be freed later.
 
     Args:
         what: the object; its class is what messages name.
+        takes_several: it may be attached to its own engine more than once, for further events.
     """
 
-    def __init__(self, what: object) -> None:
+    def __init__(self, what: object, *, takes_several: bool = False) -> None:
         self._what = type(what).__qualname__
+        self._takes_several = takes_several
         self._engine_name: str | None = None
+        self._engine: Callable[[], Engine[Any, Any] | None] = lambda: None
+        self._count = 0
 
     def begin(
         self, engine: Engine[Any, Any], handles: Iterable[RemovableEventHandle], advice: str = ""
@@ -35,15 +40,16 @@ class Attachment:
 
         Raises:
             TypeError: this is no engine.
-            RuntimeError: the object is attached already, to this engine or another one.
+            RuntimeError: the object is attached already: to another engine, or to this one and may be so only once.
         """
         check_engine(engine, f"{self._what}.attach(engine)")
-        if self._engine_name is not None:
+        if self._engine_name is not None and not (self._takes_several and self._engine() is engine):
             raise RuntimeError(
                 f"this {self._what} is attached to engine {self._engine_name!r} already: make another one, or remove()"
                 f" what attach() returned{advice}"
             )
-        self._engine_name = engine.name
+        self._engine_name, self._engine = engine.name, ref(engine)
+        self._count += 1
         with ExitStack() as added:
             added.callback(self._end)
             for handle in handles:
@@ -51,7 +57,9 @@ class Attachment:
             return RemovableEventHandle(added.pop_all().close)
 
     def _end(self) -> None:
-        self._engine_name = None
+        self._count -= 1
+        if not self._count:
+            self._engine_name = None
 
 
 def check_engine(engine: Any, call: str) -> None:

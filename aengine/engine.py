@@ -1,19 +1,31 @@
 """Engine: the face of the package. What users construct, listen to, run and stop."""
 
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import AbstractAsyncContextManager
 from datetime import timedelta
 from functools import partial
-from typing import Any, Generic, NoReturn, TypeVar, overload
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Concatenate,
+    Generic,
+    Literal,
+    NoReturn,
+    ParamSpec,
+    TypeVar,
+    TypeVarTuple,
+    overload,
+)
 
 from aengine.arguments import check_seconds
+from aengine.bus.decorators import InlineDecorator, SubscriberDecorator, WithDefault
 from aengine.bus.emitter import EventEmitter, RemovableEventHandle
 from aengine.bus.inbox import Overflow
-from aengine.bus.listeners import Snapshot
 from aengine.bus.stream import Stream
 from aengine.bus.subscriber import Subscriber
 from aengine.callables import check_callable, is_async_callable, name_of
+from aengine.data.adapt import Data
 from aengine.drivers.iterate import IterationStream
 from aengine.drivers.services import Service
 from aengine.drivers.session import Session
@@ -21,9 +33,10 @@ from aengine.events import Event, EventEnum, EventLike
 from aengine.loop.requests import Request, Requests
 from aengine.state import Randomness, State
 from aengine.statistics import EngineStatistics, ListenerInfo
+from aengine.type_variables import Batch, Output, Taken, with_defaults
 
-Batch = TypeVar("Batch")
-Output = TypeVar("Output")
+Arguments = ParamSpec("Arguments")
+Positional = TypeVarTuple("Positional")
 Handler = TypeVar("Handler", bound=Callable[..., Any])
 
 
@@ -73,9 +86,27 @@ class Engine(Generic[Batch, Output]):
         6
     """
 
+    @overload  # of an async step, whose result mypy does not find in a union
     def __init__(
         self,
-        step: Callable[["Engine[Batch, Output]", Batch], Output | Awaitable[Output]],
+        step: Callable[["Engine[Any, Any]", Batch], Coroutine[Any, Any, Output]],
+        *,
+        name: str | None = None,
+        thread: bool = True,
+        grace: float | timedelta = 30.0,
+    ) -> None: ...
+    @overload
+    def __init__(
+        self,
+        step: Callable[["Engine[Any, Any]", Batch], Output],
+        *,
+        name: str | None = None,
+        thread: bool = True,
+        grace: float | timedelta = 30.0,
+    ) -> None: ...
+    def __init__(
+        self,
+        step: Callable[["Engine[Any, Any]", Any], Any],
         *,
         name: str | None = None,
         thread: bool = True,
@@ -85,9 +116,9 @@ class Engine(Generic[Batch, Output]):
         is_async = is_async_callable(step)
         if not isinstance(thread, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"thread= is True, for the worker, or False, for the event loop's thread; got {thread!r}")
-        self.name = name or name_of(step).rpartition("<locals>.")[2]
-        self.state = State()
-        self.logger = logging.getLogger("aengine.engine")
+        self.name: str = name or name_of(step).rpartition("<locals>.")[2]
+        self.state: State[Batch, Output] = State()
+        self.logger: logging.Logger = logging.getLogger("aengine.engine")
         self.state_dict_user_keys: list[str] = []
         self.randomness: Randomness | None = None
         self._requests = Requests()
@@ -100,6 +131,9 @@ class Engine(Generic[Batch, Output]):
             threaded=not is_async and thread,
             grace=check_seconds(grace, "grace=", 30.0),
         )
+
+    def __class_getitem__(cls, parameters: Any) -> Any:
+        return with_defaults(cls, parameters)
 
     # What looks into pytorch-ignite's engine finds the way here. Not by __getattr__: each access would be slower by it.
     _allowed_events = InsideOfIgnite()
@@ -117,22 +151,24 @@ class Engine(Generic[Batch, Output]):
     _state_dict_user_keys = InsideOfIgnite()
 
     # By name, and not as a property: reading the state, as every handler does, would take several times as long.
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "state" and (session := getattr(self, "_session", None)) is not None:
-            session.replace_state(value)
-        super().__setattr__(name, value)
+    if not TYPE_CHECKING:  # for which any attribute could be assigned then
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            if name == "state" and (session := getattr(self, "_session", None)) is not None:
+                session.replace_state(value)
+            super().__setattr__(name, value)
 
     # Running
 
     async def run(
         self,
-        data: Any = None,
+        data: Data[Batch] | None = None,
         max_epochs: int | None = None,
         max_iters: int | None = None,
         epoch_length: int | None = None,
         *,
         prefetch: int = 0,
-    ) -> State:
+    ) -> State[Batch, Output]:
         """Run the loop over `data` until `max_epochs` or `max_iters`, and return the state.
 
         An engine that is done begins anew, by default for one epoch; one that was stopped goes on where it
@@ -161,13 +197,13 @@ class Engine(Generic[Batch, Output]):
 
     def run_sync(
         self,
-        data: Any = None,
+        data: Data[Batch] | None = None,
         max_epochs: int | None = None,
         max_iters: int | None = None,
         epoch_length: int | None = None,
         *,
         prefetch: int = 0,
-    ) -> State:
+    ) -> State[Batch, Output]:
         """Run the same loop where no event loop runs, and without one as long as nothing must be awaited.
 
         Subscribers, async steps, handlers and data, and `prefetch` have it open one, on asyncio.
@@ -181,13 +217,13 @@ class Engine(Generic[Batch, Output]):
 
     def iterate(
         self,
-        data: Any = None,
+        data: Data[Batch] | None = None,
         max_epochs: int | None = None,
         max_iters: int | None = None,
         epoch_length: int | None = None,
         *,
         prefetch: int = 0,
-    ) -> AbstractAsyncContextManager[AsyncIterator[Event]]:
+    ) -> AbstractAsyncContextManager[AsyncIterator[Event[Output]], None]:
         """Run the same loop for a `for` of one's own: an event for each completed iteration; the loop waits meanwhile.
 
             async with engine.iterate(data, max_epochs=3) as iterations:
@@ -202,7 +238,13 @@ class Engine(Generic[Batch, Output]):
 
     # Listening
 
-    def on(self, event: EventLike, *args: Any, **kwargs: Any) -> Callable[[Handler], Handler]:
+    @overload
+    def on(self, event: EventLike, *args: *Positional) -> InlineDecorator[*Positional]: ...
+    @overload  # by keyword, which is not checked
+    def on(  # pyright: ignore[reportOverlappingOverload]  # it does not look at keywords
+        self, event: EventLike, *args: Any, **kwargs: Any
+    ) -> Callable[[Handler], Handler]: ...
+    def on(self, event: EventLike, *args: Any, **kwargs: Any) -> Any:  # type: ignore[misc]  # mypy: *Any is no *Positional
         """Return a decorator that adds an inline handler, and returns it as it was. See `add_event_handler`.
 
         Raises:
@@ -217,6 +259,46 @@ class Engine(Generic[Batch, Output]):
 
         return add
 
+    @overload
+    def add_event_handler(
+        self, event: EventLike, handler: WithDefault["Engine[Batch, Output]"]
+    ) -> RemovableEventHandle: ...
+    @overload
+    def add_event_handler(
+        self, event: EventLike, handler: Callable[["Engine[Batch, Output]"], Any]
+    ) -> RemovableEventHandle: ...
+    @overload
+    def add_event_handler(
+        self,
+        event: EventLike,
+        handler: Callable[Concatenate["Engine[Batch, Output]", Arguments], Any],
+        *args: Arguments.args,
+        **kwargs: Arguments.kwargs,
+    ) -> RemovableEventHandle: ...
+    @overload
+    def add_event_handler(
+        self,
+        event: EventLike,
+        handler: Callable[Arguments, Any],
+        *args: Arguments.args,
+        **kwargs: Arguments.kwargs,
+    ) -> RemovableEventHandle: ...
+    @overload
+    def add_event_handler(
+        self,
+        event: EventLike,
+        handler: Callable[Concatenate["Engine[Batch, Output]", Any, Arguments], Any],
+        *args: Arguments.args,
+        **kwargs: Arguments.kwargs,
+    ) -> RemovableEventHandle: ...
+    @overload
+    def add_event_handler(
+        self,
+        event: EventLike,
+        handler: Callable[Concatenate[BaseException, Arguments], Any],
+        *args: Arguments.args,
+        **kwargs: Arguments.kwargs,
+    ) -> RemovableEventHandle: ...
     def add_event_handler(
         self, event: EventLike, handler: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> RemovableEventHandle:
@@ -255,31 +337,55 @@ class Engine(Generic[Batch, Output]):
         *,
         buffer: int = 64,
         overflow: Overflow = "wait",
-        on_error: str = "raise",
-        snapshot: Snapshot | None = None,
+        on_error: Literal["raise", "log"] = "raise",
+        snapshot: None = None,
         name: str | None = None,
-    ) -> Callable[[Handler], Handler]: ...
+    ) -> SubscriberDecorator[Output, None]: ...
     @overload
     def subscribe(
         self,
         event: EventLike,
-        handler: Callable[[Event], Any],
+        handler: None = None,
         *,
         buffer: int = 64,
         overflow: Overflow = "wait",
-        on_error: str = "raise",
-        snapshot: Snapshot | None = None,
+        on_error: Literal["raise", "log"] = "raise",
+        snapshot: Callable[["Engine[Batch, Output]"], Awaitable[Taken] | Taken],
+        name: str | None = None,
+    ) -> SubscriberDecorator[Output, Taken]: ...
+    @overload
+    def subscribe(
+        self,
+        event: EventLike,
+        handler: Callable[[Event[Output]], Any],
+        *,
+        buffer: int = 64,
+        overflow: Overflow = "wait",
+        on_error: Literal["raise", "log"] = "raise",
+        snapshot: None = None,
+        name: str | None = None,
+    ) -> RemovableEventHandle: ...
+    @overload
+    def subscribe(
+        self,
+        event: EventLike,
+        handler: Callable[[Event[Output, Taken]], Any],
+        *,
+        buffer: int = 64,
+        overflow: Overflow = "wait",
+        on_error: Literal["raise", "log"] = "raise",
+        snapshot: Callable[["Engine[Batch, Output]"], Awaitable[Taken] | Taken],
         name: str | None = None,
     ) -> RemovableEventHandle: ...
     def subscribe(
         self,
         event: EventLike,
-        handler: Callable[[Event], Any] | None = None,
+        handler: Callable[[Event[Any, Any]], Any] | None = None,
         *,
         buffer: int = 64,
         overflow: Overflow = "wait",
-        on_error: str = "raise",
-        snapshot: Snapshot | None = None,
+        on_error: Literal["raise", "log"] = "raise",
+        snapshot: Callable[["Engine[Batch, Output]"], Any] | None = None,
         name: str | None = None,
     ) -> Any:
         """Add a handler beside the step: while a run lasts, in a task of its own, one `Event` at a time, in order.
@@ -319,15 +425,35 @@ class Engine(Generic[Batch, Output]):
 
         return decorate
 
+    @overload
     def stream(
         self,
         event: EventLike,
         *,
         buffer: int = 64,
         overflow: Overflow = "drop_oldest",
-        snapshot: Snapshot | None = None,
+        snapshot: None = None,
         wait_for_run: bool = True,
-    ) -> Stream:
+    ) -> Stream[Output, None]: ...
+    @overload
+    def stream(
+        self,
+        event: EventLike,
+        *,
+        buffer: int = 64,
+        overflow: Overflow = "drop_oldest",
+        snapshot: Callable[["Engine[Batch, Output]"], Awaitable[Taken] | Taken],
+        wait_for_run: bool = True,
+    ) -> Stream[Output, Taken]: ...
+    def stream(
+        self,
+        event: EventLike,
+        *,
+        buffer: int = 64,
+        overflow: Overflow = "drop_oldest",
+        snapshot: Callable[["Engine[Batch, Output]"], Any] | None = None,
+        wait_for_run: bool = True,
+    ) -> Stream[Any, Any]:
         """Return events to be read, as in the class `Stream`.
 
         It ends with the run under way, or else with the next one, however that ends. `state.stop_reason` and
@@ -346,7 +472,7 @@ class Engine(Generic[Batch, Output]):
         return Stream(bus, selected, None, buffer, overflow, snapshot, wait_for_run=wait_for_run)
 
     def add_service(
-        self, service: Service, *, on_error: str = "raise", name: str | None = None
+        self, service: Service, *, on_error: Literal["raise", "log"] = "raise", name: str | None = None
     ) -> RemovableEventHandle:
         """Have a service live beside the runs of this engine, also one that is under way. See `Service`.
 
@@ -506,7 +632,7 @@ class Engine(Generic[Batch, Output]):
         """End a pause. From any thread or task."""
         self._requests.cancel(Request.PAUSE)
 
-    def set_data(self, data: Any) -> None:
+    def set_data(self, data: Data[Batch]) -> None:
         """Have the next batch come from other data. The length of the epoch stays. From any thread or task.
 
         Raises:

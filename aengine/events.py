@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from datetime import timedelta
 from enum import Enum
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeAlias, cast
 
 from aengine.arguments import check_interval, check_whole
 from aengine.callables import check_callable
+from aengine.type_variables import Output, Snapshot, with_defaults
 
 Test: TypeAlias = Callable[[Any, int], bool]
 """A filter of one's own: given the engine and the event's counter, says whether to fire."""
@@ -75,8 +76,12 @@ class _JoinsIgnites:
 class _Named(_JoinsIgnites):
     """What has an event's name, and is equal to everything else that has the same one."""
 
-    name: Any  # str; an Enum defines it in its own way
     filter: Filter | None = None
+
+    if TYPE_CHECKING:  # an Enum defines it in its own way
+
+        @property
+        def name(self) -> str: ...
 
     def __call__(
         self,
@@ -119,8 +124,13 @@ class FilteredEvent(_Named):
     """An event with a filter: what `Events.ITERATION_COMPLETED(every=100)` returns."""
 
     def __init__(self, name: str, filter: Filter | None) -> None:  # noqa: A002 -- the field's name for it
-        self.name: str = name
+        self._name = name
         self.filter = filter
+
+    @property
+    def name(self) -> str:
+        """The event's name."""
+        return self._name
 
     def __repr__(self) -> str:
         return self.name if self.filter is None else f"{self.name}({describe(self.filter)})"
@@ -200,13 +210,15 @@ class EventsList(_JoinsIgnites):
 class NamedEvent(Protocol):
     """An event, filtered or not, ours or pytorch-ignite's."""
 
+    filter: Any
+
     @property
     def name(self) -> str:
         """The event's name."""
         ...
 
 
-EventLike: TypeAlias = str | NamedEvent | Iterable[NamedEvent]
+EventLike: TypeAlias = str | NamedEvent | EventsList
 """What can be listened to: an event, filtered or not, its name, several with `|`, or pytorch-ignite's likewise."""
 
 
@@ -221,7 +233,7 @@ class Selector:
         return self.name if self.filter is None else f"{self.name}({describe(self.filter)})"
 
 
-class Event(NamedTuple):
+class Event(NamedTuple, Generic[Output, Snapshot]):
     """One firing of an event, as concurrent listeners get it: a fact that stays true while the loop goes on.
 
     Tensors in `output` and `metrics` are references: what will be read later is detached or copied by `snapshot=`.
@@ -252,11 +264,15 @@ class Event(NamedTuple):
     epoch_length: int | None
     max_epochs: int | None
     max_iters: int | None
-    output: Any
+    output: Output | Any
     metrics: Mapping[str, Any]
     monotonic: float
     payload: Any
-    snapshot: Any
+    snapshot: Snapshot
+
+    @classmethod  # said, for a NamedTuple does not know
+    def __class_getitem__(cls, parameters: Any) -> Any:
+        return with_defaults(cls, parameters)
 
     @property
     def time(self) -> float:
@@ -282,7 +298,7 @@ def date_of(monotonic: float) -> float:
     return time.time() - (time.perf_counter() - monotonic)  # noqa: TID251 -- the one place that shows a date
 
 
-new_event: Callable[[type[Event], tuple[Any, ...]], Event] = tuple.__new__
+new_event: Callable[[type[Event[Any, Any]], tuple[Any, ...]], Event[Any, Any]] = tuple.__new__
 """Makes an Event of its fields in order, without the cost of its Python constructor."""
 
 NO_METRICS: Mapping[str, Any] = MappingProxyType({})

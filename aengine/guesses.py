@@ -92,7 +92,6 @@ KEYWORDS: Mapping[str, str] = _table(
         "metric_names": "values",
         "global_step_transform": "step",
         "n_saved": "write keep=Keep(last=2)",
-        "trainer engine evaluator": "write {{call}}(...).attach({name})",
         # Lightning, and what is written by hand
         "dirpath save_dir": "directory",
         "every_n_train_steps every_n_epochs": "write .attach(engine, Events.ITERATION_COMPLETED(every=500))",
@@ -108,3 +107,12 @@ KEYWORDS: Mapping[str, str] = _table(
     }
 )
 """Of a keyword that other libraries have, and ours has not: the parameter that is meant, or a sentence."""
+
+OF_ATTACH: Mapping[str, str] = {
+    "engine": "engine",
+    "evaluator": "trainer, evaluator=evaluator",
+    "event": "engine, event",
+    "event_name": "engine, event",
+    "trainer": "trainer",
+}
+"""Keywords that a constructor does not take, and `attach` does: how it is called with them."""

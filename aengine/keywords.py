@@ -5,7 +5,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any, TypeVar, cast
 
-from aengine.guesses import KEYWORDS, near_word
+from aengine.guesses import KEYWORDS, OF_ATTACH, near_word
 
 T = TypeVar("T")
 
@@ -66,26 +66,32 @@ def _advice(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
     free = [one.name for one in named if one.name not in filled | kwargs.keys()]
     lacking = [one.name for one in named if one.name in free and one.default is one.empty]
     call = function.__qualname__.removesuffix(".__init__")
+    is_attached = function.__name__ == "__init__" and hasattr(args[0], "attach")
     known = {one.name for one in named}
-    for word in kwargs:
-        if word not in known and (meant := _meant(word, call, lacking if takes_any else free)):
-            return f"{call}() has no {word}=: {meant}"
-    wrong = [word for word in kwargs if word not in known and not takes_any]
-    if wrong:
+    wrong = [word for word in kwargs if word not in known]
+    meant = {word: _meant(word, lacking if takes_any else free) for word in wrong}
+    if is_attached:
+        meant |= {word: f"write {call}(...).attach({OF_ATTACH[word]})" for word in wrong if word in OF_ATTACH}
+    answers = [f"no {word}=: {answer}" for word, answer in meant.items() if answer]
+    if answers:
+        return f"{call}() has {', '.join(answers)}"
+    if wrong and not takes_any:
         return f"{call}() has no {wrong[0]}=; it takes {', '.join(f'{one.name}=' for one in named) or 'nothing'}"
     keyword_only = [one.name for one in named if one.kind is one.KEYWORD_ONLY]
     takes_more = any(one.kind is one.VAR_POSITIONAL for one in parameters)
     if len(args) > len(positional) and not takes_more and keyword_only:
         first = " and ".join(one.name for one in positional if one.name != "self") or "nothing"
-        return f"{call}() takes {first} by position, and by keyword {', '.join(f'{one}=' for one in keyword_only)}"
+        others = ", ".join(f"{one}=" for one in keyword_only)
+        attach = f"; the engine and the event are for {call}(...).attach()" if is_attached else ""
+        return f"{call}() takes {first} by position, and by keyword {others}{attach}"
     return None
 
 
-def _meant(word: str, call: str, names: list[str]) -> str | None:
-    for meant in KEYWORDS.get(word, "").split(" / "):
-        if meant in names:
-            return f"write {meant}="
-        if meant.startswith("write "):
-            return meant.format(call=call)
+def _meant(word: str, names: list[str]) -> str | None:
+    meant = KEYWORDS.get(word, "")
+    if meant in names:
+        return f"write {meant}="
+    if meant.startswith("write "):
+        return meant
     near = near_word(word, names)
     return near and f"{near}=?"

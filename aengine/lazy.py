@@ -9,7 +9,7 @@ from typing import Any
 from aengine.guesses import NAMES, near_word
 
 PACKAGES = (
-    "aengine", "aengine.checkpoint", "aengine.handlers", "aengine.loggers", "aengine.training",
+    "aengine", "aengine.checkpoint", "aengine.handlers", "aengine.loggers", "aengine.plots", "aengine.training",
 )  # fmt: skip
 """What users import from, and what is lazy: looking for a name in it loads nothing."""
 

@@ -91,7 +91,7 @@ class stop_on_signals:  # noqa: N801 -- used as a function is, like contextlib.s
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> bool | None:
+    ) -> bool:
         is_swallowed = self._entered.__exit__(kind, error, trace)
         for number in dict.fromkeys(self.received):
             if self._fronts[number].can_hand_on:
@@ -100,7 +100,7 @@ class stop_on_signals:  # noqa: N801 -- used as a function is, like contextlib.s
         raised, self._raised = self._raised, None
         if raised is not None:
             raise raised
-        return is_swallowed
+        return bool(is_swallowed)
 
     def _handle(self, number: int) -> None:
         self.received.append(signal.Signals(number))

@@ -4,7 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from traceback import format_exception
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol, Self, runtime_checkable
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, Protocol, Self, runtime_checkable
+
+from aengine.type_variables import Batch, Output, with_defaults
 
 if TYPE_CHECKING:
     from aengine.loop.progress import Progress
@@ -64,7 +66,7 @@ COUNTERS: Mapping[str, str] = {
 }
 
 
-class State:
+class State(Generic[Batch, Output]):
     """What the loop knows: its counters, the batch in hand, the last output; and users' own attributes.
 
     Attributes:
@@ -103,8 +105,8 @@ class State:
         self.epoch_length: int | None = None
         self.max_epochs: int | None = None
         self.max_iters: int | None = None
-        self.batch: Any = None
-        self.output: Any = None
+        self.batch: Batch | Any = None
+        self.output: Output | Any = None
         self.metrics: dict[str, Any] = {}
         set_dataloader(self, attributes.pop("dataloader", None))
         self.seed: int | None = None
@@ -134,6 +136,9 @@ class State:
         # would make every access of the loop several times slower.
         def __getattr__(self, name: str) -> Any: ...
         def __setattr__(self, name: str, value: Any) -> None: ...
+
+    def __class_getitem__(cls, parameters: Any) -> Any:
+        return with_defaults(cls, parameters)
 
     def get_event_attrib_value(self, event_name: Any) -> int:
         """Return the counter of an event, given by name or as the event itself.
@@ -173,6 +178,7 @@ class State:
         shown = {
             name.removeprefix("_"): value if isinstance(value, _SHOWN) else f"<{type(value).__name__}>"
             for name, value in vars(self).items()
+            if not name.startswith("__")  # as typing has them, of a State[int, float]()
         }
         return f"State({', '.join(f'{name}={value}' for name, value in shown.items())})"
 

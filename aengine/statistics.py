@@ -134,14 +134,20 @@ class Stopwatch:
         "next_reading", "runs", "step", "weight",
     )  # fmt: skip
 
+    back_pressure: float
+    data: float
+    event_loop: float
+    lag: float
+    step: float
+
     def __init__(self) -> None:
         self.data = self.step = self.back_pressure = self.event_loop = self.lag = 0.0
         self.event_loop_lag: Callable[[], float] = float  # 0.0: there is no event loop
-        self.began = perf_counter()
+        self.began: float = perf_counter()
         self.ended: float | None = None
-        self.weight = 1
-        self.runs = 1  # that take turns with this one
-        self.next_reading = 0
+        self.weight: int = 1
+        self.runs: int = 1  # that take turns with this one
+        self.next_reading: int = 0
         self._read_at = self.began
         self._read_iteration = -1
 

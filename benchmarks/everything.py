@@ -63,11 +63,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]  # it has no stubs
 
 from aengine import Engine, Event, Events
 from aengine.checkpoint import Checkpoint, Keep
-from aengine.handlers.early_stopping import EarlyStopping
-from aengine.handlers.nan_guard import NanGuard
-from aengine.handlers.progress import show_progress
-from aengine.handlers.progress_tqdm import TqdmBars
-from aengine.handlers.report import table
+from aengine.handlers import EarlyStopping, NanGuard, ProgressBar, TqdmBars, format_statistics
 from aengine.loggers import JSONLines, TensorBoard, Tracker, numbers_of
 from aengine.training import (
     AverageHandler,
@@ -156,12 +152,12 @@ def ours(training: Training, *, is_concurrent: bool, report: Callable[[str], Non
     AverageHandler(average, model).attach(trainer)
     MetricHandler(MeanMetric(), "mean loss").attach(trainer)
     NanGuard().attach(trainer)
-    EarlyStopping(PATIENCE, "validation/accuracy", mode="max").attach(trainer, validator)
+    EarlyStopping(PATIENCE, "validation/accuracy", mode="max").attach(trainer, evaluator=validator)
 
     def copy_average(_: AnyEngine) -> dict[str, Tensor]:
         return {name: tensor.clone() for name, tensor in average.state_dict().items()}
 
-    async def validate_snapshot(event: Event) -> None:
+    async def validate_snapshot(event: Event[Any, dict[str, Tensor]]) -> None:
         validated.load_state_dict(event.snapshot)
         validator.state.step = event.iteration
         await validator.run(training.held_out)
@@ -184,7 +180,7 @@ def ours(training: Training, *, is_concurrent: bool, report: Callable[[str], Non
             trainer, Events.EPOCH_COMPLETED
         )
         Tracker(sink, values=numbers_of, step=lambda engine: engine.state.step).attach(validator, Events.COMPLETED)
-    show_progress(trainer, TqdmBars(Terminal()))
+    ProgressBar(TqdmBars(Terminal())).attach(trainer)
 
     async def run() -> Sample:
         state = {"model": model, "optimizer": optimizer, "average": average}
@@ -192,7 +188,7 @@ def ours(training: Training, *, is_concurrent: bool, report: Callable[[str], Non
             async with Checkpoint(training.folder / "checkpoints", state, keep=Keep(last=2)) as checkpoint:
                 checkpoint.attach(trainer, Events.EPOCH_COMPLETED)
                 await trainer.run(training.data, max_epochs=training.epochs)
-        report(table(trainer.statistics()))
+        report(format_statistics(trainer.statistics()))
         return watch.sample
 
     return run_on("asyncio", run)

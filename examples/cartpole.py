@@ -207,7 +207,7 @@ def make_trainer(*, thread: bool = True) -> Trainer:
             engine.terminate()
 
     @trainer.subscribe(Events.ITERATION_COMPLETED, snapshot=lambda _: deepcopy(policy.state_dict()), overflow="latest")
-    async def publish(event: Event) -> None:
+    async def publish(event: Event[float, dict[str, Any]]) -> None:
         Published.policy.load_state_dict(event.snapshot)
         Published.version = event.iteration
 

@@ -38,11 +38,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionM
 
 from aengine import Engine, Event, Events, stop_on_signals
 from aengine.checkpoint import Checkpoint, Keep
-from aengine.handlers.early_stopping import EarlyStopping
-from aengine.handlers.nan_guard import NanGuard
-from aengine.handlers.progress import show_progress
-from aengine.handlers.progress_tqdm import TqdmBars
-from aengine.handlers.report import table
+from aengine.handlers import EarlyStopping, NanGuard, ProgressBar, format_statistics
 from aengine.loggers import JSONLines, TensorBoard, Tracker, numbers_of
 from aengine.training import (
     AverageHandler,
@@ -101,7 +97,7 @@ AverageHandler(average, model).attach(trainer)
 MetricHandler(RunningMean(window=len(loader)), "mean loss", every=10).attach(trainer)
 NanGuard().attach(trainer)
 early_stopping = EarlyStopping(PATIENCE, "validation/accuracy", mode="max")
-early_stopping.attach(trainer, validator)
+early_stopping.attach(trainer, evaluator=validator)
 
 
 @trainer.on(Events.EPOCH_COMPLETED)
@@ -116,7 +112,7 @@ def begin(engine: Engine[Any, Any]) -> None:
 
 
 @trainer.subscribe(Events.EPOCH_COMPLETED(every=5), snapshot=lambda _: deepcopy(average.module.state_dict()))
-async def observe(event: Event) -> None:
+async def observe(event: Event[Any, dict[str, Any]]) -> None:
     candidate.load_state_dict(event.snapshot)
     observer.state.step = event.iteration
     await observer.run(in_batches(training))
@@ -135,7 +131,7 @@ async def main(out: Path) -> None:
     for sink in (JSONLines(out / "log.jsonl"), TensorBoard(out / "tensorboard")):
         Tracker(sink, values=values).attach(trainer, Events.ITERATION_COMPLETED(every=10) | Events.EPOCH_COMPLETED)
         Tracker(sink, step=lambda engine: engine.state.step).attach(observer, Events.COMPLETED)
-    show_progress(trainer, TqdmBars())
+    ProgressBar().attach(trainer)
 
     state = {"model": model, "average": average, "optimizer": optimizer}
     async with Checkpoint(out / "checkpoints", state, keep=Keep(last=2, best=1, metric="accuracy")) as checkpoint:
@@ -147,7 +143,7 @@ async def main(out: Path) -> None:
             print(f"resuming from step {restored.step}" if restored else "beginning", flush=True)
             with stop_on_signals(trainer) as stop:
                 await trainer.run(loader, max_epochs=EPOCHS)
-            print(table(trainer.statistics()))
+            print(format_statistics(trainer.statistics()))
             if stop.received:
                 print(f"stopped at step {trainer.state.iteration}: the same command resumes")
                 return

@@ -121,7 +121,9 @@ async def main(out: Path) -> None:
 
     @trainer.subscribe(Events.EPOCH_COMPLETED(every=10, at_end=True), snapshot=average_weights, overflow="latest")
     @torch.inference_mode()
-    def paint(event: Event) -> None:  # a plain function runs in a thread, so the event loop does not wait for it
+    def paint(
+        event: Event[Losses, dict[str, Tensor]],
+    ) -> None:  # in a thread: the event loop stays free
         painter.load_state_dict(event.snapshot)
         tiles = pad(draw(painter, noise, which).view(10, 10, 8, 8), (2, 2, 2, 2), value=-1)
         grid = tiles.permute(0, 2, 1, 3).reshape(120, 120).add(1).mul(127.5).byte()

@@ -137,7 +137,7 @@ async def train(trainer: Reading, model: Reader, vocabulary: list[str], data: li
     best = math.inf, model
 
     @trainer.subscribe(Events.EPOCH_COMPLETED, snapshot=lambda _: deepcopy(model))
-    def report(event: Event) -> None:
+    def report(event: Event[Weighed, Reader]) -> None:
         nonlocal best
         perplexity, rate, loss = (event.metrics[name] for name in ("perplexity", "rate", "loss"))
         best = min(best, (perplexity, event.snapshot), key=lambda one: one[0])

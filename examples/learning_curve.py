@@ -22,17 +22,17 @@ from anyio.to_thread import run_sync as in_thread
 from quickstart import accuracies, main, trainer
 
 from aengine import Events
-from aengine.handlers import picture
-from aengine.handlers.timeline import Timeline
+from aengine.handlers import Timeline
 from aengine.loggers import JSONLines, Tracker
+from aengine.plots import Curve, plot_learning_curve, plot_timeline, read_curve
 
 
 def draw(out: Path, timeline: Timeline) -> None:
-    loss = picture.read(out / "losses.jsonl", "loss")
+    loss = read_curve(out / "losses.jsonl", "loss")
     length = len(loss.steps) // len(accuracies)
-    accuracy = picture.Curve([length * epoch for epoch in range(1, len(accuracies) + 1)], accuracies, "accuracy")
-    picture.learning_curve(loss, accuracy).save(out / "learning_curve.png")
-    picture.timeline(timeline).save(out / "timeline.png")
+    accuracy = Curve([length * epoch for epoch in range(1, len(accuracies) + 1)], accuracies, "accuracy")
+    plot_learning_curve(loss, accuracy).save(out / "learning_curve.png")
+    plot_timeline(timeline).save(out / "timeline.png")
 
 
 async def train_and_draw(out: Path) -> None:
@@ -40,7 +40,8 @@ async def train_and_draw(out: Path) -> None:
     Tracker(JSONLines(out / "losses.jsonl"), values=lambda engine: {"loss": engine.state.output}).attach(
         trainer, Events.ITERATION_COMPLETED
     )
-    timeline = Timeline(trainer)
+    timeline = Timeline()
+    timeline.attach(trainer)
     await main(out)
     await in_thread(draw, out, timeline)
     print(f"pictures in {out / 'learning_curve.png'} and {out / 'timeline.png'}")

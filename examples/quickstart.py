@@ -101,7 +101,7 @@ def copy_weights(engine: Engine[Batch, float]) -> Weights:
 
 
 @trainer.subscribe(Events.EPOCH_COMPLETED, snapshot=copy_weights)
-async def validate(event: Event) -> None:
+async def validate(event: Event[float, Weights]) -> None:
     accuracies.append(await accuracy(event.snapshot, validation))
     if accuracies[-1] == max(accuracies):
         best.update(event.snapshot)

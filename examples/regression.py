@@ -32,9 +32,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanAbsoluteError, MeanMetric, R2Score
 
 from aengine import Engine, Events
-from aengine.handlers.early_stopping import EarlyStopping
-from aengine.handlers.progress import show_progress
-from aengine.handlers.progress_tqdm import TqdmBars
+from aengine.handlers import EarlyStopping, ProgressBar
 from aengine.training import MetricHandler, create_supervised_evaluator, create_supervised_trainer
 
 Batch = tuple[Tensor, Tensor]
@@ -76,7 +74,7 @@ def create_trainer(model: nn.Module, validation: Batch, *, thread: bool = True) 
     trainer = create_supervised_trainer(model, optimizer, nn.functional.smooth_l1_loss, thread=thread)
     evaluator = create_evaluator(model, thread=thread)
     MetricHandler(MeanMetric(), "loss").attach(trainer)
-    EarlyStopping(patience=10, score="R2", mode="max").attach(trainer, evaluator)
+    EarlyStopping(10, "R2", mode="max").attach(trainer, evaluator=evaluator)
 
     @trainer.on(Events.EPOCH_COMPLETED)
     async def validate(engine: Engine[Batch, Tensor]) -> None:  # inline: it is short, and can stop the trainer
@@ -96,7 +94,7 @@ async def main() -> None:
     patients = read_patients()
     model = create_model(len(patients.terms))
     trainer = create_trainer(model, patients.validation)
-    show_progress(trainer, TqdmBars())  # shows nothing where there is no terminal
+    ProgressBar().attach(trainer)  # shows nothing where there is no terminal
     state = await trainer.run(
         DataLoader(TensorDataset(*patients.training), batch_size=32, shuffle=True), max_epochs=500
     )

@@ -88,7 +88,9 @@ async def train(trainer: Engine[Tensor, Weighed], model: VAE, out: Path, epochs:
 
     @trainer.subscribe(Events.EPOCH_COMPLETED(every=20, at_end=True), snapshot=lambda _: deepcopy(model))
     @torch.inference_mode()
-    def test_and_draw(event: Event) -> None:  # a plain function runs in a thread: the event loop stays free
+    def test_and_draw(
+        event: Event[Weighed, VAE],
+    ) -> None:  # in a thread: the event loop stays free
         snapshot, chance = event.snapshot, Generator().manual_seed(event.epoch)
         drawn, coded = snapshot(test, chance)
         losses.append(loss_of(drawn, coded, test).item() / len(test))

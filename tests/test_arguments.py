@@ -100,6 +100,13 @@ def test_message_says_what_each_choice_means() -> None:
         check_choice("ignore", "on_error=", {"raise": "the run fails", "log": "it goes on"})
 
 
+@pytest.mark.parametrize("value", ["drop-oldest", "Drop_Oldest", "dropoldest", "drop_oldst"])
+def test_word_that_nearly_is_a_choice_is_answered_by_it(value: str) -> None:
+    message = f'overflow= is one of "wait", "drop_oldest", got {value!r}: "drop_oldest"?'
+    with pytest.raises(ValueError, check=lambda raised: str(raised) == message):
+        check_choice(value, "overflow=", ["wait", "drop_oldest"])
+
+
 class Sink:
     def write(self) -> None: ...
 

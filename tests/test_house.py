@@ -19,8 +19,8 @@ ROOT = Path(__file__).parents[1]
 MODULES = sorted((ROOT / "aengine").rglob("*.py"))
 FOLDERS = ("aengine", "benchmarks", "examples", "tests", ".ci", ".github")
 
-# Run by a new interpreter: what an import costs and brings along. CPU time, since the clock on the wall also counts what
-# else the machine does.
+# Run by a new interpreter: what an import costs and brings along. CPU time, since the clock on the wall also counts
+# what else the machine does.
 IMPORT = """
 import json, sys, threading, time
 before = set(sys.modules)

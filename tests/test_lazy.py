@@ -18,7 +18,9 @@ from aengine.lazy import PACKAGES
 
 def run(program: str) -> str:
     """Run a program with a new interpreter, and return what it has printed."""
-    done = subprocess.run([sys.executable, "-O", "-W", "error", "-c", program], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-O", "-W", "error", "-c", program], capture_output=True, text=True, check=True
+    )
     return done.stdout.strip()
 
 
@@ -100,7 +102,10 @@ print([one.__name__ for one in found])
     [
         ("aengine.Enginee", "AttributeError: aengine has no 'Enginee': Engine?"),
         ("from aengine import Enginee", "ImportError: aengine has no 'Enginee': Engine?"),
-        ("from aengine.handlers import ProgressBars", "ImportError: aengine.handlers has no 'ProgressBars': ProgressBar?"),
+        (
+            "from aengine.handlers import ProgressBars",
+            "ImportError: aengine.handlers has no 'ProgressBars': ProgressBar?",
+        ),
         ("aengine.handlers.ProgressBars", "AttributeError: aengine.handlers has no 'ProgressBars': ProgressBar?"),
         ("from aengine.loggers import jsonlines_", "ImportError: aengine.loggers has no 'jsonlines_': JSONLines?"),
         (
@@ -121,8 +126,10 @@ print([one.__name__ for one in found])
         ),
         (
             "from aengine.handlers import EpochOutputStore",
-            "ImportError: aengine.handlers has no 'EpochOutputStore': from ignite.handlers import EpochOutputStore  #"
-            " pytorch-ignite's own attaches as it is",
+            (
+                "ImportError: aengine.handlers has no 'EpochOutputStore':"
+                " from ignite.handlers import EpochOutputStore  # pytorch-ignite's own attaches as it is"
+            ),
         ),
     ],
 )

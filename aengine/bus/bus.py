@@ -39,20 +39,23 @@ class Bus:
         "sequence", "state", "stopwatch",
     )  # fmt: skip
 
+    last_of_subscribers: int
+    sequence: int
+
     def __init__(self, name: str, logger: logging.Logger, state: State) -> None:
-        self.name = name
-        self.logger = logger
-        self.state = state
-        self.lock = RLock()
+        self.name: str = name
+        self.logger: logging.Logger = logger
+        self.state: State = state
+        self.lock: RLock = RLock()
         self.sequence = self.last_of_subscribers = 0
-        self.completions = Completions()
+        self.completions: Completions = Completions()
         self.own_counts: dict[str, int] = {}
         self.last_event_name: str | None = None
-        self.next_count = ALWAYS
-        self.stopwatch = Stopwatch()
+        self.next_count: int = ALWAYS
+        self.stopwatch: Stopwatch = Stopwatch()
         self.loop_handle: EventLoopHandle | None = None
-        self.has_company = False
-        self.has_run = False
+        self.has_company: bool = False
+        self.has_run: bool = False
         self._reported: BaseException | None = None
         self._are_waits_over = False
         self._subscriptions: tuple[Subscription, ...] = ()

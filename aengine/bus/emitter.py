@@ -54,7 +54,7 @@ class Runner(Protocol):
         """What blocks until something has been awaited on the event loop. None unless the caller is on the worker."""
         ...
 
-    def defer_backpressure(self, waits: list[BackpressureWait]) -> None:
+    def defer_backpressure(self, waits: list[BackpressureWait], /) -> None:
         """Have the loop wait for room before its next step, in place of a caller that cannot wait."""
         ...
 
@@ -81,7 +81,7 @@ class EventEmitter:
     """
 
     def __init__(self, name: str, logger: logging.Logger, state: State) -> None:
-        self.bus = Bus(name, logger, state)
+        self.bus: Bus = Bus(name, logger, state)
         self.runner: Runner | None = None
         self.registered: dict[str, Any] = dict(_OURS)
         self._attributes: dict[str, str] = {}  # of the state, that count events of the user's

@@ -54,11 +54,16 @@ class Inbox:
         "waiting", "wakeup",
     )  # fmt: skip
 
+    accepted: int
+    discarded: int
+    dropped: int
+    handled: int
+
     def __init__(self, name: str, capacity: int, overflow: Overflow, lock: Any) -> None:
-        self.name = name
+        self.name: str = name
         self.accepted = self.handled = self.dropped = self.discarded = 0
-        self.waiting: deque[Event] = deque()
-        self.in_hand: Event | None = None
+        self.waiting: deque[Event[Any, Any]] = deque()
+        self.in_hand: Event[Any, Any] | None = None
         self.wakeup: ThreadSafeEvent | None = None
         self._capacity = capacity
         self._overflow = overflow
@@ -86,7 +91,7 @@ class Inbox:
 
     # Writers, which hold the bus's lock. A topic puts events by itself, as far as the limit: a call for each is felt.
 
-    def put_at_limit(self, event: Event) -> bool:
+    def put_at_limit(self, event: Event[Any, Any]) -> bool:
         """Do what the policy says with an event that is over the limit. Returns False if room is to be waited for.
 
         Raises:
@@ -100,27 +105,27 @@ class Inbox:
         if wakeup is not None and not wakeup.is_posted:
             wakeup.set()
 
-    def _discard(self, _: Event) -> bool:
+    def _discard(self, _: Event[Any, Any]) -> bool:
         self.discarded += 1
         return True
 
-    def _wait(self, event: Event) -> bool:
+    def _wait(self, event: Event[Any, Any]) -> bool:
         self.waiting.append(event)
         self.wake_reader()
         return False
 
-    def _drop_new(self, _: Event) -> bool:
+    def _drop_new(self, _: Event[Any, Any]) -> bool:
         self.dropped += 1
         return True
 
-    def _refuse(self, event: Event) -> bool:
+    def _refuse(self, event: Event[Any, Any]) -> bool:
         self.dropped += 1
         raise InboxOverflow(
             f"the inbox of {self.name!r} is full: {self._capacity} events wait and {event} came. Make its handler"
             ' faster, its buffer= larger, or choose another overflow=, such as "wait"'
         )
 
-    def _drop_oldest(self, event: Event) -> bool:
+    def _drop_oldest(self, event: Event[Any, Any]) -> bool:
         try:  # suppress() costs as much as all the rest, here and below
             self.waiting.popleft()
             self.dropped += 1
@@ -128,7 +133,7 @@ class Inbox:
             pass
         return self._replace_dropped(event)
 
-    def _keep_latest(self, event: Event) -> bool:
+    def _keep_latest(self, event: Event[Any, Any]) -> bool:
         waiting = self.waiting
         try:
             if waiting and waiting[-1].name == event.name:  # as it is wherever one event alone is listened to
@@ -141,7 +146,7 @@ class Inbox:
             pass
         return self._replace_dropped(event)
 
-    def _replace_dropped(self, event: Event) -> bool:
+    def _replace_dropped(self, event: Event[Any, Any]) -> bool:
         if self._processed_waiters:  # the dropped one may have been what they waited for
             self._wake_processed()
         self.waiting.append(event)
@@ -151,11 +156,11 @@ class Inbox:
 
     # The reader
 
-    def take_nowait(self) -> Event | None:
+    def take_nowait(self) -> Event[Any, Any] | None:
         """Take the next event; None if none waits. The one before is thereby handled, this one is in hand."""
         return next(self.drain(), None)
 
-    def drain(self) -> Iterator[Event]:
+    def drain(self) -> Iterator[Event[Any, Any]]:
         """Take one event after another, until none waits. The one before is thereby handled, each time."""
         waiting = self.waiting
         if self.in_hand is not None:
@@ -213,8 +218,8 @@ class Inbox:
     def close_nowait(self, *, discard: bool = False) -> None:
         """Accept no more. What waits can still be taken, unless it is discarded."""
         with self._lock:
-            self.closed = True
-            self.limit = 0
+            self.closed: bool = True
+            self.limit: int = 0
             self._at_limit = Inbox._discard
             if discard:
                 self.discarded += len(self.waiting) + (self.in_hand is not None)
@@ -227,7 +232,7 @@ class Inbox:
     def stop_reader(self) -> None:
         """Have the reader end after the event in hand. What waits, and what comes from now on, is for the next run."""
         with self._lock:
-            self.is_reader_stopped = True
+            self.is_reader_stopped: bool = True
             # In the place of this deque comes another, since the reader may be in the middle of it: it finds it empty,
             # though something else fires steadily. To look for each event whether it is to end would be felt.
             old, self.waiting = self.waiting, deque(self.waiting)
@@ -348,7 +353,7 @@ class BackpressureWait:
     __slots__ = ("_accepted", "_is_abandoned", "_loop_handle", "inbox")
 
     def __init__(self, inbox: Inbox, loop_handle: EventLoopHandle | None, is_abandoned: Callable[[], bool]) -> None:
-        self.inbox = inbox
+        self.inbox: Inbox = inbox
         self._accepted = inbox.accepted
         self._loop_handle = loop_handle
         self._is_abandoned = is_abandoned

@@ -26,9 +26,9 @@ class Listener:
     __slots__ = ("_next_time", "filter", "last_run", "next_count", "selector")
 
     def __init__(self, selector: Selector) -> None:
-        self.selector = selector
+        self.selector: Selector = selector
         self.filter: Filter | None = selector.filter
-        self.next_count = ALWAYS
+        self.next_count: int = ALWAYS
         self.last_run: int | None = None
         self._next_time = 0.0
 
@@ -100,6 +100,9 @@ class InlineHandler(Listener):
 
     __slots__ = ("call", "call_with_payload", "handler", "is_async", "is_observer", "name", "seconds")
 
+    call: Callable[..., Any]
+    call_with_payload: Callable[..., Any]
+
     is_internal = False
 
     def __init__(
@@ -110,14 +113,14 @@ class InlineHandler(Listener):
         kwargs: Mapping[str, Any],
     ) -> None:
         super().__init__(selector)
-        self.is_observer = isinstance(handler, Observer)
-        self.handler = handler
+        self.is_observer: bool = isinstance(handler, Observer)
+        self.handler: Callable[..., Any] = handler
         function = handler.function if isinstance(handler, Observer) else handler
-        self.name = handler.name if isinstance(handler, Observer) else name_of(handler)
+        self.name: str = handler.name if isinstance(handler, Observer) else name_of(handler)
         has_payload = selector.name not in _WITHOUT_PAYLOAD
         self.call, self.call_with_payload = bind_handler(function, selector.name, args, kwargs, has_payload=has_payload)
-        self.is_async = is_async_callable(function)
-        self.seconds = 0.0
+        self.is_async: bool = is_async_callable(function)
+        self.seconds: float = 0.0
 
     def reset(self, count: int) -> None:
         """A run begins, at this count of the event."""
@@ -132,8 +135,8 @@ class InboxListener(Listener):
 
     def __init__(self, selector: Selector, inbox: Inbox, snapshot: Snapshot | None) -> None:
         super().__init__(selector)
-        self.inbox = inbox
-        self.snapshot = snapshot
+        self.inbox: Inbox = inbox
+        self.snapshot: Snapshot | None = snapshot
 
 
 class NotYet:
@@ -145,4 +148,4 @@ class NotYet:
     __slots__ = ("awaitable",)
 
     def __init__(self, awaitable: Awaitable[object]) -> None:
-        self.awaitable = awaitable
+        self.awaitable: Awaitable[object] = awaitable

@@ -1,6 +1,6 @@
 """Streams: events for an `async for` of one's own."""
 
-from typing import Any, Self
+from typing import Any, Generic, Self
 
 import anyio
 import anyio.lowlevel
@@ -8,9 +8,10 @@ import anyio.lowlevel
 from aengine.bus.subscriber import TURN_EVENTS, Subscription
 from aengine.events import Event
 from aengine.threads.event_loop import EventLoopHandle
+from aengine.type_variables import Output, Snapshot, with_defaults
 
 
-class Stream(Subscription):
+class Stream(Subscription, Generic[Output, Snapshot]):
     """Events to be read, in order.
 
         async with engine.stream(event) as events:
@@ -24,6 +25,9 @@ class Stream(Subscription):
     Raises:
         RuntimeError: it is read outside of its `async with`, or by a second task, or its `async with` is entered twice.
     """
+
+    def __class_getitem__(cls, parameters: Any) -> Any:
+        return with_defaults(cls, parameters)
 
     _loop_handle: EventLoopHandle | None = None  # where it is read
     _taken = 0
@@ -49,10 +53,10 @@ class Stream(Subscription):
         self._loop_handle = None
         self._bus.remove(self)
 
-    def __aiter__(self) -> "Stream":
+    def __aiter__(self) -> Self:
         return self
 
-    async def __anext__(self) -> Event:
+    async def __anext__(self) -> Event[Output, Snapshot]:
         loop_handle = self._loop_handle
         if loop_handle is None:
             raise RuntimeError(

@@ -51,12 +51,12 @@ class Subscription:
         if not isinstance(snapshot, Hashable):
             snapshot = partial(cast(Snapshot, snapshot))  # shared by those that were given the very same one
         self._bus = bus
-        self.events = " | ".join(map(str, selectors))
-        self.name = name or f"stream of {self.events}"
+        self.events: str = " | ".join(map(str, selectors))
+        self.name: str = name or f"stream of {self.events}"
         self.errors = 0
         self._busy = 0.0
         self._busy_since: float | None = None
-        self.inbox = Inbox(self.name, buffer, overflow, bus.lock)
+        self.inbox: Inbox = Inbox(self.name, buffer, overflow, bus.lock)
         self._listeners = [InboxListener(selector, self.inbox, snapshot) for selector in selectors]
         self._topics = [bus.topic(selector.name) for selector in selectors]
 
@@ -94,7 +94,7 @@ class Subscriber(Subscription):
         self,
         bus: "Bus",
         selectors: tuple[Selector, ...],
-        handler: Callable[[Event], Any],
+        handler: Callable[[Event[Any, Any]], Any],
         *,
         buffer: int,
         overflow: Overflow,
@@ -185,7 +185,7 @@ class Subscriber(Subscription):
         if since is not None:
             self._busy += perf_counter() - since
 
-    def _handle_stray(self, cancellation: BaseException, event: Event) -> None:
+    def _handle_stray(self, cancellation: BaseException, event: Event[Any, Any]) -> None:
         stray = self._stray()
         stray.__cause__ = cancellation
         try:
@@ -194,7 +194,7 @@ class Subscriber(Subscription):
         finally:
             del stray  # whose traceback holds this frame: no cycle may hold the engine
 
-    def _isolates(self, error: Exception, event: Event) -> bool:
+    def _isolates(self, error: Exception, event: Event[Any, Any]) -> bool:
         """Note on an error where it was raised. Says whether it was logged, and the handler goes on."""
         self.errors += 1
         error.add_note(f"in subscriber {self.name!r} of {event.name}, {place_of(event)}")
@@ -204,7 +204,7 @@ class Subscriber(Subscription):
             )
         return self._isolated
 
-    async def _handle_in_thread(self, event: Event) -> None:
+    async def _handle_in_thread(self, event: Event[Any, Any]) -> None:
         # A thread of its own, not one of anyio's: a slow handler takes none of the application's threads, and one that
         # never returns does not keep the process from ending.
         thread, self._thread = self._thread or DedicatedThread(f"aengine {self.name}"), None
@@ -234,6 +234,6 @@ class Subscriber(Subscription):
         return f"{self.name!r} of {self.events} {where}, {discarded} more discarded"
 
 
-def place_of(event: Event) -> str:
+def place_of(event: Event[Any, Any]) -> str:
     """Return where in its run an event was fired, to show."""
     return f"engine {event.engine_name!r}, epoch {event.epoch}, iteration {event.iteration}"

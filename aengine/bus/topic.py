@@ -50,13 +50,15 @@ class Topic:
         "is_fired_by_loop", "last_count", "name", "next_count",
     )  # fmt: skip
 
+    has_at_end: bool
+
     def __init__(self, name: str, bus: "Bus") -> None:
-        self.name = name
+        self.name: str = name
         self.inline: tuple[InlineHandler, ...] = ()
         self.inbox_listeners: tuple[InboxListener, ...] = ()
-        self.next_count = NEVER
+        self.next_count: int = NEVER
         self.last_count: int | None = None
-        self.is_fired_by_loop = name in _LOOP_EVENTS
+        self.is_fired_by_loop: bool = name in _LOOP_EVENTS
         self.dispatch: DispatchFunction = self._send
         self._bus = bus
         self._has_filter = self.has_at_end = False

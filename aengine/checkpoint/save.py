@@ -289,7 +289,7 @@ class Saver(Service):
         if saving.error is not None and not saving.is_reported and self._on_error == "raise" and not is_of_end:
             self._has_failed = True
 
-    async def follow(self, engine: AnyEngine, event: Event) -> None:
+    async def follow(self, engine: AnyEngine, event: Event[Any, Any]) -> None:
         """Beside the step: wait for the write, and fire what became of it."""
         saving: Saving | None = event.snapshot
         if saving is None:

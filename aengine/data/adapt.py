@@ -2,14 +2,34 @@
 
 import inspect
 import logging
-from collections.abc import Sized
+from collections.abc import AsyncIterable, Callable, Iterable, Sized
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from types import FunctionType
-from typing import Any, cast
+from typing import Any, Protocol, TypeAlias, TypeVar, cast
 
 from aengine.callables import name_of, signature_of
+from aengine.type_variables import Batch
 
 _logger = logging.getLogger("aengine.data")
+
+_Item = TypeVar("_Item", covariant=True)  # noqa: PLC0105 -- private
+
+
+class Indexed(Protocol[_Item]):
+    """What is iterated by `[0]`, `[1]`, and so on, until that raises an IndexError, as many datasets are."""
+
+    def __getitem__(self, index: int, /) -> _Item:
+        """Return the item at this index."""
+        ...
+
+
+_Batches: TypeAlias = Iterable[Batch] | AsyncIterable[Batch] | Indexed[Batch]
+_Made: TypeAlias = _Batches[Batch] | Callable[[], _Batches[Batch]]
+
+Data: TypeAlias = _Made[Batch] | AbstractAsyncContextManager[_Made[Batch], Any]
+"""What `run()` takes: batches, iterable or async iterable; a callable that makes them; or an async context manager
+that gives one of these, or is one."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ class Finish:
 
     def __init__(self) -> None:
         self.hook: Callable[[Any], Any] | None = None
-        self.is_missing = False
+        self.is_missing: bool = False
         self._last: tuple[Any, Any] | None = None  # as it was fetched, and finished
 
     def look_for(self, data: Any) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache, partial
 from itertools import islice
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
-from typing import Any, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 _logger = logging.getLogger("aengine.data")
 
@@ -65,7 +65,7 @@ class Opening:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Opening) and self.plain() == other.plain()
 
-    __hash__ = None  # type: ignore[assignment]
+    __hash__: ClassVar[None] = None  # type: ignore[assignment]
 
     @classmethod
     def from_plain(cls, saved: "Opening | Mapping[str, Any] | None") -> "Opening | None":

@@ -11,6 +11,9 @@ from aengine.threads.event_loop import CancelOnceScope, EventLoopHandle, ThreadS
 from aengine.threads.guarded import guarded
 from aengine.threads.thread_state import ThreadState
 
+NOT_ENTERED = object()
+"""Stands for what is iterated until a context manager is entered."""
+
 
 @dataclass(frozen=True, slots=True)
 class RunContext:

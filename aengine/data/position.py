@@ -45,6 +45,8 @@ class DataPosition:
         rewind: the return to a position that is under way, if there is one.
     """
 
+    said: Any
+
     def __init__(
         self,
         data: Adapted,
@@ -55,7 +57,7 @@ class DataPosition:
         may_have_other_length: bool,
     ) -> None:
         self.length = self.said = data.length
-        self.origin = completed
+        self.origin: int = completed
         self.unread: deque[Fetched] = deque(unread)
         self.stateful: Stateful | None = None
         self.rewind: Rewind | None = None

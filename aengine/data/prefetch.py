@@ -52,7 +52,7 @@ class Buffer:
         self._condition = threading.Condition()
         self._arrival: ThreadSafeEvent | None = None
         self._room: ThreadSafeEvent | None = None
-        self.closed = False
+        self.closed: bool = False
 
     def take_nowait(self) -> Fetched | None:
         """Take the next batch, None if it has not come yet.

@@ -48,8 +48,8 @@ class Rewind:
         self.position = position
         self.opening = opening
         self.looks_for_end = False
-        self.to_fetch = 0
-        self.first = END
+        self.to_fetch: int = 0
+        self.first: Any = END
         self._data = data
         self._to_skip = 0
         self._is_warned = False

@@ -17,7 +17,7 @@ import anyio
 
 from aengine.data.adapt import Adapted, is_stateful, unwrapped
 from aengine.data.finish import Finish
-from aengine.data.managed import ManagedData, RunContext
+from aengine.data.managed import NOT_ENTERED, ManagedData, RunContext
 from aengine.data.opened import OpenedData
 from aengine.data.position import DataPosition
 from aengine.data.prefetch import (
@@ -55,6 +55,10 @@ class Source:
         follows: the state whose `epoch_length` is that of the pass under way; None where it is fixed.
     """
 
+    position: DataPosition
+    take: Callable[[], Any]
+    arrival: Callable[[], Awaitable[Any]]
+
     def __init__(
         self,
         data: Adapted,
@@ -64,11 +68,11 @@ class Source:
         completed: int = 0,
         may_have_other_length: bool = False,
     ) -> None:
-        self.data = data.data
-        self.name = data.name
-        self.is_one_shot = data.is_one_shot
+        self.data: Any = data.data
+        self.name: str = data.name
+        self.is_one_shot: bool = data.is_one_shot
         self.position = DataPosition(data, logger, unread, completed, may_have_other_length=may_have_other_length)
-        self.has_ended = False
+        self.has_ended: bool = False
         self.opened: Any = None
         self.run: RunContext | None = None
         self.follows: State | None = None
@@ -76,16 +80,17 @@ class Source:
         self._report = reporter(logger, data.name)
         self._is_manager = data.is_manager
         self._managed: ManagedData | None = None  # while it is entered
-        self._is_put_back = False  # the context manager was, before it was entered
-        self._entered: Any = _NOT_ENTERED if data.is_manager else data.data  # what is opened
+        self._is_put_back = self._is_closed = False  # the former: the context manager, before it was entered
+        self._entered: Any = NOT_ENTERED if data.is_manager else data.data  # what is opened
         self._pass: OpenedData | None = None
-        self._is_closed = False
         self._prefetcher: Prefetcher | None = None
         self._thread: DedicatedThread | None = None  # pulls plain data ahead, pass after pass, across interruptions
         self._worker: DedicatedThread | None = None  # that of an interrupted run, which has pulled what is open
         self._making: Future[bool] | None = None  # the call of a function that makes the data, in that thread
         self._begun_in: EventLoopHandle | None = None  # where an async iterator was begun that outlives a run
-        self.finish = Finish()
+        self.finish: Finish = Finish()
+        self.take: Callable[[], Any]
+        self.arrival: Callable[[], Awaitable[Any]]
         self._use(self._open_and_take, self._open_and_wait)
 
     def attach(self, run: RunContext | None) -> None:
@@ -106,13 +111,11 @@ class Source:
     def resume_at(self, position: Mapping[str, Any], completed: int) -> None:
         """Go on, at the next fetch, from a position of `position.after()`, in a loop that has completed so much."""
         if self.position.resume_at(position, completed):
-            self.has_ended = True
-            self._use(raise_stop)
+            self.has_ended, self.take = True, raise_stop
 
     def end(self, completed: int) -> None:
         """The end of the data was met: from now on only `restart` gives more."""
-        self.has_ended = True
-        self._use(raise_stop)
+        self.has_ended, self.take = True, raise_stop
         self.position.end(completed)
 
     def restart(self, completed: int) -> None:
@@ -133,10 +136,9 @@ class Source:
         """Have batches taken, and awaited, so from now on."""
         self._take: Callable[[], Any] = take
         self._arrival: Callable[[], Awaitable[Any]] = arrival or self._arrival
-        if self.finish.is_missing:
-            self.take, self.arrival = self._take, self._arrival
-        else:
-            self.take, self.arrival = self._take_finished, self._arrival_unfinished
+        is_final = self.finish.is_missing
+        self.take = take if is_final else self._take_finished
+        self.arrival = self._arrival if is_final else self._arrival_unfinished
 
     def _take_finished(self) -> Any:
         self.finish.drop()
@@ -159,7 +161,7 @@ class Source:
 
     def _open_and_take(self) -> Any:
         data = self._entered
-        if data is _NOT_ENTERED:
+        if data is NOT_ENTERED:
             return PENDING
         if data is None:
             self.finish.look_for(data)
@@ -177,7 +179,7 @@ class Source:
         return self._took_first(self._take())
 
     async def _open_and_wait(self) -> Any:
-        if self._entered is _NOT_ENTERED:
+        if self._entered is NOT_ENTERED:
             await self._enter()
             return PENDING
         opened = self._pass
@@ -337,7 +339,7 @@ class Source:
             self.restart(completed)
             self.resume_at(position, completed)
             if self._is_manager:
-                self._entered = _NOT_ENTERED
+                self._entered = NOT_ENTERED
             return
         if prefetcher is not None:
             yield prefetcher.stop()
@@ -352,7 +354,7 @@ class Source:
             is_ahead = self._prefetcher is not None and self._buffer.has_ended
             error = self._buffer.unreported() if is_ahead else None
             yield from self.close_pass()
-            self._entered, self._is_closed, self.finish.is_missing = _NOT_ENTERED, False, False
+            self._entered, self._is_closed, self.finish.is_missing = NOT_ENTERED, False, False
             self._use(self._open_and_take, self._open_and_wait)
             if is_ahead or self.has_ended:  # it goes on with what was pulled, then the end; a restart enters it again
                 self._pass = OpenedData(end_of_data(error), None, self.position, lambda _: None)
@@ -495,6 +497,3 @@ class Source:
     def _is_generator_of_users(self) -> bool:
         opened = self._pass
         return opened is not None and not opened.is_ours and isinstance(unwrapped(opened.iterator), AsyncGeneratorType)
-
-
-_NOT_ENTERED = object()

@@ -71,13 +71,13 @@ class Driver:
         grace: float,
         prefetch: int,
     ) -> None:
-        self.is_suspended = False
+        self.is_suspended: bool = False
         self._loop_handle = EventLoopHandle()
         self._loop = loop
         self._generator = generator
         self._bus = bus
         self._requests = requests
-        self.defer_backpressure = requests.defer_backpressure
+        self.defer_backpressure: Callable[[list[BackpressureWait]], None] = requests.defer_backpressure
         self._grace = grace
         self._prefetch = prefetch
         self._settings = ThreadState(is_needed=threaded or prefetch > 0)

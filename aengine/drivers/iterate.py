@@ -40,7 +40,7 @@ class IterationStream:
         self._own_cancellations: OwnCancellations
         self._handle: Any = None
 
-    async def __aenter__(self) -> AsyncIterator[Event]:
+    async def __aenter__(self) -> AsyncIterator[Event[Any]]:
         self._body_may_go_on, self._loop_may_go_on = anyio.Event(), anyio.Event()
         self._scope, self._own_cancellations = CancelOnceScope(math.inf), OwnCancellations()
         self._handle = self._engine.add_event_handler(Events.ITERATION_COMPLETED, self._wait_for_body)

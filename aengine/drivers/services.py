@@ -94,7 +94,7 @@ class ServiceEntry:
     def __init__(self, service: Service, name: str, *, raises: bool) -> None:
         self.service = service
         self.name = name
-        self.errors = 0
+        self.errors: int = 0
         self.is_running = False
         self._raises = raises
 

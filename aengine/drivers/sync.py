@@ -6,6 +6,7 @@ from typing import Any
 
 from anyio.lowlevel import current_token
 
+from aengine.bus.inbox import BackpressureWait
 from aengine.bus.subscriber import Subscriber
 from aengine.loop.effects import Effect, LoopGenerator
 from aengine.loop.requests import Request, Requests
@@ -23,7 +24,7 @@ class BlockingRunner:
     def __init__(self, generator: LoopGenerator, requests: Requests) -> None:
         self._generator = generator
         self._requests = requests
-        self.defer_backpressure = requests.defer_backpressure
+        self.defer_backpressure: Callable[[list[BackpressureWait]], None] = requests.defer_backpressure
         self._changed: threading.Event | None = None  # set when a request comes, while the loop is paused
 
     def run(self, failures: list[BaseException]) -> Any:

@@ -1,4 +1,4 @@
-"""Ready-made handlers, one file each."""
+"""Ready-made handlers, one file each. All are attached alike: `EarlyStopping(...).attach(trainer)`."""
 
 from typing import TYPE_CHECKING
 
@@ -7,11 +7,11 @@ from aengine.lazy import lazy_names
 if TYPE_CHECKING:
     from aengine.handlers.early_stopping import EarlyStopping
     from aengine.handlers.nan_guard import NanGuard
-    from aengine.handlers.profiling import profile
-    from aengine.handlers.progress import Bar, Display, show_progress
+    from aengine.handlers.profiling import Profiler
+    from aengine.handlers.progress import Bar, Display, ProgressBar
     from aengine.handlers.progress_rich import RichBars
     from aengine.handlers.progress_tqdm import TqdmBars
-    from aengine.handlers.report import table
+    from aengine.handlers.report import format_statistics
     from aengine.handlers.system import SystemEvents, SystemStatistics
     from aengine.handlers.time_limit import Deadline, TimeLimit
     from aengine.handlers.timeline import Timeline
@@ -22,11 +22,11 @@ else:  # out of sight of type checkers, which would take any name for one of thi
         {
             "early_stopping": "EarlyStopping",
             "nan_guard": "NanGuard",
-            "profiling": "profile",
-            "progress": "Bar Display show_progress",
+            "profiling": "Profiler",
+            "progress": "Bar Display ProgressBar",
             "progress_rich": "RichBars",
             "progress_tqdm": "TqdmBars",
-            "report": "table",
+            "report": "format_statistics",
             "system": "SystemEvents SystemStatistics",
             "time_limit": "Deadline TimeLimit",
             "timeline": "Timeline",
@@ -40,6 +40,8 @@ __all__ = [
     "Display",
     "EarlyStopping",
     "NanGuard",
+    "Profiler",
+    "ProgressBar",
     "RichBars",
     "SystemEvents",
     "SystemStatistics",
@@ -47,7 +49,5 @@ __all__ = [
     "Timeline",
     "Timer",
     "TqdmBars",
-    "profile",
-    "show_progress",
-    "table",
+    "format_statistics",
 ]

@@ -2,14 +2,15 @@
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from numbers import Real
 from typing import Any, cast
 
 from aengine.arguments import check_whole
+from aengine.attachment import Attachment
+from aengine.bus.emitter import RemovableEventHandle
 from aengine.engine import Engine
 from aengine.events import Events
-from aengine.handlers.attachment import Attachment
 
 
 class NanGuard:
@@ -30,23 +31,29 @@ class NanGuard:
         ValueError: `every` is no whole number, or less than 1.
     """
 
-    def __init__(self, every: int = 20, output_transform: Callable[[Any], Any] = lambda output: output) -> None:
+    def __init__(self, *, every: int = 20, output_transform: Callable[[Any], Any] = lambda output: output) -> None:
         self._every = check_whole(every, "every=", minimum=1, of="iterations")
         self._transform = output_transform
-        self._attachment = Attachment()
+        self._attachment = Attachment(self)
         self._unread: list[tuple[int, str, Any]] = []  # iteration, path in the output, whether it is finite
 
-    def attach(self, engine: Engine[Any, Any]) -> None:
+    def attach(self, engine: Engine[Any, Any]) -> RemovableEventHandle:
         """Guard an engine. Between two reads its other handlers run on outputs that may not be finite.
 
+        What is returned removes it again; results that are not read by then are forgotten.
+
         Raises:
+            TypeError: this is no engine.
             RuntimeError: this is attached already.
         """
-        self._attachment.begin(self, engine)
-        engine.add_event_handler(Events.STARTED, self._unread.clear)
-        engine.add_event_handler(Events.ITERATION_COMPLETED, self._note)
+        return self._attachment.begin(engine, self._listen(engine))
+
+    def _listen(self, engine: Engine[Any, Any]) -> Generator[RemovableEventHandle]:
+        yield RemovableEventHandle(self._unread.clear)  # last: the outputs of this engine, and not of the next
+        yield engine.add_event_handler(Events.STARTED, self._unread.clear)
+        yield engine.add_event_handler(Events.ITERATION_COMPLETED, self._note)
         for event in (Events.ITERATION_COMPLETED(every=self._every), Events.EPOCH_COMPLETED, Events.COMPLETED):
-            engine.add_event_handler(event, self._read)
+            yield engine.add_event_handler(event, self._read)
 
     def state_dict(self) -> dict[str, Any]:
         """Read all results that are not read yet, so that the save fails; return nothing, for there is no state.

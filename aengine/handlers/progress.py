@@ -1,26 +1,27 @@
 """Progress: bars that show how far a run is, on any display: of `progress_tqdm`, of `progress_rich`, or your own.
 
-from aengine.handlers.progress import show_progress
-from aengine.handlers.progress_rich import RichBars
-
 bars = RichBars()
-show_progress(trainer, bars)
-show_progress(evaluator, bars)
+ProgressBar(bars).attach(trainer)
+ProgressBar(bars).attach(evaluator)
 """
 
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from datetime import timedelta
+from functools import cache, partial
+from importlib import import_module
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from aengine.arguments import check_interval
+from aengine.attachment import Attachment
 from aengine.bus.emitter import RemovableEventHandle
 from aengine.callables import check_callable, name_of
 from aengine.engine import Engine
 from aengine.events import Event, Events
 
 AnyEngine: TypeAlias = Engine[Any, Any]
+_Snapshot: TypeAlias = tuple[int, int, Mapping[str, Any]]
 
 _logger = logging.getLogger("aengine.handlers")
 
@@ -29,10 +30,16 @@ _END_NAMES = frozenset(one.name for one in _ENDS)
 
 
 class Bar(Protocol):
-    """A line that shows how many of a total are done."""
+    """A line that shows how many of a total are done. What a `Display` of your own returns; called on a thread."""
 
     def begin(self, name: str, count: int, total: int | None) -> None:
-        """Show the bar for something that begins, with `count` done already. Called again for the next epoch or run."""
+        """Show the bar for something that begins, with `count` done already. Called again for the next epoch or run.
+
+        Args:
+            name: what is counted: the engine's name, and which epoch.
+            count: how many are done.
+            total: how many there are; None if that is not known.
+        """
         ...
 
     def show(self, count: int, text: str) -> None:
@@ -45,7 +52,7 @@ class Bar(Protocol):
 
 
 class Display(Protocol):
-    """Where bars are shown. Several engines may share one.
+    """Where bars are shown: `TqdmBars`, `RichBars`, or an object of your own with these three. Engines may share one.
 
     Attributes:
         lock: held while the bars of an engine are drawn, on a thread: one engine at a time.
@@ -55,68 +62,105 @@ class Display(Protocol):
 
     @property
     def is_quiet(self) -> bool:
-        """Whether it would not be seen, as where the output goes to a file."""
+        """Whether it would not be seen, as where the output goes to a file: then nothing is drawn."""
         ...
 
     def bar(self, unit: str) -> Bar:
-        """Return a new bar, not shown yet, for what is counted in this unit."""
+        """Return a new bar, not shown yet, for what is counted in this unit: "it" or "epoch"."""
         ...
 
 
-def values_of(engine: AnyEngine) -> dict[str, Any]:
+def _values_of(engine: AnyEngine) -> dict[str, Any]:
     """Return the last output and the metrics, which are shown by default, as far as they are numbers."""
     output = engine.state.output
     named: Mapping[Any, Any] = output if isinstance(output, Mapping) else {"output": output}
     return {**{str(name): value for name, value in named.items()}, **engine.state.metrics}
 
 
-def show_progress(
-    engine: AnyEngine,
-    display: Display,
-    *,
-    values: Callable[[AnyEngine], Mapping[str, Any]] = values_of,
-    every: timedelta = timedelta(seconds=0.1),
-) -> RemovableEventHandle:
-    """Show a bar of the iterations of each epoch, below one of the epochs if there are several.
+class ProgressBar:
+    """Shows a bar of the iterations of each epoch, below one of the epochs if there are several.
+
+        ProgressBar().attach(trainer)
 
     They are drawn beside the step, on a thread: a terminal that is slow, or stopped by Ctrl-S, delays no step. On a
     quiet display nothing is done at all. If a display fails, there is one warning, and the run continues without it.
 
     Args:
-        engine: the engine whose progress is shown.
-        display: where to show it; share one between engines that run at the same time.
+        display: where to show it: one for all engines that run at the same time. By default tqdm's bars on stderr, the
+            same for all.
         values: `values(engine)` returns what is shown beside the bar, by name; what is no number is left out. Called
-            between two steps; numbers on a device are read beside the step.
+            between two steps; numbers on a device are read beside the step. By default the output and the metrics.
         every: the time from one update to the next.
 
     Raises:
+        ImportError: tqdm is not installed, and no other display is given.
         TypeError, ValueError: an argument is wrong.
     """
-    _check_display(display)
-    check_callable(values, "values=", "values", "engine")
-    check_interval(every, "every=", 0.1)
-    if display.is_quiet:
-        return RemovableEventHandle(lambda: None)
 
-    return engine.subscribe(
-        Events.ITERATION_COMPLETED(every=every)
-        | Events.STARTED
-        | Events.EPOCH_STARTED
-        | Events.EPOCH_COMPLETED
-        | _ENDS,
-        _Bars(display).draw,
-        snapshot=lambda engine: (engine.state.epoch_start, engine.state.epochs_completed, values(engine)),
-        overflow="latest",
-        name=f"progress of {engine.name}",
-    )
+    def __init__(
+        self,
+        display: Display | None = None,
+        *,
+        values: Callable[[AnyEngine], Mapping[str, Any]] = _values_of,
+        every: timedelta = timedelta(seconds=0.1),
+    ) -> None:
+        self._display = _default_display() if display is None else _checked(display)
+        self._values = values
+        self._every = every
+        check_callable(values, "values=", "values", "engine")
+        check_interval(every, "every=", 0.1)
+        self._attachment = Attachment(self)
+
+    def attach(self, engine: AnyEngine) -> RemovableEventHandle:
+        """Show the progress of an engine, also of the run under way.
+
+        What is returned removes it again; bars of a run under way stay as they are. It waits for the display, if that
+        is being drawn on.
+
+        Raises:
+            TypeError: this is no engine.
+            RuntimeError: this is attached already.
+        """
+        return self._attachment.begin(engine, self._listen(engine))
+
+    def _listen(self, engine: AnyEngine) -> Generator[RemovableEventHandle]:
+        if self._display.is_quiet:
+            return
+        bars, values = _Bars(self._display), self._values
+        yield RemovableEventHandle(partial(bars.close, engine.name))
+        yield engine.subscribe(
+            Events.ITERATION_COMPLETED(every=self._every)
+            | Events.STARTED
+            | Events.EPOCH_STARTED
+            | Events.EPOCH_COMPLETED
+            | _ENDS,
+            bars.draw,
+            snapshot=lambda engine: (engine.state.epoch_start, engine.state.epochs_completed, values(engine)),
+            overflow="latest",
+            name=f"progress of {engine.name}",
+        )
 
 
-def _check_display(display: Any) -> None:
+@cache
+def _default_display() -> Display:
+    """Return tqdm's bars, always the same: two of them would draw on each other's lines."""
+    bars: Display = import_module("aengine.handlers.progress_tqdm").TqdmBars()
+    return bars
+
+
+def _checked(display: Any) -> Display:
+    if isinstance(display, Engine):
+        raise TypeError(f"ProgressBar() takes a display, got {display!r}: write  ProgressBar().attach(engine)")
     if isinstance(display, type):
         name = name_of(display)
-        raise TypeError(f"a display is an object, and {name} is a class: show_progress(engine, {name}())")
-    if not callable(getattr(display, "bar", None)):
-        raise TypeError(f"a display has a method bar(unit), as TqdmBars() and RichBars() have; got {display!r}")
+        raise TypeError(f"a display is an object, and {name} is a class: ProgressBar({name}())")
+    if missing := [name for name in ("bar", "is_quiet", "lock") if not hasattr(display, name)]:
+        raise TypeError(
+            f"a display has bar(unit), is_quiet and lock, as TqdmBars() and RichBars() have; {display!r} has no"
+            f" {', '.join(missing)}"
+        )
+    checked: Display = display
+    return checked
 
 
 class _Bars:
@@ -126,20 +170,29 @@ class _Bars:
         self._display = display
         self._bars: dict[str, Bar] = {}  # by their unit; kept from run to run
         self._open: dict[Bar, int] = {}  # with the part of the run that each shows
-        self._has_failed = False
+        self._is_over = False  # it has failed, or was removed
 
-    def draw(self, event: Event) -> None:
+    def draw(self, event: Event[Any, _Snapshot]) -> None:
         """Draw all that there is to show at an event: the events before it may have been dropped."""
-        if self._has_failed:
-            return
         try:
             with self._display.lock:
-                self._draw(event)
+                if not self._is_over:
+                    self._draw(event)
         except Exception as error:  # a terminal that is closed is no reason to stop training
-            self._has_failed = True
+            self._is_over = True
             _logger.warning("the progress of %s cannot be shown any more", event.engine_name, exc_info=error)
 
-    def _draw(self, event: Event) -> None:
+    def close(self, engine_name: str) -> None:
+        """Leave the bars of a run under way as they are, and draw nothing any more."""
+        try:
+            with self._display.lock:
+                if not self._is_over:
+                    self._is_over = True
+                    self._close_all()
+        except Exception as error:  # nor to fail where it is removed
+            _logger.warning("the progress of %s cannot be shown any more", engine_name, exc_info=error)
+
+    def _draw(self, event: Event[Any, _Snapshot]) -> None:
         is_end = event.name in _END_NAMES
         if is_end and not self._open:  # a second event of the end, such as COMPLETED after TERMINATE
             return
@@ -152,9 +205,11 @@ class _Bars:
                 bar.begin(line.name, line.done, line.total)
             bar.show(line.done, line.text)
         if is_end:
-            for bar in self._open:
-                bar.close()
-            self._open.clear()
+            self._close_all()
+
+    def _close_all(self) -> None:
+        while self._open:
+            self._open.popitem()[0].close()
 
 
 class _Line(NamedTuple):
@@ -168,7 +223,7 @@ class _Line(NamedTuple):
     text: str
 
 
-def _lines(event: Event) -> list[_Line]:
+def _lines(event: Event[Any, _Snapshot]) -> list[_Line]:
     epoch_start, epochs_completed, values = event.snapshot
     text = ", ".join(_formatted(values))
     name, epochs, done = event.engine_name, event.max_epochs, event.iteration - epoch_start

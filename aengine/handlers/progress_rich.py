@@ -3,6 +3,7 @@
 import threading
 
 from aengine.extras import missing_package
+from aengine.handlers.progress import Bar
 
 try:
     from rich.console import Console
@@ -29,25 +30,33 @@ class RichBars:
     """
 
     def __init__(self, console: Console | None = None) -> None:
-        self._console = console or Console(stderr=True)
         self.lock = threading.Lock()
-        self._table: Progress | None = None  # while there is an open bar
-        self._open: set[_Bar] = set()
+        self._console = console or Console(stderr=True)
+        self._table = _Table(self._console)
 
     @property
     def is_quiet(self) -> bool:
         """Whether it would not be seen."""
         return not (self._console.is_terminal or self._console.is_jupyter)
 
-    def bar(self, unit: str) -> "_Bar":  # noqa: ARG002 -- no column shows it
+    def bar(self, unit: str) -> Bar:  # noqa: ARG002 -- no column shows it
         """Return a new bar."""
-        return _Bar(self)
+        return _Bar(self._table)
+
+
+class _Table:
+    """The table of a display."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._progress: Progress | None = None  # while there is an open bar
+        self._open: set[_Bar] = set()
 
     def open(self, bar: "_Bar") -> Progress:
         """Return the table, for a bar to be added to it."""
         self._open.add(bar)
-        if self._table is None:
-            self._table = Progress(
+        if self._progress is None:
+            self._progress = Progress(
                 TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
@@ -57,34 +66,34 @@ class RichBars:
                 console=self._console,
                 auto_refresh=False,  # which takes a thread: each bar asks for a refresh
             )
-            self._table.start()
-        return self._table
+            self._progress.start()
+        return self._progress
 
     def close(self, bar: "_Bar") -> None:
         """Leave a bar as it is; with the last one, the whole table."""
         self._open.discard(bar)
-        if not self._open and self._table is not None:
-            self._table.stop()
-            self._table = None
+        if not self._open and self._progress is not None:
+            self._progress.stop()
+            self._progress = None
 
 
 class _Bar:
-    def __init__(self, bars: RichBars) -> None:
-        self._bars = bars
-        self._table: Progress | None = None
+    def __init__(self, table: _Table) -> None:
+        self._table = table
+        self._progress: Progress | None = None
         self._task: TaskID | None = None
 
     def begin(self, name: str, count: int, total: int | None) -> None:
-        table = self._bars.open(self)
-        if self._task is None or table is not self._table:
-            self._table, self._task = table, table.add_task(name, total=total, completed=count, text="")
+        progress = self._table.open(self)
+        if self._task is None or progress is not self._progress:
+            self._progress, self._task = progress, progress.add_task(name, total=total, completed=count, text="")
         else:
-            table.reset(self._task, description=name, total=total, completed=count)
+            progress.reset(self._task, description=name, total=total, completed=count)
 
     def show(self, count: int, text: str) -> None:
-        assert self._table is not None, "it has begun"  # noqa: S101
+        assert self._progress is not None, "it has begun"  # noqa: S101
         assert self._task is not None, "likewise"  # noqa: S101
-        self._table.update(self._task, completed=count, text=text, refresh=True)
+        self._progress.update(self._task, completed=count, text=text, refresh=True)
 
     def close(self) -> None:
-        self._bars.close(self)
+        self._table.close(self)

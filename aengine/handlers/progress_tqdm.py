@@ -5,6 +5,7 @@ import threading
 from typing import Any, TextIO
 
 from aengine.extras import missing_package
+from aengine.handlers.progress import Bar
 
 try:
     from tqdm.auto import tqdm  # type: ignore[import-untyped]  # comes without types
@@ -25,19 +26,31 @@ class TqdmBars:
     """
 
     def __init__(self, file: TextIO | None = None) -> None:
-        self.file = file or sys.stderr
         self.lock = threading.Lock()
-        self._shown: list[_Bar] = []  # from the top
-        self._open: set[_Bar] = set()
+        self._lines = _Lines(file)
 
     @property
     def is_quiet(self) -> bool:
         """Whether it would not be seen."""
-        return not _IS_NOTEBOOK and not self.file.isatty()
+        return not _IS_NOTEBOOK and not self._lines.file.isatty()
 
-    def bar(self, unit: str) -> "_Bar":
+    def bar(self, unit: str) -> Bar:
         """Return a new bar."""
-        return _Bar(self, unit)
+        return _Bar(self._lines, unit)
+
+
+class _Lines:
+    """The lines of a display."""
+
+    def __init__(self, file: TextIO | None) -> None:
+        self._file = file
+        self._shown: list[_Bar] = []  # from the top
+        self._open: set[_Bar] = set()
+
+    @property
+    def file(self) -> TextIO:
+        """Where to draw: stderr as it is now, since that may be replaced, as notebooks do."""
+        return self._file or sys.stderr
 
     def open(self, bar: "_Bar") -> None:
         """Show a bar, on the next free line unless it has one."""
@@ -65,15 +78,15 @@ class _Tqdm(tqdm):  # type: ignore[misc]  # comes without types
 
 
 class _Bar:
-    def __init__(self, bars: TqdmBars, unit: str) -> None:
-        self._bars = bars
+    def __init__(self, lines: _Lines, unit: str) -> None:
+        self._lines = lines
         self._unit = unit
         self._bar: Any = None
 
     def begin(self, name: str, count: int, total: int | None) -> None:
-        self._bars.open(self)
+        self._lines.open(self)
         if self._bar is None:
-            self._bar = _Tqdm(unit=self._unit, file=self._bars.file, leave=True, dynamic_ncols=True)
+            self._bar = _Tqdm(unit=self._unit, file=self._lines.file, leave=True, dynamic_ncols=True)
         bar = self._bar
         bar.ended = None
         bar.set_description(name, refresh=False)
@@ -90,7 +103,7 @@ class _Bar:
     def close(self) -> None:
         self._bar.ended = self._bar.format_dict
         self._bar.refresh()
-        self._bars.close(self)
+        self._lines.close(self)
 
     def leave(self) -> None:
         self._bar.close()  # draws it once more, on its own line, where the cursor is, and moves to the next line

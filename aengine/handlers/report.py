@@ -1,6 +1,6 @@
 """Report: where the time of a run went, as a table to print.
 
-print(table(trainer.statistics()))
+print(format_statistics(trainer.statistics()))
 """
 
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from aengine.statistics import EngineStatistics
 
 
-def table(statistics: EngineStatistics) -> str:
+def format_statistics(statistics: EngineStatistics) -> str:
     """Return the statistics of a run, of one that is over or goes on, as lines of text.
 
     First stands what the loop did, which adds up to the whole: "the rest" is the loop itself, and its wait for the

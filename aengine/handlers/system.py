@@ -9,7 +9,7 @@ on them by torch, if it is in use. What is not installed or not there gives no n
 """
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import suppress
 from datetime import timedelta
 from time import perf_counter
@@ -18,11 +18,12 @@ from typing import Any
 import anyio
 
 from aengine.arguments import check_interval
+from aengine.attachment import Attachment
+from aengine.bus.emitter import RemovableEventHandle
 from aengine.drivers.services import Service
 from aengine.engine import Engine
 from aengine.events import EventEnum, Events
 from aengine.extras import missing_package
-from aengine.handlers.attachment import Attachment
 from aengine.threads.dedicated import DedicatedThread
 
 try:
@@ -77,32 +78,41 @@ class SystemStatistics:
         TypeError, ValueError: this is no time.
     """
 
-    def __init__(self, every: timedelta = timedelta(seconds=10)) -> None:
-        self._sampler = _Sampler(check_interval(every, "every=", 10.0))
-        self._attachment = Attachment()
+    def __init__(self, *, every: timedelta = timedelta(seconds=10)) -> None:
+        self._seconds = check_interval(every, "every=", 10.0)
+        self._values: dict[str, float] = {}
+        self._attachment = Attachment(self)
 
-    def attach(self, engine: Engine[Any, Any]) -> None:
+    def attach(self, engine: Engine[Any, Any]) -> RemovableEventHandle:
         """Sample in each run of an engine, also in the one under way.
 
         Raises:
+            TypeError: this is no engine.
             RuntimeError: this is attached already.
         """
-        self._attachment.begin(self, engine)
+        return self._attachment.begin(engine, self._listen(engine))
+
+    def _listen(self, engine: Engine[Any, Any]) -> Generator[RemovableEventHandle]:
         engine.register_events(*SystemEvents)
-        engine.add_event_handler(_ENDS, self._sampler.end)
-        engine.add_service(self._sampler, name="system statistics")
+        # One for each time that it is attached: removed during a run, the one before may still be ending there.
+        sampler = _Sampler(self._seconds, self._keep)
+        yield engine.add_event_handler(_ENDS, sampler.end)
+        yield engine.add_service(sampler, name="system statistics")
+
+    def _keep(self, values: dict[str, float]) -> None:
+        self._values = values
 
     def values(self, _: Engine[Any, Any] | None = None) -> dict[str, float]:
         """Return the last sample, by name, for `Tracker(values=)`. Nothing before the first."""
-        return dict(self._sampler.values)
+        return dict(self._values)
 
 
 class _Sampler(Service):
     """Samples in a task of the run, which is cancelled at its end."""
 
-    def __init__(self, seconds: float) -> None:
-        self.values: dict[str, float] = {}
+    def __init__(self, seconds: float, keep: Callable[[dict[str, float]], None]) -> None:
         self._seconds = seconds
+        self._keep = keep
         self._is_ending = False
 
     def end(self) -> None:
@@ -118,9 +128,10 @@ class _Sampler(Service):
         machine, thread = _Machine(), DedicatedThread("aengine system statistics")
         try:
             while not self._is_ending:
-                self.values = await thread.call(machine.read)
+                values = await thread.call(machine.read)
+                self._keep(values)
                 if not self._is_ending:
-                    await engine.emit(SystemEvents.SYSTEM_SAMPLED, dict(self.values))
+                    await engine.emit(SystemEvents.SYSTEM_SAMPLED, dict(values))
                 await anyio.sleep(self._seconds)
         except Exception as error:
             error.add_note(f"in the system statistics of engine {engine.name!r}")

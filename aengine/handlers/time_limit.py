@@ -1,15 +1,16 @@
 """Time limits: a run ends cleanly when its time is up, before it is killed from outside."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from datetime import UTC, datetime, timedelta
 from time import perf_counter
 from typing import Any
 
 from aengine.arguments import check_seconds
+from aengine.attachment import Attachment
+from aengine.bus.emitter import RemovableEventHandle
 from aengine.engine import Engine
 from aengine.events import Events
-from aengine.handlers.attachment import Attachment
 
 
 class TimeLimit:
@@ -17,7 +18,8 @@ class TimeLimit:
 
         TimeLimit(timedelta(hours=8)).attach(trainer)
 
-    The limit is for one `run()`, counted from STARTED: a run that is resumed has as much time again.
+    The limit is for one `run()`, counted from STARTED: a run that is resumed has as much time again. A run
+    that is under way when this is attached is not limited.
 
     Args:
         limit: seconds, or a timedelta.
@@ -28,17 +30,17 @@ class TimeLimit:
 
     def __init__(self, limit: float | timedelta) -> None:
         seconds = check_seconds(limit, "a TimeLimit", 3600.0, positive=True)
-        self._attachment = Attachment()
+        self._attachment = Attachment(self)
         self._clock = _Clock(lambda: seconds)
 
-    def attach(self, engine: Engine[Any, Any]) -> None:
+    def attach(self, engine: Engine[Any, Any]) -> RemovableEventHandle:
         """Limit the runs of an engine.
 
         Raises:
+            TypeError: this is no engine.
             RuntimeError: this is attached already.
         """
-        self._attachment.begin(self, engine)
-        self._clock.attach(engine)
+        return self._attachment.begin(engine, self._clock.listen(engine))
 
 
 class Deadline:
@@ -63,17 +65,17 @@ class Deadline:
                 f"a Deadline has a time zone, and {moment!r} has none: write  moment.astimezone()  if it is local time"
             )
         self._moment = moment
-        self._attachment = Attachment()
+        self._attachment = Attachment(self)
         self._clock = _Clock(self._seconds_left)
 
-    def attach(self, engine: Engine[Any, Any]) -> None:
+    def attach(self, engine: Engine[Any, Any]) -> RemovableEventHandle:
         """Limit the runs of an engine. One that starts after the moment ends before its first step.
 
         Raises:
+            TypeError: this is no engine.
             RuntimeError: this is attached already.
         """
-        self._attachment.begin(self, engine)
-        self._clock.attach(engine)
+        return self._attachment.begin(engine, self._clock.listen(engine))
 
     def _seconds_left(self) -> float:
         return (self._moment - datetime.now(UTC)).total_seconds()
@@ -86,9 +88,10 @@ class _Clock:
         self._seconds_left = seconds_left
         self._end = math.inf
 
-    def attach(self, engine: Engine[Any, Any]) -> None:
-        engine.add_event_handler(Events.STARTED, self._begin)
-        engine.add_event_handler(Events.ITERATION_COMPLETED, self._check)
+    def listen(self, engine: Engine[Any, Any]) -> Generator[RemovableEventHandle]:
+        self._end = math.inf  # of another run, if this was attached before
+        yield engine.add_event_handler(Events.STARTED, self._begin)
+        yield engine.add_event_handler(Events.ITERATION_COMPLETED, self._check)
 
     def _begin(self, engine: Engine[Any, Any]) -> None:
         seconds = self._seconds_left()

@@ -3,12 +3,15 @@
 `engine.statistics()` has the totals of a run, and `state.times` those of the last epoch: this is for any other part.
 """
 
+from collections.abc import Callable, Generator
 from time import perf_counter
 from typing import Any, Self
+from weakref import ref
 
+from aengine.attachment import Attachment
+from aengine.bus.emitter import RemovableEventHandle
 from aengine.engine import Engine
 from aengine.events import EventLike, Events
-from aengine.handlers.attachment import Attachment
 
 _ENDS = Events.TERMINATE | Events.COMPLETED | Events.CANCELLED | Events.EXCEPTION_RAISED
 
@@ -42,8 +45,9 @@ class Timer:
         self._measured: tuple[float, float | None] = 0.0, None
         self._interrupted_at: float | None = None  # set if it ran when the run was interrupted
         self._run_began = 0.0
-        self._engine: Engine[Any, Any] | None = None
-        self._attachment = Attachment()
+        # Weakly: the engine refers to this, and is to be freed by reference count.
+        self._engine: Callable[[], Engine[Any, Any] | None] = lambda: None
+        self._attachment = Attachment(self)
 
     def attach(
         self,
@@ -52,7 +56,7 @@ class Timer:
         pause: EventLike = Events.COMPLETED,
         resume: EventLike | None = None,
         step: EventLike | None = None,
-    ) -> Self:
+    ) -> RemovableEventHandle:
         """Start, pause and step it at events of an engine.
 
         It stops when the run ends, in whatever way. The time between an interrupted run and its continuation does not
@@ -66,24 +70,36 @@ class Timer:
             resume: starts it, or continues. In pytorch-ignite the first measurement begins with `start` all the same.
             step: counts, for the average.
 
+        What is returned removes it again: it stops, and what it has measured stays.
+
         Raises:
+            TypeError: these are no engine and events.
             ValueError: an event is not registered.
             RuntimeError: it is attached already.
         """
+        return self._attachment.begin(engine, self._listen(engine, start, pause, resume, step))
+
+    def _listen(
+        self,
+        engine: Engine[Any, Any],
+        start: EventLike,
+        pause: EventLike,
+        resume: EventLike | None,
+        step: EventLike | None,
+    ) -> Generator[RemovableEventHandle]:
         for event in (start, pause, resume, step):
             if event is not None:
                 engine.on(event)  # raises for what is no event of this engine, before anything is added
-        self._attachment.begin(self, engine, " for each part that is measured")
-        engine.add_event_handler(Events.STARTED, self._begin)
-        engine.add_event_handler(start, self.reset)
-        engine.add_event_handler(start if resume is None else resume, self.resume)
-        engine.add_event_handler(pause, self.pause)
+        self._engine = ref(engine)
+        yield RemovableEventHandle(self._leave)
+        yield engine.add_event_handler(Events.STARTED, self._begin)
+        yield engine.add_event_handler(start, self.reset)
+        yield engine.add_event_handler(start if resume is None else resume, self.resume)
+        yield engine.add_event_handler(pause, self.pause)
         if step is not None:
-            engine.add_event_handler(step, self.step)
-        engine.add_event_handler(_ENDS, lambda *_: self.pause())
-        engine.add_event_handler(Events.INTERRUPT, self._interrupt)
-        self._engine = engine
-        return self
+            yield engine.add_event_handler(step, self.step)
+        yield engine.add_event_handler(_ENDS, lambda *_: self.pause())
+        yield engine.add_event_handler(Events.INTERRUPT, self._interrupt)
 
     def reset(self) -> None:
         """Stop it, and set it to zero."""
@@ -112,7 +128,7 @@ class Timer:
         return seconds if since is None else seconds + self._clock() - since
 
     @property
-    def running(self) -> bool:
+    def is_running(self) -> bool:
         """Whether it runs."""
         return self._read()[1] is not None
 
@@ -132,9 +148,13 @@ class Timer:
         self._run_began = perf_counter() - engine.statistics().total
 
     def _interrupt(self) -> None:
-        if self.running:
+        if self.is_running:
             self.pause()
             self._interrupted_at = perf_counter()
+
+    def _leave(self) -> None:
+        """It is attached no more: nothing would stop it."""
+        self._measured, self._interrupted_at, self._engine = (self.total, None), None, lambda: None
 
     def _update(self) -> tuple[float, float | None]:
         self._measured, self._interrupted_at = self._read(), None
@@ -142,7 +162,7 @@ class Timer:
 
     def _read(self) -> tuple[float, float | None]:
         # No event is fired when an interrupted run continues: the statistics show that it has, and since when.
-        interrupted_at, engine = self._interrupted_at, self._engine
+        interrupted_at, engine = self._interrupted_at, self._engine()
         if interrupted_at is not None and engine is not None and engine.is_running:
             continued_at = perf_counter() - engine.statistics().total
             if continued_at > interrupted_at:  # else it is still the run that is being interrupted
@@ -150,7 +170,7 @@ class Timer:
         return self._measured
 
     def _clock(self) -> float:
-        engine = self._engine
+        engine = self._engine()
         if engine is None or engine.is_running:
             return perf_counter()
         # The run ended without any of _ENDS, as one without a single batch does: its statistics say when.

@@ -19,7 +19,7 @@ cannot work or is different, and what says so:
 - The launcher of `ignite.distributed` calls plain functions, and awaits nothing: have the function call `anyio.run` or
   `run_sync`. Metrics over its processes are those of all the data, as they are there.
 - HandlersTimeProfiler and BasicTimeProfiler exchange handlers in a table of ignite's engine while it runs: an
-  AttributeError says to use `engine.statistics()` and `aengine.handlers.profiling.profile`.
+  AttributeError says to use `engine.statistics()` and `aengine.handlers.Profiler`.
 - The inside of ignite's engine, but for `_allowed_events`: an AttributeError says so.
 - `run` of the view blocks, as that of ignite's engine does, and refuses where an event loop runs: there, write
   `await engine.run(data)`, of the engine itself.
@@ -45,11 +45,11 @@ from aengine.events import EventLike
 try:
     import ignite.engine
     import ignite.metrics.metric
-except ModuleNotFoundError as error:
+except ModuleNotFoundError as _error:
     raise ModuleNotFoundError(
         "aengine.interop.ignite attaches pytorch-ignite's metrics and handlers, and it is not installed: "
         'pip install "pytorch-ignite>=0.5", which is what aengine\'s extra "ignite" brings'
-    ) from error
+    ) from _error
 
 __all__ = ["ResumableEpochWise", "as_ignite"]
 
@@ -103,7 +103,7 @@ def _begins(engine: Any, event: int) -> bool:  # noqa: ARG001 -- a filter's sign
 _NO_TABLE = (
     "HandlersTimeProfiler and BasicTimeProfiler are not supported: they exchange the handlers in the table of ignite's"
     " engine while it runs, and aengine has no such table. engine.statistics() says where the time went, handler by"
-    " handler; aengine.handlers.profiling.profile(engine, folder) records chosen iterations with torch.profiler"
+    " handler; aengine.handlers.Profiler(folder).attach(engine, event) records chosen iterations with torch.profiler"
 )
 
 

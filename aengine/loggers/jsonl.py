@@ -11,6 +11,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from aengine.keywords import explain_wrong_call
 from aengine.loggers.sink import Record
 
 _logger = logging.getLogger("aengine.loggers")
@@ -24,6 +25,7 @@ _DISORDER = 60.0
 """Seconds by which lines of two engines may be out of order: each is written when its own tracker comes to that."""
 
 
+@explain_wrong_call
 class JSONLines:
     """Appends a line for each record to a file, and has it on the disk, by fsync, when the run is over.
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from aengine.callables import check_callable
 from aengine.extras import missing_package
+from aengine.keywords import explain_wrong_call
 from aengine.loggers.runs import RecentRecords, SharedRun, check_mappings, check_reachable, check_texts
 from aengine.loggers.sink import Record, tag_of
 from aengine.state import StopReason
@@ -31,6 +32,7 @@ _KEY_LENGTH = 250
 _STATUS = {StopReason.FAILED: RunStatus.FAILED, StopReason.CANCELLED: RunStatus.KILLED}
 
 
+@explain_wrong_call
 class MLflow:
     """Writes each number of each record as a metric of one MLflow run, with the record's step and time.
 

@@ -19,6 +19,7 @@ from aengine.drivers.services import Service
 from aengine.engine import Engine
 from aengine.events import Event, Events, EventsList
 from aengine.extras import missing_package
+from aengine.keywords import explain_wrong_call
 from aengine.loggers.sink import Record
 from aengine.state import StopReason
 from aengine.statistics import EngineStatistics
@@ -42,6 +43,7 @@ _BUCKETS = (1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
 """Bounds of the histogram in seconds; OpenTelemetry's default ones are for milliseconds."""
 
 
+@explain_wrong_call
 class OpenTelemetry:
     """A sink for `Tracker`: each number becomes a gauge, "aengine.values.loss", with the engine's name as attribute.
 
@@ -78,6 +80,7 @@ class OpenTelemetry:
         return "OpenTelemetry()"
 
 
+@explain_wrong_call
 class Instrumentation:
     """Traces and measures the runs of an engine: attach one to each engine, before other handlers are added.
 
@@ -190,14 +193,13 @@ class _Spans(Service):
 
     # Beside the step, in a thread
 
-    def end_iteration(self, event: Event) -> None:
-        ended: _Ended = event.snapshot
-        for opened in ended.opened:
+    def end_iteration(self, event: "Event[Any, _Ended]") -> None:
+        for opened in event.snapshot.opened:
             self._costs.took(event.monotonic - opened.began)
         self.end(event)
 
-    def end(self, event: Event) -> None:
-        ended: _Ended = event.snapshot
+    def end(self, event: "Event[Any, _Ended]") -> None:
+        ended = event.snapshot
         for opened in ended.opened:
             opened.end(event.monotonic)
         self._costs.add(ended.engine)
@@ -316,7 +318,7 @@ class _Spans(Service):
         if reason is StopReason.INTERRUPTED and not self._is_removed:
             self._interrupted, self._was_in_epoch = run.span, self._epoch is not None
             # No STARTED comes when it goes on: its span begins with its next event, whichever that is.
-            self._until_resumed = engine.add_event_handler(_FIRST_OF_RESUMED, lambda *_: self._resume(engine))
+            self._until_resumed = engine.add_event_handler(_FIRST_OF_RESUMED, lambda: self._resume(engine))
         state, now = engine.state, perf_counter()
         stopped_at = now if self._stopped_at is None else self._stopped_at
         ends = [*((opened, stopped_at) for opened in self._take_epoch()), (run, now)]

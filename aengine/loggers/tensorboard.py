@@ -8,6 +8,7 @@ from typing import Any
 
 from aengine.callables import check_callable
 from aengine.extras import missing_package
+from aengine.keywords import explain_wrong_call
 from aengine.loggers.runs import SharedRun
 from aengine.loggers.sink import Record, tag_of
 from aengine.state import StopReason
@@ -18,6 +19,7 @@ except ImportError as error:
     raise missing_package(__name__, "tensorboard>=2.17", "tensorboard") from error
 
 
+@explain_wrong_call
 class TensorBoard:
     """Writes each number of each record as a scalar, and has the file up to date after each call.
 

@@ -11,7 +11,7 @@ from functools import partial
 from threading import Lock
 from time import perf_counter
 from types import MethodType
-from typing import Any, Literal, Never, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from aengine.arguments import check_choice, check_seconds, check_whole
 from aengine.attachment import Attachment
@@ -20,6 +20,7 @@ from aengine.bus.listeners import Observer
 from aengine.callables import check_callable, is_async_callable
 from aengine.engine import Engine, session_of
 from aengine.events import EventLike, Events, FilteredEvent, date_of, selectors
+from aengine.keywords import explain_wrong_call
 from aengine.loggers.retry import name_of_sink
 from aengine.loggers.scalars import numbers_of, snapshot
 from aengine.loggers.sink import Record, Sink, Write
@@ -56,6 +57,7 @@ class TrackerStatistics:
     busy: float
 
 
+@explain_wrong_call
 class Tracker:
     """Has the numbers of an engine written to a sink at each event, beside the step, which never waits for it.
 
@@ -94,19 +96,13 @@ class Tracker:
     def __init__(
         self,
         sink: Sink | Write,
-        *misplaced: Never,
+        *,
         values: Callable[[AnyEngine], Mapping[str, Any]] = numbers_of,
         step: Callable[[AnyEngine], int] | None = None,
         buffer: int = 10_000,
         shutdown_timeout: float | timedelta = 5.0,
         on_error: Literal["raise", "log"] = "log",
     ) -> None:
-        if misplaced or isinstance(sink, Engine):
-            given = ", ".join(map(repr, (sink, *misplaced)))
-            raise TypeError(
-                f"a Tracker is made with its sink, and gets the engine and the event by attach(), got Tracker({given}):"
-                " write  Tracker(sink, values=...).attach(engine, event)"
-            )
         _check_sink(sink)
         check_callable(values, "values=", "values", "engine")
         if step is not None:
@@ -229,7 +225,7 @@ def _share(engine: AnyEngine, sink: Any) -> RemovableEventHandle:
                 f"two engines of the name {engine.name!r} write to one sink, {name_of_sink(sink)}, where nothing tells"
                 ' their records apart: give each a name, as by  create_supervised_evaluator(..., name="validation")  or'
                 "  Engine(step, name=...)",
-                stacklevel=5,  # the call of Tracker.attach()
+                stacklevel=6,  # the call of Tracker.attach()
             )
         except Warning:  # they are errors here: then this attaches nothing
             handle.remove()
@@ -259,6 +255,10 @@ _HOOKS: Mapping[str, tuple[str, ...]] = {
 
 
 def _check_sink(sink: Any) -> None:
+    if isinstance(sink, Engine):
+        raise TypeError(
+            f"a Tracker is made with a sink, and put on an engine by  Tracker(sink).attach(engine); got {sink!r}"
+        )
     if isinstance(sink, type):
         name = sink.__qualname__
         raise TypeError(f"a sink is an object, and {name} is a class: Tracker({name}(...))")

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from aengine.arguments import check_choice
 from aengine.extras import missing_package
+from aengine.keywords import explain_wrong_call
 from aengine.loggers.runs import BAD, RecentRecords, SharedRun, check_mappings, check_reachable, check_texts
 from aengine.loggers.sink import Record
 from aengine.state import StopReason
@@ -25,6 +26,7 @@ _FAILED = 1
 _STEP = "step"
 
 
+@explain_wrong_call
 class WandB:
     """Writes each record as a row of one W&B run: its numbers, its time, and the step of its engine.
 

@@ -28,7 +28,7 @@ class NextBatch:
     __slots__ = ("awaitable",)
 
     def __init__(self, awaitable: Awaitable[Any]) -> None:
-        self.awaitable = awaitable
+        self.awaitable: Awaitable[Any] = awaitable
 
     def __await__(self) -> Generator[Any, Any, Any]:
         return self.awaitable.__await__()

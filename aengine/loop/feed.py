@@ -27,10 +27,10 @@ class Feed:
     """
 
     def __init__(self, source: Source, state: State, first: int) -> None:
-        self.source = source
-        self.in_hand = END
+        self.source: Source = source
+        self.in_hand: Any = END
         self.consumed: Any = None
-        self.is_awaited = False
+        self.is_awaited: bool = False
         self.empty: DataExhausted | None = None
         self._state = state
         self._first = first  # iterations completed before this run

@@ -49,7 +49,7 @@ class Loop:
         requests: Requests,
         restore_rng: Callable[[], object] | None = None,
     ) -> None:
-        self.feed = Feed(source, bus.state, progress.iteration)
+        self.feed: Feed = Feed(source, bus.state, progress.iteration)
         self.also_raised: list[BaseException] = []
         self.cancellations: tuple[type[BaseException], ...] = (KeyboardInterrupt, SystemExit)
         self._explain: Callable[[BaseException], BaseException] | None = None

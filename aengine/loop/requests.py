@@ -36,8 +36,8 @@ class Firing:
     __slots__ = ("event", "payload")
 
     def __init__(self, event: str, payload: Any) -> None:
-        self.event = event
-        self.payload = payload
+        self.event: str = event
+        self.payload: Any = payload
 
 
 class Phase(Enum):
@@ -62,9 +62,9 @@ class Requests:
         self.wished: set[Request] = set()
         self.agreement: Agreement | None = None
         self._calls = 0  # of what is to be fired: so much is agreed
-        self.phase = Phase.IDLE
-        self.skip_completed = False
-        self.skip_epoch_completed = False
+        self.phase: Phase = Phase.IDLE
+        self.skip_completed: bool = False
+        self.skip_epoch_completed: bool = False
         self.deferred_backpressure: dict[Inbox, BackpressureWait] = {}  # the last one says it for those before
         self.to_fire: deque[Firing] = deque()
         self._wake: Callable[[], object] | None = None

@@ -14,7 +14,7 @@ from typing import Any, Self, cast
 
 import anyio
 import anyio.abc
-from anyio.lowlevel import RunVar, current_token
+from anyio.lowlevel import EventLoopToken, RunVar, current_token
 
 
 class EventLoopHandle:
@@ -29,7 +29,7 @@ class EventLoopHandle:
     __slots__ = ("_context", "_is_asyncio", "_native", "_post", "thread", "token", "turn")
 
     def __init__(self) -> None:
-        self.token = current_token()
+        self.token: EventLoopToken = current_token()
         native: Any = self.token.native_token
         self._native = native
         self._is_asyncio = hasattr(native, "call_soon_threadsafe")
@@ -41,7 +41,7 @@ class EventLoopHandle:
         # Callbacks run in a context of this thread. By default it would be that of the thread that posts them, where
         # sniffio says that no event loop runs, so that anyio's calls would fail in them.
         self._context = copy_context()
-        self.thread = threading.get_ident()
+        self.thread: int = threading.get_ident()
 
     @property
     def is_of_asyncio(self) -> bool:
@@ -302,7 +302,7 @@ class ThreadSafeEvent:
     __slots__ = ("_event", "_loop_handle", "is_posted")
 
     def __init__(self, loop_handle: EventLoopHandle) -> None:
-        self.is_posted = False
+        self.is_posted: bool = False
         self._loop_handle = loop_handle
         self._event = anyio.Event()
 

@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 import anyio
-from anyio import NoEventLoopError
 from anyio._core._eventloop import threadlocals  # where anyio looks: it has no public way to say it
 from anyio.lowlevel import EventLoopToken, current_token
 
@@ -54,7 +53,7 @@ def way_back() -> WayBack | None:
     """
     try:
         return WayBack(current_token())
-    except NoEventLoopError:
+    except RuntimeError:  # also asyncio's own: the collector may free an engine where an event loop is being closed
         token: EventLoopToken | None = getattr(threadlocals, "current_token", None)
         if token is None:
             return None

@@ -37,7 +37,7 @@ class LagTimer:
 
     def __init__(self, loop_handle: EventLoopHandle) -> None:
         self._call_later = loop_handle.call_later
-        self.runs = 0
+        self.runs: int = 0
         self._due: float | None = None  # when the next look is to be; None while there is to be none
         self._last = 0.0
 

@@ -69,9 +69,9 @@ class SharedContext:
 
     def __init__(self, context: Context) -> None:
         """Called in the task, with a context of `context_for_thread()`."""
-        self.context = context
-        self.of_task = ContextFollower(context.copy())
-        self.of_worker = ContextFollower(copy_context())
+        self.context: Context = context
+        self.of_task: ContextFollower = ContextFollower(context.copy())
+        self.of_worker: ContextFollower = ContextFollower(copy_context())
 
 
 _UNSET = object()
@@ -114,7 +114,7 @@ class ThreadState:
     def __init__(self, *, is_needed: bool = True) -> None:
         """Record the settings of the calling thread; none, where no other thread is to have them."""
         torch: Any = sys.modules.get("torch") if is_needed else None
-        self.bound = bound_to_this_thread() if is_needed else None
+        self.bound: str | None = bound_to_this_thread() if is_needed else None
         # Where a mode is bound to the thread, no other is given its settings; and the mode would see our calls here.
         self._torch = torch = torch if self.bound is None else None
         if torch:

@@ -36,11 +36,11 @@ class WorkItem:
     def __init__(
         self, loop_handle: EventLoopHandle, contexts: SharedContext, function: Callable[..., Any], *arguments: Any
     ) -> None:
-        self.function = function
-        self.arguments = arguments
+        self.function: Callable[..., Any] = function
+        self.arguments: tuple[Any, ...] = arguments
         self.result: Any = None
         self.error: BaseException | None = None
-        self.done = False
+        self.done: bool = False
         self._loop_handle = loop_handle
         self._contexts = contexts
         self._of_task = self._of_worker = copy_context()  # what each side had set when it handed over last

@@ -88,6 +88,7 @@ class MetricHandler:
         self.iterations = 0
         self._attachment = Attachment(self)
         self._engine_name = ""
+        self._is_attached = False
         self._transform = output_transform
         self._is_epoch_bound = epoch_bound
         self._states = MetricStates(metric, name)
@@ -116,6 +117,7 @@ class MetricHandler:
         if self.name in [one.name for one in others]:
             raise ValueError(f"engine {engine.name!r} has a metric {self.name!r} already: give this one another name")
         self._engine_name = engine.name
+        self._is_attached = True
         _in_use.setdefault(id(self.metric), self)
         yield RemovableEventHandle(self._release)
         yield engine.add_event_handler(Events.EPOCH_STARTED, self._begin)
@@ -123,6 +125,7 @@ class MetricHandler:
         yield engine.add_event_handler(self._computed_at, self._compute)
 
     def _release(self) -> None:
+        self._is_attached = False
         if _in_use.get(id(self.metric)) is self:
             del _in_use[id(self.metric)]
 
@@ -162,6 +165,8 @@ class MetricHandler:
     def _update(self, engine: Engine[Any, Any]) -> None:
         other = _in_use.get(id(self.metric))
         if other is not self:
+            if not self._is_attached:  # a handler before this one has removed it, at this very event
+                return
             name = "another engine" if other is None else f"engine {other._engine_name!r}"  # noqa: SLF001 -- of this class
             raise RuntimeError(
                 f"{name} has begun an epoch with the metric of {self.name!r} in the middle of one of engine"

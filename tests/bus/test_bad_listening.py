@@ -127,7 +127,7 @@ def test_handler_of_an_error_cannot_take_more_than_engine_and_error() -> None:
     def handler(engine: AnyEngine, error: Exception, more: int) -> None: ...
 
     with refused(TypeError, "handler(engine: ", "EXCEPTION_RAISED"):
-        Engine(double).add_event_handler(Events.EXCEPTION_RAISED, handler)
+        Engine(double).add_event_handler(Events.EXCEPTION_RAISED, handler)  # type: ignore[arg-type]  # likewise
 
 
 @pytest.mark.parametrize("handler", [yielding, async_yielding])
@@ -142,7 +142,7 @@ def test_handler_must_not_be_a_generator_function(handler: Any) -> None:
 def test_handler_must_be_callable() -> None:
     engine = Engine(double)
     with refused(TypeError, "handler", "callable", "3"):
-        engine.add_event_handler(Events.STARTED, 3)  # type: ignore[arg-type]  # that is what is tested
+        engine.add_event_handler(Events.STARTED, 3)  # type: ignore[call-overload]  # that is what is tested
     with refused(TypeError, "handler", "callable", "3"):
         engine.subscribe(Events.STARTED, 3)  # type: ignore[call-overload]  # likewise
 
@@ -196,7 +196,7 @@ def test_handler_before_its_event_is_refused() -> None:
     def handler() -> None: ...
 
     with refused(TypeError, "expected an event", "handler", "the event comes first"):
-        Engine(double).add_event_handler(handler, Events.STARTED)  # type: ignore[arg-type]  # that is what is tested
+        Engine(double).add_event_handler(handler, Events.STARTED)  # type: ignore[call-overload]  # that is what is tested
 
 
 def test_record_of_an_event_is_no_event_to_listen_to() -> None:
@@ -205,7 +205,7 @@ def test_record_of_an_event_is_no_event_to_listen_to() -> None:
     engine.subscribe(Events.STARTED, records.append)
     engine.run_sync([1])
     with refused(TypeError, "expected an event"):
-        engine.add_event_handler(records[0], print)
+        engine.add_event_handler(records[0], print)  # type: ignore[call-overload]  # likewise
     with pytest.raises(AttributeError):
         records[0].iteration = 3  # type: ignore[misc]  # it is a fact
 
@@ -237,6 +237,41 @@ def test_one_event_is_fired_at_a_time() -> None:
 def test_counter_of_an_event_that_has_none_says_which_have() -> None:
     with refused(RuntimeError, "'TERMINATE'", "ITERATION_COMPLETED"):
         Engine(double).state.get_event_attrib_value(Events.TERMINATE)
+
+
+class Called:
+    def __call__(self) -> None: ...
+
+
+@pytest.mark.parametrize("handler", [print, partial(print), Called()])
+@pytest.mark.parametrize("name", ["add_event_handler", "subscribe"])
+def test_handler_before_its_event_is_answered_by_the_order(name: str, handler: Any) -> None:
+    engine: Any = Engine(double)
+    with refused(TypeError, "expected an event", "the event comes first", "(event, handler)"):
+        getattr(engine, name)(handler, Events.STARTED)
+
+
+@pytest.mark.parametrize("name", ["remove_event_handler", "has_event_handler"])
+@pytest.mark.parametrize("arguments", [(Events.STARTED, print), (Events.STARTED, Events.STARTED), ("STARTED", print)])
+def test_event_before_its_handler_is_answered_by_the_order(name: str, arguments: Any) -> None:
+    engine: Any = Engine(double)
+    with refused(TypeError, "a handler must be a function", repr(arguments[0]), f"{name}(handler, event)"):
+        getattr(engine, name)(*arguments)
+
+
+def test_event_alone_has_no_handler() -> None:
+    engine: Any = Engine(double)
+    with refused(TypeError, "has_event_handler(handler, event)"):
+        engine.has_event_handler(Events.STARTED)
+
+
+@pytest.mark.parametrize("name", ["add_event_handler", "subscribe"])
+def test_event_is_no_handler(name: str) -> None:
+    """It can be called, but for a filter."""
+    engine: Any = Engine(double)
+    with refused(TypeError, "a handler must be a function", repr(Events.COMPLETED), "joined by |"):
+        getattr(engine, name)(Events.STARTED, Events.COMPLETED)
+    assert engine.listeners() == ()
 
 
 async def handler_to_await(engine: AnyEngine) -> None: ...
@@ -285,14 +320,14 @@ def test_overflow_must_be_a_policy(value: Any) -> None:
 
 def test_on_error_must_be_raise_or_log() -> None:
     with refused(ValueError, "on_error=", '"raise"', '"log"', "'ignore'"):
-        Engine(double).subscribe(Events.STARTED, print, on_error="ignore")
+        Engine(double).subscribe(Events.STARTED, print, on_error="ignore")  # type: ignore[call-overload]  # likewise
 
 
 def test_snapshot_must_be_callable() -> None:
     with refused(TypeError, "snapshot=", "callable", "3"):
         Engine(double).subscribe(Events.STARTED, print, snapshot=3)  # type: ignore[call-overload]  # that is what is tested
     with refused(TypeError, "snapshot=", "callable", "3"):
-        Engine(double).stream(Events.STARTED, snapshot=3)  # type: ignore[arg-type]  # likewise
+        Engine(double).stream(Events.STARTED, snapshot=3)  # type: ignore[call-overload]  # likewise
 
 
 def nothing() -> None: ...

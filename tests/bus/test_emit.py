@@ -35,7 +35,7 @@ def firing(engine: Engine[int, None], batch: int) -> None:
     engine.fire_event(Backprop.BACKWARD_COMPLETED)
 
 
-async def ignore(event: Event) -> None: ...
+async def ignore(event: Event[Any, Any]) -> None: ...
 
 
 # From a plain step

@@ -75,7 +75,7 @@ async def refuse_iterating(engine: AnyEngine) -> None:
 
 REFUSED: dict[str, Callable[[AnyEngine], Awaitable[Any]]] = {
     "empty data": lambda engine: engine.run([]),
-    "no data": lambda engine: engine.run(7),
+    "no data": lambda engine: engine.run(7),  # type: ignore[arg-type]
     "prefetch": lambda engine: engine.run([1], prefetch=-1),
     "both limits": lambda engine: engine.run([1], max_epochs=1, max_iters=1),
     "nothing to count": lambda engine: engine.run(None),

@@ -134,7 +134,7 @@ async def test_subscribers_and_streams_get_it_though_the_state_has_moved_on(
     heard: list[Any] = []
 
     @engine.subscribe(Shards.LOADED, snapshot=lambda engine: engine.state.iteration)
-    async def note(event: Event) -> None:
+    async def note(event: Event[Any, int]) -> None:
         await anyio.lowlevel.checkpoint()
         heard.append((event.payload, event.snapshot))
 

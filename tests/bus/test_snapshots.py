@@ -41,7 +41,7 @@ async def test_a_snapshot_is_taken_once_for_all_that_share_it(thread: Thread) ->
         taken.append(engine.state.iteration)
         return [engine.state.iteration]
 
-    async def keep(event: Event) -> None:
+    async def keep(event: Event[Any, Any]) -> None:
         seen.append((event.iteration, event.snapshot))
 
     async def keep_without(event: Event) -> None:
@@ -63,10 +63,10 @@ async def test_each_of_several_snapshots_goes_to_its_own_subscriber() -> None:
     engine = Engine(step)
     seen: dict[str, Any] = {}
 
-    async def keep_weights(event: Event) -> None:
+    async def keep_weights(event: Event[Any, str]) -> None:
         seen["weights"] = event.snapshot
 
-    async def keep_optimizer(event: Event) -> None:
+    async def keep_optimizer(event: Event[Any, str]) -> None:
         seen["optimizer"] = event.snapshot
 
     engine.subscribe(Events.COMPLETED, keep_weights, snapshot=lambda engine: "weights")
@@ -99,7 +99,7 @@ async def test_an_async_snapshot_is_awaited_between_two_steps(thread: Thread) ->
     seen: list[Any] = []
 
     @engine.subscribe(Events.ITERATION_COMPLETED, snapshot=snapshot)
-    async def keep(event: Event) -> None:
+    async def keep(event: Event[Any, Any]) -> None:
         seen.append((event.output, event.snapshot))
 
     await engine.run(range(5))
@@ -109,7 +109,7 @@ async def test_an_async_snapshot_is_awaited_between_two_steps(thread: Thread) ->
 async def test_a_plain_snapshot_is_taken_where_the_step_runs() -> None:
     threads: set[int] = set()
 
-    def note_thread(engine: Engine[int, None], batch: int | None = None) -> None:
+    def note_thread(engine: Engine[Any, Any], batch: int | None = None) -> None:
         threads.add(threading.get_ident())
 
     engine = Engine(note_thread)
@@ -155,7 +155,7 @@ async def test_a_snapshot_may_be_any_callable() -> None:
     seen: list[int] = []
 
     @engine.subscribe(Events.COMPLETED, snapshot=Snapshot(100))
-    async def keep(event: Event) -> None:
+    async def keep(event: Event[Any, Any]) -> None:
         seen.append(event.snapshot)
 
     await engine.run(range(5))
@@ -183,7 +183,7 @@ async def test_inline_handlers_come_before_the_snapshot() -> None:
     seen: list[Any] = []
 
     @engine.subscribe(Events.EPOCH_COMPLETED, snapshot=lambda engine: dict(engine.state.metrics))
-    async def keep(event: Event) -> None:
+    async def keep(event: Event[Any, Any]) -> None:
         seen.append((event.snapshot, dict(event.metrics)))
 
     @engine.on(Events.EPOCH_COMPLETED)
@@ -249,7 +249,7 @@ async def test_at_end_takes_its_snapshot() -> None:
         Events.ITERATION_COMPLETED(every=100, at_end=True),
         snapshot=lambda engine: engine.state.iteration,
     )
-    async def note(event: Event) -> None:
+    async def note(event: Event[Any, int]) -> None:
         seen.append(event.snapshot)
 
     await engine.run(range(7))

@@ -16,7 +16,7 @@ from support.saving_run import Run, Valve, endless, saving, strays, until
 
 from aengine import CheckpointWarning, Engine, Events
 from aengine.checkpoint import Checkpoint, Keep
-from aengine.handlers.nan_guard import NanGuard
+from aengine.handlers import NanGuard
 
 SELDOM = Events.ITERATION_COMPLETED(every=1000, at_end=True)
 

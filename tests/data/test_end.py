@@ -228,7 +228,12 @@ def test_handler_of_the_end_of_one_shot_data_may_set_other_data(
 def test_end_of_one_shot_data_is_fired_once_for_each_time_and_before_the_epoch_that_needs_more() -> None:
     engine = Engine(double)
     once = [numbers(2)]
-    engine.add_event_handler(Events.DATALOADER_STOP_ITERATION, lambda: once and engine.set_data(once.pop()))
+
+    @engine.on(Events.DATALOADER_STOP_ITERATION)
+    def add() -> None:
+        if once:
+            engine.set_data(once.pop())
+
     seen = record(engine, "ES DSI EC C")
     with pytest.warns(DataExhaustedWarning, match="4 of 6"):
         state = engine.run_sync(numbers(2), max_epochs=3)

@@ -376,7 +376,7 @@ class Rig:
         self.touch()
         return int(engine.state.iteration)
 
-    async def _handle(self, event: Event) -> None:
+    async def _handle(self, event: Event[Any, Any]) -> None:
         assert event.snapshot == event.iteration
         await checkpoint()
         self.touch()

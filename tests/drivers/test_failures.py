@@ -1476,7 +1476,7 @@ async def test_leaving_iterate_early_terminates(step: str) -> None:
 # Nothing keeps an engine alive
 
 
-async def handle(event: Event) -> None:
+async def handle(event: Event[Any, int]) -> None:
     await checkpoint()
 
 

@@ -360,7 +360,7 @@ def test_statistics_show_it_by_its_name_and_bad_ones_are_refused() -> None:
     with pytest.raises(TypeError, match=r"a service derives from aengine\.Service, got"):
         engine.add_service(wrong)
     with pytest.raises(ValueError, match="on_error= "):
-        engine.add_service(Log(), on_error="warn")
+        engine.add_service(Log(), on_error="warn")  # type: ignore[arg-type]  # that is what is tested
     with pytest.raises(ValueError, match="has this service already"):
         engine.add_service(service)
 

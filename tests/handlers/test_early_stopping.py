@@ -1,7 +1,9 @@
 """Early stopping ends a run whose score does not improve, also when it was resumed in between."""
 
+import gc
 import math
 import re
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from support.record import AnyEngine
 from aengine import Engine, Events, StopReason
 from aengine.checkpoint import Checkpoint, Keep
 from aengine.engine import stateful_listeners
-from aengine.handlers.early_stopping import EarlyStopping
+from aengine.handlers import EarlyStopping
 
 
 def scoring(scores: list[float], **options: Any) -> tuple[AnyEngine, EarlyStopping]:
@@ -22,7 +24,7 @@ def scoring(scores: list[float], **options: Any) -> tuple[AnyEngine, EarlyStoppi
     def measure(engine: AnyEngine) -> None:
         engine.state.metrics["score"] = scores[engine.state.epoch - 1]
 
-    arguments: dict[str, Any] = {"patience": 2, "score": "score", "mode": "max"} | options
+    arguments: dict[str, Any] = {"patience": 2, "metric": "score", "mode": "max"} | options
     stopping = EarlyStopping(**arguments)
     stopping.attach(trainer)
     return trainer, stopping
@@ -54,7 +56,7 @@ def the_less_the_better(engine: AnyEngine) -> float:
         ([-100, -111, -123], {"threshold": 0.1, "threshold_mode": "rel", "mode": "min"}, 3),
         ([math.nan, 1, math.nan, 2, math.nan, math.nan, 9], {}, 6),
         ([math.nan, math.nan, 9], {}, 2),
-        ([1, 2, 3], {"score": the_less_the_better}, 3),
+        ([1, 2, 3], {"metric": the_less_the_better}, 3),
     ],
     ids=shown,
 )
@@ -119,7 +121,7 @@ async def test_score_may_be_that_of_an_evaluator_beside_the_step(tmp_path: Path,
         engine.state.metrics["loss"] = engine.state.output
 
     stopping = EarlyStopping(3, "loss", mode="min")
-    stopping.attach(trainer, evaluator)
+    stopping.attach(trainer, evaluator=evaluator)
     scores = [3.0, 2.0, 4.0, 4.0, 4.0, 1.0]
 
     @trainer.subscribe(Events.EPOCH_COMPLETED)
@@ -135,8 +137,46 @@ async def test_score_may_be_that_of_an_evaluator_beside_the_step(tmp_path: Path,
         assert stopping in stateful_listeners(trainer)
 
 
+def test_event_may_have_a_payload() -> None:
+    trainer: AnyEngine = Engine(lambda engine, batch: engine.fire_event("SCORED", batch), name="trainer")
+    trainer.register_events("SCORED")
+    EarlyStopping(2, lambda engine: 1.0, mode="max").attach(trainer, "SCORED")
+    trainer.run_sync([object()], max_epochs=9)
+    assert trainer.state.epoch == 3
+
+
+def test_removed_during_a_run_it_stops_it_no_more() -> None:
+    trainer: AnyEngine = Engine(lambda engine, batch: None, name="trainer")
+    stopping = EarlyStopping(2, lambda engine: 1.0, mode="max")
+    handle = stopping.attach(trainer)
+    trainer.add_event_handler(Events.EPOCH_COMPLETED(once=2), handle.remove)
+    trainer.run_sync([1], max_epochs=5)
+    assert (trainer.state.epoch, stopping.best, stopping.waited) == (5, 1.0, 1)
+    stopping.attach(trainer)
+    trainer.run_sync([1], max_epochs=5)
+    assert trainer.state.epoch == 3
+
+
+def test_engines_are_freed_at_once() -> None:
+    """Though the trainer's handler has the evaluator, and the evaluator's terminates the trainer."""
+    gc.disable()
+    try:
+        trainer: AnyEngine = Engine(lambda engine, batch: None, name="trainer")
+        evaluator: AnyEngine = Engine(lambda engine, batch: batch, name="evaluator")
+        trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda _, evaluator=evaluator: evaluator.run_sync([1.0]))
+        stopping = EarlyStopping(2, lambda engine: engine.state.output, mode="max")
+        stopping.attach(trainer, evaluator=evaluator)
+        trainer.run_sync([1], max_epochs=9)
+        assert trainer.state.epoch == 3
+        gone = [weakref.ref(trainer), weakref.ref(evaluator)]
+        del trainer, evaluator
+        assert [one() for one in gone] == [None, None]
+    finally:
+        gc.enable()
+
+
 def test_metric_that_is_not_there_is_named_with_those_that_are() -> None:
-    trainer, _ = scoring([1], score="accuracy")
+    trainer, _ = scoring([1], metric="accuracy")
     with pytest.raises(RuntimeError, match=r"engine 'trainer' has no metric 'accuracy' .* it has \['score'\]"):
         trainer.run_sync([1])
 
@@ -153,12 +193,12 @@ def test_metric_that_is_not_there_is_named_with_those_that_are() -> None:
             r'mode= is one of "max" \(more is better\), "min" \(less is better\), got .maximum.',
         ),
         ({"threshold_mode": "relative"}, ValueError, 'threshold_mode= is one of "abs", "rel", got .relative.'),
-        ({"score": 0.5}, TypeError, "score= takes the name of a metric .*; got 0.5"),
+        ({"metric": 0.5}, TypeError, "metric= takes the name of a metric .*; got 0.5"),
     ],
     ids=str,
 )
 def test_wrong_argument_is_refused(options: dict[str, Any], kind: type[Exception], message: str) -> None:
-    arguments: dict[str, Any] = {"patience": 1, "score": "score", "mode": "max"} | options
+    arguments: dict[str, Any] = {"patience": 1, "metric": "score", "mode": "max"} | options
     with pytest.raises(kind, match=message):
         EarlyStopping(**arguments)
 
@@ -167,15 +207,25 @@ def test_second_attachment_is_refused_also_with_an_evaluator_and_to_the_next_eng
     trainer, stopping = scoring([1, 2])
     evaluator: AnyEngine = Engine(lambda engine, batch: None, name="evaluator")
     next_one: AnyEngine = Engine(lambda engine, batch: None, name="next")
-    for engines in ((trainer,), (trainer, evaluator), (next_one,), (next_one, evaluator)):
-        with pytest.raises(RuntimeError, match=r"is attached to engine .trainer. already.*make another one; event="):
-            stopping.attach(*engines)
+    for engine, judged in ((trainer, None), (trainer, evaluator), (next_one, None), (next_one, evaluator)):
+        with pytest.raises(
+            RuntimeError, match=r"is attached to engine .trainer. already.*make another one.*; event may"
+        ):
+            stopping.attach(engine, evaluator=judged)
     with pytest.raises(ValueError, match="no event 'MINE'"):
-        stopping.attach(next_one, evaluator, "MINE")
+        EarlyStopping(1, "loss", mode="min").attach(next_one, "MINE", evaluator=evaluator)
 
 
 def test_what_is_no_engine_is_refused() -> None:
-    _, stopping = scoring([1, 2])
     wrong: Any = object()
-    with pytest.raises(TypeError, match=r"attach\(trainer, evaluator\) takes engines, got <object"):
+    trainer, evaluator = (Engine[Any, Any](lambda engine, batch: None, name=name) for name in ("trainer", "evaluator"))
+    stopping = EarlyStopping(1, "loss", mode="min")
+    with pytest.raises(TypeError, match=r"takes an Engine of aengine's first, got <object"):
         stopping.attach(wrong)
+    with pytest.raises(TypeError, match=r"as evaluator=, got <object .*attach\(trainer, evaluator=evaluator\)"):
+        stopping.attach(trainer, evaluator=wrong)
+    with pytest.raises(
+        TypeError, match=r"as evaluator=, got <Engine 'evaluator' .*attach\(trainer, evaluator=evaluator\)"
+    ):
+        stopping.attach(trainer, evaluator)  # as pytorch-ignite's users may write it
+    assert not trainer.listeners()

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from aengine import Engine, Events
 from aengine.checkpoint import Checkpoint, Keep
-from aengine.handlers.nan_guard import NanGuard
+from aengine.handlers import NanGuard
 
 
 def guarded(bad_at: int, make: Callable[[float], Any] = torch.tensor, **options: Any) -> AnyEngine:
@@ -114,7 +114,19 @@ async def test_run_that_is_restored_and_tried_again_is_not_failed_for_what_was_b
         assert engine.state.iteration == 10
 
 
+async def test_removed_it_forgets_what_it_has_not_read() -> None:
+    guard = NanGuard(every=100)
+    first: AnyEngine = Engine(lambda engine, batch: math.nan)
+    handle = guard.attach(first)
+    first.add_event_handler(Events.ITERATION_COMPLETED(once=2), handle.remove)
+    await first.run(range(3))
+    second: AnyEngine = Engine(lambda engine, batch: 1.0)
+    second.add_event_handler(Events.ITERATION_COMPLETED(once=1), lambda: guard.attach(second))  # no STARTED comes
+    state = await second.run(range(3))
+    assert state.iteration == 3
+
+
 @pytest.mark.parametrize("every", [0, -1, 2.5, None], ids=str)
 def test_wrong_interval_is_refused(every: Any) -> None:
     with pytest.raises(ValueError, match="every= is a whole number of iterations, 1 or more; got"):
-        NanGuard(every)
+        NanGuard(every=every)

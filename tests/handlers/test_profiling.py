@@ -10,18 +10,26 @@ from typing import Any, TypeAlias
 
 import anyio
 import anyio.lowlevel
+import anyio.to_thread
 import pytest
 import torch
 from support.record import Boom, at
 from torch.profiler import ProfilerAction, ProfilerActivity, schedule
 
 from aengine import Engine, Events
-from aengine.handlers.profiling import profile
+from aengine.handlers import Profiler
 
 AnyEngine: TypeAlias = Engine[Any, Any]
 
 ON_CPU: dict[str, Any] = {"activities": [ProfilerActivity.CPU]}
 WAYS = pytest.mark.parametrize("thread", [True, False], ids=["worker", "loop"])
+
+
+def profiled(engine: AnyEngine, directory: Path, event: Any, **options: Any) -> Profiler:
+    """Return the Profiler of an engine: attached before other handlers."""
+    profiler = Profiler(directory, **options)
+    profiler.attach(engine, event)
+    return profiler
 
 
 def multiply(engine: AnyEngine, batch: int) -> float:
@@ -55,11 +63,11 @@ def the_profiler_is_free_afterwards(tmp_path_factory: pytest.TempPathFactory) ->
         torch.mm(torch.ones(2, 2), torch.ones(2, 2))
     assert [one.count for one in recorded.key_averages() if one.key == "aten::mm"] == [1]
     engine: AnyEngine = Engine(multiply)
-    profiling = profile(
+    profiler = profiled(
         engine, tmp_path_factory.mktemp("afterwards"), Events.ITERATION_STARTED(once=1), iterations=1, **ON_CPU
     )
     engine.run_sync([1, 2])
-    assert [ops(path) for path in profiling.paths] == [3]
+    assert [ops(path) for path in profiler.paths] == [3]
 
 
 def events_in(path: Path) -> list[dict[str, Any]]:
@@ -96,11 +104,11 @@ def ops(path: Path, name: str = "aten::mm") -> int:
 @MAKE
 async def test_the_ops_of_the_chosen_steps_are_in_the_trace(tmp_path: Path, make: Callable[[], AnyEngine]) -> None:
     engine = make()
-    profiling = profile(engine, tmp_path, Events.ITERATION_STARTED(once=3), iterations=2, warmup=1, **ON_CPU)
+    profiler = profiled(engine, tmp_path, Events.ITERATION_STARTED(once=3), iterations=2, warmup=1, **ON_CPU)
     await engine.run(range(8))
     assert names_in(tmp_path) == ["trainer-4-5.pt.trace.json"]
-    assert profiling.paths == [tmp_path / "trainer-4-5.pt.trace.json"]
-    events = events_in(profiling.paths[0])
+    assert profiler.paths == [tmp_path / "trainer-4-5.pt.trace.json"]
+    events = events_in(profiler.paths[0])
     backward = 2  # for each of the two factors
     assert len(named(events, "aten::mm")) == 2 * (1 + backward)
     assert set(ranges_around(events, "aten::mm")) == {"aengine.step"}
@@ -114,7 +122,7 @@ async def test_data_step_and_handlers_are_ranges_of_their_own(tmp_path: Path, *,
             yield torch.cumsum(torch.ones(3), 0)
 
     engine: AnyEngine = Engine(multiply, name="trainer", thread=thread)
-    profiling = profile(engine, tmp_path, Events.ITERATION_STARTED(once=2), iterations=2, warmup=1, **ON_CPU)
+    profiler = profiled(engine, tmp_path, Events.ITERATION_STARTED(once=2), iterations=2, warmup=1, **ON_CPU)
 
     @engine.on(Events.ITERATION_COMPLETED)
     def clip() -> None:
@@ -129,7 +137,7 @@ async def test_data_step_and_handlers_are_ranges_of_their_own(tmp_path: Path, *,
         torch.erf(torch.ones(3))
 
     await engine.run(load, epoch_length=6)
-    (path,) = profiling.paths
+    (path,) = profiler.paths
     events = events_in(path)
     assert path.name == "trainer-3-4.pt.trace.json"
     assert ranges_around(events, "aten::cumsum") == ["aengine.data"] * 2
@@ -140,9 +148,9 @@ async def test_data_step_and_handlers_are_ranges_of_their_own(tmp_path: Path, *,
 
 async def test_without_data_there_is_no_range_of_it(tmp_path: Path) -> None:
     engine: AnyEngine = Engine(multiply, name="trainer")
-    profiling = profile(engine, tmp_path, Events.ITERATION_STARTED(once=1), iterations=2, **ON_CPU)
+    profiler = profiled(engine, tmp_path, Events.ITERATION_STARTED(once=1), iterations=2, **ON_CPU)
     await engine.run(epoch_length=4)
-    events = events_in(profiling.paths[0])
+    events = events_in(profiler.paths[0])
     assert {event["name"] for event in events if event["name"].startswith("aengine.")} == {
         "aengine.step",
         "aengine.handlers",
@@ -153,28 +161,28 @@ async def test_without_data_there_is_no_range_of_it(tmp_path: Path) -> None:
 async def test_an_engine_run_in_a_handler_is_in_the_trace(tmp_path: Path, *, thread: bool) -> None:
     trainer: AnyEngine = Engine(multiply, name="trainer", thread=thread)
     evaluator: AnyEngine = Engine(lambda engine, batch: torch.cumsum(torch.ones(3), 0), thread=thread)
-    profiling = profile(trainer, tmp_path, Events.ITERATION_STARTED(once=1), iterations=1, warmup=1, **ON_CPU)
+    profiler = profiled(trainer, tmp_path, Events.ITERATION_STARTED(once=1), iterations=1, warmup=1, **ON_CPU)
 
     @trainer.on(Events.ITERATION_COMPLETED)
     async def evaluate() -> None:
         await evaluator.run([1, 2, 3])
 
     await trainer.run(range(3))
-    assert ranges_around(events_in(profiling.paths[0]), "aten::cumsum") == ["aengine.handlers"] * 3
+    assert ranges_around(events_in(profiler.paths[0]), "aten::cumsum") == ["aengine.handlers"] * 3
 
 
 @WAYS
 async def test_windows_open_at_each_event_of_the_filter(tmp_path: Path, *, thread: bool) -> None:
     engine: AnyEngine = Engine(multiply, name="trainer", thread=thread)
-    profile(engine, tmp_path, Events.ITERATION_STARTED(every=4), iterations=1, warmup=1, **ON_CPU)
+    profiled(engine, tmp_path, Events.ITERATION_STARTED(every=4), iterations=1, warmup=1, **ON_CPU)
     await engine.run(range(5), max_epochs=3)
     assert names_in(tmp_path) == [f"trainer-{n}-{n}.pt.trace.json" for n in (13, 5, 9)]
 
 
-async def test_an_engine_may_have_several_profiles(tmp_path: Path) -> None:
+async def test_an_engine_may_have_several_profilers(tmp_path: Path) -> None:
     engine: AnyEngine = Engine(multiply, name="trainer")
-    early = profile(engine, tmp_path, Events.ITERATION_STARTED(once=1), iterations=1, **ON_CPU)
-    late = profile(engine, tmp_path, Events.ITERATION_STARTED(once=5), iterations=2, **ON_CPU)
+    early = profiled(engine, tmp_path, Events.ITERATION_STARTED(once=1), iterations=1, **ON_CPU)
+    late = profiled(engine, tmp_path, Events.ITERATION_STARTED(once=5), iterations=2, **ON_CPU)
     await engine.run(range(9))
     assert [path.name for path in early.paths] == ["trainer-2-2.pt.trace.json"]
     assert [path.name for path in late.paths] == ["trainer-6-7.pt.trace.json"]
@@ -182,7 +190,7 @@ async def test_an_engine_may_have_several_profiles(tmp_path: Path) -> None:
 
 async def test_an_event_while_a_window_is_open_opens_no_other(tmp_path: Path) -> None:
     engine: AnyEngine = Engine(multiply, name="trainer")
-    profile(engine, tmp_path, Events.ITERATION_STARTED(every=2), iterations=3, warmup=1, **ON_CPU)
+    profiled(engine, tmp_path, Events.ITERATION_STARTED(every=2), iterations=3, warmup=1, **ON_CPU)
     await engine.run(range(9))
     assert names_in(tmp_path) == ["trainer-3-5.pt.trace.json", "trainer-7-9.pt.trace.json"]
 
@@ -190,10 +198,10 @@ async def test_an_event_while_a_window_is_open_opens_no_other(tmp_path: Path) ->
 @MAKE
 async def test_a_schedule_of_torch_says_which_iterations(tmp_path: Path, make: Callable[[], AnyEngine]) -> None:
     engine = make()
-    profiling = profile(engine, tmp_path, schedule(wait=2, warmup=1, active=2, repeat=2), **ON_CPU)
+    profiler = profiled(engine, tmp_path, schedule(wait=2, warmup=1, active=2, repeat=2), **ON_CPU)
     await engine.run(range(15))
-    assert [path.name for path in profiling.paths] == ["trainer-4-5.pt.trace.json", "trainer-9-10.pt.trace.json"]
-    assert [ops(path) for path in profiling.paths] == [6, 6]
+    assert [path.name for path in profiler.paths] == ["trainer-4-5.pt.trace.json", "trainer-9-10.pt.trace.json"]
+    assert [ops(path) for path in profiler.paths] == [6, 6]
 
 
 @WAYS
@@ -202,9 +210,9 @@ async def test_a_schedule_of_ones_own_may_end_without_a_word(tmp_path: Path, *, 
         return ProfilerAction.RECORD if step in (1, 2) else ProfilerAction.NONE
 
     engine: AnyEngine = Engine(multiply, name="trainer", thread=thread)
-    profiling = profile(engine, tmp_path, second_and_third, **ON_CPU)
+    profiler = profiled(engine, tmp_path, second_and_third, **ON_CPU)
     await engine.run(range(6))
-    assert [(path.name, ops(path)) for path in profiling.paths] == [("trainer-2-3.pt.trace.json", 6)]
+    assert [(path.name, ops(path)) for path in profiler.paths] == [("trainer-2-3.pt.trace.json", 6)]
 
 
 async def test_a_schedule_that_raises_fails_the_run(tmp_path: Path) -> None:
@@ -217,7 +225,7 @@ async def test_a_schedule_that_raises_fails_the_run(tmp_path: Path) -> None:
         return ProfilerAction.RECORD
 
     engine: AnyEngine = Engine(multiply, name="trainer")
-    profile(engine, tmp_path, fails_when_it_opens, **ON_CPU)
+    profiled(engine, tmp_path, fails_when_it_opens, **ON_CPU)
     with pytest.raises(Boom):
         await engine.run(range(6))
 
@@ -226,25 +234,25 @@ async def test_a_schedule_that_raises_fails_the_run(tmp_path: Path) -> None:
 async def test_cycles_that_follow_each_other_are_traces_of_their_own(tmp_path: Path, *, thread: bool) -> None:
     """The next is recorded while the last is written."""
     engine: AnyEngine = Engine(multiply, name="trainer", thread=thread)
-    profiling = profile(engine, tmp_path, schedule(wait=0, warmup=1, active=1, repeat=4), **ON_CPU)
+    profiler = profiled(engine, tmp_path, schedule(wait=0, warmup=1, active=1, repeat=4), **ON_CPU)
     await engine.run(range(10))
-    assert [path.name for path in profiling.paths] == [f"trainer-{n}-{n}.pt.trace.json" for n in (2, 4, 6, 8)]
-    assert [ops(path) for path in profiling.paths] == [3] * 4
+    assert [path.name for path in profiler.paths] == [f"trainer-{n}-{n}.pt.trace.json" for n in (2, 4, 6, 8)]
+    assert [ops(path) for path in profiler.paths] == [3] * 4
 
 
 async def test_options_are_those_of_torch(tmp_path: Path) -> None:
     engine: AnyEngine = Engine(multiply, name="trainer")
-    profiling = profile(engine, tmp_path, Events.ITERATION_STARTED(once=1), record_shapes=True, **ON_CPU)
+    profiler = profiled(engine, tmp_path, Events.ITERATION_STARTED(once=1), record_shapes=True, **ON_CPU)
     await engine.run(range(5))
-    mm = named(events_in(profiling.paths[0]), "aten::mm")
+    mm = named(events_in(profiler.paths[0]), "aten::mm")
     assert {str(one["args"]["Input Dims"]) for one in mm} == {"[[4, 4], [4, 4]]"}
 
 
 def test_run_sync_is_profiled_as_well(tmp_path: Path) -> None:
     engine: AnyEngine = Engine(multiply, name="trainer")
-    profiling = profile(engine, tmp_path, Events.ITERATION_STARTED(once=1), iterations=1, **ON_CPU)
+    profiler = profiled(engine, tmp_path, Events.ITERATION_STARTED(once=1), iterations=1, **ON_CPU)
     engine.run_sync(range(3))
-    assert [ops(path) for path in profiling.paths] == [3]
+    assert [ops(path) for path in profiler.paths] == [3]
 
 
 # What is written
@@ -265,7 +273,7 @@ async def test_the_table_is_had_when_the_trace_is_written(tmp_path: Path, *, thr
         return multiply(engine, batch)
 
     engine: AnyEngine = Engine(step, name="trainer", thread=thread)
-    profile(engine, tmp_path, Events.ITERATION_STARTED(once=1), iterations=1, on_trace=tell, **ON_CPU)
+    profiled(engine, tmp_path, Events.ITERATION_STARTED(once=1), iterations=1, on_trace=tell, **ON_CPU)
     await engine.run(range(3))
     ((name, exists, has_mm, written_by),) = reports
     assert (name, exists, has_mm) == ("trainer-2-2.pt.trace.json", True, True)
@@ -276,7 +284,7 @@ async def test_the_table_is_had_when_the_trace_is_written(tmp_path: Path, *, thr
 async def test_the_loop_goes_on_while_a_trace_is_being_handled(tmp_path: Path) -> None:
     go_on = threading.Event()
     engine: AnyEngine = Engine(multiply, name="trainer")
-    profile(
+    profiled(
         engine,
         tmp_path,
         Events.ITERATION_STARTED(once=1),
@@ -291,21 +299,21 @@ async def test_the_loop_goes_on_while_a_trace_is_being_handled(tmp_path: Path) -
 
 async def test_a_trace_can_be_compressed(tmp_path: Path) -> None:
     engine: AnyEngine = Engine(multiply, name="trainer")
-    profiling = profile(engine, tmp_path, Events.ITERATION_STARTED(once=1), iterations=1, compress=True, **ON_CPU)
+    profiler = profiled(engine, tmp_path, Events.ITERATION_STARTED(once=1), iterations=1, compress=True, **ON_CPU)
     await engine.run(range(3))
     assert names_in(tmp_path) == ["trainer-2-2.pt.trace.json.gz"]
-    assert [ops(path) for path in profiling.paths] == [3]
+    assert [ops(path) for path in profiler.paths] == [3]
 
 
 async def test_a_trace_that_is_there_is_kept(tmp_path: Path) -> None:
     engine: AnyEngine = Engine(multiply, name="eval/val <1>")
-    profiling = profile(engine, tmp_path / "a" / "b", Events.ITERATION_STARTED(once=1), iterations=1, **ON_CPU)
+    profiler = profiled(engine, tmp_path / "a" / "b", Events.ITERATION_STARTED(once=1), iterations=1, **ON_CPU)
     for _ in range(3):
         await engine.run(range(3))
     names = ["eval_val_1_-2-2.pt.trace.json", "eval_val_1_-2-2.2.pt.trace.json", "eval_val_1_-2-2.3.pt.trace.json"]
-    assert [path.name for path in profiling.paths] == names
+    assert [path.name for path in profiler.paths] == names
     assert names_in(tmp_path / "a" / "b") == sorted(names)
-    assert [ops(path) for path in profiling.paths] == [3, 3, 3]
+    assert [ops(path) for path in profiler.paths] == [3, 3, 3]
 
 
 async def test_a_trace_that_cannot_be_written_is_logged_and_the_run_goes_on(
@@ -313,7 +321,7 @@ async def test_a_trace_that_cannot_be_written_is_logged_and_the_run_goes_on(
 ) -> None:
     (tmp_path / "traces").write_text("a file")
     engine: AnyEngine = Engine(multiply, name="trainer")
-    profile(engine, tmp_path / "traces", Events.ITERATION_STARTED(once=1), iterations=1, **ON_CPU)
+    profiled(engine, tmp_path / "traces", Events.ITERATION_STARTED(once=1), iterations=1, **ON_CPU)
     state = await engine.run(range(3))
     assert state.iteration == 3
     (record,) = (record for record in caplog.records if record.levelno == logging.ERROR)
@@ -329,7 +337,7 @@ async def test_nothing_is_left_of_a_trace_that_fails_half_way(
 
     monkeypatch.setattr("torch.profiler.profile.export_chrome_trace", fill)
     engine: AnyEngine = Engine(multiply, name="trainer")
-    profile(engine, tmp_path, Events.ITERATION_STARTED(once=1), iterations=1, compress=True, **ON_CPU)
+    profiled(engine, tmp_path, Events.ITERATION_STARTED(once=1), iterations=1, compress=True, **ON_CPU)
     await engine.run(range(3))
     assert names_in(tmp_path) == []
     assert [record.levelname for record in caplog.records if "traces of trainer" in record.getMessage()] == ["ERROR"]
@@ -348,7 +356,7 @@ async def test_a_run_that_fails_inside_of_a_window_writes_what_there_is(
     tmp_path: Path, make: Callable[[], AnyEngine], iteration: int
 ) -> None:
     engine = make()
-    profile(engine, tmp_path, Events.ITERATION_STARTED(once=1), iterations=5, warmup=1, **ON_CPU)
+    profiled(engine, tmp_path, Events.ITERATION_STARTED(once=1), iterations=5, warmup=1, **ON_CPU)
     at(engine, f"IC@1/{iteration}", fail)
     with pytest.raises(Boom):
         await engine.run(range(9))
@@ -364,10 +372,10 @@ async def test_a_step_that_raises_is_in_its_trace(tmp_path: Path, *, thread: boo
         return result
 
     engine: AnyEngine = Engine(step, name="trainer", thread=thread)
-    profiling = profile(engine, tmp_path, Events.ITERATION_STARTED(once=1), iterations=5, warmup=1, **ON_CPU)
+    profiler = profiled(engine, tmp_path, Events.ITERATION_STARTED(once=1), iterations=5, warmup=1, **ON_CPU)
     with pytest.raises(Boom):
         await engine.run(range(9))
-    assert [(path.name, ops(path)) for path in profiling.paths] == [("trainer-2-3.pt.trace.json", 6)]
+    assert [(path.name, ops(path)) for path in profiler.paths] == [("trainer-2-3.pt.trace.json", 6)]
 
 
 @MAKE
@@ -376,17 +384,17 @@ async def test_a_run_that_is_stopped_inside_of_a_window_writes_what_there_is(
     tmp_path: Path, make: Callable[[], AnyEngine], how: str
 ) -> None:
     engine = make()
-    profiling = profile(engine, tmp_path, Events.ITERATION_STARTED(once=(1, 6)), iterations=3, warmup=1, **ON_CPU)
+    profiler = profiled(engine, tmp_path, Events.ITERATION_STARTED(once=(1, 6)), iterations=3, warmup=1, **ON_CPU)
     at(engine, "IC@1/3", getattr(engine, how))
     await engine.run(range(9))
-    assert [(path.name, ops(path)) for path in profiling.paths] == [("trainer-2-3.pt.trace.json", 6)]
+    assert [(path.name, ops(path)) for path in profiler.paths] == [("trainer-2-3.pt.trace.json", 6)]
     await engine.run(None if how == "interrupt" else range(9), max_epochs=1)
-    assert [(path.name, ops(path)) for path in profiling.paths[1:]] == [("trainer-7-9.pt.trace.json", 9)]
+    assert [(path.name, ops(path)) for path in profiler.paths[1:]] == [("trainer-7-9.pt.trace.json", 9)]
 
 
 async def test_a_run_that_is_terminated_without_completed_writes_it_too(tmp_path: Path) -> None:
     engine: AnyEngine = Engine(multiply, name="trainer")
-    profile(engine, tmp_path, Events.ITERATION_STARTED(once=1), iterations=5, **ON_CPU)
+    profiled(engine, tmp_path, Events.ITERATION_STARTED(once=1), iterations=5, **ON_CPU)
     at(engine, "IC@1/3", lambda: engine.terminate(skip_completed=True))
     await engine.run(range(9))
     assert names_in(tmp_path) == ["trainer-2-3.pt.trace.json"]
@@ -395,7 +403,7 @@ async def test_a_run_that_is_terminated_without_completed_writes_it_too(tmp_path
 @WAYS
 async def test_a_run_that_is_over_before_the_window_writes_what_there_is(tmp_path: Path, *, thread: bool) -> None:
     engine: AnyEngine = Engine(multiply, name="trainer", thread=thread)
-    profile(engine, tmp_path, Events.ITERATION_STARTED(every=2), iterations=9, warmup=1, **ON_CPU)
+    profiled(engine, tmp_path, Events.ITERATION_STARTED(every=2), iterations=9, warmup=1, **ON_CPU)
     await engine.run(range(2))  # only warmed up
     assert names_in(tmp_path) == []
     await engine.run(range(4))
@@ -405,10 +413,10 @@ async def test_a_run_that_is_over_before_the_window_writes_what_there_is(tmp_pat
 @MAKE
 async def test_a_window_goes_on_over_the_end_of_an_epoch(tmp_path: Path, make: Callable[[], AnyEngine]) -> None:
     engine = make()
-    profiling = profile(engine, tmp_path, Events.ITERATION_STARTED(once=2), iterations=3, warmup=1, **ON_CPU)
+    profiler = profiled(engine, tmp_path, Events.ITERATION_STARTED(once=2), iterations=3, warmup=1, **ON_CPU)
     at(engine, "IC@1/3", engine.terminate_epoch)
     await engine.run(range(4), max_epochs=2)
-    assert [(path.name, ops(path)) for path in profiling.paths] == [("trainer-3-5.pt.trace.json", 9)]
+    assert [(path.name, ops(path)) for path in profiler.paths] == [("trainer-3-5.pt.trace.json", 9)]
 
 
 @MAKE
@@ -416,7 +424,7 @@ async def test_a_run_that_is_cancelled_inside_of_a_window_writes_what_there_is(
     tmp_path: Path, make: Callable[[], AnyEngine]
 ) -> None:
     engine = make()
-    profile(engine, tmp_path, Events.ITERATION_STARTED(once=1), iterations=5, warmup=1, **ON_CPU)
+    profiled(engine, tmp_path, Events.ITERATION_STARTED(once=1), iterations=5, warmup=1, **ON_CPU)
     with anyio.CancelScope() as scope:
 
         @engine.on(Events.ITERATION_COMPLETED(once=3))
@@ -429,6 +437,70 @@ async def test_a_run_that_is_cancelled_inside_of_a_window_writes_what_there_is(
     assert names_in(tmp_path) == ["trainer-2-3.pt.trace.json"]
 
 
+# Removed and attached again
+
+
+@WAYS
+@pytest.mark.parametrize("iteration", [2, 3], ids=["warming up", "recording"])
+async def test_removed_inside_of_a_window_it_drops_what_it_has(tmp_path: Path, *, thread: bool, iteration: int) -> None:
+    """At once where the step runs, and the engine is as it was; the process's profiler is free."""
+    engine: AnyEngine = Engine(multiply, name="trainer", thread=thread)
+    profiler, free = Profiler(tmp_path, iterations=5, **ON_CPU), Profiler(tmp_path / "free", iterations=1, **ON_CPU)
+    handle = profiler.attach(engine, Events.ITERATION_STARTED(once=2))
+    free.attach(engine, Events.ITERATION_STARTED(once=iteration + 1))
+    listeners: list[int] = []
+
+    @engine.on(Events.ITERATION_COMPLETED(once=iteration))
+    def remove() -> None:
+        handle.remove()
+        listeners.append(len(engine.listeners()))
+
+    await engine.run(range(9))
+    assert listeners == [len(engine.listeners())]
+    assert profiler.paths == []
+    assert [path.name for path in free.paths] == [f"trainer-{iteration + 2}-{iteration + 2}.pt.trace.json"]
+
+
+@WAYS
+@pytest.mark.parametrize("iteration", [2, 3], ids=["warming up", "recording"])
+async def test_removed_on_another_thread_it_drops_it_when_the_iteration_is_over(
+    tmp_path: Path, *, thread: bool, iteration: int
+) -> None:
+    engine: AnyEngine = Engine(multiply, name="trainer", thread=thread)
+    profiler = Profiler(tmp_path, iterations=5, **ON_CPU)
+    handle = profiler.attach(engine, Events.ITERATION_STARTED(once=2))
+
+    @engine.on(Events.ITERATION_STARTED(once=iteration))
+    async def remove() -> None:
+        await anyio.to_thread.run_sync(handle.remove)
+
+    seen: list[int] = []
+    after = Events.ITERATION_COMPLETED(once=iteration + 1)
+    engine.add_event_handler(after, lambda: seen.append(len(engine.listeners())))
+    await engine.run(range(9))
+    assert seen == [2]  # what this test has added
+    assert profiler.paths == []
+    profiler.attach(engine, Events.ITERATION_STARTED(once=1))
+    await engine.run(range(9))
+    assert [path.name for path in profiler.paths] == ["trainer-2-6.pt.trace.json"]
+
+
+async def test_windows_of_several_events_of_one_engine(tmp_path: Path) -> None:
+    """One that is to open while another is open does not."""
+    engine: AnyEngine = Engine(multiply, name="trainer")
+    profiler = Profiler(tmp_path, iterations=2, **ON_CPU)
+    profiler.attach(engine, Events.ITERATION_STARTED(once=(1, 7)))
+    handle = profiler.attach(engine, Events.ITERATION_STARTED(once=2))
+    profiler.attach(engine, schedule(wait=3, warmup=1, active=1, repeat=1))
+    engine.add_event_handler(Events.ITERATION_COMPLETED(once=8), handle.remove)  # not the one whose window is open
+    await engine.run(range(12))
+    assert [path.name for path in profiler.paths] == [
+        "trainer-2-3.pt.trace.json",
+        "trainer-5-5.pt.trace.json",
+        "trainer-8-9.pt.trace.json",
+    ]
+
+
 # One profiler for a process
 
 
@@ -436,8 +508,8 @@ async def test_a_run_that_is_cancelled_inside_of_a_window_writes_what_there_is(
 async def test_a_second_engine_at_once_is_refused_and_the_first_goes_on(tmp_path: Path, *, thread: bool) -> None:
     first: AnyEngine = Engine(multiply, name="first", thread=thread)
     second: AnyEngine = Engine(multiply, name="second", thread=thread)
-    profiling = profile(first, tmp_path, Events.ITERATION_STARTED(once=1), iterations=3, warmup=1, **ON_CPU)
-    profile(second, tmp_path, Events.ITERATION_STARTED(once=2), **ON_CPU)
+    profiler = profiled(first, tmp_path, Events.ITERATION_STARTED(once=1), iterations=3, warmup=1, **ON_CPU)
+    profiled(second, tmp_path, Events.ITERATION_STARTED(once=2), **ON_CPU)
     refused: list[str] = []
 
     @first.on(Events.ITERATION_COMPLETED(once=[1, 2]))  # warming up, and recording
@@ -447,10 +519,10 @@ async def test_a_second_engine_at_once_is_refused_and_the_first_goes_on(tmp_path
         refused.append(str(caught.value))
 
     await first.run(range(6))
-    start = "iteration 2 of engine 'second' cannot be profiled while another engine, or another profile() of this one,"
+    start = "iteration 2 of engine 'second' cannot be profiled while another engine, or another Profiler of this one,"
     assert [one.startswith(start) for one in refused] == [True, True]
-    assert [path.name for path in profiling.paths] == ["first-2-4.pt.trace.json"]
-    assert ops(profiling.paths[0]) == 9
+    assert [path.name for path in profiler.paths] == ["first-2-4.pt.trace.json"]
+    assert ops(profiler.paths[0]) == 9
     await second.run(range(3))
     assert names_in(tmp_path) == ["first-2-4.pt.trace.json", "second-3-3.pt.trace.json"]
 
@@ -458,7 +530,7 @@ async def test_a_second_engine_at_once_is_refused_and_the_first_goes_on(tmp_path
 @WAYS
 async def test_inside_of_the_users_own_profiler_it_is_refused(tmp_path: Path, *, thread: bool) -> None:
     engine: AnyEngine = Engine(multiply, name="trainer", thread=thread)
-    profile(engine, tmp_path, Events.ITERATION_STARTED(once=2), **ON_CPU)
+    profiled(engine, tmp_path, Events.ITERATION_STARTED(once=2), **ON_CPU)
     with torch.profiler.profile(**ON_CPU) as own:
         torch.mm(torch.ones(2, 2), torch.ones(2, 2))
         with pytest.raises(RuntimeError, match=r"iteration 2 of engine 'trainer' .* torch\.profiler\.profile\(\):"):
@@ -485,7 +557,7 @@ async def test_a_profiler_of_the_users_inside_of_a_window_is_found_out(
         return result
 
     engine: AnyEngine = Engine(step, name="trainer", thread=thread)
-    profile(engine, tmp_path, Events.ITERATION_STARTED(once=1), iterations=2, warmup=1, **ON_CPU)
+    profiled(engine, tmp_path, Events.ITERATION_STARTED(once=1), iterations=2, warmup=1, **ON_CPU)
     with pytest.raises(RuntimeError, match="another profiler was started or stopped while iterations 1 to"):
         await engine.run(range(6))
     assert names_in(tmp_path) == []
@@ -502,7 +574,7 @@ async def test_a_profiler_of_the_users_that_began_in_the_warm_up_is_found_out(tm
         return multiply(engine, batch)
 
     engine: AnyEngine = Engine(step, name="trainer", thread=thread)
-    profile(engine, tmp_path, Events.ITERATION_STARTED(once=1), iterations=2, warmup=1, **ON_CPU)
+    profiled(engine, tmp_path, Events.ITERATION_STARTED(once=1), iterations=2, warmup=1, **ON_CPU)
     engine.add_event_handler(Events.EXCEPTION_RAISED, own.stop)
     with pytest.raises(RuntimeError, match="another profiler was started or stopped while iterations 1 to 1 were"):
         await engine.run(range(6))
@@ -515,11 +587,11 @@ async def test_a_profiler_of_the_users_that_began_in_the_warm_up_is_found_out(tm
 @pytest.mark.parametrize(
     ("on", "kind", "message"),
     [
-        (100, TypeError, r"profile\(on=\) is an event such as .* got 100"),
+        (100, TypeError, r"attached to an event such as .* got 100"),
         (
             Events.ITERATION_COMPLETED(once=1),
             ValueError,
-            r"by ITERATION_STARTED .* got ITERATION_COMPLETED\(once=\(1,\)",
+            r"to ITERATION_STARTED .* got ITERATION_COMPLETED\(once=\(1,\)",
         ),
         (Events.ITERATION_STARTED | Events.EPOCH_STARTED, ValueError, "got EPOCH_STARTED"),
     ],
@@ -527,15 +599,15 @@ async def test_a_profiler_of_the_users_that_began_in_the_warm_up_is_found_out(tm
 )
 def test_what_chooses_no_iterations_is_refused(tmp_path: Path, on: Any, kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=message):
-        profile(Engine(multiply), tmp_path, on)
+        profiled(Engine(multiply), tmp_path, on)
 
 
 @pytest.mark.parametrize("options", [{"schedule": schedule(wait=1, warmup=1, active=1)}, {"on_trace_ready": print}])
 def test_what_is_ours_to_set_is_refused(tmp_path: Path, options: dict[str, Any]) -> None:
-    with pytest.raises(TypeError, match=r"profile\(\) has on= and on_trace= in the place of"):
-        profile(Engine(multiply), tmp_path, Events.ITERATION_STARTED(once=1), **options)
+    with pytest.raises(TypeError, match=r"has attach\(engine, schedule\) and on_trace= in the place of"):
+        profiled(Engine(multiply), tmp_path, Events.ITERATION_STARTED(once=1), **options)
 
 
 def test_what_torch_does_not_know_is_refused_at_once(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="record_shape"):
-        profile(Engine(multiply), tmp_path, Events.ITERATION_STARTED(once=1), record_shape=True)
+        profiled(Engine(multiply), tmp_path, Events.ITERATION_STARTED(once=1), record_shape=True)

@@ -19,9 +19,7 @@ from rich.console import Console
 from support.record import Boom
 
 from aengine import Engine, Events
-from aengine.handlers.progress import Display, show_progress
-from aengine.handlers.progress_rich import RichBars
-from aengine.handlers.progress_tqdm import TqdmBars
+from aengine.handlers import Display, ProgressBar, RichBars, TqdmBars
 
 AnyEngine: TypeAlias = Engine[Any, Any]
 EACH = timedelta(microseconds=1)
@@ -69,7 +67,7 @@ def plain(engine: AnyEngine, batch: int) -> float:
 async def test_epochs_and_iterations_are_nested() -> None:
     display = RecordingDisplay()
     engine: AnyEngine = Engine(plain, name="trainer")
-    show_progress(engine, display, every=EACH)
+    ProgressBar(display, every=EACH).attach(engine)
 
     @engine.on(Events.ITERATION_COMPLETED | Events.EPOCH_STARTED | Events.EPOCH_COMPLETED)
     async def wait_for_the_look_before() -> None:
@@ -86,7 +84,7 @@ async def test_epochs_and_iterations_are_nested() -> None:
 async def test_a_single_epoch_or_so_many_iterations_are_one_bar(limit: dict[str, int]) -> None:
     display = RecordingDisplay()
     engine: AnyEngine = Engine(plain, name="trainer")
-    show_progress(engine, display)
+    ProgressBar(display).attach(engine)
     await engine.run([1, 2, 3, 4], **limit)
     (bar, closed) = display.bars.pop("it")
     assert (bar[0], bar[-1], closed) == ("trainer", 4, "closed")
@@ -96,7 +94,7 @@ async def test_a_single_epoch_or_so_many_iterations_are_one_bar(limit: dict[str,
 async def test_what_is_terminated_stays_where_it_was() -> None:
     display = RecordingDisplay()
     engine: AnyEngine = Engine(plain)
-    show_progress(engine, display)
+    ProgressBar(display).attach(engine)
     engine.add_event_handler(Events.ITERATION_COMPLETED(once=5), engine.terminate)
     await engine.run([1, 2, 3], max_epochs=4)
     assert display.bars["epoch"][-2][-1] == 1
@@ -108,7 +106,7 @@ async def test_what_is_terminated_stays_where_it_was() -> None:
 async def test_what_is_terminated_at_the_end_of_an_epoch_has_completed_it() -> None:
     display = RecordingDisplay()
     engine: AnyEngine = Engine(plain)
-    show_progress(engine, display)
+    ProgressBar(display).attach(engine)
     engine.add_event_handler(Events.EPOCH_COMPLETED(once=2), engine.terminate)
     await engine.run([1, 2, 3], max_epochs=4)
     assert display.bars["epoch"][-2][-1] == 2
@@ -121,7 +119,7 @@ async def test_a_run_that_fails_closes_its_bars() -> None:
 
     display = RecordingDisplay()
     engine: AnyEngine = Engine(fail)
-    show_progress(engine, display)
+    ProgressBar(display).attach(engine)
     with pytest.raises(Boom):
         await engine.run([1])
     assert display.bars["it"][-1] == "closed"
@@ -136,7 +134,7 @@ async def test_numbers_stand_beside_the_bar_and_the_rest_does_not() -> None:
     engine: AnyEngine = Engine(step)
     bar = display.bar("it")
     display.bar = lambda unit: bar  # type: ignore[method-assign]  # to read its text
-    show_progress(engine, display)
+    ProgressBar(display).attach(engine)
     engine.add_event_handler(Events.EPOCH_COMPLETED, lambda engine: engine.state.metrics.update(accuracy=0.5))
     await engine.run([7])
     texts.append(bar.text)
@@ -147,7 +145,7 @@ async def test_a_display_that_fails_is_warned_of_once_and_the_run_continues(capl
     display = RecordingDisplay()
     display.error = OSError("the terminal is gone")
     engine: AnyEngine = Engine(plain)
-    show_progress(engine, display, every=EACH)
+    ProgressBar(display, every=EACH).attach(engine)
     await engine.run([1, 2, 3], max_epochs=3)
     assert engine.state.iteration == 9
     assert [one.levelname for one in caplog.records if one.name == "aengine.handlers"] == ["WARNING"]
@@ -163,7 +161,7 @@ async def test_a_terminal_that_is_stopped_delays_no_step() -> None:
             return super().bar(unit)
 
     engine: AnyEngine = Engine(plain)
-    show_progress(engine, Stopped(), every=EACH)
+    ProgressBar(Stopped(), every=EACH).attach(engine)
 
     @engine.on(Events.ITERATION_COMPLETED(once=1))
     def until_it_draws() -> None:
@@ -172,6 +170,46 @@ async def test_a_terminal_that_is_stopped_delays_no_step() -> None:
     engine.add_event_handler(Events.ITERATION_COMPLETED(once=1000), go_on.set)  # reached though nothing is drawn
     await engine.run(range(1000))
     assert engine.state.iteration == 1000
+
+
+@pytest.mark.parametrize("thread", [True, False], ids=["worker", "loop"])
+async def test_removed_during_a_run_its_bars_stay_as_they_are(*, thread: bool) -> None:
+    display = RecordingDisplay()
+    engine: AnyEngine = Engine(plain, name="trainer", thread=thread)
+    handle = ProgressBar(display, every=EACH).attach(engine)
+
+    @engine.on(Events.ITERATION_COMPLETED(once=5))
+    async def remove() -> None:
+        await engine.flush()
+        handle.remove()
+
+    await engine.run([1, 2, 3], max_epochs=4)
+    for calls, count in ((display.bars["epoch"], 1), (display.bars["it"], 1)):
+        assert (calls[-2][-1], calls[-1], calls.count("closed")) == (count, "closed", 1)
+
+
+async def test_bars_that_cannot_be_closed_are_warned_of_when_removed(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Broken(RecordingDisplay):
+        def bar(self, unit: str) -> "_RecordingBar":
+            bar = super().bar(unit)
+            bar.close = self.fail  # type: ignore[method-assign]
+            return bar
+
+        def fail(self) -> None:
+            raise OSError("the terminal is gone")
+
+    engine: AnyEngine = Engine(plain, name="trainer")
+    handle = ProgressBar(Broken(), every=EACH).attach(engine)
+
+    @engine.on(Events.ITERATION_COMPLETED(once=1))
+    async def remove() -> None:
+        await engine.flush()
+        handle.remove()
+
+    await engine.run([1, 2])
+    assert [one.levelname for one in caplog.records if one.name == "aengine.handlers"] == ["WARNING"]
 
 
 # What they print
@@ -201,8 +239,8 @@ async def test_the_last_lines_say_that_all_is_done(bars_on: Callable[[io.StringI
     trainer: AnyEngine = Engine(plain, name="trainer")
     evaluator: AnyEngine = Engine(plain, name="evaluator")
     bars = bars_on(terminal)
-    show_progress(trainer, bars)
-    show_progress(evaluator, bars)
+    ProgressBar(bars).attach(trainer)
+    ProgressBar(bars).attach(evaluator)
 
     @trainer.on(Events.EPOCH_COMPLETED)
     async def evaluate() -> None:
@@ -238,7 +276,7 @@ async def test_several_engines_at_once_have_a_line_each(bars_on: Callable[[io.St
 
     async with anyio.create_task_group() as group:
         for number, engine in enumerate(engines):
-            show_progress(engine, bars)
+            ProgressBar(bars).attach(engine)
             engine.add_event_handler(Events.ITERATION_COMPLETED(once=1), meet)
             group.start_soon(engine.run, range(10 + number))
     last = [line.rpartition("\r")[2] for line in terminal.getvalue().split("\n")[-5:-1]]
@@ -258,18 +296,32 @@ async def test_the_time_of_a_run_that_is_over_stands_still() -> None:
         await short.run(range(10))
 
     for engine in (short, long):
-        show_progress(engine, bars)
+        ProgressBar(bars).attach(engine)
     await long.run(range(10))
     looks = [line.strip() for line in re.split(r"[\r\n]|\x1b\[A", terminal.getvalue()) if "short: 100%" in line]
     assert len(looks) > 1
     assert looks[-1] == looks[-2]
 
 
+async def test_without_a_display_engines_share_one_on_stderr(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer: AnyEngine = Engine(plain, name="trainer")
+    evaluator: AnyEngine = Engine(plain, name="evaluator")
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())  # replaced later than it was made, as notebooks do
+    for engine in (trainer, evaluator):
+        ProgressBar().attach(engine)
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda: evaluator.run(range(7)))
+    await trainer.run(range(20))
+    *_, trained, evaluated, rest = terminal.getvalue().split("\n")
+    assert "trainer: 100%" in trained
+    assert "evaluator: 100%" in evaluated
+    assert "\n" not in rest
+
+
 @BOTH
 async def test_where_there_is_no_terminal_it_is_quiet(bars_on: Callable[[io.StringIO], Display]) -> None:
     file = io.StringIO()
     engine: AnyEngine = Engine(plain)
-    show_progress(engine, bars_on(file))
+    ProgressBar(bars_on(file)).attach(engine)
     await engine.run(range(10))
     assert file.getvalue() == ""
     assert engine.statistics().listeners == ()
@@ -279,7 +331,7 @@ async def test_where_there_is_no_terminal_it_is_quiet(bars_on: Callable[[io.Stri
 async def test_no_thread_is_left(bars_on: Callable[[io.StringIO], Display]) -> None:
     before = threading.enumerate()
     engine: AnyEngine = Engine(plain)
-    show_progress(engine, bars_on(Terminal()))
+    ProgressBar(bars_on(Terminal())).attach(engine)
     await engine.run(range(10))
     names = [thread.name for thread in threading.enumerate() if thread not in before]
     assert all("AnyIO" in name or "trio" in name.lower() for name in names), names  # which end when they are idle
@@ -288,13 +340,13 @@ async def test_no_thread_is_left(bars_on: Callable[[io.StringIO], Display]) -> N
 SCRIPT = """
 import sys
 from aengine import Engine
-from aengine.handlers.progress import show_progress
+from aengine.handlers import ProgressBar
 if sys.argv[1] == "tqdm":
-    from aengine.handlers.progress_tqdm import TqdmBars as Bars
+    from aengine.handlers import TqdmBars as Bars
 else:
-    from aengine.handlers.progress_rich import RichBars as Bars
+    from aengine.handlers import RichBars as Bars
 engine = Engine(lambda engine, batch: batch, name="trainer")
-show_progress(engine, Bars())
+ProgressBar(Bars()).attach(engine)
 engine.run_sync(range(30), max_epochs=2)
 print("printed after")
 """
@@ -353,12 +405,14 @@ def test_what_cannot_be_shown_is_refused_on_any_display(
     display = RecordingDisplay()
     display.is_quiet = is_quiet
     with pytest.raises(error, match=message):
-        show_progress(Engine(lambda engine, batch: batch), display, **arguments)
+        ProgressBar(display, **arguments)
 
 
 @pytest.mark.parametrize("bars", [TqdmBars, RichBars])
 def test_a_class_of_bars_is_no_display(bars: Any) -> None:
-    with pytest.raises(TypeError, match=rf"class: show_progress\(engine, {bars.__name__}\(\)\)"):
-        show_progress(Engine(lambda engine, batch: batch), bars)
-    with pytest.raises(TypeError, match=r"bar\(unit\).* TqdmBars\(\)"):
-        show_progress(Engine(lambda engine, batch: batch), "tqdm")  # type: ignore[arg-type]  # a user's mistake
+    with pytest.raises(TypeError, match=rf"class: ProgressBar\({bars.__name__}\(\)\)"):
+        ProgressBar(bars)
+    with pytest.raises(TypeError, match=r"bar\(unit\).* TqdmBars\(\).* 'tqdm' has no bar, is_quiet, lock"):
+        ProgressBar("tqdm")  # type: ignore[arg-type]  # a user's mistake
+    with pytest.raises(TypeError, match=r"takes a display, got <Engine.*ProgressBar\(\)\.attach\(engine\)"):
+        ProgressBar(Engine(lambda engine, batch: batch))  # type: ignore[arg-type]  # likewise

@@ -3,7 +3,7 @@
 from typing import Any, TypeAlias
 
 from aengine import Engine, EngineStatistics, Event, Events
-from aengine.handlers.report import table
+from aengine.handlers import format_statistics
 from aengine.statistics import ListenerStatistics
 
 AnyEngine: TypeAlias = Engine[Any, Any]
@@ -37,7 +37,7 @@ STATISTICS = EngineStatistics(
 
 
 def test_the_whole_table() -> None:
-    assert table(STATISTICS) == (
+    assert format_statistics(STATISTICS) == (
         "trainer: 400 iterations, 2 epochs, 2.0 s\n"
         "in the loop     seconds  of all\n"
         "step              1.0 s   50.0%\n"
@@ -68,7 +68,7 @@ async def test_a_run_has_its_handlers_and_listeners_in_it() -> None:
         pass
 
     await engine.run(range(100), max_epochs=3)
-    title, *lines = table(engine.statistics()).splitlines()
+    title, *lines = format_statistics(engine.statistics()).splitlines()
     assert title.startswith("trainer: 300 iterations, 3 epochs, ")
     assert any(line.startswith("handler test_a_run_has") and line.split()[1].endswith("look") for line in lines)
     assert [line.split()[-5:] for line in lines if line.startswith("reporter")] == [["3", "0", "0", "0", "0"]]
@@ -76,4 +76,4 @@ async def test_a_run_has_its_handlers_and_listeners_in_it() -> None:
 
 def test_an_engine_that_has_not_run_has_a_table_too() -> None:
     engine: AnyEngine = Engine(lambda engine, batch: batch, name="trainer")
-    assert table(engine.statistics()).startswith("trainer: 0 iterations, 0 epochs")
+    assert format_statistics(engine.statistics()).startswith("trainer: 0 iterations, 0 epochs")

@@ -1,5 +1,6 @@
 """System statistics: real processes and real memory show in the numbers, and the samples begin and end with the run."""
 
+import itertools
 import logging
 import os
 import subprocess
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 import psutil  # type: ignore[import-untyped]  # its stubs are a distribution of their own
 import pynvml  # type: ignore[import-untyped]  # it has none
 import pytest
@@ -19,8 +21,8 @@ from support.record import AnyEngine, Boom
 from support.ways_to_end import cancel, complete, fail, run_without_data, terminate
 
 import aengine.handlers.system
-from aengine import Engine, StopReason
-from aengine.handlers.system import SystemEvents, SystemStatistics
+from aengine import Engine, Events, StopReason
+from aengine.handlers import SystemEvents, SystemStatistics
 from aengine.loggers import Record, Tracker
 
 OFTEN = timedelta(milliseconds=10)
@@ -32,7 +34,7 @@ BURN = "print('on', flush=True)\nwhile True: pass"
 
 def sampled(engine: AnyEngine, every: timedelta = OFTEN) -> list[Values]:
     """Return the list that is going to hold the samples of this engine."""
-    system = SystemStatistics(every)
+    system = SystemStatistics(every=every)
     system.attach(engine)
     samples: list[Values] = []
 
@@ -251,7 +253,7 @@ async def test_samples_are_tracked_at_their_own_cadence_while_a_step_lasts(*, th
                 engine.terminate()
 
     engine: AnyEngine = Engine(step, name="trainer", thread=thread)
-    system = SystemStatistics(OFTEN)
+    system = SystemStatistics(every=OFTEN)
     system.attach(engine)
     Tracker(write, values=system.values).attach(engine, SystemEvents.SYSTEM_SAMPLED)
     await engine.run([1] if thread else endless)
@@ -330,12 +332,41 @@ async def test_machine_that_cannot_be_read_fails_the_run(monkeypatch: pytest.Mon
 
 
 def test_without_an_event_loop_of_ones_own() -> None:
-    engine: AnyEngine = Engine(lambda engine, batch: enough.wait(60))
     enough = threading.Event()
+    engine: AnyEngine = Engine(lambda engine, batch: enough.wait(60))
     samples = sampled(engine)
     engine.add_event_handler(SystemEvents.SYSTEM_SAMPLED(once=2), enough.set)
     engine.run_sync([1])
     assert len(samples) >= 2
+
+
+async def test_removed_during_a_run_it_samples_no_more_and_attached_again_it_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    nvml = Nvml()
+    monkeypatch.setattr(aengine.handlers.system, "_nvml", nvml)
+    system, engine = SystemStatistics(every=OFTEN), doing_nothing()
+    handles = [system.attach(engine)]
+    came = 0
+
+    @engine.on(SystemEvents.SYSTEM_SAMPLED)
+    def note() -> None:
+        nonlocal came
+        came += 1
+        handles.pop().remove()  # a second one, without a handle, would fail
+
+    @engine.on(Events.ITERATION_COMPLETED)
+    async def go_on() -> None:
+        if came == 1 and not handles and not nvml.open:  # what was removed has let go of the GPUs
+            handles.append(system.attach(engine))
+        if came == 2:
+            engine.terminate()
+        await anyio.lowlevel.checkpoint()
+
+    with anyio.fail_after(60):
+        await engine.run(itertools.count())
+    assert (came, handles, nvml.open, engine.statistics().services) == (2, [], 0, ())
+    assert system.values()
 
 
 # What is refused
@@ -346,14 +377,7 @@ def test_without_an_event_loop_of_ones_own() -> None:
 )
 def test_what_is_no_time_is_refused(every: Any, kind: type[Exception]) -> None:
     with pytest.raises(kind, match="every= is "):
-        SystemStatistics(every)
-
-
-def test_they_are_attached_once() -> None:
-    system = SystemStatistics()
-    system.attach(doing_nothing())
-    with pytest.raises(RuntimeError, match="make another one"):
-        system.attach(doing_nothing())
+        SystemStatistics(every=every)
 
 
 @pytest.mark.parametrize(("missing", "says"), [("psutil", "needs psutil"), ("pynvml", "none")])

@@ -9,7 +9,7 @@ from support.record import AnyEngine
 
 import aengine.handlers.time_limit
 from aengine import Engine, Events, StopReason
-from aengine.handlers.time_limit import Deadline, TimeLimit
+from aengine.handlers import Deadline, TimeLimit
 
 
 class Clock:
@@ -49,6 +49,19 @@ async def test_run_that_continues_has_as_much_time_again(clock: Clock) -> None:
     clock.now += 1000
     state = await engine.run(range(100))
     assert state.iteration == 6
+
+
+async def test_time_of_an_engine_that_it_was_removed_from_is_not_that_of_the_next(clock: Clock) -> None:
+    limit = TimeLimit(3)
+    first: AnyEngine = Engine(clock.step)
+    handle = limit.attach(first)
+    first.add_event_handler(Events.ITERATION_COMPLETED(once=2), handle.remove)
+    assert (await first.run(range(9))).iteration == 9
+    second: AnyEngine = Engine(clock.step)
+    with second.add_event_handler(Events.ITERATION_COMPLETED(once=1), lambda: limit.attach(second)):
+        state = await second.run(range(9))
+    assert state.iteration == 9, "the run under way is not limited"
+    assert (await second.run(range(9))).iteration == 3
 
 
 async def test_run_ends_at_its_deadline(clock: Clock) -> None:

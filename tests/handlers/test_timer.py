@@ -12,7 +12,7 @@ from support.ways_to_end import cancel, fail, run_without_data, terminate
 import aengine.handlers.timer
 import aengine.statistics
 from aengine import Engine, Events, StopReason
-from aengine.handlers.timer import Timer
+from aengine.handlers import Timer
 
 THREADS = pytest.mark.parametrize("thread", [True, False], ids=["worker", "loop"])
 
@@ -56,18 +56,18 @@ def stepping(clock: Clock, *, thread: bool = True) -> AnyEngine:
 @THREADS
 async def test_time_of_an_epoch_is_without_the_validation_after_it(clock: Clock, *, thread: bool) -> None:
     engine = stepping(clock, thread=thread)
-    timer = Timer(average=True).attach(
-        engine, resume=Events.EPOCH_STARTED, pause=Events.EPOCH_COMPLETED, step=Events.EPOCH_COMPLETED
-    )
+    timer = Timer(average=True)
+    timer.attach(engine, resume=Events.EPOCH_STARTED, pause=Events.EPOCH_COMPLETED, step=Events.EPOCH_COMPLETED)
     engine.add_event_handler(Events.EPOCH_COMPLETED, clock.passes(100))
     await engine.run([1, 2, 3], max_epochs=2)
-    assert (timer.value(), timer.total, timer.step_count, timer.running) == (33.0, 66.0, 2, False)
+    assert (timer.value(), timer.total, timer.step_count, timer.is_running) == (33.0, 66.0, 2, False)
 
 
 async def test_time_of_a_batch_is_that_from_its_step_to_its_end(clock: Clock) -> None:
     engine = stepping(clock)
     engine.add_event_handler(Events.STARTED, clock.passes(1000))
-    timer = Timer(average=True).attach(
+    timer = Timer(average=True)
+    timer.attach(
         engine, resume=Events.ITERATION_STARTED, pause=Events.ITERATION_COMPLETED, step=Events.ITERATION_COMPLETED
     )
     await engine.run([1, 2, 3])
@@ -76,7 +76,8 @@ async def test_time_of_a_batch_is_that_from_its_step_to_its_end(clock: Clock) ->
 
 async def test_time_of_a_run_is_its_default_and_begins_anew_with_each(clock: Clock) -> None:
     engine = stepping(clock)
-    timer = Timer().attach(engine)
+    timer = Timer()
+    timer.attach(engine)
     seen: list[float] = []
     engine.add_event_handler(Events.ITERATION_COMPLETED, lambda: seen.append(timer.value()))
     for _ in range(2):
@@ -130,7 +131,7 @@ def test_block_is_a_step(clock: Clock) -> None:
     with suppress(Boom), timer:
         clock.now += 5
         raise Boom
-    assert (timer.total, timer.running) == (9.0, False)
+    assert (timer.total, timer.is_running) == (9.0, False)
     timer.reset()
     assert (timer.value(), timer.step_count) == (0.0, 0)
 
@@ -141,7 +142,7 @@ def test_it_can_be_resumed_and_paused_twice(clock: Clock) -> None:
     for _ in range(2):
         timer.resume()
         clock.now += 1
-    assert timer.running
+    assert timer.is_running
     for _ in range(2):
         timer.pause()
         clock.now += 1
@@ -159,7 +160,8 @@ def test_it_can_be_resumed_and_paused_twice(clock: Clock) -> None:
 @THREADS
 async def test_it_stops_with_the_run(clock: Clock, end: Any, seconds: float, *, thread: bool) -> None:
     engine = stepping(clock, thread=thread)
-    timer = Timer().attach(engine)
+    timer = Timer()
+    timer.attach(engine)
     await end(engine)
     clock.now += 1000
     assert timer.value() == seconds
@@ -170,14 +172,15 @@ async def test_time_between_an_interrupted_run_and_its_continuation_does_not_cou
     clock: Clock, *, reads: bool
 ) -> None:
     engine = stepping(clock)
-    timer = Timer().attach(engine)
+    timer = Timer()
+    timer.attach(engine)
     engine.add_event_handler(Events.ITERATION_STARTED(once=2), engine.interrupt)
     engine.add_event_handler(Events.INTERRUPT, clock.passes(3))
     await engine.run([1, 2, 3])
     assert engine.state.stop_reason is StopReason.INTERRUPTED
     clock.now += 1000
     if reads:
-        assert (timer.value(), timer.running) == (21.0, False)
+        assert (timer.value(), timer.is_running) == (21.0, False)
         engine.add_event_handler(Events.ITERATION_COMPLETED(once=2), lambda: seen.append(timer.value()))
     seen: list[float] = []
     await engine.run()
@@ -187,7 +190,8 @@ async def test_time_between_an_interrupted_run_and_its_continuation_does_not_cou
 
 async def test_timer_that_stood_when_the_run_was_interrupted_stands_still_when_it_continues(clock: Clock) -> None:
     engine = stepping(clock)
-    timer = Timer().attach(engine, resume=Events.ITERATION_STARTED, pause=Events.ITERATION_COMPLETED)
+    timer = Timer()
+    timer.attach(engine, resume=Events.ITERATION_STARTED, pause=Events.ITERATION_COMPLETED)
     engine.add_event_handler(Events.ITERATION_COMPLETED(once=2), engine.interrupt)
     await engine.run([1, 2, 3])
     clock.now += 1000
@@ -195,9 +199,23 @@ async def test_timer_that_stood_when_the_run_was_interrupted_stands_still_when_i
     assert timer.value() == 3.0
 
 
+@THREADS
+async def test_removed_during_a_run_it_stops_and_keeps_what_it_has_measured(clock: Clock, *, thread: bool) -> None:
+    engine = stepping(clock, thread=thread)
+    timer = Timer()
+    handle = timer.attach(engine)
+    engine.add_event_handler(Events.ITERATION_COMPLETED(once=2), handle.remove)
+    await engine.run([1, 2, 3, 4])
+    assert (timer.value(), timer.is_running) == (22.0, False)
+    timer.attach(other := stepping(clock, thread=thread))
+    await other.run([1])
+    assert timer.value() == 11.0
+
+
 def test_it_is_attached_once() -> None:
-    timer = Timer().attach(Engine(lambda engine, batch: None))
-    with pytest.raises(RuntimeError, match="make another one for each part"):
+    timer = Timer()
+    timer.attach(Engine(lambda engine, batch: None))
+    with pytest.raises(RuntimeError, match="make another one"):
         timer.attach(Engine(lambda engine, batch: None))
     with pytest.raises(ValueError, match="has no event 'STEPPED'"):
         Timer().attach(Engine(lambda engine, batch: None), step="STEPPED")

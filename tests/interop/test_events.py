@@ -144,9 +144,8 @@ def test_their_progress_bar_says_how() -> None:
 def test_their_metric_is_not_one_for_our_evaluator() -> None:
     metrics: Any = {"accuracy": ignite.metrics.Accuracy()}
     model = torch.nn.Linear(1, 1)
-    with pytest.raises(
-        TypeError, match=r"Accuracy is a metric of pytorch-ignite's.*metric\.attach\(engine, 'accuracy'\)"
-    ):
+    message = r"Accuracy is pytorch-ignite's, .*metric\.attach\(as_ignite\(engine\), 'accuracy'\)"
+    with pytest.raises(TypeError, match=message):
         create_supervised_evaluator(model, metrics)
 
 

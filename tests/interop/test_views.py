@@ -249,7 +249,7 @@ def test_early_stopping_refuses_our_engine_itself() -> None:
 def test_profilers_that_exchange_handlers_are_refused_and_others_named(profiler: str) -> None:
     engine: Any = Engine(nothing)
     with pytest.raises(
-        AttributeError, match=rf"{profiler}.*engine\.statistics\(\).*aengine\.handlers\.profiling\.profile"
+        AttributeError, match=rf"{profiler}.*engine\.statistics\(\).*aengine\.handlers\.Profiler"
     ):
         getattr(handlers, profiler)().attach(view_of(engine))
     engine.run_sync([1])  # and nothing of it is left behind

@@ -196,9 +196,21 @@ unchecked: Any = Tracker  # as a user might call it who has no type checker
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: unchecked(Engine(tenfold)), r"by attach\(\), got Tracker\(<Engine 'tenfold'"),
-        (lambda: unchecked(Engine(tenfold), Memory()), r"write  Tracker\(sink, values=...\).attach\(engine, event\)"),
-        (lambda: unchecked(Memory(), Events.COMPLETED), r"attach\(\), got Tracker\(<.*Memory .*>, <Events.COMPLETED"),
+        (
+            lambda: unchecked(Engine(tenfold)),
+            r"put on an engine by  Tracker\(sink\).attach\(engine\); got <Engine 'tenf",
+        ),
+        (
+            lambda: unchecked(Engine(tenfold), Memory()),
+            r"by position, .*; the engine and the event are for Tracker\(...\)",
+        ),
+        (
+            lambda: unchecked(Memory(), Events.COMPLETED),
+            r"takes sink by position, and by keyword values=, step=, buffer=",
+        ),
+        (lambda: unchecked(Memory(), event="mine"), r"no event=: write Tracker\(...\).attach\(engine, event\)"),
+        (lambda: unchecked(Memory(), engine=3), r"no engine=: write Tracker\(...\).attach\(engine\)"),
+        (lambda: unchecked(Memory(), bufer=3), r"no bufer=: buffer=\?"),
         (lambda: unchecked("logs/a.jsonl"), r"'logs/a.jsonl' is a path: Tracker\(JSONLines\('logs/a.jsonl'\)\)"),
         (lambda: unchecked(Path("a.jsonl")), r"is a path: Tracker\(JSONLines\('a.jsonl'\)\) writes a file"),
         (lambda: unchecked(3), r"has a method write\(records\), or is a function of the records, got 3"),

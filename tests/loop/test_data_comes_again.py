@@ -236,7 +236,12 @@ def test_what_steps_and_handlers_do_to_their_batches_is_no_other_order(change: s
 @pytest.mark.parametrize("at", [1, 2, 3])
 def test_augmentation_at_each_fetch_is_no_other_order(at: int) -> None:
     engine, seen = noting()
-    engine = Engine(lambda engine, batch: (torch.rand(7), seen.extend(batch[1].tolist())))
+
+    def step(_: AnyEngine, batch: Any) -> None:
+        torch.rand(7)
+        seen.extend(batch[1].tolist())
+
+    engine = Engine(step)
     stop(engine, at)
     data = loader(3, Pairs(), shuffle=True)
     engine.run_sync(data)

@@ -182,7 +182,7 @@ def test_handlers_of_a_terminated_epoch_get_its_number_of_iterations_if_they_tak
     def take(engine: AnyEngine, iter_counter: int) -> None:
         counts.append(iter_counter)
 
-    def take_more(engine: AnyEngine, more: str, **named: int) -> None:
+    def take_more(engine: AnyEngine, more: str, /, **named: int) -> None:
         counts.append((more, named))
 
     engine = engine_that("IC@2/3", lambda engine: engine.terminate_epoch())

@@ -10,6 +10,7 @@ What the standard library defines (of an Enum, a tuple, an exception) is not our
 import ast
 import inspect
 import textwrap
+import warnings
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from enum import Enum
@@ -17,6 +18,7 @@ from functools import cache
 from importlib import import_module
 from typing import Any
 
+from aengine import EventEnum, EventsList
 from aengine.lazy import PACKAGES
 
 PUBLIC = (*PACKAGES, "aengine.interop.ignite")
@@ -46,19 +48,37 @@ class _Shown:
     def __repr__(self) -> str:
         match self._value:
             case str():
-                return f'"{self._value}"'
-            case Enum():
-                return "..."
-            case None | bool() | int() | float() | ():
-                return repr(self._value)
+                shown = f'"{self._value}"'
+            case EventsList():
+                shown = " | ".join(map(str, self._value))
+            case EventEnum():
+                shown = str(self._value)
             case timedelta():
-                return f"timedelta(seconds={self._value.total_seconds():g})"
+                shown = f"timedelta(seconds={self._value.total_seconds():g})"
+            case None | bool() | int() | float() | ():
+                shown = repr(self._value)
             case _:
-                return "..."
+                shown = "..."
+        return shown
 
 
-def _ours(kind: type) -> list[type]:
-    return [base for base in kind.__mro__ if base.__module__.partition(".")[0] == "aengine"]
+@cache
+def values_in(package: str) -> Mapping[str, Any]:
+    """Return what a package lists in `__all__`, by name."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # pytorch-ignite's, of torch
+        module = import_module(package)
+    return {name: getattr(module, name) for name in module.__all__}
+
+
+def _is_ours(kind: type) -> bool:
+    return kind.__module__.partition(".")[0] == "aengine"
+
+
+def _public_bases(kind: type) -> list[type]:
+    """Return the bases of a class that are public themselves, and listed with their members."""
+    public = [value for package in PUBLIC for value in values_in(package).values()]
+    return [base for base in kind.__mro__[1:] if _is_ours(base) and any(base is one for one in public)]
 
 
 @cache
@@ -74,20 +94,25 @@ def _attributes_of(kind: type) -> frozenset[str]:
 
 
 def members_of(kind: type) -> Mapping[str, str]:
-    """Return the public members of a class, each with its signature if it has one; without what it is made of.
+    """Return the public members of a class, each with its signature if it has one; without what is listed elsewhere.
 
-    Those are the parameters of a record: a dataclass or a named tuple.
+    That is what a public base has, and what a record, a dataclass or a named tuple, is made of: its parameters.
     """
     found: dict[str, str] = {}
-    for base in _ours(kind):
+    for base in filter(_is_ours, kind.__mro__):
         for name, value in vars(base).items():
             function = value.__func__ if isinstance(value, classmethod | staticmethod) else value
             takes = inspect.isfunction(function) and not isinstance(value, classmethod)
             found.setdefault(name, signature_of(function) if takes else "")
         for name in (*_attributes_of(base), *inspect.get_annotations(base)):
             found.setdefault(name, "")
-    made_of = set(getattr(kind, "__dataclass_fields__", ())) | set(getattr(kind, "_fields", ()))
-    return {name: found[name] for name in sorted(found) if not name.startswith("_") and name not in made_of}
+    listed = {name for base in _public_bases(kind) for name in members_of(base)}
+    listed |= set(getattr(kind, "__dataclass_fields__", ())) | set(getattr(kind, "_fields", ()))
+    return {name: found[name] for name in sorted(found) if not name.startswith("_") and name not in listed}
+
+
+RETURNED = ("RemovableEventHandle", "Stream")
+"""Classes that users are given objects of, and make none: what these take is not theirs to know."""
 
 
 def is_made_by_users(value: Any) -> bool:
@@ -95,13 +120,12 @@ def is_made_by_users(value: Any) -> bool:
     if not inspect.isclass(value):
         return inspect.isroutine(value)
     is_protocol = getattr(value, "_is_protocol", False)
-    return not is_protocol and not issubclass(value, BaseException | Enum)
+    return not is_protocol and value.__name__ not in RETURNED and not issubclass(value, BaseException | Enum)
 
 
 def names_in(package: str) -> Mapping[str, str]:
     """Return what a package lists in `__all__`, each with its signature if it has one."""
-    module = import_module(package)
-    values = {name: getattr(module, name) for name in module.__all__}
+    values = values_in(package)
     return {name: signature_of(value) if is_made_by_users(value) else "" for name, value in values.items()}
 
 
@@ -110,10 +134,10 @@ def lines() -> Iterator[str]:
     for package in PUBLIC:
         for name, signature in names_in(package).items():
             yield f"{package}.{name}{signature}"
-            value = getattr(import_module(package), name)
+            value = values_in(package)[name]
             if inspect.isclass(value):
                 yield from (f"{package}.{name}.{member}{given}" for member, given in members_of(value).items())
 
 
 if __name__ == "__main__":
-    print(*lines(), sep="\n")
+    print(*lines(), sep="\n")  # noqa: T201 -- it is a command, too

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterator
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from typing import Any
 
 import anyio
@@ -10,6 +10,7 @@ import anyio.from_thread
 import anyio.to_thread
 import pytest
 from anyio.lowlevel import checkpoint
+from sniffio import current_async_library_cvar
 
 from aengine import Engine, Event, Events, StopReason
 from aengine.threads.dedicated import DedicatedThread
@@ -242,3 +243,17 @@ async def test_an_event_loop_that_a_step_opens_has_its_own(anyio_backend: Any) -
 
     worker = (await Engine(step).run([1])).output
     assert threads == [worker, worker, threading.get_ident()]
+
+
+def test_thread_is_given_work_where_an_event_loop_is_being_closed() -> None:
+    """There the garbage collector may free an engine; sniffio still names a library, and no event loop runs."""
+    heard: list[int] = []
+
+    def free() -> None:
+        current_async_library_cvar.set("asyncio")
+        thread = DedicatedThread("test")
+        thread.submit(heard.append, 1).result()
+        thread.stop()
+
+    copy_context().run(free)
+    assert heard == [1]

@@ -406,7 +406,7 @@ async def cancelled_between_steps(training: Training) -> None:
 
 WAYS = [
     *((way, thread) for way in (to_the_end, cancelled_in_a_step) for thread in (True, False)),
-    *((way, None) for way in (diverging, failing, failing_data, cancelled_between_steps)),
+    *((way, True) for way in (diverging, failing, failing_data, cancelled_between_steps)),
 ]
 
 

@@ -215,6 +215,59 @@ def test_data_keeps_its_attributes() -> None:
         data.nothing  # noqa: B018 -- that it raises is the point
 
 
+async def one_after_the_other(data: Any) -> list[Any]:
+    seen: list[Any] = []
+    for _ in range(2):
+        engine: AnyEngine = Engine(lambda engine, batch: seen.append(batch))
+        await engine.run(data, prefetch=2)
+    return seen[:3]
+
+
+async def at_once(data: Any) -> list[Any]:
+    seen: list[Any] = []
+    async with anyio.create_task_group() as tasks:
+        engines: list[AnyEngine] = [Engine(double), Engine(lambda engine, batch: seen.append(batch))]
+        for engine in engines:
+            tasks.start_soon(partial(engine.run, data, prefetch=2))
+    return seen
+
+
+async def made_by_a_function(data: Any) -> list[Any]:
+    seen: list[Any] = []
+    await Engine(lambda engine, batch: seen.append(batch)).run(lambda: data)
+    return seen
+
+
+async def in_a_loop(data: Any) -> list[Any]:
+    async with Engine(double).iterate(data, prefetch=2) as iterations:
+        return [event.output // 2 async for event in iterations]
+
+
+async def set_within_a_run(data: Any) -> list[Any]:
+    seen: list[Any] = []
+    engine: AnyEngine = Engine(lambda engine, batch: seen.append(batch))
+    engine.add_event_handler(Events.ITERATION_COMPLETED(once=1), engine.set_data, data)
+    await engine.run([0, 0], epoch_length=4, prefetch=2)
+    return seen[1:]
+
+
+@pytest.mark.parametrize("use", [one_after_the_other, at_once, made_by_a_function, in_a_loop, set_within_a_run])
+async def test_data_is_of_no_engine_and_needs_none(use: Callable[[Any], Any]) -> None:
+    assert await use(prefetch_to_device([1, 2, 3], "cpu")) == [1, 2, 3]
+
+
+class Finishing(list[int]):
+    def finish_batch_for_step(self, batch: int) -> int:
+        return -batch
+
+
+async def test_what_the_data_itself_has_remain_to_be_done_is_done_to_the_moved_batch() -> None:
+    engine: AnyEngine = Engine(double)
+    steps = record_steps(engine)
+    await engine.run(prefetch_to_device(Finishing([1, 2]), "cpu"), prefetch=1)
+    assert [batch for *_, batch in steps] == [-1, -2]
+
+
 # Where it is resumed
 
 

@@ -942,5 +942,5 @@ def test_update_that_is_attached_to_no_engine_says_so() -> None:
     with pytest.raises(RuntimeError, match=r"is not attached to engine 'own': call  update.attach"):
         trainer.run_sync(batches())
     update.attach(trainer)
-    with pytest.raises(RuntimeError, match=r"already.*make another one, with an optimizer of its own"):
+    with pytest.raises(RuntimeError, match=r"already: make another one, .*each optimizer has one of its own"):
         update.attach(trainer)

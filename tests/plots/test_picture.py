@@ -1,16 +1,14 @@
 """The pictures of a run say what happened in it, can be read, and touch nothing that others use."""
 
-import gc
 import math
 import subprocess
 import sys
 import threading
 import time
-import weakref
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator
 from io import BytesIO
-from itertools import combinations, pairwise
+from itertools import combinations
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -23,10 +21,9 @@ from matplotlib.text import Text
 from PIL import Image
 
 from aengine import Engine, Event, Events
-from aengine.handlers import picture
-from aengine.handlers.picture import Curve, Picture
-from aengine.handlers.timeline import Timeline
-from aengine.loggers import JSONLines, Record
+from aengine.handlers import Timeline
+from aengine.plots import Curve, Picture, plot_learning_curve, plot_timeline
+from aengine.plots.picture import _PARTS
 
 AnyEngine: TypeAlias = Engine[Any, Any]
 
@@ -118,7 +115,8 @@ def legend(drawn: Picture) -> dict[str, float]:
 @pytest.mark.parametrize("kind", KINDS)
 async def test_what_was_slow_has_most_of_the_timeline(kind: str, thread: bool) -> None:  # noqa: FBT001 -- pytest passes it by name
     engine: AnyEngine = Engine(maybe_slow_step, thread=thread)
-    timeline = Timeline(engine)
+    timeline = Timeline()
+    timeline.attach(engine)
     await KINDS[kind](engine)
     last, statistics = timeline.samples[-1], engine.statistics()
     spent = {name: getattr(last, name) for name in KINDS}
@@ -126,7 +124,7 @@ async def test_what_was_slow_has_most_of_the_timeline(kind: str, thread: bool) -
     assert spent[kind] > sum(spent.values()) / 2
     assert last.total == statistics.total
     assert last.iteration == BATCHES
-    shares = legend(picture.timeline(timeline))
+    shares = legend(plot_timeline(timeline))
     assert max(LABELS.values(), key=lambda label: shares.get(label, 0.0)) == LABELS[kind]  # "the rest" may be more
     assert sum(shares.values()) == pytest.approx(100, abs=0.5)
 
@@ -135,7 +133,8 @@ async def test_what_was_slow_has_most_of_the_timeline(kind: str, thread: bool) -
 async def test_timeline_shows_when_it_was_slow(thread: bool) -> None:  # noqa: FBT001 -- pytest passes it by name
     """Data that is slow at first, then a step that is."""
     engine: AnyEngine = Engine(maybe_slow_step, thread=thread)
-    timeline = Timeline(engine)
+    timeline = Timeline()
+    timeline.attach(engine)
 
     def batches() -> Iterator[int]:
         yield from slowly(BATCHES)
@@ -148,8 +147,8 @@ async def test_timeline_shows_when_it_was_slow(thread: bool) -> None:  # noqa: F
     assert at_first.data > at_first.step
     assert last.step - at_first.step > last.data - at_first.data
 
-    patches = {patch.get_facecolor(): patch.get_data() for patch in picture.timeline(timeline).figure.axes[0].patches}  # type: ignore[attr-defined]
-    column = {part: mpl.colors.to_rgba(colour) for part, (_, colour) in picture._PARTS.items()}
+    patches = {patch.get_facecolor(): patch.get_data() for patch in plot_timeline(timeline).figure.axes[0].patches}  # type: ignore[attr-defined]
+    column = {part: mpl.colors.to_rgba(colour) for part, (_, colour) in _PARTS.items()}
     data, stepped = patches[column["data"]], patches[column["step"]]
     quarter = len(data.values) // 4
     drawn_data = data.values - data.baseline
@@ -159,54 +158,15 @@ async def test_timeline_shows_when_it_was_slow(thread: bool) -> None:  # noqa: F
     assert data.edges[-1] == pytest.approx(last.total * 1e3 if last.total < 1 else last.total)
 
 
-@both_threads
-async def test_a_run_of_any_length_has_as_many_samples(thread: bool) -> None:  # noqa: FBT001 -- pytest passes it by name
-    engine: AnyEngine = Engine(step, thread=thread)
-    timeline = Timeline(engine, limit=50)
-    await engine.run(range(1000), max_epochs=10)
-    first, *between, last = timeline.samples
-    assert (first.iteration, first.total) == (0, 0.0)
-    assert 25 <= len(between) <= 51
-    apart = {after.iteration - before.iteration for before, after in pairwise((first, *between))}
-    assert apart == {256}  # 10,000 / 256 = 39; so the last of them were taken once in 256 iterations
-    assert (last.iteration, last.epoch) == (10_000, 10)
-    for before, after in pairwise(timeline.samples):
-        assert all(was <= now for was, now in zip(before, after, strict=True))
-
-
-async def test_samples_begin_anew_with_each_run_and_after_an_interruption() -> None:
-    engine: AnyEngine = Engine(step)
-    timeline = Timeline(engine, limit=10)
-    assert not timeline.samples
-    await engine.run(range(100))
-    await engine.run(range(5), max_epochs=1)
-    assert [one.iteration for one in timeline.samples] == [0, 1, 2, 3, 4, 5, 5]
-    engine.add_event_handler(Events.ITERATION_COMPLETED(once=2), engine.interrupt)
-    await engine.run(range(4), max_epochs=1)
-    assert [one.iteration for one in timeline.samples] == [0, 1, 2, 2]
-    await engine.run()
-    assert [one.iteration for one in timeline.samples][1:] == [3, 4, 4]
-    assert timeline.samples[-1].total == engine.statistics().total
-
-
-async def test_time_of_a_handler_that_was_removed_stays() -> None:
-    engine: AnyEngine = Engine(step)
-    timeline = Timeline(engine)
-    handler = engine.add_event_handler(Events.ITERATION_COMPLETED, rest)
-    engine.add_event_handler(Events.ITERATION_COMPLETED(once=5), handler.remove)
-    await engine.run(range(20))
-    assert sum(engine.statistics().handlers.values()) < SLOW
-    assert timeline.samples[-1].handlers >= 4 * SLOW  # and what it took after the last sample that saw it
-
-
 async def test_run_under_way_is_drawn_up_to_now_from_another_thread() -> None:
     engine: AnyEngine = Engine(step)
-    timeline = Timeline(engine)
+    timeline = Timeline()
+    timeline.attach(engine)
     drawn: list[Picture] = []
 
     @engine.on(Events.ITERATION_COMPLETED(once=5))
     async def draw() -> None:
-        drawn.append(await anyio.to_thread.run_sync(picture.timeline, timeline))
+        drawn.append(await anyio.to_thread.run_sync(plot_timeline, timeline))
 
     await engine.run(range(10))
     assert drawn[0].figure.axes[0].get_title("left").startswith(f"{engine.name}: 5 iterations in ")
@@ -215,84 +175,12 @@ async def test_run_under_way_is_drawn_up_to_now_from_another_thread() -> None:
 async def test_nothing_recorded_says_what_to_do() -> None:
     engine: AnyEngine = Engine(step, name="trainer")
     await engine.run([1])
-    with pytest.raises(ValueError, match=r"nothing was recorded of engine 'trainer': make the Timeline before run\(\)"):
-        picture.timeline(Timeline(engine))
-    with pytest.raises(TypeError, match=r"recorded = Timeline\(engine\)  before the run; got <Engine 'trainer'"):
-        picture.timeline(engine)  # type: ignore[arg-type]  # a user's mistake
-
-
-@pytest.mark.parametrize("limit", [1, 0, 2.5, True])
-def test_limit_is_a_number_of_samples(limit: Any) -> None:
-    with pytest.raises(ValueError, match=r"limit= is a whole number of samples to keep, 2 or more"):
-        Timeline(Engine(step), limit=limit)
-
-
-def test_engine_with_a_timeline_is_freed_at_once() -> None:
-    gc.disable()
-    try:
-        engine: AnyEngine = Engine(step)
-        timeline = Timeline(engine)
-        engine.run_sync([1, 2])
-        assert len(timeline.samples) == 4
-        gone = weakref.ref(engine)
-        del engine, timeline
-        assert gone() is None
-    finally:
-        gc.enable()
-
-
-# What is read
-
-
-def record(step: int, event: str = "ITERATION_COMPLETED", engine: str = "trainer", **values: float) -> Record:
-    return Record(step, 1, 0.0, event, engine, values)
-
-
-RECORDS = [
-    record(1, loss=3.0),
-    record(2, loss=math.nan),
-    record(3, loss=2.0),
-    record(2, loss=1.0),  # taken again
-    record(2, engine="evaluator", loss=9.0, accuracy=0.5),
-    record(3, "EPOCH_COMPLETED", loss=1.5),
-]
-
-
-@pytest.fixture(params=["file", "records"])
-def log(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
-    if request.param == "records":
-        return RECORDS
-    sink = JSONLines(tmp_path / "log.jsonl")
-    sink.write(RECORDS)
-    sink.close()
-    with sink.path.open("a") as file:
-        file.write('{"step": 4, "values": {"loss"')  # its writer is at it
-    return sink.path
-
-
-def test_values_are_read_from_a_log(log: Any) -> None:
-    curve = picture.read(log, "loss", engine="trainer", event="ITERATION_COMPLETED")
-    assert (curve.steps, curve.values, curve.name) == ([1, 2, 3], [3.0, 1.0, 2.0], "loss")
-    assert picture.read(log, "loss", engine="trainer").values == [3.0, 1.0, 1.5]
-    assert picture.read(log, "loss").values == [3.0, 9.0, 1.5]
-    assert picture.read(log, "accuracy") == Curve([2], [0.5], "accuracy")
-
-
-def test_numbers_that_are_none_are_read_as_such(tmp_path: Path) -> None:
-    sink = JSONLines(tmp_path / "log.jsonl")
-    sink.write([record(1, loss=math.nan), record(2, loss=math.inf)])
-    sink.close()
-    values = picture.read(sink.path, "loss").values
-    assert math.isnan(values[0])
-    assert values[1] == math.inf
-
-
-def test_name_that_is_not_in_the_log_is_refused_with_those_that_are(log: Any) -> None:
-    with pytest.raises(ValueError, match=r"nothing is called 'los' in the log; it has \['accuracy', 'loss'\]"):
-        picture.read(log, "los")
-    there = r"nothing is called 'loss' at engine=None, event='ITERATION' in the log; it is at engine='.*', event='ITER"
-    with pytest.raises(ValueError, match=there):
-        picture.read(log, "loss", event="ITERATION")
+    timeline = Timeline()
+    timeline.attach(engine)
+    with pytest.raises(ValueError, match=r"nothing was recorded of engine 'trainer': attach the Timeline before"):
+        plot_timeline(timeline)
+    with pytest.raises(TypeError, match=r"timeline\.attach\(engine\)  before the run.*; got <Engine 'trainer'"):
+        plot_timeline(engine)  # type: ignore[arg-type]  # a user's mistake
 
 
 # What is drawn
@@ -303,16 +191,16 @@ GAPS = NOISY.copy()
 GAPS[100:300] = math.nan
 
 CURVES: dict[str, Callable[[], Picture]] = {
-    "loss and metric": lambda: picture.learning_curve(NOISY.tolist(), ACCURACIES),
-    "loss": lambda: picture.learning_curve(NOISY.tolist()),
-    "few": lambda: picture.learning_curve([3.0, 2.0, 1.0], Curve([3], [0.1], "error"), mode="min"),
-    "one": lambda: picture.learning_curve([1.0]),
-    "constant": lambda: picture.learning_curve([0.5] * 100, [0.0, 0.0]),
-    "many": lambda: picture.learning_curve(np.tile(NOISY, 300).tolist(), np.tile(ACCURACIES, 30).tolist()),
-    "gaps": lambda: picture.learning_curve(GAPS.tolist(), [0.5, math.nan, 0.7]),
-    "nothing but gaps": lambda: picture.learning_curve([math.nan] * 100, [math.nan] * 3),
-    "infinite": lambda: picture.learning_curve([*NOISY.tolist(), math.inf], [0.5, math.inf], mode="min"),
-    "wide numbers": lambda: picture.learning_curve(
+    "loss and metric": lambda: plot_learning_curve(NOISY.tolist(), ACCURACIES),
+    "loss": lambda: plot_learning_curve(NOISY.tolist()),
+    "few": lambda: plot_learning_curve([3.0, 2.0, 1.0], Curve([3], [0.1], "error"), mode="min"),
+    "one": lambda: plot_learning_curve([1.0]),
+    "constant": lambda: plot_learning_curve([0.5] * 100, [0.0, 0.0]),
+    "many": lambda: plot_learning_curve(np.tile(NOISY, 300).tolist(), np.tile(ACCURACIES, 30).tolist()),
+    "gaps": lambda: plot_learning_curve(GAPS.tolist(), [0.5, math.nan, 0.7]),
+    "nothing but gaps": lambda: plot_learning_curve([math.nan] * 100, [math.nan] * 3),
+    "infinite": lambda: plot_learning_curve([*NOISY.tolist(), math.inf], [0.5, math.inf], mode="min"),
+    "wide numbers": lambda: plot_learning_curve(
         Curve([1_000_000, 12_000_000], [1e-7, 123_456.0], "loss per token"), [1e8, 1.23456e8]
     ),
 }
@@ -355,7 +243,8 @@ def test_learning_curve_is_legible(name: str) -> None:
 
 async def test_timeline_is_legible() -> None:
     engine: AnyEngine = Engine(maybe_slow_step, name="trainer")
-    timeline = Timeline(engine)
+    timeline = Timeline()
+    timeline.attach(engine)
     engine.add_event_handler(Events.ITERATION_COMPLETED(every=2), rest)
 
     async def report(event: Event) -> None:
@@ -364,7 +253,7 @@ async def test_timeline_is_legible() -> None:
     engine.subscribe(Events.ITERATION_COMPLETED, report, buffer=1)
     engine.state.is_slow = True
     await engine.run(lambda: slowly(BATCHES))
-    drawn = picture.timeline(timeline)
+    drawn = plot_timeline(timeline)
     assert_is_legible(drawn)
     axes = drawn.figure.axes[0]
     assert axes.get_xlabel() in ("time since the run began (ms)", "time since the run began (seconds)")
@@ -375,7 +264,7 @@ async def test_timeline_is_legible() -> None:
 @pytest.mark.parametrize(("mode", "best"), [("max", (3, 0.97)), ("min", (1, 0.8))], ids=["max", "min"])
 def test_best_metric_is_marked(mode: Any, best: tuple[int, float]) -> None:
     epoch, value = best
-    drawn = picture.learning_curve(NOISY.tolist(), [*ACCURACIES[:3], math.nan, *ACCURACIES[4:]], mode=mode)
+    drawn = plot_learning_curve(NOISY.tolist(), [*ACCURACIES[:3], math.nan, *ACCURACIES[4:]], mode=mode)
     line, ring = drawn.figure.axes[1].lines
     assert ring.get_label() == f"best: {value}, epoch {epoch}"
     assert (ring.get_xdata()[0], ring.get_ydata()[0]) == (100 * epoch, value)  # type: ignore[index]
@@ -384,7 +273,7 @@ def test_best_metric_is_marked(mode: Any, best: tuple[int, float]) -> None:
 
 def test_mean_runs_through_the_middle_of_the_values() -> None:
     values = [float(number % 2) for number in range(400)]
-    each, mean = picture.learning_curve(values).figure.axes[0].lines
+    each, mean = plot_learning_curve(values).figure.axes[0].lines
     assert list(each.get_ydata()) == values  # type: ignore[arg-type]
     assert mean.get_label() == "mean of 10"
     assert np.asarray(mean.get_ydata())[10:-10] == pytest.approx(0.5)
@@ -392,7 +281,7 @@ def test_mean_runs_through_the_middle_of_the_values() -> None:
 
 def test_curve_of_too_many_values_is_the_range_that_they_span() -> None:
     values = [float(number % 2) for number in range(20_000)]
-    axes = picture.learning_curve(values).figure.axes[0]
+    axes = plot_learning_curve(values).figure.axes[0]
     assert len(axes.lines) == 1
     box = axes.collections[0].get_paths()[0].get_extents()
     assert (box.y0, box.y1) == (0.0, 1.0)
@@ -412,7 +301,7 @@ def test_curve_of_too_many_values_is_the_range_that_they_span() -> None:
 def test_what_is_no_curve_is_refused(arguments: Any, advice: str) -> None:
     loss, *more = arguments
     with pytest.raises(ValueError, match=advice):
-        picture.learning_curve(loss, *more[:1], **dict(zip(["mode"], more[1:], strict=False)))
+        plot_learning_curve(loss, *more[:1], **dict(zip(["mode"], more[1:], strict=False)))
 
 
 # Where it is drawn
@@ -448,19 +337,19 @@ def test_pyplot_and_its_settings_are_left_alone() -> None:
 import sys
 import matplotlib
 before = matplotlib.rcParams.copy()
-from aengine.handlers import picture
-picture.learning_curve([2.0, 1.0], [0.5]).render()
+from aengine.plots import plot_learning_curve
+plot_learning_curve([2.0, 1.0], [0.5]).render()
 assert "matplotlib.pyplot" not in sys.modules
 assert matplotlib.rcParams.copy() == before
 """
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
 
 
-@pytest.mark.parametrize("module", ["picture", "timeline"])
-def test_only_pictures_need_matplotlib(module: str) -> None:
-    code = f"import sys; sys.modules['matplotlib'] = None; import aengine.handlers.{module}"
+@pytest.mark.parametrize("name", ["plots import plot_timeline", "plots import read_curve", "handlers import Timeline"])
+def test_only_pictures_need_matplotlib(name: str) -> None:
+    code = f"import sys; sys.modules['matplotlib'] = None; from aengine.{name}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    if module == "timeline":
+    if "plot_" not in name:
         assert done.returncode == 0
     else:
         assert 'pip install "matplotlib>=3.9"' in done.stderr

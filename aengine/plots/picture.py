@@ -1,23 +1,19 @@
 """Pictures of a run, as PNG or SVG: where its time went, and how it learned.
 
-    picture.timeline(timeline).save("timeline.png")
-    picture.learning_curve(
-        picture.read("log.jsonl", "loss"), picture.read("log.jsonl", "accuracy")
-    ).save("learning_curve.png")
+    plot_timeline(timeline).save("timeline.png")
+    plot_learning_curve(read_curve("log.jsonl", "loss"), read_curve("log.jsonl", "accuracy")).save("learning_curve.png")
 
 Drawn without pyplot and its global state: on any thread, also in a server. A picture takes about a second; from async
 code, `await anyio.to_thread.run_sync(...)`.
 """
 
 import io
-import json
 import math
 import os
 import threading
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
@@ -25,9 +21,7 @@ from aengine.arguments import check_choice
 from aengine.extras import missing_package
 from aengine.handlers.scores import MODES
 from aengine.handlers.timeline import Timeline
-
-if TYPE_CHECKING:
-    from aengine.loggers.sink import Record
+from aengine.plots.curve import Curve
 
 try:
     from matplotlib.axes import Axes
@@ -36,7 +30,7 @@ try:
     from matplotlib.patches import Patch
     from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 except ImportError as error:
-    raise missing_package(__name__, "matplotlib>=3.9", "picture") from error
+    raise missing_package(__name__, "matplotlib>=3.9", "plots") from error
 
 Array: TypeAlias = "np.ndarray[Any, np.dtype[np.float64]]"
 
@@ -93,58 +87,7 @@ class Picture:
         return drawn.getvalue()
 
 
-@dataclass(frozen=True)
-class Curve:
-    """Values over the course of a run.
-
-    Attributes:
-        steps: the iteration of each value, rising.
-        values: the values.
-        name: what they are, for the axis.
-    """
-
-    steps: Sequence[int]
-    values: Sequence[float]
-    name: str = ""
-
-
-def read(
-    log: "str | os.PathLike[str] | Iterable[Record]", name: str, *, engine: str | None = None, event: str | None = None
-) -> Curve:
-    """Return the values of one name from a log that `JSONLines` has written, or from records.
-
-    Of a step that was logged twice, as by a run that was killed and resumed, the later value counts.
-
-    Args:
-        log: the file, or the records.
-        name: the name of the values, such as "loss".
-        engine: the name of the engine, if several engines log values of this name.
-        event: the name of the event, such as "EPOCH_COMPLETED", if the value is logged at several.
-
-    Raises:
-        ValueError: there is no such value in the log; the message says what there is.
-        OSError: the file cannot be read.
-    """
-    found: dict[int, float] = {}
-    names: set[str] = set()
-    origins: set[str] = set()
-    for step, line_engine, line_event, values in _records(log):
-        names.update(values)
-        if name in values:
-            origins.add(f"engine={line_engine!r}, event={line_event!r}")
-            if engine in (None, line_engine) and event in (None, line_event):
-                found[step] = float(values[name])
-    if found:
-        return Curve(sorted(found), [found[step] for step in sorted(found)], name)
-    if origins:
-        raise ValueError(
-            f"nothing is called {name!r} at engine={engine!r}, event={event!r} in the log; it is at"
-            f" {'; '.join(sorted(origins))}"
-        )
-    raise ValueError(f"nothing is called {name!r} in the log; it has {sorted(names)}")
-
-
-def learning_curve(
+def plot_learning_curve(
     loss: Curve | Sequence[float], metric: Curve | Sequence[float] | None = None, *, mode: Literal["max", "min"] = "max"
 ) -> Picture:
     """Draw the training loss, each value and their running mean, and below it a metric with its best value marked.
@@ -175,7 +118,7 @@ def learning_curve(
     return Picture(figure)
 
 
-def timeline(recorded: Timeline) -> Picture:
+def plot_timeline(timeline: Timeline) -> Picture:
     """Draw where the time of a run went, over its course; of a run that is under way, up to now.
 
     Drawn is what the loop did, as shares of each hundredth of the time. The legend has the shares of the whole run;
@@ -185,12 +128,12 @@ def timeline(recorded: Timeline) -> Picture:
         TypeError: it is no Timeline.
         ValueError: nothing was recorded.
     """
-    if not isinstance(recorded, Timeline):  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not isinstance(timeline, Timeline):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(
-            "timeline() draws what a Timeline has recorded: write  recorded = Timeline(engine)  before the run; got"
-            f" {recorded!r}"
+            "plot_timeline() draws what a Timeline has recorded: write  timeline.attach(engine)  before the run, of a"
+            f"  timeline = Timeline() ; got {timeline!r}"
         )
-    edges, shares, whole = _shares(recorded)
+    edges, shares, whole = _shares(timeline)
     scale, unit = _unit(edges[-1])
     shown = [part for part in _PARTS if whole[part] >= 0.0005]  # noqa: PLR2004 -- 0.1 %, rounded
     with _drawing:
@@ -220,7 +163,7 @@ def timeline(recorded: Timeline) -> Picture:
             labelcolor=_INK, handlelength=1.0, handleheight=1.0, labelspacing=0.7,
         )  # fmt: skip
         _dress(axes)
-        title = f"{recorded.name}: {recorded.samples[-1].iteration} iterations in {edges[-1] / scale:.3g} {unit}"
+        title = f"{timeline.engine_name}: {timeline.samples[-1].iteration} iterations in {edges[-1] / scale:.3g} {unit}"
         axes.set_title(title, loc="left", fontsize=11, color=_INK)
     return Picture(figure)
 
@@ -247,13 +190,13 @@ def _dress(axes: Axes) -> None:
 # The timeline
 
 
-def _shares(recorded: Timeline) -> tuple[Array, dict[str, Array], dict[str, float]]:
+def _shares(timeline: Timeline) -> tuple[Array, dict[str, Array], dict[str, float]]:
     """Return the edges of the columns in seconds, each part's share of each column, and of the whole."""
-    samples = recorded.samples
+    samples = timeline.samples
     if len(samples) < 2 or not samples[-1].total:  # noqa: PLR2004 -- an interval has two ends
         raise ValueError(
-            f"nothing was recorded of engine {recorded.name!r}: make the Timeline before run(), and draw it afterwards,"
-            " or meanwhile"
+            f"nothing was recorded of engine {timeline.engine_name!r}: attach the Timeline before run(), and draw it"
+            " afterwards, or meanwhile"
         )
     at = np.array([sample.total for sample in samples])
     edges = np.linspace(0.0, at[-1], min(_COLUMNS, len(samples) - 1) + 1)
@@ -359,16 +302,3 @@ def _points(curve: Curve | Sequence[float], default_name: str) -> tuple[Array, A
             f" steps and {values.shape} values"
         )
     return steps, values, (curve.name if isinstance(curve, Curve) else "") or default_name
-
-
-def _records(log: "str | os.PathLike[str] | Iterable[Record]") -> Iterable[tuple[int, str, str, Mapping[str, Any]]]:
-    """Yield step, engine, event and values."""
-    if not isinstance(log, str | os.PathLike):
-        for record in log:
-            yield record.step, record.engine_name, record.event, record.values
-        return
-    with Path(log).open(encoding="utf-8") as file:
-        for line in file:
-            if line.endswith("\n"):  # else it is still being written
-                read = json.loads(line)
-                yield read["step"], read["engine"], read["event"], read["values"]
