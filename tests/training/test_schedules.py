@@ -89,6 +89,7 @@ class Training:
         return as_numbers(self.losses)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step:UserWarning")  # SequentialLR's own
 @THREADS
 @pytest.mark.parametrize("kind", SCHEDULERS)

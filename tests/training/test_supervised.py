@@ -358,6 +358,7 @@ class Resumable:
         return as_numbers(self.losses)
 
 
+@pytest.mark.covering(2)
 @THREADS
 @pytest.mark.parametrize("has_length", [True, False], ids=["length", "no-length"])
 async def test_run_resumed_in_the_middle_of_a_group_continues_as_if_it_had_not_ended(

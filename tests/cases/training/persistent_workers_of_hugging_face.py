@@ -2,7 +2,7 @@
 
 import warnings
 
-import datasets
+import datasets  # type: ignore[import-untyped]  # as it is
 import torch
 from torchdata.stateful_dataloader import StatefulDataLoader  # type: ignore[import-untyped]  # as it is
 
