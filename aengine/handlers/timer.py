@@ -12,10 +12,12 @@ from aengine.attachment import Attachment
 from aengine.bus.emitter import RemovableEventHandle
 from aengine.engine import Engine
 from aengine.events import EventLike, Events
+from aengine.keywords import explain_wrong_call
 
 _ENDS = Events.TERMINATE | Events.COMPLETED | Events.CANCELLED | Events.EXCEPTION_RAISED
 
 
+@explain_wrong_call
 class Timer:
     """Measures the time between events, or in the blocks of a `with`.
 
