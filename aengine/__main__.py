@@ -9,9 +9,9 @@ from aengine.checkpoint.cli.command import main
 if __name__ == "__main__":
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it as it ends any command, without a traceback
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # an old terminal must not keep a checkpoint from being seen
+    for _stream in (sys.stdout, sys.stderr):
+        if isinstance(_stream, io.TextIOWrapper):
+            _stream.reconfigure(errors="backslashreplace")  # an old terminal must not keep a checkpoint from being seen
     try:
         sys.exit(main())
     except KeyboardInterrupt:
