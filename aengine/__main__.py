@@ -33,9 +33,9 @@ def run() -> NoReturn:
     """Do what the arguments of the process say, and end it."""
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it as it ends any command, without a traceback
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # an old terminal must not keep a checkpoint from being seen
+    for _stream in (sys.stdout, sys.stderr):
+        if isinstance(_stream, io.TextIOWrapper):
+            _stream.reconfigure(errors="backslashreplace")  # an old terminal must not keep a checkpoint from being seen
     try:
         sys.exit(main())
     except KeyboardInterrupt:

@@ -60,8 +60,8 @@ class SaveRequests:
     """
 
     def __init__(self) -> None:
-        self.deferred = ""
-        self.is_open = False
+        self.deferred: str = ""
+        self.is_open: bool = False
         self._waiting: list[Future[Saving]] = []
         self._lock = threading.Lock()
 
@@ -124,9 +124,9 @@ class Saver(Service):
     """
 
     def __init__(self, writer: Writer, when_busy: Literal["wait", "skip"], on_error: Literal["raise", "log"]) -> None:
-        self.saved = 0
-        self.skipped = 0
-        self.failures = 0
+        self.saved: int = 0
+        self.skipped: int = 0
+        self.failures: int = 0
         self.saves_the_end = False
         self._writer = writer
         self._when_busy = when_busy

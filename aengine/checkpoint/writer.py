@@ -160,8 +160,10 @@ class Saving:
         is_unawaited: whether what waited for it was cancelled, so that an error is still to be reported.
     """
 
+    is_reported: bool
+
     def __init__(self, staged: Staged, on_end: Callable[["Saving"], object], *, is_permitted: bool = True) -> None:
-        self.step = staged.step
+        self.step: int = staged.step
         self.committed: CheckpointCommitted | None = None
         self.error: BaseException | None = None
         self.is_reported = self.is_unawaited = False

@@ -17,8 +17,8 @@ try:
         TimeElapsedColumn,
         TimeRemainingColumn,
     )
-except ImportError as error:
-    raise missing_package(__name__, "rich>=13", "progress") from error
+except ImportError as _error:
+    raise missing_package(__name__, "rich>=13", "progress") from _error
 
 
 @explain_wrong_call
@@ -32,7 +32,7 @@ class RichBars:
     """
 
     def __init__(self, console: Console | None = None) -> None:
-        self.lock = threading.Lock()
+        self.lock: threading.Lock = threading.Lock()
         self._console = console or Console(stderr=True)
         self._table = _Table(self._console)
 

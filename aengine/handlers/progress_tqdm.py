@@ -10,8 +10,8 @@ from aengine.keywords import explain_wrong_call
 
 try:
     from tqdm.auto import tqdm  # type: ignore[import-untyped]  # comes without types
-except ImportError as error:
-    raise missing_package(__name__, "tqdm>=4.66", "progress") from error
+except ImportError as _error:
+    raise missing_package(__name__, "tqdm>=4.66", "progress") from _error
 
 _IS_NOTEBOOK = any(one.__module__ == "tqdm.notebook" for one in tqdm.__mro__)
 
@@ -28,7 +28,7 @@ class TqdmBars:
     """
 
     def __init__(self, file: TextIO | None = None) -> None:
-        self.lock = threading.Lock()
+        self.lock: threading.Lock = threading.Lock()
         self._lines = _Lines(file)
 
     @property

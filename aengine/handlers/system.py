@@ -29,8 +29,8 @@ from aengine.threads.dedicated import DedicatedThread
 
 try:
     import psutil  # type: ignore[import-untyped]  # its stubs are a distribution of their own
-except ImportError as error:
-    raise missing_package(__name__, "psutil>=6", "system") from error
+except ImportError as _error:
+    raise missing_package(__name__, "psutil>=6", "system") from _error
 
 try:
     import pynvml  # type: ignore[import-untyped]  # it has none

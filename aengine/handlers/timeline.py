@@ -64,7 +64,7 @@ class Timeline:
     """
 
     def __init__(self, *, limit: int = 400) -> None:
-        self.engine_name = ""
+        self.engine_name: str = ""
         self._limit = check_whole(limit, "limit=", minimum=2, of="samples to keep")
         self._recorder = _Recorder(self._limit)
         self._attachment = Attachment(self)

@@ -42,7 +42,7 @@ class Timer:
 
     def __init__(self, *, average: bool = False) -> None:
         self._average = average
-        self.step_count = 0
+        self.step_count: int = 0
         # Seconds so far, and since when it runs. One tuple: another thread must not read one half new and one half old.
         self._measured: tuple[float, float | None] = 0.0, None
         self._interrupted_at: float | None = None  # set if it ran when the run was interrupted

@@ -14,6 +14,10 @@ class RecordBuffer(Generic[T]):
     the oldest of all. Not thread-safe: the caller holds a lock.
     """
 
+    dropped: int
+    taken: int
+    written: int
+
     def __init__(self, size: int) -> None:
         self.taken = self.written = self.dropped = 0
         self._size = size

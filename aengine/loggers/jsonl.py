@@ -49,7 +49,7 @@ class JSONLines:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+        self.path: Path = Path(path)
         self._file: int | None = None
         self._points: dict[str, float] = {}  # by engine, the time of the step that it went back to, as lines have it
         self._gone_back: deque[tuple[str, Mapping[str, int]]] = deque()  # reported, and not done yet

@@ -18,8 +18,8 @@ try:
     from mlflow import MlflowClient
     from mlflow.entities import Metric, Param, RunStatus, RunTag
     from mlflow.tracking import get_tracking_uri
-except ImportError as error:
-    raise missing_package(__name__, "mlflow-skinny>=3", "mlflow") from error
+except ImportError as _error:
+    raise missing_package(__name__, "mlflow-skinny>=3", "mlflow") from _error
 
 _logger = logging.getLogger("aengine.loggers")
 

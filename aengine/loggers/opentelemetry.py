@@ -28,8 +28,8 @@ try:
     from opentelemetry import context, metrics, trace
     from opentelemetry.context import Context
     from opentelemetry.trace import Link, Span, Status, StatusCode
-except ImportError as error:
-    raise missing_package(__name__, "opentelemetry-api>=1.30", "opentelemetry") from error
+except ImportError as _error:
+    raise missing_package(__name__, "opentelemetry-api>=1.30", "opentelemetry") from _error
 
 AnyEngine: TypeAlias = Engine[Any, Any]
 Attributes: TypeAlias = dict[str, str | int | bool]

@@ -45,12 +45,15 @@ class RetryingSink:
         retry_at: when a sink that has failed may be called again; long ago, if it did not fail.
     """
 
+    called_at: float
+    retry_at: float
+
     def __init__(self, sink: Sink | Write, shutdown_timeout: float, *, must_raise: bool) -> None:
         anything: Any = sink
-        self.name = name_of_sink(sink)
-        self.failures = 0
-        self.busy = 0.0
-        self.has_raised = False
+        self.name: str = name_of_sink(sink)
+        self.failures: int = 0
+        self.busy: float = 0.0
+        self.has_raised: bool = False
         self.called_at = self.retry_at = -math.inf
         self._thread = DedicatedThread(f"aengine sink {self.name}")
         self._write = self._writer(sink.write if isinstance(sink, Sink) else sink)

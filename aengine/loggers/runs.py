@@ -40,8 +40,8 @@ class SharedRun:
     def __init__(self) -> None:
         self.began: float | None = None
         self.ended: float | None = None
-        self.reason = StopReason.COMPLETED
-        self.has_news = False
+        self.reason: StopReason = StopReason.COMPLETED
+        self.has_news: bool = False
         self._first = ""
         self._open_runs = 0
         self._lock = threading.Lock()

@@ -15,8 +15,8 @@ from aengine.state import StopReason
 
 try:
     from torch.utils.tensorboard import SummaryWriter
-except ImportError as error:
-    raise missing_package(__name__, "tensorboard>=2.17", "tensorboard") from error
+except ImportError as _error:
+    raise missing_package(__name__, "tensorboard>=2.17", "tensorboard") from _error
 
 
 @explain_wrong_call
@@ -36,7 +36,7 @@ class TensorBoard:
 
     def __init__(self, directory: str | os.PathLike[str], *, tag: Callable[[Record, str], str] = tag_of) -> None:
         check_callable(tag, "TensorBoard(tag=)", "tag", "record", "name")
-        self.directory = Path(directory)
+        self.directory: Path = Path(directory)
         self._tag = tag
         self._writer: Any = None
         self._purge_step: int | None = None  # the first one that is written once more, where a run went back

@@ -110,7 +110,7 @@ class Tracker:
         check_whole(buffer, "buffer=", minimum=1, of="records that may wait")
         seconds = check_seconds(shutdown_timeout, "shutdown_timeout=", 5.0)
         check_choice(on_error, "on_error=", ("raise", "log"))
-        self.name = name_of_sink(sink)
+        self.name: str = name_of_sink(sink)
         self._sink = sink
         self._values = values
         self._step = step

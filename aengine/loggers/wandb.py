@@ -17,8 +17,8 @@ from aengine.state import StopReason
 
 try:
     import wandb
-except ImportError as error:
-    raise missing_package(__name__, "wandb>=0.19.10", "wandb") from error
+except ImportError as _error:
+    raise missing_package(__name__, "wandb>=0.19.10", "wandb") from _error
 
 _FAILED = 1
 """The exit code of a run that failed; 0 is that of one that did not."""

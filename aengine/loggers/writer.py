@@ -59,11 +59,11 @@ class RecordWriter(Service):
         self, sink: Sink | Write, size: int, shutdown_timeout: float, standing: Standing, *, must_raise: bool
     ) -> None:
         anything: Any = sink
-        self.sink = RetryingSink(sink, shutdown_timeout, must_raise=must_raise)
+        self.sink: RetryingSink = RetryingSink(sink, shutdown_timeout, must_raise=must_raise)
         self.buffer: RecordBuffer[Record] = RecordBuffer(size)
         self._shutdown_timeout = shutdown_timeout
         self._standing = standing
-        self.lock = RLock()
+        self.lock: RLock = RLock()
         self._enough = min(_BATCH, size // 2)  # records for which the sink is called at once
         self._rewindable = anything if isinstance(anything, Rewindable) else None
         self._listener = anything if isinstance(anything, RunListener) else None

@@ -30,8 +30,8 @@ try:
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
     from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
-except ImportError as error:
-    raise missing_package(__name__, "matplotlib>=3.9", "plots") from error
+except ImportError as _error:
+    raise missing_package(__name__, "matplotlib>=3.9", "plots") from _error
 
 Array: TypeAlias = "np.ndarray[Any, np.dtype[np.float64]]"
 

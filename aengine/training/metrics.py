@@ -28,8 +28,8 @@ from aengine.keywords import explain_wrong_call
 try:
     from torchmetrics import Metric, MetricCollection
     from torchmetrics.wrappers import MetricTracker
-except ImportError as error:
-    raise missing_package(__name__, "torchmetrics>=1.4", "training") from error
+except ImportError as _error:
+    raise missing_package(__name__, "torchmetrics>=1.4", "training") from _error
 
 AnyMetric: TypeAlias = Metric | MetricCollection | MetricTracker
 
@@ -87,7 +87,7 @@ class MetricHandler:
         check_callable(output_transform, "output_transform=", "output_transform", "output")
         self.metric = metric
         self.name = name
-        self.iterations = 0
+        self.iterations: int = 0
         self._attachment = Attachment(self)
         self._engine_name = ""
         self._is_attached = False

@@ -96,7 +96,7 @@ class OptimizerUpdate:
         clip_gradients: float | Clip | None = None,
     ) -> None:
         _check(model, optimizer, scaler)
-        self.pending = 0
+        self.pending: int = 0
         self._model = model
         self._optimizer = optimizer
         self._scaler = scaler

@@ -44,7 +44,8 @@ def test_what_is_made_by_an_alias_is_what_the_class_makes() -> None:
         engine.state = State[int, int](seed=3)
         assert (engine.run_sync([1, 2]).output, engine.state.seed) == (2, 3)
         assert "__orig" not in repr(engine.state)
-    assert get_args(Data[int])
+    data: Any = Data
+    assert get_args(data[int])
 
 
 async def test_an_event_is_a_tuple_that_is_equal_to_itself_alone() -> None:

@@ -49,10 +49,10 @@ class Arena:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self.descriptor = _create_file(size)
-        self.buffer = mmap.mmap(self.descriptor, size)
-        self.address = torch.frombuffer(self.buffer, dtype=torch.uint8).data_ptr()
-        self.is_pinned = False
+        self.descriptor: int = _create_file(size)
+        self.buffer: mmap.mmap = mmap.mmap(self.descriptor, size)
+        self.address: int = torch.frombuffer(self.buffer, dtype=torch.uint8).data_ptr()
+        self.is_pinned: bool = False
 
     def pin(self) -> None:
         """Let a GPU write here by itself."""

@@ -108,14 +108,16 @@ class _Bytes(_Stub):
         return super().__new__(cls)
 
 
-_Python: Any = pickle._Unpickler  # noqa: SLF001 # pyright: ignore[reportPrivateUsage, reportUnknownVariableType]
+_Python = pickle._Unpickler  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
 
 
-class PlainUnpickler(_Python):  # type: ignore[misc]
+class PlainUnpickler(_Python):
     """Python's own unpickler in Python: that in C allocates, for a number in a file of some bytes, up to 64 GB."""
 
     # Without the one that makes a bytearray of a length before it reads it: nothing that is read here has one so.
-    dispatch: ClassVar = {code: load for code, load in _Python.dispatch.items() if code != pickle.BYTEARRAY8[0]}
+    dispatch: ClassVar[dict[Any, Any]] = {
+        code: load for code, load in _Python.dispatch.items() if code != pickle.BYTEARRAY8[0]
+    }
 
 
 class _Look(PlainUnpickler):

@@ -62,7 +62,7 @@ class WriterProcess:
     """
 
     def __init__(self) -> None:
-        self.memory = SharedMemory()
+        self.memory: SharedMemory = SharedMemory()
         self._calling = threading.Lock()
         self._child: _Child | None = None
 

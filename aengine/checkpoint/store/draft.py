@@ -69,7 +69,7 @@ class Draft:
     """
 
     def __init__(self, directory: Path, lock: DirectoryLock, step: int) -> None:
-        self.path = directory / f"{TEMPORARY}{directory_name(step)}-{secrets.token_hex(4)}"
+        self.path: Path = directory / f"{TEMPORARY}{directory_name(step)}-{secrets.token_hex(4)}"
         self._directory = directory
         self._lock = lock
         self._step = step

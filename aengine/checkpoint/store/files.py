@@ -39,7 +39,7 @@ class HashingFile:
 
     def __init__(self, descriptor: int, is_stopped: IsStopped | None = None) -> None:
         self.error: OSError | Stopped | None = None
-        self.size = 0
+        self.size: int = 0
         self._descriptor = descriptor
         self._is_stopped = is_stopped
         self._hash = hashlib.sha256()

@@ -50,7 +50,7 @@ class Store:
     """
 
     def __init__(self, directory: str | os.PathLike[str], keep: Keep = Keep()) -> None:  # noqa: B008 -- it is frozen
-        self.directory = Path(directory).absolute()  # wherever the process goes later
+        self.directory: Path = Path(directory).absolute()  # wherever the process goes later
         self.keep = keep
         self._lock = DirectoryLock(self.directory / ".lock")
 
