@@ -32,7 +32,7 @@ from aengine.drivers.session import Session
 from aengine.events import Event, EventEnum, EventLike
 from aengine.keywords import explain_wrong_call
 from aengine.loop.requests import Request, Requests
-from aengine.state import Randomness, State
+from aengine.state import State
 from aengine.statistics import EngineStatistics, ListenerInfo
 from aengine.type_variables import Batch, Output, Taken, with_defaults
 
@@ -75,8 +75,6 @@ class Engine(Generic[Batch, Output]):
     Attributes:
         state: what the loop knows. Another `State` can be assigned between runs: the next one begins anew.
         state_dict_user_keys: the attributes of the state that are saved and loaded with the engine.
-        randomness: what saves and restores the states of random number generators, so that a resumed run draws what it
-            would have drawn, and shuffled data comes as it came. None for nothing; `aengine.checkpoint` sets it.
 
     Raises:
         TypeError, ValueError: the step cannot be called as `step(engine, batch)`, `thread` is no bool, or `grace` is no
@@ -122,7 +120,6 @@ class Engine(Generic[Batch, Output]):
         self.state: State[Batch, Output] = State()
         self.logger: logging.Logger = logging.getLogger("aengine.engine")
         self.state_dict_user_keys: list[str] = []
-        self.randomness: Randomness | None = None
         self._requests = Requests()
         self._emitter = EventEmitter(self.name, self.logger, self.state)
         self._session = Session(
@@ -685,7 +682,7 @@ class Engine(Generic[Batch, Output]):
 
         Holds the counters and limits, the position of the data (and the data's own `state_dict`, where it has one),
         the counts of events that count their firings, and the state's attributes that `state_dict_user_keys` names;
-        with `engine.randomness`, also the states of random number generators, as tensors.
+        where a Checkpoint is attached, also the states of random number generators, as tensors.
         """
         return self._session.state_dict(self)
 

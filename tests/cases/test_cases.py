@@ -1,6 +1,5 @@
 """Each program of this folder holds, on each event loop that it may run on."""
 
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -41,7 +40,7 @@ def backends_of(program: Path) -> list[Any]:
     text = program.read_text(encoding="utf-8")
     if program.stem in ASYNCIO:
         return [each for each in BACKENDS if each.id != "trio"]
-    if re.search("^async def main", text, re.MULTILINE):
+    if "async def main() -> None:" in text:
         return BACKENDS
     if "def main(backend:" in text:
         return [each for each in BACKENDS if each.id != "uvloop"]
@@ -53,10 +52,10 @@ CASES = [
         program,
         *backend.values,
         id=f"{program.parent.name}/{program.stem}-{backend.id}",
-        marks=[pytest.mark.slow] if program.stem in SLOW else [],
+        marks=([pytest.mark.slow] + [pytest.mark.variant] * (position > 0)) if program.stem in SLOW else [],
     )
     for program in PROGRAMS
-    for backend in backends_of(program)
+    for position, backend in enumerate(backends_of(program))
 ]
 
 

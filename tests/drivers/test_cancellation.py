@@ -22,13 +22,14 @@ import anyio
 import pytest
 import trio
 from anyio.lowlevel import checkpoint, current_token
-from support.backends import Backend
+from support.backends import BACKENDS, Backend
 from support.turns import call_and_wait_for_turns
 
 from aengine import Engine, Event, Events, StopReason
 
-pytestmark = pytest.mark.every_event_loop
 ONE_OF_MANY = [pytest.mark.slow, pytest.mark.variant]
+ON_ASYNCIO = pytest.mark.parametrize("anyio_backend", [each for each in BACKENDS if each.id != "trio"], indirect=True)
+"""For tests of asyncio's own cancellation."""
 
 Act = Callable[[], object]
 
@@ -498,6 +499,7 @@ async def at_each(attempt: Callable[[int], Awaitable[bool]]) -> None:
             raise
 
 
+@pytest.mark.every_event_loop
 @pytest.mark.parametrize("case", cases(FEW, ALL))
 async def test_scope_cancelled_before_each_step_of_each_task(case: Case) -> None:
     await at_each(lambda n: cancel_scope_before_step(case, n))
@@ -536,6 +538,7 @@ async def test_scope_cancelled_in_each_call_of_the_users_code(case: Case) -> Non
     await at_each(lambda k: cancel_scope_in_call(case, k))
 
 
+@pytest.mark.every_event_loop
 async def test_a_run_inside_a_cancelled_scope_does_nothing_but_say_so() -> None:
     rig = Rig(Case("worker", "entered", 2, "wait"))
     with anyio.CancelScope() as scope:
@@ -574,24 +577,25 @@ async def cancel_task_before_step(case: Case, n: int, *, again_after: int | None
     return countdown.acted > 0
 
 
+@pytest.mark.every_event_loop
+@ON_ASYNCIO
 @pytest.mark.parametrize("case", cases(FEW[::2], ALL))
-async def test_task_cancelled_before_each_step_of_each_task(case: Case, anyio_backend: Backend) -> None:
-    needs_asyncio(anyio_backend)
+async def test_task_cancelled_before_each_step_of_each_task(case: Case) -> None:
     await at_each(lambda n: cancel_task_before_step(case, n))
 
 
+@pytest.mark.every_event_loop
+@pytest.mark.covering(2)
+@ON_ASYNCIO
 @pytest.mark.parametrize("again_after", [1, 3])
 @pytest.mark.parametrize("case", cases(FEW[1::4], SOME))
-async def test_task_cancelled_twice_before_each_step_of_each_task(
-    case: Case, again_after: int, anyio_backend: Backend
-) -> None:
-    needs_asyncio(anyio_backend)
+async def test_task_cancelled_twice_before_each_step_of_each_task(case: Case, again_after: int) -> None:
     await at_each(lambda n: cancel_task_before_step(case, n, again_after=again_after))
 
 
+@ON_ASYNCIO
 @pytest.mark.parametrize("step", ["worker", pytest.param("async", marks=ONE_OF_MANY)])
-async def test_task_cancelled_before_each_step_around_iterate(step: str, anyio_backend: Backend) -> None:
-    needs_asyncio(anyio_backend)
+async def test_task_cancelled_before_each_step_around_iterate(step: str) -> None:
     case = Case(step, "async", 2, "wait")
     await at_each(lambda n: cancel_task_before_step(case, n, run=Rig.iterate))
 
@@ -619,16 +623,19 @@ async def cancel_task_in_call(case: Case, k: int, *, times: int) -> bool:
     return acted
 
 
+@pytest.mark.every_event_loop
+@pytest.mark.covering(2)
+@ON_ASYNCIO
 @pytest.mark.parametrize("times", [1, 2])
 @pytest.mark.parametrize("case", cases(FEW[1::3], SOME))
-async def test_task_cancelled_in_each_call_of_the_users_code(case: Case, times: int, anyio_backend: Backend) -> None:
-    needs_asyncio(anyio_backend)
+async def test_task_cancelled_in_each_call_of_the_users_code(case: Case, times: int) -> None:
     await at_each(lambda k: cancel_task_in_call(case, k, times=times))
 
 
+@pytest.mark.every_event_loop
+@ON_ASYNCIO
 @pytest.mark.parametrize("case", cases(FEW))
-async def test_timeout_of_asyncio_around_a_run_is_a_timeout(case: Case, anyio_backend: Backend) -> None:
-    needs_asyncio(anyio_backend)
+async def test_timeout_of_asyncio_around_a_run_is_a_timeout(case: Case) -> None:
     rig = Rig(case)
 
     async def run() -> None:
@@ -646,11 +653,10 @@ async def test_timeout_of_asyncio_around_a_run_is_a_timeout(case: Case, anyio_ba
     await rig.check_it_goes_on()
 
 
+@pytest.mark.every_event_loop
+@ON_ASYNCIO
 @pytest.mark.parametrize("case", cases(FEW))
-async def test_a_sibling_in_a_task_group_of_asyncio_that_fails_cancels_the_run(
-    case: Case, anyio_backend: Backend
-) -> None:
-    needs_asyncio(anyio_backend)
+async def test_a_sibling_in_a_task_group_of_asyncio_that_fails_cancels_the_run(case: Case) -> None:
     rig, fail = Rig(case), asyncio.Event()
     rig.touch.at, rig.touch.act = 12, fail.set
 
@@ -692,10 +698,10 @@ async def cancel_every_task_before_step(case: Case, n: int) -> bool:
     return countdown.acted > 0
 
 
+@ON_ASYNCIO
 @pytest.mark.parametrize("case", cases(FEW[1::3], SOME))
 @pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")  # anyio's own, of one cancelled before it began
-async def test_every_task_of_a_run_cancelled_natively_ends_it(case: Case, anyio_backend: Backend) -> None:
-    needs_asyncio(anyio_backend)
+async def test_every_task_of_a_run_cancelled_natively_ends_it(case: Case) -> None:
     await at_each(lambda n: cancel_every_task_before_step(case, n))
 
 
@@ -754,6 +760,7 @@ async def test_interrupted_before_each_step_of_each_task(case: Case) -> None:
 # In special places
 
 
+@pytest.mark.every_event_loop
 async def test_cancelled_while_paused() -> None:
     rig, scope = Rig(Case("worker", "batches", 0, "wait")), anyio.CancelScope()
 
@@ -810,9 +817,10 @@ async def test_scope_cancelled_before_each_step_of_nested_runs(step: str) -> Non
     await at_each(lambda n: cancel_nested_before_step(step, n))
 
 
+@pytest.mark.every_event_loop
+@ON_ASYNCIO
 @pytest.mark.parametrize("step", STEPS)
-async def test_a_stream_loses_no_event_when_its_reader_is_cancelled_natively(step: str, anyio_backend: Backend) -> None:
-    needs_asyncio(anyio_backend)
+async def test_a_stream_loses_no_event_when_its_reader_is_cancelled_natively(step: str) -> None:
 
     async def attempt(n: int) -> bool:
         rig = Rig(Case(step, "list", 0, "wait"))
@@ -844,6 +852,7 @@ async def test_a_stream_loses_no_event_when_its_reader_is_cancelled_natively(ste
     assert n > 4
 
 
+@pytest.mark.every_event_loop
 @pytest.mark.parametrize("step", STEPS)
 async def test_the_time_of_a_hanging_cancelled_handler_is_the_grace(
     step: str, caplog: pytest.LogCaptureFixture
@@ -864,6 +873,7 @@ async def test_the_time_of_a_hanging_cancelled_handler_is_the_grace(
     rig.check_it_was_told()
 
 
+@pytest.mark.every_event_loop
 @pytest.mark.parametrize("native", [False, True], ids=["scope", "native"])
 async def test_the_time_of_a_hanging_subscriber_is_the_grace_also_under_cancellation(
     anyio_backend: Backend, caplog: pytest.LogCaptureFixture, *, native: bool
@@ -900,6 +910,7 @@ async def test_the_time_of_a_hanging_subscriber_is_the_grace_also_under_cancella
     assert (hung.accepted, hung.handled, hung.discarded, hung.depth) == (1, 0, 1, 0)
 
 
+@pytest.mark.every_event_loop
 async def test_a_step_that_fails_while_a_cancellation_waits_for_it_is_not_silent() -> None:
     scope, error = anyio.CancelScope(), ValueError("nan")
     touch = Touch()
@@ -974,6 +985,7 @@ print(json.dumps(reports))
 """
 
 
+@pytest.mark.every_event_loop
 @pytest.mark.parametrize("way", ["run", "iterate"])
 @pytest.mark.parametrize("case", cases(FEW[1:2], FEW))
 def test_ctrl_c_in_each_call_of_the_users_code(case: Case, way: str, anyio_backend: Backend) -> None:

@@ -6,7 +6,7 @@ from aengine import Engine, StrayCancellation
 
 
 async def step(engine: Engine, batch: int) -> int:
-    answer = asyncio.get_running_loop().create_future()
+    answer: asyncio.Future[int] = asyncio.get_running_loop().create_future()
     if batch == 3:
         answer.cancel()  # a pool that is closed, a request that is given up
     else:

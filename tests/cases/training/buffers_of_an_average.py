@@ -23,5 +23,6 @@ def main() -> None:
 
     trainer.add_event_handler(Events.ITERATION_COMPLETED, note)
     trainer.run_sync([(torch.randn(8, 2) + 5, torch.randn(8, 1)) for _ in range(5)])
-    assert torch.equal(average.module[0].running_mean, means[3])  # the fourth of five is the last that is even
+    mean = average.module.get_buffer("0.running_mean")
+    assert torch.equal(mean, means[3])  # the fourth of five is the last that is even
     assert not torch.equal(means[3], means[4])

@@ -16,7 +16,8 @@ class Killed(Dataset[int]):
         return 400
 
     def __getitem__(self, index: int) -> int:
-        if index == 100:
+        time.sleep(0.01)  # so that the main thread waits for a batch, and not elsewhere, when the signal comes
+        if index == 40:
             os.kill(os.getpid(), signal.SIGKILL)
         return index
 
