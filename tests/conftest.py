@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import multiprocessing
 import os
 import signal
 import threading
@@ -18,6 +19,9 @@ from support.covering_array import covering
 # OpenMP's threads wait for their next part of an operation by spinning, on cores that the other workers of pytest need.
 # Set here, before torch is imported, and inherited by the workers: tests of small models take half the time.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# A worker of a DataLoader that the fork server starts has torch then, instead of taking seconds to import it.
+multiprocessing.set_forkserver_preload(["torch.utils.data"])
 
 # No deadline, since other work on the machine makes an example slow too. And always the same examples, so that a change
 # fails only by its own faults. To look for new ones: --hypothesis-profile=explore.
