@@ -27,7 +27,13 @@ from aengine.lazy import lazy_names
 
 if TYPE_CHECKING:
     # `import aengine` is enough for `aengine.handlers.EarlyStopping`.
-    from aengine import checkpoint as checkpoint, handlers as handlers, loggers as loggers, training as training
+    from aengine import (
+        checkpoint as checkpoint,
+        handlers as handlers,
+        loggers as loggers,
+        plots as plots,
+        training as training,
+    )
     from aengine.bus.emitter import RemovableEventHandle
     from aengine.bus.stream import Stream
     from aengine.checkpoint import Checkpoint, Keep

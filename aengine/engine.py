@@ -30,8 +30,9 @@ from aengine.drivers.iterate import IterationStream
 from aengine.drivers.services import Service
 from aengine.drivers.session import Session
 from aengine.events import Event, EventEnum, EventLike
+from aengine.keywords import explain_wrong_call
 from aengine.loop.requests import Request, Requests
-from aengine.state import Randomness, State
+from aengine.state import State
 from aengine.statistics import EngineStatistics, ListenerInfo
 from aengine.type_variables import Batch, Output, Taken, with_defaults
 
@@ -57,6 +58,7 @@ class InsideOfIgnite:
         )
 
 
+@explain_wrong_call
 class Engine(Generic[Batch, Output]):
     """Loops over data, runs a step for each batch, and publishes what happens.
 
@@ -73,8 +75,6 @@ class Engine(Generic[Batch, Output]):
     Attributes:
         state: what the loop knows. Another `State` can be assigned between runs: the next one begins anew.
         state_dict_user_keys: the attributes of the state that are saved and loaded with the engine.
-        randomness: what saves and restores the states of random number generators, so that a resumed run draws what it
-            would have drawn, and shuffled data comes as it came. None for nothing; `aengine.checkpoint` sets it.
 
     Raises:
         TypeError, ValueError: the step cannot be called as `step(engine, batch)`, `thread` is no bool, or `grace` is no
@@ -120,7 +120,6 @@ class Engine(Generic[Batch, Output]):
         self.state: State[Batch, Output] = State()
         self.logger: logging.Logger = logging.getLogger("aengine.engine")
         self.state_dict_user_keys: list[str] = []
-        self.randomness: Randomness | None = None
         self._requests = Requests()
         self._emitter = EventEmitter(self.name, self.logger, self.state)
         self._session = Session(
@@ -160,6 +159,7 @@ class Engine(Generic[Batch, Output]):
 
     # Running
 
+    @explain_wrong_call
     async def run(
         self,
         data: Data[Batch] | None = None,
@@ -195,6 +195,7 @@ class Engine(Generic[Batch, Output]):
         await self._session.run(self, data, (max_epochs, max_iters, epoch_length), prefetch)
         return self.state
 
+    @explain_wrong_call
     def run_sync(
         self,
         data: Data[Batch] | None = None,
@@ -215,6 +216,7 @@ class Engine(Generic[Batch, Output]):
         self._session.run_sync(self, data, (max_epochs, max_iters, epoch_length), prefetch)
         return self.state
 
+    @explain_wrong_call
     def iterate(
         self,
         data: Data[Batch] | None = None,
@@ -244,7 +246,8 @@ class Engine(Generic[Batch, Output]):
     def on(  # pyright: ignore[reportOverlappingOverload]  # it does not look at keywords
         self, event: EventLike, *args: Any, **kwargs: Any
     ) -> Callable[[Handler], Handler]: ...
-    def on(self, event: EventLike, *args: Any, **kwargs: Any) -> Any:  # type: ignore[misc]  # mypy: *Any is no *Positional
+    @explain_wrong_call  # type: ignore[misc]  # mypy: *Any is no *Positional
+    def on(self, event: EventLike, *args: Any, **kwargs: Any) -> Any:
         """Return a decorator that adds an inline handler, and returns it as it was. See `add_event_handler`.
 
         Raises:
@@ -299,6 +302,7 @@ class Engine(Generic[Batch, Output]):
         *args: Arguments.args,
         **kwargs: Arguments.kwargs,
     ) -> RemovableEventHandle: ...
+    @explain_wrong_call
     def add_event_handler(
         self, event: EventLike, handler: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> RemovableEventHandle:
@@ -317,6 +321,7 @@ class Engine(Generic[Batch, Output]):
         """
         return self._emitter.add_inline(event, handler, args, kwargs)
 
+    @explain_wrong_call
     def remove_event_handler(self, handler: Callable[..., Any], event: EventLike) -> None:
         """Remove an inline handler from the very event, with its filter, that it was added with.
 
@@ -325,6 +330,7 @@ class Engine(Generic[Batch, Output]):
         """
         self._emitter.remove_inline(handler, event)
 
+    @explain_wrong_call
     def has_event_handler(self, handler: Callable[..., Any], event: EventLike | None = None) -> bool:
         """Say whether an inline handler listens: to anything; to an event, or, filtered, with that very filter."""
         return self._emitter.has_inline(handler, event)
@@ -377,6 +383,7 @@ class Engine(Generic[Batch, Output]):
         snapshot: Callable[["Engine[Batch, Output]"], Awaitable[Taken] | Taken],
         name: str | None = None,
     ) -> RemovableEventHandle: ...
+    @explain_wrong_call
     def subscribe(
         self,
         event: EventLike,
@@ -445,6 +452,7 @@ class Engine(Generic[Batch, Output]):
         snapshot: Callable[["Engine[Batch, Output]"], Awaitable[Taken] | Taken],
         wait_for_run: bool = True,
     ) -> Stream[Output, Taken]: ...
+    @explain_wrong_call
     def stream(
         self,
         event: EventLike,
@@ -471,6 +479,7 @@ class Engine(Generic[Batch, Output]):
         bus, selected = self._emitter.bus, self._emitter.select(event)
         return Stream(bus, selected, None, buffer, overflow, snapshot, wait_for_run=wait_for_run)
 
+    @explain_wrong_call
     def add_service(
         self, service: Service, *, on_error: Literal["raise", "log"] = "raise", name: str | None = None
     ) -> RemovableEventHandle:
@@ -488,6 +497,7 @@ class Engine(Generic[Batch, Output]):
 
     # Events of the user's own
 
+    @explain_wrong_call
     def register_events(self, *events: str | EventEnum, event_to_attr: Mapping[Any, str] | None = None) -> None:
         """Register events of one's own, to listen to and to fire.
 
@@ -672,10 +682,11 @@ class Engine(Generic[Batch, Output]):
 
         Holds the counters and limits, the position of the data (and the data's own `state_dict`, where it has one),
         the counts of events that count their firings, and the state's attributes that `state_dict_user_keys` names;
-        with `engine.randomness`, also the states of random number generators, as tensors.
+        where a Checkpoint is attached, also the states of random number generators, as tensors.
         """
         return self._session.state_dict(self)
 
+    @explain_wrong_call
     def load_state_dict(self, state_dict: Mapping[str, Any], *, restart_if_done: bool = False) -> None:
         """Go on, at the next `run()`, where a `state_dict` was taken, by this engine or by pytorch-ignite's.
 

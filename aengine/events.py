@@ -283,6 +283,9 @@ class Event(NamedTuple, Generic[Output, Snapshot]):
         # By identity: comparing the tensors in two events would raise, or take longer than the step that made them.
         return self is other
 
+    def __ne__(self, other: object) -> bool:
+        return self is not other  # a tuple has one of its own
+
     def __hash__(self) -> int:
         return id(self)
 

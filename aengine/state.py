@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from traceback import format_exception
-from typing import TYPE_CHECKING, Any, Generic, NoReturn, Protocol, Self, runtime_checkable
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, Protocol, runtime_checkable
 
 from aengine.type_variables import Batch, Output, with_defaults
 
@@ -40,14 +40,14 @@ class ErrorInfo:
     message: str
     traceback: str
 
-    @classmethod
-    def of(cls, error: BaseException) -> Self:
-        """Describe an exception. What the exception cannot say of itself is left out."""
-        try:
-            message = str(error)
-        except Exception:  # noqa: BLE001 -- a user's own `__str__`: the end of the run is told all the same
-            message = ""
-        return cls(type(error).__name__, message, "".join(format_exception(error)))
+
+def describe_error(error: BaseException) -> ErrorInfo:
+    """Describe an exception. What the exception cannot say of itself is left out."""
+    try:
+        message = str(error)
+    except Exception:  # noqa: BLE001 -- a user's own `__str__`: the end of the run is told all the same
+        message = ""
+    return ErrorInfo(type(error).__name__, message, "".join(format_exception(error)))
 
 
 _SHOWN = (int, float, str, Enum, type(None))

@@ -244,7 +244,7 @@ class Ours:
         pass
 
     def close(self) -> None:
-        anyio.run(self._checkpoint.close)
+        anyio.run(self._checkpoint.aclose)
 
 
 SAVERS: dict[str, Callable[[Training, Path], Saver]] = {

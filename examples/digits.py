@@ -136,7 +136,7 @@ async def main(out: Path) -> None:
     state = {"model": model, "average": average, "optimizer": optimizer}
     async with Checkpoint(out / "checkpoints", state, keep=Keep(last=2, best=1, metric="accuracy")) as checkpoint:
         checkpoint.attach(trainer, Events.EPOCH_COMPLETED | Events.TERMINATE)
-        restored = await checkpoint.restore(trainer)
+        restored = await checkpoint.restore()
         if early_stopping.waited == PATIENCE:
             print(f"done at step {trainer.state.iteration}")
         else:
@@ -148,7 +148,7 @@ async def main(out: Path) -> None:
                 print(f"stopped at step {trainer.state.iteration}: the same command resumes")
                 return
         best = max(checkpoint.list(), key=lambda each: each.metrics["accuracy"])  # the first of equals, as in Keep
-        await checkpoint.restore(trainer, best.step)
+        await checkpoint.restore(best.step)
 
     tester = create_supervised_evaluator(average, {"test": metrics()})
     found = (await tester.run(in_batches(test))).metrics

@@ -76,7 +76,7 @@ async def train(folder: Path) -> None:
             def write(engine: Engine[Batch, float]) -> None:
                 print(engine.state.iteration, engine.state.output, file=losses, flush=True)  # with all digits
 
-            restored = await checkpoint.restore(trainer)
+            restored = await checkpoint.restore()
             print(f"resuming from step {restored.step}" if restored else "beginning", flush=True)
             state = await trainer.run(data, max_epochs=20)
     print(f"{state.stop_reason} at step {state.iteration} of 580")

@@ -5,7 +5,6 @@ from collections.abc import Iterable, Mapping
 from threading import RLock
 
 from aengine.bus.completions import Completions
-from aengine.bus.stream import Stream
 from aengine.bus.subscriber import Subscriber, Subscription
 from aengine.bus.topic import Topic
 from aengine.events import ALWAYS
@@ -92,7 +91,7 @@ class Bus:
             self._subscriptions = tuple(one for one in self._subscriptions if one is not subscription)
         if is_there:  # else it was removed before, or its engine is gone
             subscription.unsubscribe()
-        subscription.inbox.close_nowait(discard=isinstance(subscription, Stream))
+        subscription.inbox.close_nowait(discard=not isinstance(subscription, Subscriber))
 
     @property
     def subscribers(self) -> list[Subscriber]:
@@ -100,9 +99,9 @@ class Bus:
         return [one for one in self._subscriptions if isinstance(one, Subscriber)]
 
     @property
-    def streams(self) -> list[Stream]:
-        """The streams that are being read."""
-        return [one for one in self._subscriptions if isinstance(one, Stream)]
+    def streams(self) -> list[Subscription]:
+        """Those of the streams that are being read."""
+        return [one for one in self._subscriptions if not isinstance(one, Subscriber)]
 
     @property
     def must_await(self) -> bool:

@@ -1,6 +1,6 @@
 """Streams: events for an `async for` of one's own."""
 
-from typing import Any, Generic, Self
+from typing import TYPE_CHECKING, Any, Generic, Self
 
 import anyio
 import anyio.lowlevel
@@ -10,8 +10,11 @@ from aengine.events import Event
 from aengine.threads.event_loop import EventLoopHandle
 from aengine.type_variables import Output, Snapshot, with_defaults
 
+if TYPE_CHECKING:
+    from aengine.bus.bus import Bus
 
-class Stream(Subscription, Generic[Output, Snapshot]):
+
+class Stream(Generic[Output, Snapshot]):
     """Events to be read, in order.
 
         async with engine.stream(event) as events:
@@ -33,8 +36,10 @@ class Stream(Subscription, Generic[Output, Snapshot]):
     _taken = 0
     _is_awaited = False  # a task waits for the next event
 
-    def __init__(self, *arguments: Any, wait_for_run: bool = True) -> None:
-        super().__init__(*arguments)
+    def __init__(self, bus: "Bus", *arguments: Any, wait_for_run: bool = True) -> None:
+        self._bus = bus
+        self._subscription = Subscription(bus, *arguments)
+        self._inbox = self._subscription.inbox
         self._wait_for_run = wait_for_run
 
     async def __aenter__(self) -> Self:
@@ -43,15 +48,15 @@ class Stream(Subscription, Generic[Output, Snapshot]):
                 "this stream is being read in another block: open one for each reader, by another engine.stream(...)"
             )
         self._loop_handle = EventLoopHandle()
-        self.inbox.reopen_nowait()
-        self._bus.add(self)
+        self._inbox.reopen_nowait()
+        self._bus.add(self._subscription)
         if not self._wait_for_run and not self._bus.has_run:  # looked at when a run that ends now would find it
-            self.inbox.close_nowait()
+            self._inbox.close_nowait()
         return self
 
     async def __aexit__(self, *_: object) -> None:
         self._loop_handle = None
-        self._bus.remove(self)
+        self._bus.remove(self._subscription)
 
     def __aiter__(self) -> Self:
         return self
@@ -65,8 +70,8 @@ class Stream(Subscription, Generic[Output, Snapshot]):
             )
         if self._is_awaited:
             raise RuntimeError(
-                f"another task waits for the next event of this {self.name}, and one event goes to one reader: open a"
-                " stream for each, by another engine.stream(...)"
+                f"another task waits for the next event of this {self._subscription.name}, and one event goes to one"
+                " reader: open a stream for each, by another engine.stream(...)"
             )
         # A turn of the event loop costs more than an event: it is given away now and then, not for each.
         if self._taken % TURN_EVENTS == TURN_EVENTS - 1:
@@ -77,14 +82,14 @@ class Stream(Subscription, Generic[Output, Snapshot]):
                 self._is_awaited = False
         else:
             await anyio.lowlevel.checkpoint_if_cancelled()
-        while (event := self.inbox.take_nowait()) is None:
-            if self.inbox.closed:
+        while (event := self._inbox.take_nowait()) is None:
+            if self._inbox.closed:
                 raise StopAsyncIteration
             self._is_awaited = True
             try:
-                await self.inbox.wait_for_event(loop_handle)
+                await self._inbox.wait_for_event(loop_handle)
             finally:
                 self._is_awaited = False
-        self.inbox.mark_handled()
+        self._inbox.mark_handled()
         self._taken += 1
         return event

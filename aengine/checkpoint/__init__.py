@@ -2,12 +2,12 @@
 
 from aengine.checkpoint import Checkpoint, Keep
 
-checkpoint = Checkpoint("checkpoints", {"model": model, "optimizer": optimizer}, keep=Keep(last=3))
-checkpoint.attach(trainer, Events.ITERATION_COMPLETED(every=500))
-await checkpoint.restore(trainer)
-await trainer.run(loader, max_epochs=10)
+async with Checkpoint("checkpoints", {"model": model, "optimizer": optimizer}, keep=Keep(last=3)) as checkpoint:
+    checkpoint.attach(trainer, Events.ITERATION_COMPLETED(every=500))
+    await checkpoint.restore()
+    await trainer.run(loader, max_epochs=10)
 
-What needs torch is loaded when it is first asked for: `python -m aengine checkpoints` reads a directory without.
+What needs torch is loaded when it is first asked for: `aengine checkpoints` reads a directory without.
 """
 
 from typing import TYPE_CHECKING
@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING
 from aengine.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from aengine.checkpoint.capture.randomness import RandomStates
     from aengine.checkpoint.capture.trainable import trainable
     from aengine.checkpoint.checkpoint import Checkpoint
-    from aengine.checkpoint.events import CheckpointCommitted, CheckpointEvents
+    from aengine.checkpoint.events import CheckpointCommitted, CheckpointEvents, CheckpointStatistics
     from aengine.checkpoint.formats.serializers import Serializer, TorchFile
     from aengine.checkpoint.store.manifest import CheckpointInfo
     from aengine.checkpoint.store.retention import Keep
@@ -26,10 +25,9 @@ else:  # out of sight of type checkers, which would take any name for one of thi
     __getattr__, __dir__ = lazy_names(
         __name__,
         {
-            "capture.randomness": "RandomStates",
             "capture.trainable": "trainable",
             "checkpoint": "Checkpoint",
-            "events": "CheckpointCommitted CheckpointEvents",
+            "events": "CheckpointCommitted CheckpointEvents CheckpointStatistics",
             "formats.serializers": "Serializer TorchFile",
             "store.manifest": "CheckpointInfo",
             "store.retention": "Keep",
@@ -41,8 +39,8 @@ __all__ = [
     "CheckpointCommitted",
     "CheckpointEvents",
     "CheckpointInfo",
+    "CheckpointStatistics",
     "Keep",
-    "RandomStates",
     "Serializer",
     "TorchFile",
     "trainable",

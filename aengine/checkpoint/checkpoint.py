@@ -16,11 +16,12 @@ import anyio
 from anyio.to_thread import run_sync as in_thread
 
 from aengine.arguments import check_choice
+from aengine.attachment import check_engine
 from aengine.bus.emitter import RemovableEventHandle
 from aengine.callables import named
 from aengine.checkpoint.capture.parts import Choice, capture, parts_of, restore
 from aengine.checkpoint.capture.randomness import RandomStates
-from aengine.checkpoint.events import REQUESTED, AnyEngine, CheckpointEvents
+from aengine.checkpoint.events import REQUESTED, AnyEngine, CheckpointEvents, CheckpointStatistics
 from aengine.checkpoint.formats.contents import Contents
 from aengine.checkpoint.formats.serializers import Serializer, TorchFile, check_serializer
 from aengine.checkpoint.save import Saver
@@ -30,21 +31,23 @@ from aengine.checkpoint.store.manifest import CheckpointInfo
 from aengine.checkpoint.store.retention import Keep
 from aengine.checkpoint.store.store import Store
 from aengine.checkpoint.writer import Writer
-from aengine.engine import Engine
+from aengine.engine import Engine, session_of
 from aengine.errors import CheckpointWarning, EngineBusy
 from aengine.events import EventLike, Events, FilteredEvent, Selector, selectors
+from aengine.keywords import explain_wrong_call
 from aengine.threads.dedicated import DedicatedThread, wait_until_done
 
 _logger = logging.getLogger("aengine.checkpoint")
 
 
+@explain_wrong_call
 class Checkpoint:
     """Saves the state of a run into a directory, while the run goes on, and restores it.
 
-        checkpoint = Checkpoint("checkpoints", {"model": model, "optimizer": optimizer})
-        checkpoint.attach(trainer, Events.ITERATION_COMPLETED(every=500))
-        await checkpoint.restore(trainer)  # the newest that is whole, if there is any
-        await trainer.run(loader, max_epochs=10)
+        async with Checkpoint("checkpoints", {"model": model, "optimizer": optimizer}) as checkpoint:
+            checkpoint.attach(trainer, Events.ITERATION_COMPLETED(every=500))
+            await checkpoint.restore()  # the newest that is whole, if there is any
+            await trainer.run(loader, max_epochs=10)
 
     A checkpoint is a snapshot of one instant: after the inline handlers of the event, before the next step. Besides the
     state that is handed in, it holds the engine (its counters, the position in the data), the states of python's,
@@ -57,7 +60,7 @@ class Checkpoint:
     since the last step.
 
     One Checkpoint serves one engine and one directory. It locks the directory, from `restore()` or the start of the run
-    on, until `close()` or the end of its `async with`.
+    on, until `aclose()` or the end of its `async with`.
 
     Args:
         directory: where the checkpoints are; made when the first one is written.
@@ -67,16 +70,16 @@ class Checkpoint:
             An engine in it, such as an evaluator that a handler runs, is saved with its metrics and its handlers that
             have a `state_dict`; once restored, it begins anew at its next run if it was done, as in memory.
         keep: which checkpoints stay.
-        serializer: how the state is written; by default `torch.save`, loaded with `weights_only=True` only.
         when_busy: what happens when a save is due while the one before is being written: "wait" has the loop wait,
-            "skip" goes on without (counted in `skipped`); the last ones of a run are never skipped.
-        on_error: what a save that fails does: "raise" fails the run before its next step, "warn" gives a
-            CheckpointWarning, counts it in `failures`, and goes on.
+            "skip" goes on without (counted in `statistics()`); the last ones of a run are never skipped.
+        on_error: what a save that fails does: "raise" fails the run before its next step, "log" logs it and goes on.
+            Both are counted in `statistics()`.
         write_in: "thread", or "process", which takes nothing from steps that are short.
         rng: what a run that goes on from `restore` draws. "process": what it would have drawn without the break, since
             python's, numpy's and torch's generators are set back, for all that this process does. Right for a program
             that trains. "data": those are left alone, so that no other job of a server draws the same numbers again;
             the data still goes on where it stood, in its order. Generators in the state are set back in any case.
+        serializer: how the state is written; by default `torch.save`, loaded with `weights_only=True` only.
 
     Raises:
         TypeError, ValueError: an argument is wrong.
@@ -87,22 +90,20 @@ class Checkpoint:
         directory: str | os.PathLike[str],
         state: Any,
         *,
-        keep: Keep | None = None,
-        serializer: Serializer | None = None,
+        keep: Keep = Keep(),  # noqa: B008 -- it is frozen
         when_busy: Literal["wait", "skip"] = "wait",
-        on_error: Literal["raise", "warn"] = "raise",
+        on_error: Literal["raise", "log"] = "raise",
         write_in: Literal["thread", "process"] = "thread",
         rng: Literal["process", "data"] = "process",
+        serializer: Serializer = TorchFile(),  # noqa: B008 -- it has no state
     ) -> None:
         if not isinstance(directory, str | os.PathLike):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"Checkpoint(directory, state) takes a path first, got {type(directory).__qualname__}")
-        keep = Keep() if keep is None else keep
         if not isinstance(keep, Keep):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"keep= is a Keep, such as Keep(last=3), got {keep!r}")
-        serializer = TorchFile() if serializer is None else serializer
         check_serializer(serializer)
         check_choice(when_busy, "when_busy=", ["wait", "skip"])
-        check_choice(on_error, "on_error=", ["raise", "warn"])
+        check_choice(on_error, "on_error=", ["raise", "log"])
         check_choice(write_in, "write_in=", ["thread", "process"])
         check_choice(rng, "rng=", ["process", "data"])
         self._reseeds = rng == "process"
@@ -114,7 +115,9 @@ class Checkpoint:
         self._saver = Saver(self._writer, when_busy, on_error)
         self._damaged: tuple[Path, ...] = ()
         self._engine: AnyEngine | None = None
-        self._handles: dict[RemovableEventHandle, Selector | None] = {}  # of each, where it saves, if it does
+        self._service: list[RemovableEventHandle] = []  # what serves all of its events
+        self._events: dict[RemovableEventHandle, Selector] = {}  # of each, where it saves
+        self._attached = 0  # how many calls of attach() are not removed
 
     @property
     def directory(self) -> Path:
@@ -122,24 +125,15 @@ class Checkpoint:
         return self._store.directory
 
     @property
-    def committed(self) -> CheckpointInfo | None:
+    def last_saved(self) -> CheckpointInfo | None:
         """The last checkpoint that this object has written, None before the first."""
-        return self._writer.committed
+        return self._writer.last_saved
 
-    @property
-    def skipped(self) -> int:
-        """How many saves were skipped, by `when_busy="skip"`."""
-        return self._saver.skipped
-
-    @property
-    def failures(self) -> int:
-        """How many saves failed and were warned of, by `on_error="warn"`."""
-        return self._saver.failures
-
-    @property
-    def damaged(self) -> tuple[Path, ...]:
-        """What `restore` and `load` found damaged: where it is now."""
-        return self._damaged
+    def statistics(self) -> CheckpointStatistics:
+        """Return what became of the saves so far. Cheap; at any time, from any thread."""
+        saver = self._saver
+        is_saving = saver.under_way is not None
+        return CheckpointStatistics(saver.saved, saver.skipped, saver.failures, self._damaged, is_saving)
 
     def list(self) -> list[CheckpointInfo]:
         """Return the committed checkpoints, oldest first. Not verified: see `restore`."""
@@ -159,10 +153,13 @@ class Checkpoint:
 
     # Saving
 
-    def attach(self, engine: AnyEngine, event: EventLike) -> RemovableEventHandle:
+    def attach(self, engine: AnyEngine, event: EventLike | None = None) -> RemovableEventHandle:
         """Save at an event, filtered or not, or at several: also on time, by `every=timedelta(minutes=10)`.
 
-        Returns what detaches it again.
+        Without an event it saves only when it is told to, by `save` and `save_soon`. It may be attached to further
+        events of its engine. What is returned removes this one. With the last of them it serves the engine no more: a
+        save that is asked for is refused, one that is being written is completed, and it may be attached again, to any
+        engine. The directory stays locked until `aclose()`.
 
         With `at_end=True` the last state is saved however the run ends: also where it fails or is cancelled, within the
         engine's `grace`, unless that happens in a step, which then did not complete. That state is the one of no
@@ -174,31 +171,38 @@ class Checkpoint:
 
         Raises:
             TypeError: this is no engine, or no event.
-            ValueError: this Checkpoint serves another engine; or the engine has no such event.
-            RuntimeError: it saves at that very event, with that very filter, already.
+            ValueError: the engine has no such event.
+            RuntimeError: it is attached to another engine; or it saves at that very event, with that very filter,
+                already.
         """
-        _check_engine(engine, "attach(engine, event)")
-        chosen = selectors(event)
-        self._serve(engine)
+        check_engine(engine, "Checkpoint.attach(engine, event)")
+        self._refuse_another(engine)
+        if event is not None:
+            engine.on(event)  # raises for what is no event of this engine
+        chosen = () if event is None else selectors(event)
         for index, one in enumerate(chosen):
-            if one in (*self._handles.values(), *chosen[:index]):
+            if one in (*self._events.values(), *chosen[:index]):
                 raise RuntimeError(f"this Checkpoint is attached to {one} already, and would save twice there")
-        with ExitStack() as subscribed:  # to all of them, or to none
+        with ExitStack() as added:  # all of it, or nothing
+            self._serve(engine)
+            added.callback(self._detach)
             for one in chosen:
                 handle = self._subscribe(engine, FilteredEvent(one.name, one.filter), one, f"at {one}")
-                subscribed.callback(self._unsubscribe, handle)
-            return RemovableEventHandle(subscribed.pop_all().close)
+                self._events[handle] = one
+                added.callback(self._unsubscribe, handle)
+            self._look_for_end()
+            return RemovableEventHandle(added.pop_all().close)
 
-    async def save_now(self) -> CheckpointInfo:
+    async def save(self) -> CheckpointInfo:
         """Save before the next step, or at once if no run is under way, and return when it is committed.
 
         From any task but the run's own. Cancellable: the write goes on then.
 
         Raises:
-            CheckpointError: it failed. A run under way fails as well, unless `on_error="warn"`.
+            CheckpointError: it failed. A run under way fails as well, unless `on_error="log"`.
             RuntimeError: called in the step or in an inline handler, which the loop waits for; or not attached yet.
         """
-        return await self._saver.save_now(self._served())
+        return await self._saver.save(self._served())
 
     def save_soon(self) -> None:
         """Have a run under way save before its next step. From anywhere, also in steps and handlers; never waits.
@@ -208,27 +212,25 @@ class Checkpoint:
         """
         self._saver.save_soon(self._served())
 
-    async def drain(self) -> None:
+    async def flush(self) -> None:
         """Wait until no save is under way. Cancellable.
 
         Raises:
             CheckpointError: one failed, and that was not raised anywhere yet.
         """
-        await self._saver.drain()
+        await self._saver.settle()
 
-    async def close(self) -> None:
+    async def aclose(self) -> None:
         """Wait for the save under way, detach from the engine, and let others have the directory.
 
         Cancellable: the save under way is given up then. It can be attached again, also to another engine.
 
         Raises:
-            CheckpointError: as `drain` does.
+            CheckpointError: as `flush` does.
         """
-        handles, self._handles, self._engine = self._handles, {}, None
-        self._look_for_end()
-        self._saver.refuse_requests()  # before the service is removed, which would say that the run has ended
-        for handle in handles:
-            handle.remove()
+        events, self._events = self._events, {}
+        self._attached = 0
+        self._end_service(list(events))
         await self._saver.close()
 
     async def __aenter__(self) -> Self:
@@ -236,103 +238,123 @@ class Checkpoint:
 
     async def __aexit__(self, *_: object) -> None:
         with anyio.CancelScope(shield=True):
-            await self.close()
+            await self.aclose()
 
     def _refuse_another(self, engine: AnyEngine) -> None:
         if self._engine is not None and self._engine is not engine:
-            raise ValueError(
-                f"this Checkpoint serves engine {self._engine.name!r}: make another one, with a directory of its own,"
-                f' for {engine.name!r}, or hand that in as state, {{"{engine.name}": engine}}'
+            raise RuntimeError(
+                f"this Checkpoint is attached to engine {self._engine.name!r} already: make another one, with a"
+                f" directory of its own, for {engine.name!r}, or hand that in as state,"
+                f' {{"{engine.name}": engine}}'
             )
 
     def _serve(self, engine: AnyEngine) -> None:
-        self._refuse_another(engine)
-        if self._engine is engine:
-            return
+        """Serve the engine for one call of attach() more."""
+        if self._engine is None:
+            self._begin_service(engine)
+        self._attached += 1
+
+    def _begin_service(self, engine: AnyEngine) -> None:
         self._engine = engine
-        if engine.randomness is None:
-            engine.randomness = RandomStates()
-        engine.register_events(*CheckpointEvents)
+        session_of(engine).use_randomness(RandomStates())
+        engine.register_events(*CheckpointEvents, REQUESTED)
         lock_directory = named(self._saver.open, f"checkpoint: lock ({self._name})")  # as statistics() shows it
-        self._handles[engine.add_event_handler(Events.STARTED, lock_directory)] = None
-        self._handles[engine.add_service(self._saver, name=f"checkpoint ({self._name})")] = None
         # Also where the run fails or is cancelled: the loop may have been about to serve a request, and waiting for the
         # save before. It is served in the clean-up then, before the run is over.
-        self._subscribe(
-            engine,
-            CheckpointEvents.CHECKPOINT_REQUESTED | Events.CANCELLED | Events.EXCEPTION_RAISED,
-            Selector(REQUESTED),
-            "on request",
-        )
+        requested = Events.CANCELLED | Events.EXCEPTION_RAISED | REQUESTED
+        self._service = [
+            engine.add_event_handler(Events.STARTED, lock_directory),
+            engine.add_service(self._saver, name=f"checkpoint ({self._name})"),
+            self._subscribe(engine, requested, Selector(REQUESTED), "on request"),
+        ]
 
     def _subscribe(self, engine: AnyEngine, event: EventLike, where: Selector, role: str) -> RemovableEventHandle:
-        handle = engine.subscribe(
+        return engine.subscribe(
             event,
             partial(self._saver.follow, engine),
             snapshot=partial(self._saver.take, where.name),
             name=f"checkpoint: save {role} ({self._name})",
         )
-        self._handles[handle] = where
-        self._look_for_end()
-        return handle
 
     def _unsubscribe(self, handle: RemovableEventHandle) -> None:
         handle.remove()
-        self._handles.pop(handle, None)
+        self._events.pop(handle, None)
         self._look_for_end()
 
+    def _detach(self) -> None:
+        """One call of attach() is removed; after aclose() there is none left."""
+        if self._attached:
+            self._attached -= 1
+            if not self._attached:
+                self._end_service([])
+
+    def _end_service(self, events: Iterable[RemovableEventHandle]) -> None:
+        service, self._service, self._engine = self._service, [], None
+        self._look_for_end()
+        self._saver.refuse_requests()  # before the service is removed, which would say that the run has ended
+        for handle in (*events, *service):
+            handle.remove()
+
     def _look_for_end(self) -> None:
-        filters = [where.filter for where in self._handles.values() if where is not None]
+        filters = [where.filter for where in self._events.values()]
         self._saver.saves_the_end = any(one is not None and one.at_end for one in filters)
 
     def _served(self) -> AnyEngine:
         if self._engine is None:
-            raise RuntimeError("this Checkpoint serves no engine yet: call  checkpoint.attach(engine, event)  first")
+            raise RuntimeError(
+                "this Checkpoint is attached to no engine: call  checkpoint.attach(engine, event)  first, without the"
+                " event, where it is to save only when it is told to"
+            )
         return self._engine
 
     # Restoring
 
-    async def restore(self, engine: AnyEngine, which: Which = None, *, strict: bool = True) -> CheckpointInfo | None:
+    @explain_wrong_call
+    async def restore(
+        self, which: Which = "latest", *, required: bool = False, strict: bool = True
+    ) -> CheckpointInfo | None:
         """Put the engine and the state back to a checkpoint, before `run()`. Returns which, None if there is none yet.
+
+        The engine is the one that it is attached to. Its handlers are attached before this, as theirs is restored, too.
 
         Files are read in a thread, and verified by their checksums. The state is loaded in the calling task; random
         number generators are set back as the run begins, or not, as `rng` says.
 
         Args:
-            engine: the one to go on, with its handlers attached.
-            which: None for the newest that is whole; "must" for the same, which must then exist; "best" for the best
-                that is whole, by the `metric` and `mode` of `keep`; a step; or a path. One that was asked for by step
-                or path is taken, or it is an error. Of the newest and the best, a damaged one is set aside,
+            which: "latest" for the newest that is whole; "best" for the best that is whole, by the `metric` and `mode`
+                of `keep`; a step; or a `pathlib.Path`. One that was asked for by step or path is taken, or it is an
+                error. Of the newest and the best, a damaged one is set aside,
                 CHECKPOINT_DAMAGED is fired and a warning given, and the next is tried. The newest is one from the
                 middle of a step only if there is no other; a warning says so. When a run goes on from another than the
                 newest and then saves, later ones are set aside as abandoned, so that no run goes on from them.
+            required: whether it is an error that there is no checkpoint yet.
             strict: whether the checkpoint must have just the parts and handlers that there are here.
 
         Raises:
-            CheckpointNotFound: there is none, and there must be; or none has a number by which it could be the best.
+            CheckpointNotFound: there is none, and it is required; or none has a number by which it could be the best.
             CheckpointDamaged: none of those that there are is whole: a run is not begun anew in their place.
             CheckpointMismatch: it has other keys or shapes than the state here. No other is tried then.
             EngineBusy: the engine runs.
-            TypeError, ValueError: an argument is wrong; "best" was asked for, and `keep` has no metric; this Checkpoint
-                serves another engine.
+            TypeError, ValueError: an argument is wrong; "best" was asked for, and `keep` has no metric.
+            RuntimeError: it is attached to no engine.
 
         Cancellable while it reads; nothing is changed then.
         """
+        _refuse_engine(which, "restore")
         check_which(which, self._store)
-        _check_engine(engine, "restore(engine, which)")
-        self._refuse_another(engine)
+        engine = self._served()
         read = partial(self._contents.read, live=partial(capture, self._parts, engine))
-        found = await self._find(which, Finder(self._store, read), engine, "restore")
-        self._serve(engine)
+        found = await self._find(which, Finder(self._store, read), engine, "restore", required=required)
         if found is None:
             return None
         restore(found.tree, self._parts, engine, strict=strict, reseeds=self._reseeds)
         info = found.info
         _logger.info("restored step %d, epoch %d, from %s", info.step, info.epoch, printable(str(info.path)))
-        self._writer.go_on_from(info, is_newest=which is None or which == "must")
+        self._writer.go_on_from(info, is_newest=which == "latest")
         return info
 
-    async def load(self, which: Which = "must", *, only: Iterable[str] | None = None) -> CheckpointInfo:
+    @explain_wrong_call
+    async def load(self, which: Which = "latest", *, only: Iterable[str] | None = None) -> CheckpointInfo:
         """Load the state of a checkpoint, or some parts of it, and nothing else. Returns which.
 
             await checkpoint.load("best", only=["model"])
@@ -356,30 +378,33 @@ class Checkpoint:
 
         Cancellable while it reads; nothing is changed then.
         """
+        _refuse_engine(which, "load")
         check_which(which, self._store)
         choice = Choice(self._parts, only)
         read = partial(self._contents.read, live=choice.capture, places=choice.places)
-        which = "must" if which is None else which
-        found = await self._find(which, Finder(self._store, read, sets_aside=False), self._engine, "load")
+        finder = Finder(self._store, read, sets_aside=False)
+        found = await self._find(which, finder, self._engine, "load", required=True)
         assert found is not None, "it must be there"  # noqa: S101
         choice.restore(found.tree)
         path = printable(str(found.info.path))
         _logger.info("loaded %s of step %d from %s", only or "the state", found.info.step, path)
         return found.info
 
-    async def _find(self, which: Which, finder: Finder, engine: AnyEngine | None, caller: str) -> Found | None:
+    async def _find(
+        self, which: Which, finder: Finder, engine: AnyEngine | None, caller: str, *, required: bool
+    ) -> Found | None:
         _refuse_running(engine, caller)
         await self._saver.flush()  # what is being written may be the one
-        if which in (None, "must", "best"):
+        if isinstance(which, str):
             await in_thread(finder.lock)  # for good: so not by what may be given up
         try:
-            found = await _read(finder, which)
+            found = await _read(finder, which, required=required)
         except BaseException as error:
             await self._report(finder, engine if isinstance(error, Exception) else None)
             raise
         await self._report(finder, engine)
         _refuse_running(engine, caller)  # once more: a run may have begun while this was awaited
-        if found is not None and found.info.is_mid_step and (which is None or which == "must"):
+        if found is not None and found.info.is_mid_step and which == "latest":
             step, path = found.info.step, found.info.path
             _warn(
                 f"there is no checkpoint but of the middle of a step: the one after step {step} had begun, and what"
@@ -398,10 +423,10 @@ class Checkpoint:
                 await engine.emit(CheckpointEvents.CHECKPOINT_DAMAGED, problem)
 
 
-async def _read(finder: Finder, which: Which) -> Found | None:
+async def _read(finder: Finder, which: Which, *, required: bool) -> Found | None:
     """Have the checkpoint found and read, in a thread. On cancellation the thread is left to end by itself."""
     thread = DedicatedThread("aengine checkpoint: read")  # a daemon: a disk that hangs must not keep the process
-    reading = thread.submit(finder.find, which)
+    reading = thread.submit(partial(finder.find, which, required=required))
     thread.abandon()
     try:
         try:
@@ -416,9 +441,12 @@ async def _read(finder: Finder, which: Which) -> Found | None:
         del reading  # holds the error, whose traceback holds this frame
 
 
-def _check_engine(engine: Any, call: str) -> None:
-    if not isinstance(engine, Engine):
-        raise TypeError(f"{call} takes an Engine first, got {type(engine).__qualname__}")
+def _refuse_engine(which: Any, call: str) -> None:
+    if isinstance(which, Engine):
+        raise TypeError(
+            f"{call}(which) takes no engine, since it is the one that the Checkpoint is attached to: call "
+            f" checkpoint.attach(engine, event)  and then  await checkpoint.{call}()"
+        )
 
 
 def _refuse_running(engine: AnyEngine | None, caller: str) -> None:

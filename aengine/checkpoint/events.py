@@ -1,6 +1,7 @@
 """Events: those at which a save is special, and those that a Checkpoint fires."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeAlias
 
 from aengine.checkpoint.store.manifest import CheckpointInfo
@@ -37,10 +38,28 @@ class CheckpointEvents(EventEnum):
         CHECKPOINT_DAMAGED: one was found damaged. The payload has its `path`, where it is now, and says `why`.
     """
 
-    CHECKPOINT_REQUESTED = "checkpoint_requested"
     CHECKPOINT_STAGED = "checkpoint_staged"
     CHECKPOINT_COMMITTED = "checkpoint_committed"
     CHECKPOINT_DAMAGED = "checkpoint_damaged"
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointStatistics:
+    """What became of the saves of one Checkpoint since it was made.
+
+    Attributes:
+        saved: those that were committed.
+        skipped: those that were due while another was being written, and were skipped by `when_busy="skip"`.
+        failures: those that failed, or were given up with the run.
+        damaged: what `restore` and `load` found damaged: where it is now.
+        is_saving: whether one is being written now.
+    """
+
+    saved: int
+    skipped: int
+    failures: int
+    damaged: tuple[Path, ...]
+    is_saving: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +77,8 @@ class CheckpointCommitted:
     position: Any
 
 
-REQUESTED = CheckpointEvents.CHECKPOINT_REQUESTED.name
+REQUESTED = "CHECKPOINT_REQUESTED"
+"""What a Checkpoint has the loop fire before the next step, for a save that was asked for. No event of users."""
 
 
 def is_in_step(engine: AnyEngine) -> bool:

@@ -117,12 +117,14 @@ class Saver(Service):
     `flush()` and at the end of a run, and refuses what was asked for in vain, however the run ends.
 
     Attributes:
+        saved: saves that were committed.
         skipped: saves that were skipped.
-        failures: saves that failed and were warned of.
+        failures: saves that failed.
         saves_the_end: whether the state at the end of a run is to be saved, also of one that fails or is cancelled.
     """
 
-    def __init__(self, writer: Writer, when_busy: Literal["wait", "skip"], on_error: Literal["raise", "warn"]) -> None:
+    def __init__(self, writer: Writer, when_busy: Literal["wait", "skip"], on_error: Literal["raise", "log"]) -> None:
+        self.saved = 0
         self.skipped = 0
         self.failures = 0
         self.saves_the_end = False
@@ -133,7 +135,7 @@ class Saver(Service):
         self._saving_of_end: Saving | None = None  # of a run that failed or was cancelled: its error is only warned of
         self._has_warned_of_end = False
         self._requests = SaveRequests()
-        self._is_staging = threading.Lock()  # where the step runs, or, between runs, where save_now() was called
+        self._is_staging = threading.Lock()  # where the step runs, or, between runs, where save() was called
         self._has_failed = False  # nothing more is saved of this run
         self._acknowledgements = Acknowledgements()
 
@@ -215,6 +217,7 @@ class Saver(Service):
             is_permitted = not session_of(engine).must_prepare_commit
             saving = self._saving = Saving(staged, on_end, is_permitted=is_permitted)
         except Exception as error:
+            self.failures += 1
             self._requests.refuse(error)
             if is_of_end:  # what ended the run is to be raised, and nothing beside it
                 self._warn_of_end(engine, f"its last state could not be saved: {type(error).__name__}: {error}", error)
@@ -222,7 +225,7 @@ class Saver(Service):
             if self._on_error == "raise":
                 self._has_failed = True
                 raise
-            self._warn(error)
+            _log_failure(error)
             return None
         if is_of_end:
             self._saving_of_end = saving
@@ -281,13 +284,21 @@ class Saver(Service):
         if not engine.is_running:
             return False
         self._requests.deferred = event
-        return engine.fire_event_soon(CheckpointEvents.CHECKPOINT_REQUESTED)
+        return engine.fire_event_soon(REQUESTED)
 
     def _on_end(self, acknowledge: Callable[[Any], Any] | None, saving: Saving, *, is_of_end: bool) -> None:
         """In the thread of a save of a run: if it failed, the run fails before its next step."""
-        self._acknowledgements.add(acknowledge, saving)
+        self._count(acknowledge, saving)
         if saving.error is not None and not saving.is_reported and self._on_error == "raise" and not is_of_end:
             self._has_failed = True
+
+    def _count(self, acknowledge: Callable[[Any], Any] | None, saving: Saving) -> None:
+        """In the thread of a save, of which there is one at a time: note how it ended."""
+        if saving.error is None:
+            self.saved += 1
+        else:
+            self.failures += 1
+        self._acknowledgements.add(acknowledge, saving)
 
     async def follow(self, engine: AnyEngine, event: Event[Any, Any]) -> None:
         """Beside the step: wait for the write, and fire what became of it."""
@@ -316,7 +327,7 @@ class Saver(Service):
             saving.result()
         else:
             saving.is_reported = True
-            self._warn(saving.error)
+            _log_failure(saving.error)
 
     async def _wait_for(self, saving: Saving, engine: AnyEngine) -> None:
         """Fire that it is staged, and wait for its end, even if a handler of that event fails."""
@@ -351,23 +362,18 @@ class Saver(Service):
         saving.stop()
         self._writer.stop()
 
-    def _warn(self, error: BaseException) -> None:
-        self.failures += 1
-        _logger.error("a checkpoint failed, and the run goes on", exc_info=error)
-        warnings.warn(f"a checkpoint failed, and the run goes on: {error}", CheckpointWarning, stacklevel=2)
-
     # Asked for
 
-    async def save_now(self, engine: AnyEngine) -> CheckpointInfo:
-        """Save before the next step, or at once if no run is under way. See `Checkpoint.save_now`."""
+    async def save(self, engine: AnyEngine) -> CheckpointInfo:
+        """Save before the next step, or at once if no run is under way. See `Checkpoint.save`."""
         if session_of(engine).is_inside:
             raise RuntimeError(
-                "save_now() waits for the end of the step, which waits for it here: call checkpoint.save_soon()"
+                "save() waits for the end of the step, which waits for it here: call checkpoint.save_soon()"
             )
         while True:
             request = self._requests.add()
             try:
-                is_in_run = engine.fire_event_soon(CheckpointEvents.CHECKPOINT_REQUESTED)
+                is_in_run = engine.fire_event_soon(REQUESTED)
                 if is_in_run and not self._requests.is_open:  # of that run only the clean-up is left
                     self._requests.refuse()
                 if is_in_run or not self._requests.withdraw(request):
@@ -381,7 +387,7 @@ class Saver(Service):
                 before = self.under_way
                 if before is None:
                     self._raise_unreported()
-                    on_end = partial(self._acknowledgements.add, acknowledge_of(engine))
+                    on_end = partial(self._count, acknowledge_of(engine))
                     saving = self._saving = Saving(self._writer.stage("", engine), on_end)
                     break
             await before.wait()  # and meanwhile a run may begin
@@ -397,13 +403,11 @@ class Saver(Service):
     def save_soon(self, engine: AnyEngine) -> None:
         """Have a run under way save before its next step. See `Checkpoint.save_soon`."""
         self._requests.deferred = REQUESTED
-        if not engine.fire_event_soon(CheckpointEvents.CHECKPOINT_REQUESTED):
+        if not engine.fire_event_soon(REQUESTED):
             self._requests.deferred = ""
-            raise RuntimeError(
-                "save_soon() asks a run under way, and there is none: write  await checkpoint.save_now()"
-            )
+            raise RuntimeError("save_soon() asks a run under way, and there is none: write  await checkpoint.save()")
 
-    async def drain(self) -> None:
+    async def settle(self) -> None:
         """Wait until no save is under way, and raise the error of the last if it was not reported. Cancellable."""
         await self.flush()
         saving = self._saving
@@ -411,13 +415,13 @@ class Saver(Service):
             saving.result()
 
     def refuse_requests(self) -> None:
-        """Refuse what was asked for, and what will be before another run begins: the Checkpoint is being closed."""
-        self._requests.close("the Checkpoint was closed before the save that was asked for")
+        """Refuse what was asked for, and what will be before another run begins: the Checkpoint leaves its engine."""
+        self._requests.close("the Checkpoint was closed or detached before the save that was asked for")
 
     async def close(self) -> None:
-        """Drain, and let go of the directory. On cancellation the save under way is given up."""
+        """Settle, and let go of the directory. On cancellation the save under way is given up."""
         try:
-            await self.drain()
+            await self.settle()
         finally:
             with anyio.CancelScope(shield=True):
                 if (saving := self.under_way) is not None:
@@ -428,3 +432,7 @@ class Saver(Service):
                 # For what still follows it. The traceback of the error itself would hold the engine.
                 saving.error = CheckpointNotWritten(str(saving.error))
             self._saving = self._saving_of_end = None
+
+
+def _log_failure(error: BaseException) -> None:
+    _logger.error("a checkpoint failed, and the run goes on", exc_info=error)

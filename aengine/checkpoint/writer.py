@@ -47,12 +47,12 @@ class Writer:
     """Copies what belongs to one instant, and makes a checkpoint of it. Knows of no event and no loop.
 
     Attributes:
-        committed: the last checkpoint that was written, None before the first.
+        last_saved: the last checkpoint that was written, None before the first.
         saved_step: of what was staged last, or restored from here; None before that.
     """
 
     def __init__(self, parts: Parts, store: Store, contents: Contents) -> None:
-        self.committed: CheckpointInfo | None = None
+        self.last_saved: CheckpointInfo | None = None
         self.saved_step: int | None = None
         self._parts = parts
         self._store = store
@@ -144,7 +144,7 @@ class Writer:
                 f"the checkpoint of step {about['step']} was not written: it was given up with the run, whose grace was"
                 " over. Nothing of it stays"
             ) from error
-        self.committed = info
+        self.last_saved = info
         self._store.retain([path for path in (self._restored, info.path) if path is not None])
         return CheckpointCommitted(info, position)
 

@@ -19,6 +19,8 @@ from aengine.threads.guarded import guarded
 if TYPE_CHECKING:
     from anyio.abc import TaskGroup
 
+    from aengine.engine import Engine
+
 _logger = logging.getLogger("aengine.engine")
 
 _caller: ContextVar[int | None] = ContextVar("aengine_service", default=None)
@@ -43,10 +45,10 @@ class Service:
     `serve`, `flush` and `run_ended` raise fails the run, or is logged, as `on_error=` of `add_service` says.
     """
 
-    def run_started(self, engine: Any) -> None:
+    def run_started(self, engine: "Engine[Any, Any]") -> None:
         """A run begins, or goes on: before its first event, and before `serve` takes its first step."""
 
-    async def serve(self, engine: Any) -> None:
+    async def serve(self, engine: "Engine[Any, Any]") -> None:
         """Live beside the run. It may return early; it is cancelled at the end of the run, after `run_ended`.
 
         A cancellation of the run does not reach it: what was handed to a service before that is still dealt with.
@@ -66,7 +68,7 @@ class Service:
         step, by a `Checkpoint` of the engine, for which the commit waits, though not for longer than `grace` seconds.
         """
 
-    async def run_ended(self, engine: Any, reason: StopReason, error: BaseException | None) -> None:
+    async def run_ended(self, engine: "Engine[Any, Any]", reason: StopReason, error: BaseException | None) -> None:
         """The run has ended, or was interrupted. It has `grace` seconds; a cancellation of the run does not reach it.
 
         Args:
@@ -75,7 +77,7 @@ class Service:
             error: what failed the run, if something did. Beside a reason like COMPLETED, it came as the loop had ended.
         """
 
-    def run_abandoned(self, engine: Any, reason: StopReason, error: BaseException | None) -> None:
+    def run_abandoned(self, engine: "Engine[Any, Any]", reason: StopReason, error: BaseException | None) -> None:
         """Called in place of `run_ended` where that was not awaited to its end.
 
         This happens when the grace is over, after a second Ctrl-C, when a run was cancelled before its first step, and

@@ -27,7 +27,7 @@ from aengine.loop.loop import Loop
 from aengine.loop.progress import Limits, Progress, begin, refuse_other_arguments
 from aengine.loop.requests import Phase, Request, Requests
 from aengine.loop.state_dict import from_state_dict, to_state_dict
-from aengine.state import ErrorInfo, State, StopReason, set_dataloader
+from aengine.state import Randomness, State, StopReason, describe_error, set_dataloader
 from aengine.statistics import EngineStatistics
 from aengine.threads.thread_state import bound_to_this_thread
 from aengine.threads.worker import close_unawaited
@@ -80,6 +80,7 @@ class Session:
         self._generator: LoopGenerator | None = None
         self._progress = Progress()
         self._unread: tuple[Any, list[Fetched]] | None = None  # the data of the last run, and what it fetched too much
+        self._randomness: Randomness | None = None
         self._rng_to_restore: Any = None  # the random states of a `state_dict`, until the run that goes on from it
 
     @property
@@ -175,7 +176,7 @@ class Session:
             state.stop_reason = StopReason.FAILED if is_failure else StopReason.CANCELLED
         # A step's own BaseException has failed the run, too. What else is none of these is a cancellation.
         if is_failure or isinstance(error, KeyboardInterrupt | SystemExit) or state.stop_reason is StopReason.FAILED:
-            state.error = ErrorInfo.of(error)
+            state.error = describe_error(error)
 
     def _stay_on_thread(self, bound: str, prefetch: int) -> None:
         """Say that something of torch, which `bound` names, is in force on this thread, and must see step and data."""
@@ -276,7 +277,7 @@ class Session:
 
     def _begin(self, engine: Any, adapted: Adapted, limits: Limits) -> tuple[Loop, LoopGenerator]:
         data = adapted.data
-        state, randomness = self._state, engine.randomness
+        state, randomness = self._state, self._randomness
         if state.max_epochs is None and state.max_iters is None:
             self._give_up()
         self.went_back_to = None
@@ -459,12 +460,16 @@ class Session:
 
     # Saving
 
+    def use_randomness(self, randomness: Randomness | None) -> None:
+        """Save and restore the states of random number generators with the engine, by this; None for not."""
+        self._randomness = randomness
+
     def state_dict(self, engine: Any) -> dict[str, Any]:
         """Return where the engine stands, as `Engine.state_dict`."""
         progress = self._progress if self._loop is None else self._loop.progress()
         saved = to_state_dict(progress, self._state, self._bus.own_counts, engine.state_dict_user_keys)
-        if engine.randomness is not None:
-            saved["random"] = engine.randomness.capture()
+        if self._randomness is not None:
+            saved["random"] = self._randomness.capture()
         return saved
 
     def load_state_dict(self, engine: Any, state_dict: Mapping[str, Any], *, restart_if_done: bool) -> None:

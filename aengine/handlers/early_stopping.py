@@ -13,6 +13,7 @@ from aengine.bus.emitter import RemovableEventHandle
 from aengine.engine import Engine
 from aengine.events import EventLike, Events
 from aengine.handlers.scores import MODES, Score, score_reader
+from aengine.keywords import explain_wrong_call
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class _Progress:
     waited: int = 0
 
 
+@explain_wrong_call
 class EarlyStopping:
     """Terminates a run when a score has not improved `patience` times in a row.
 

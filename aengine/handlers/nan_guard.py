@@ -11,8 +11,10 @@ from aengine.attachment import Attachment
 from aengine.bus.emitter import RemovableEventHandle
 from aengine.engine import Engine
 from aengine.events import Events
+from aengine.keywords import explain_wrong_call
 
 
+@explain_wrong_call
 class NanGuard:
     """Fails the run with a FloatingPointError when an output is, or contains, NaN or infinity.
 
@@ -64,7 +66,7 @@ class NanGuard:
         self._read()
         return {}
 
-    def load_state_dict(self, _: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # noqa: ARG002 -- as Stateful has it
         """Forget the results that are not read yet: they are of outputs before the load."""
         self._unread.clear()
 

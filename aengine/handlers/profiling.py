@@ -23,6 +23,7 @@ from aengine.attachment import Attachment
 from aengine.bus.emitter import RemovableEventHandle
 from aengine.engine import Engine
 from aengine.events import Event, EventEnum, EventLike, Events, selectors
+from aengine.keywords import explain_wrong_call
 
 AnyEngine: TypeAlias = Engine[Any, Any]
 Schedule: TypeAlias = Callable[[int], ProfilerAction]
@@ -43,6 +44,7 @@ class _ProfilerEvents(EventEnum):
     PROFILER_TRACE_RECORDED = "profiler_trace_recorded"
 
 
+@explain_wrong_call
 class Profiler:
     """Records chosen iterations of an engine with torch.profiler.
 
@@ -102,9 +104,10 @@ class Profiler:
                 f"a Profiler is made with the directory of its traces, got {directory!r}: write"
                 '  Profiler("traces").attach(engine, event)'
             )
-        if wrong := {"schedule", "on_trace_ready"} & options.keys():
+        if wrong := {"engine", "event", "on", "on_trace_ready", "schedule"} & options.keys():
             raise TypeError(
-                f"a Profiler has attach(engine, schedule) and on_trace= in the place of {', '.join(sorted(wrong))}="
+                "a Profiler has attach(engine, event), which takes a schedule as well, and on_trace= in the place of"
+                f" {', '.join(sorted(wrong))}="
             )
         torch.profiler.profile(**options)  # it would fail the run later
         self.paths: list[Path] = []

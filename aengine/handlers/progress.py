@@ -19,6 +19,7 @@ from aengine.bus.emitter import RemovableEventHandle
 from aengine.callables import check_callable, name_of
 from aengine.engine import Engine
 from aengine.events import Event, Events
+from aengine.keywords import explain_wrong_call
 
 AnyEngine: TypeAlias = Engine[Any, Any]
 _Snapshot: TypeAlias = tuple[int, int, Mapping[str, Any]]
@@ -77,6 +78,7 @@ def _values_of(engine: AnyEngine) -> dict[str, Any]:
     return {**{str(name): value for name, value in named.items()}, **engine.state.metrics}
 
 
+@explain_wrong_call
 class ProgressBar:
     """Shows a bar of the iterations of each epoch, below one of the epochs if there are several.
 

@@ -4,6 +4,7 @@ import threading
 
 from aengine.extras import missing_package
 from aengine.handlers.progress import Bar
+from aengine.keywords import explain_wrong_call
 
 try:
     from rich.console import Console
@@ -20,6 +21,7 @@ except ImportError as error:
     raise missing_package(__name__, "rich>=13", "progress") from error
 
 
+@explain_wrong_call
 class RichBars:
     """A table of bars by rich. Engines that run at the same time must share it: rich draws only one table at a time.
 

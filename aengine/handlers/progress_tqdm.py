@@ -6,6 +6,7 @@ from typing import Any, TextIO
 
 from aengine.extras import missing_package
 from aengine.handlers.progress import Bar
+from aengine.keywords import explain_wrong_call
 
 try:
     from tqdm.auto import tqdm  # type: ignore[import-untyped]  # comes without types
@@ -15,6 +16,7 @@ except ImportError as error:
 _IS_NOTEBOOK = any(one.__module__ == "tqdm.notebook" for one in tqdm.__mro__)
 
 
+@explain_wrong_call
 class TqdmBars:
     """Bars by tqdm, one below the other. Print by `tqdm.write` during a run.
 

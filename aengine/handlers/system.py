@@ -24,6 +24,7 @@ from aengine.drivers.services import Service
 from aengine.engine import Engine
 from aengine.events import EventEnum, Events
 from aengine.extras import missing_package
+from aengine.keywords import explain_wrong_call
 from aengine.threads.dedicated import DedicatedThread
 
 try:
@@ -52,6 +53,7 @@ class SystemEvents(EventEnum):
     SYSTEM_SAMPLED = "system_sampled"
 
 
+@explain_wrong_call
 class SystemStatistics:
     """Samples a process and its machine when a run begins, and then every so many seconds, whatever the steps take.
 

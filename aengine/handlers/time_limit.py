@@ -11,8 +11,10 @@ from aengine.attachment import Attachment
 from aengine.bus.emitter import RemovableEventHandle
 from aengine.engine import Engine
 from aengine.events import Events
+from aengine.keywords import explain_wrong_call
 
 
+@explain_wrong_call
 class TimeLimit:
     """Terminates a run after some time, before its next step.
 
@@ -43,6 +45,7 @@ class TimeLimit:
         return self._attachment.begin(engine, self._clock.listen(engine))
 
 
+@explain_wrong_call
 class Deadline:
     """Terminates a run at a given moment, before its next step: ten minutes before a job is killed, say.
 

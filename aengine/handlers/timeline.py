@@ -10,6 +10,7 @@ from aengine.attachment import Attachment
 from aengine.bus.emitter import RemovableEventHandle
 from aengine.engine import Engine
 from aengine.events import Events
+from aengine.keywords import explain_wrong_call
 from aengine.statistics import EngineStatistics
 
 _ENDS = Events.TERMINATE | Events.INTERRUPT | Events.COMPLETED | Events.CANCELLED | Events.EXCEPTION_RAISED
@@ -39,6 +40,7 @@ class Sample(NamedTuple):
     event_loop: float
 
 
+@explain_wrong_call
 class Timeline:
     """Takes samples of an engine's statistics while it runs.
 

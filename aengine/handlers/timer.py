@@ -12,10 +12,12 @@ from aengine.attachment import Attachment
 from aengine.bus.emitter import RemovableEventHandle
 from aengine.engine import Engine
 from aengine.events import EventLike, Events
+from aengine.keywords import explain_wrong_call
 
 _ENDS = Events.TERMINATE | Events.COMPLETED | Events.CANCELLED | Events.EXCEPTION_RAISED
 
 
+@explain_wrong_call
 class Timer:
     """Measures the time between events, or in the blocks of a `with`.
 
@@ -98,7 +100,7 @@ class Timer:
         yield engine.add_event_handler(pause, self.pause)
         if step is not None:
             yield engine.add_event_handler(step, self.step)
-        yield engine.add_event_handler(_ENDS, lambda *_: self.pause())
+        yield engine.add_event_handler(_ENDS, self.pause)
         yield engine.add_event_handler(Events.INTERRUPT, self._interrupt)
 
     def reset(self) -> None:

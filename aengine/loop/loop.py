@@ -25,7 +25,7 @@ from aengine.loop.ends import EpochTerminated, Terminated
 from aengine.loop.feed import Exhausted, Feed
 from aengine.loop.progress import Progress
 from aengine.loop.requests import Phase, Request, Requests
-from aengine.state import ErrorInfo, StopReason
+from aengine.state import StopReason, describe_error
 from aengine.threads.event_loop import is_cancellation_of_asyncio
 
 
@@ -625,7 +625,7 @@ class Loop:
         is_cancellation = isinstance(error, self.cancellations)
         self._state.stop_reason = StopReason.CANCELLED if is_cancellation else StopReason.FAILED
         if not is_cancellation:
-            self._state.error = ErrorInfo.of(error)
+            self._state.error = describe_error(error)
             if self._is_given_up is not None and self._is_given_up():
                 self._bus.logger.error("engine %r failed after its run was given up", self._bus.name, exc_info=error)
         self._requests.enter(Phase.ENDING_EPOCH)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from aengine.keywords import explain_wrong_call
+
 if TYPE_CHECKING:
     from aengine.loggers.sink import Record
 
@@ -26,6 +28,7 @@ class Curve:
     name: str = ""
 
 
+@explain_wrong_call
 def read_curve(
     log: "str | os.PathLike[str] | Iterable[Record]",
     name: str,

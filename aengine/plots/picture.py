@@ -21,6 +21,7 @@ from aengine.arguments import check_choice
 from aengine.extras import missing_package
 from aengine.handlers.scores import MODES
 from aengine.handlers.timeline import Timeline
+from aengine.keywords import explain_wrong_call
 from aengine.plots.curve import Curve
 
 try:
@@ -87,6 +88,7 @@ class Picture:
         return drawn.getvalue()
 
 
+@explain_wrong_call
 def plot_learning_curve(
     loss: Curve | Sequence[float], metric: Curve | Sequence[float] | None = None, *, mode: Literal["max", "min"] = "max"
 ) -> Picture:
@@ -118,6 +120,7 @@ def plot_learning_curve(
     return Picture(figure)
 
 
+@explain_wrong_call
 def plot_timeline(timeline: Timeline) -> Picture:
     """Draw where the time of a run went, over its course; of a run that is under way, up to now.
 

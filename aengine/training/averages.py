@@ -20,9 +20,11 @@ from aengine.bus.emitter import RemovableEventHandle
 from aengine.callables import name_of
 from aengine.engine import Engine
 from aengine.events import EventLike, Events
+from aengine.keywords import explain_wrong_call
 from aengine.training.update import OptimizerEvents
 
 
+@explain_wrong_call
 class AverageHandler:
     """Updates an average with the weights of a model at each firing of an event.
 

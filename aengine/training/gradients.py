@@ -18,6 +18,7 @@ from aengine.bus.emitter import RemovableEventHandle
 from aengine.callables import name_of
 from aengine.engine import Engine
 from aengine.events import EventEnum, Events
+from aengine.keywords import explain_wrong_call
 
 _foreach_norm: Any = torch._foreach_norm  # noqa: SLF001  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
 """Computes the norms of several tensors at once, as torch.nn.utils does; public only in newer versions of torch."""
@@ -37,6 +38,7 @@ class GradientEvents(EventEnum):
     GRADIENTS_MEASURED = "gradients_measured"
 
 
+@explain_wrong_call
 class GradientStatistics:
     """Measures gradients, weights and updates at every so many steps of an optimizer.
 

@@ -22,6 +22,7 @@ import torch
 from aengine.data.generators import capture, capture_process, restore, restore_process
 from aengine.engine import Engine, session_of, stateful_listeners
 from aengine.events import Events
+from aengine.keywords import explain_wrong_call
 from aengine.state import State, Stateful
 from aengine.training.gradients import GradientStatistics, keep_measurements
 from aengine.training.update import OptimizerUpdate
@@ -89,6 +90,7 @@ class LRRange:
         return self.smoothed.index(min(self.smoothed))
 
 
+@explain_wrong_call
 async def lr_range_test(  # noqa: PLR0913 -- what is trained, and how the curve is judged
     trainer: AnyEngine,
     model: torch.nn.Module,

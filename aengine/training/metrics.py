@@ -23,6 +23,7 @@ from aengine.checkpoint.capture.metrics import MetricStates
 from aengine.engine import Engine, stateful_listeners
 from aengine.events import EventLike, Events
 from aengine.extras import missing_package
+from aengine.keywords import explain_wrong_call
 
 try:
     from torchmetrics import Metric, MetricCollection
@@ -39,6 +40,7 @@ _in_use: "weakref.WeakValueDictionary[int, MetricHandler]" = weakref.WeakValueDi
 engines have one metric, which is fine while they run one after the other, and would mix their outputs otherwise."""
 
 
+@explain_wrong_call
 class MetricHandler:
     """Has an engine compute a metric.
 

@@ -28,10 +28,12 @@ import torch
 from aengine.callables import name_of
 from aengine.data.adapt import adapt, is_async_iterable, is_factory
 from aengine.data.finish import HOOK
+from aengine.keywords import explain_wrong_call
 from aengine.state import Stateful
 from aengine.training.supervised import Device, move
 
 
+@explain_wrong_call
 def prefetch_to_device(data: Any, device: Device) -> Any:
     """Return data whose batches are on a device when they come to a step, moved there as they are fetched.
 

@@ -21,8 +21,10 @@ from aengine.callables import name_of
 from aengine.engine import Engine, stateful_listeners
 from aengine.events import EventLike
 from aengine.handlers.scores import Score, score_reader
+from aengine.keywords import explain_wrong_call
 
 
+@explain_wrong_call
 class SchedulerHandler:
     """Has a scheduler take a step at each firing of an event.
 

@@ -28,6 +28,7 @@ import torch
 from aengine.callables import check_callable, name_of
 from aengine.checkpoint.capture.modules import unwrap
 from aengine.engine import Engine
+from aengine.keywords import explain_wrong_call
 from aengine.training.update import Clip, OptimizerUpdate
 
 if TYPE_CHECKING:
@@ -189,6 +190,7 @@ class TrainingModes:
             module.training = False
 
 
+@explain_wrong_call
 def supervised_training_step(  # noqa: PLR0913 -- pytorch-ignite's arguments
     model: torch.nn.Module,
     update: OptimizerUpdate,
@@ -225,6 +227,7 @@ def supervised_training_step(  # noqa: PLR0913 -- pytorch-ignite's arguments
     return train_step
 
 
+@explain_wrong_call
 def supervised_evaluation_step(
     model: torch.nn.Module,
     device: Device = None,
@@ -249,6 +252,7 @@ def supervised_evaluation_step(
     return evaluate_step
 
 
+@explain_wrong_call
 def create_supervised_trainer(  # noqa: PLR0913 -- pytorch-ignite's arguments
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -335,6 +339,7 @@ def create_supervised_trainer(  # noqa: PLR0913 -- pytorch-ignite's arguments
     return trainer
 
 
+@explain_wrong_call
 def create_supervised_evaluator(  # noqa: PLR0913 -- pytorch-ignite's arguments
     model: torch.nn.Module,
     metrics: "Mapping[str, AnyMetric] | None" = None,

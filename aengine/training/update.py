@@ -31,6 +31,7 @@ from aengine.attachment import Attachment
 from aengine.bus.emitter import RemovableEventHandle
 from aengine.engine import Engine
 from aengine.events import EventEnum, Events
+from aengine.keywords import explain_wrong_call
 
 Clip: TypeAlias = Callable[[Iterable[torch.nn.Parameter]], object]
 
@@ -51,6 +52,7 @@ class OptimizerEvents(EventEnum):
     OPTIMIZER_STEPPED = "optimizer_stepped"
 
 
+@explain_wrong_call
 class OptimizerUpdate:
     """Turns the losses of a group of batches into a step of the optimizer.
 

@@ -111,7 +111,7 @@ async def test_save_between_runs_is_acknowledged_too(tmp_path: Path, state: Any)
     async with Checkpoint(tmp_path, state) as checkpoint:
         checkpoint.attach(engine, Events.COMPLETED(once=100))
         await engine.run(data, max_iters=3)
-        await checkpoint.save_now()
+        await checkpoint.save()
     assert data.acknowledged == [{"offset": 3}]
 
 
@@ -265,8 +265,8 @@ async def test_damaged_checkpoint_is_what_its_event_is_about(tmp_path: Path, sta
             CheckpointEvents.CHECKPOINT_DAMAGED, lambda engine, damaged: heard.append((damaged.path, damaged.why))
         )
         with pytest.warns(CheckpointWarning):
-            await checkpoint.restore(engine)
-        assert heard[0][0] in checkpoint.damaged
+            await checkpoint.restore()
+        assert heard[0][0] in checkpoint.statistics().damaged
         assert "state.pt" in heard[0][1]
 
 

@@ -38,10 +38,12 @@ async def test_what_is_no_engine_is_neither_attached_nor_restored(tmp_path: Path
     completed: Any = Events.COMPLETED
     model: Any = torch.nn.Linear(1, 1)
     checkpoint = Checkpoint(tmp_path, {})
-    with pytest.raises(TypeError, match=r"attach\(engine, event\) takes an Engine first, got Events"):
+    with pytest.raises(TypeError, match=r"attach\(engine, event\) takes an Engine of aengine.s first, got .*Events"):
         checkpoint.attach(completed, engine)
-    with pytest.raises(TypeError, match=r"restore\(engine, which\) takes an Engine first, got Linear"):
-        await checkpoint.restore(model)
+    with pytest.raises(TypeError, match=r"takes no engine.*call  checkpoint\.attach\(engine, event\)"):
+        await checkpoint.restore(engine)
+    with pytest.raises(RuntimeError, match=r"is attached to no engine: call  checkpoint\.attach"):
+        await checkpoint.restore()
     with pytest.raises(TypeError, match="expected an event"):
         checkpoint.attach(engine, model)
     checkpoint.attach(Engine(lambda engine, batch: None), Events.COMPLETED)  # it serves none of those
@@ -79,6 +81,6 @@ async def test_it_is_attached_to_an_event_once_and_to_others_as_well(tmp_path: P
         run.checkpoint.attach(run.engine, every)
         await run.engine.run([1, 2, 3, 4, 5])
         assert [(info.step, info.revision) for info in run.checkpoint.list()] == [(3, 1), (4, 1), (5, 1)]
-        await run.checkpoint.close()
+        await run.checkpoint.aclose()
         handle.remove()
         run.checkpoint.attach(run.engine, every)

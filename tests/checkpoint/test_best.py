@@ -51,7 +51,7 @@ async def directory(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(("mode", "step"), [("max", 2), ("min", 1)])
 async def test_the_best_is_restored_by_the_rule_of_keep(directory: Path, mode: Any, step: int) -> None:
     async with saving(directory, keep=Keep(metric="score", mode=mode)) as run:
-        info = await run.checkpoint.restore(run.engine, "best")
+        info = await run.restore("best")
         assert info is not None
         assert run.steps == run.engine.state.iteration == info.step == step
 
@@ -63,16 +63,16 @@ async def test_where_the_best_is_damaged_the_next_best_is_restored(directory: Pa
         run.checkpoint.attach(run.engine, Events.COMPLETED)
         run.engine.add_event_handler(CheckpointEvents.CHECKPOINT_DAMAGED, lambda: heard.append("damaged"))
         with pytest.warns(CheckpointWarning, match="step-0000000002"):
-            await run.checkpoint.restore(run.engine, "best")
+            await run.restore("best")
         assert run.steps == 5
         assert heard == ["damaged"]
-        assert run.checkpoint.damaged == (directory / "damaged-step-0000000002",)
+        assert run.checkpoint.statistics().damaged == (directory / "damaged-step-0000000002",)
 
 
 async def test_a_run_that_goes_on_from_the_best_leaves_the_later_ones_behind(directory: Path) -> None:
     async with saving(directory, keep=BEST) as run:
         run.checkpoint.attach(run.engine, Events.COMPLETED)
-        await run.checkpoint.restore(run.engine, "best")
+        await run.restore("best")
         await run.engine.run([1, 2, 3, 4, 5])
         assert run.saved == [1, 2, 5]
         assert len(left_behind(directory)) == 3
@@ -81,7 +81,7 @@ async def test_a_run_that_goes_on_from_the_best_leaves_the_later_ones_behind(dir
 async def test_where_nothing_says_what_is_best_that_is_said_at_the_call(tmp_path: Path) -> None:
     async with saving(tmp_path) as run:
         with pytest.raises(ValueError, match=r"make the Checkpoint with a metric, such as keep=Keep\(best=1"):
-            await run.checkpoint.restore(run.engine, "best")
+            await run.restore("best")
         with pytest.raises(ValueError, match="make the Checkpoint with a metric"):
             await run.checkpoint.load("best")
 
@@ -89,7 +89,7 @@ async def test_where_nothing_says_what_is_best_that_is_said_at_the_call(tmp_path
 async def test_where_none_can_be_the_best_no_other_is_taken(directory: Path) -> None:
     async with saving(directory, keep=Keep(metric="loss")) as run:
         with pytest.raises(CheckpointNotFound, match=r"has a number 'loss'.*engine\.state\.metrics"):
-            await run.checkpoint.restore(run.engine, "best")
+            await run.restore("best")
     async with saving(directory / "none", keep=Keep(metric="loss")) as run:
         with pytest.raises(CheckpointNotFound):
             await run.checkpoint.load("best")
@@ -98,16 +98,16 @@ async def test_where_none_can_be_the_best_no_other_is_taken(directory: Path) -> 
             flip(directory / name)
     async with saving(directory, keep=BEST) as run:
         with pytest.warns(CheckpointWarning), pytest.raises(CheckpointDamaged, match=r"0000000002: .*sha256"):
-            await run.checkpoint.restore(run.engine, "best")
+            await run.restore("best")
         assert run.steps == 0
 
 
-@pytest.mark.parametrize("which", [1.5, True, torch.nn.Linear(1, 1)])
+@pytest.mark.parametrize("which", [1.5, True, None, torch.nn.Linear(1, 1)])
 async def test_what_names_no_checkpoint_is_a_wrong_type(tmp_path: Path, which: Any) -> None:
     async with saving(tmp_path) as run:
-        with pytest.raises(TypeError, match=r'which= is a step, a path, "best", "must" or None, got'):
-            await run.checkpoint.restore(run.engine, which)
-        with pytest.raises(TypeError, match="which= is a step"):
+        with pytest.raises(TypeError, match=r'which= is "latest", "best", a step or a pathlib.Path, got'):
+            await run.restore(which)
+        with pytest.raises(TypeError, match="which= is "):
             await run.checkpoint.load(which)
 
 
@@ -122,12 +122,12 @@ async def test_a_training_ends_with_its_best_weights_and_goes_on_as_if_nothing_w
         assert run.engine.state.metrics["score"] == SCORES[5]
         assert torch.equal(torch.get_rng_state(), random)
         assert times_of_change(tmp_path) == files
-        await run.checkpoint.save_now()
+        await run.checkpoint.save()
         assert run.saved == [1, 2, 3, 4, 5]
         assert left_behind(tmp_path) == []
 
 
-@pytest.mark.parametrize(("which", "step"), [("must", 5), (None, 5), (3, 3), ("path", 4), ("best", 2)])
+@pytest.mark.parametrize(("which", "step"), [("latest", 5), (3, 3), ("path", 4), ("best", 2)])
 async def test_any_checkpoint_is_loaded_without_an_engine(directory: Path, which: Any, step: int) -> None:
     run = Run(directory, keep=BEST)
     info = await run.checkpoint.load(directory / "step-0000000004" if which == "path" else which)
@@ -145,7 +145,7 @@ async def test_loading_reads_beside_the_run_that_writes_and_lets_it_begin(direct
         with pytest.warns(CheckpointWarning, match="step-0000000002"):
             info = await reader.checkpoint.load("best")
         assert reader.steps == info.step == 5
-        assert reader.checkpoint.damaged == (directory / "step-0000000002",)
+        assert reader.checkpoint.statistics().damaged == (directory / "step-0000000002",)
         assert "step-0000000002" in checkpoints(directory)  # not set aside: nothing on the disk is changed
 
 
@@ -158,7 +158,7 @@ async def test_only_the_parts_that_are_named_are_loaded(tmp_path: Path) -> None:
         run.checkpoint = Checkpoint(tmp_path, saved)
         run.checkpoint.attach(run.engine, Events.COMPLETED)
         await run.engine.run([1])
-        await run.checkpoint.close()
+        await run.checkpoint.aclose()
         second = here["second"].weight.clone()
         await Checkpoint(tmp_path, here).load(only=["first"])
         assert torch.equal(here["first"].weight, saved["first"].weight)

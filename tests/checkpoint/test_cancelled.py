@@ -62,7 +62,7 @@ async def test_a_save_that_outlives_the_grace_is_given_up_and_leaves_nothing(
     assert "0.05 seconds of grace" in caplog.text, "and it is not raised again"
     with anyio.fail_after(60):
         await until(lambda: strays(tmp_path) == [])
-        await run.checkpoint.close()
+        await run.checkpoint.aclose()
     assert run.saved == []
 
 
@@ -73,7 +73,7 @@ async def test_waiting_for_a_save_that_is_given_up_raises(tmp_path: Path) -> Non
 
     async def ask() -> None:
         with pytest.raises(CheckpointNotWritten) as caught:
-            await run.checkpoint.save_now()
+            await run.checkpoint.save()
         errors.append(str(caught.value))
 
     with anyio.fail_after(60):
@@ -90,7 +90,7 @@ async def test_waiting_for_a_save_that_is_given_up_raises(tmp_path: Path) -> Non
                 group.start_soon(ask_and_cancel)
                 await run.engine.run(endless)
     assert ["given up" in error for error in sorted(errors)] == [True, False]
-    await run.checkpoint.close()
+    await run.checkpoint.aclose()
     assert strays(tmp_path) == []
 
 
@@ -108,12 +108,12 @@ async def test_waiting_for_a_save_can_be_cancelled_and_it_goes_on(tmp_path: Path
         run.checkpoint.attach(run.engine, Events.EXCEPTION_RAISED)
         run.valve.is_open.clear()
         async with anyio.create_task_group() as group:
-            group.start_soon(run.checkpoint.save_now)
+            group.start_soon(run.checkpoint.save)
             await until(run.valve.begun.is_set)
             group.cancel_scope.cancel()
         assert run.saved == []
         run.valve.is_open.set()
-        await run.checkpoint.drain()
+        await run.checkpoint.flush()
         assert run.saved == [0]
 
 
@@ -125,10 +125,10 @@ async def test_drain_can_be_cancelled_and_the_save_goes_on(tmp_path: Path) -> No
             group.start_soon(run.engine.run, [1])
             await until(run.valve.begun.is_set)
             with anyio.move_on_after(0) as waiting:
-                await run.checkpoint.drain()
+                await run.checkpoint.flush()
             assert waiting.cancelled_caught
             run.valve.is_open.set()
-            await run.checkpoint.drain()
+            await run.checkpoint.flush()
             assert run.saved == [1]
 
 

@@ -37,7 +37,7 @@ async def test_a_run_waits_at_its_end_for_a_save_that_was_begun_before_it(tmp_pa
         run.checkpoint.attach(run.engine, Events.EXCEPTION_RAISED)
         run.valve.is_open.clear()
         async with anyio.create_task_group() as group:
-            group.start_soon(run.checkpoint.save_now)
+            group.start_soon(run.checkpoint.save)
             await until(run.valve.begun.is_set)
             group.cancel_scope.cancel()
         async with anyio.create_task_group() as group:
@@ -55,7 +55,7 @@ async def test_a_request_when_the_loop_has_ended_and_its_run_has_not_is_served_a
             async def run_ended(self, engine: AnyEngine, reason: StopReason, error: BaseException | None) -> None:
                 assert run.engine.is_running
                 with anyio.fail_after(60):
-                    assert (await run.checkpoint.save_now()).step == 2
+                    assert (await run.checkpoint.save()).step == 2
 
         run.checkpoint.attach(run.engine, Events.EXCEPTION_RAISED)
         run.engine.add_service(Asks())

@@ -64,12 +64,12 @@ async def restored_step(directory: Path) -> int:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", CheckpointWarning)
-            info = await run.checkpoint.restore(run.engine, "must")
+            info = await run.restore(required=True)
         assert info is not None
         assert run.steps == run.engine.state.iteration == info.step
         return info.step
     finally:
-        await run.checkpoint.close()
+        await run.checkpoint.aclose()
 
 
 async def test_after_a_flipped_bit_in_the_manifest_the_one_before_is_taken(saved: Path, tmp_path: Path) -> None:
@@ -178,10 +178,10 @@ async def forge_at_random(saved: Path, directory: Path, rounds: int, seed: int) 
         run = Run(directory)
         with warnings.catch_warnings(), suppress(CheckpointMismatch):
             warnings.simplefilter("ignore")
-            info = await run.checkpoint.restore(run.engine, "must")
+            info = await run.restore(required=True)
             assert info is not None
             assert info.step in {3, 4}, seed
-        await run.checkpoint.close()
+        await run.checkpoint.aclose()
         shutil.rmtree(directory)
 
 

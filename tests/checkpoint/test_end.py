@@ -144,7 +144,7 @@ async def test_a_step_that_is_cut_is_not_saved_and_that_is_said(how: str, saved:
         await run.engine.run(endless)
     assert run.steps == 4
     assert run.saved == ([] if saved is None else [saved])
-    await run.checkpoint.close()
+    await run.checkpoint.aclose()
 
 
 async def test_what_is_saved_already_is_not_saved_again_and_nothing_said(tmp_path: Path) -> None:
@@ -214,7 +214,7 @@ async def test_a_disk_that_fails_at_the_end_is_warned_of_beside_what_ended_the_r
         ):
             await _data(run)
         assert run.saved == []
-        await run.checkpoint.drain()
+        await run.checkpoint.flush()
 
 
 class Endless(Valve):
@@ -232,7 +232,7 @@ async def test_it_has_the_grace_and_no_more(tmp_path: Path, caplog: pytest.LogCa
         await _cancelled(run)
     assert "0.05 seconds of grace" in caplog.text
     await until(lambda: strays(tmp_path) == [])
-    await run.checkpoint.close()
+    await run.checkpoint.aclose()
     assert run.saved == []
 
 
@@ -262,7 +262,7 @@ async def test_a_resumed_run_goes_on_from_the_end(tmp_path: Path) -> None:
             await _data(run)
     async with saving(tmp_path) as run:
         run.checkpoint.attach(run.engine, SELDOM)
-        info = await run.checkpoint.restore(run.engine)
+        info = await run.restore()
         assert info is not None
         assert info.step == run.steps == 3
         with pytest.raises(Boom):

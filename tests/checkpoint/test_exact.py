@@ -170,9 +170,9 @@ class Training:
         if step is not None:
             torch.rand(17)  # whatever a new process has drawn
             random.random()
-            await self.checkpoint.restore(self.engine, step)
+            await self.checkpoint.restore(step)
         await self.engine.run(self.data, max_epochs=2, prefetch=self.prefetch)
-        await self.checkpoint.close()
+        await self.checkpoint.aclose()
         return {
             "model": self.model.state_dict(),
             "average": self.average.state_dict(),
@@ -238,8 +238,8 @@ async def test_run_that_went_back_is_gone_on_with_and_not_the_one_that_was_left(
 
     await training().run()
     looked = training()
-    await looked.checkpoint.restore(looked.engine, 5)
-    await looked.checkpoint.close()
+    await looked.checkpoint.restore(5)
+    await looked.checkpoint.aclose()
     assert [info.step for info in looked.checkpoint.list()][-1] == 12  # to look back changes nothing
 
     went_back = training()
@@ -249,7 +249,7 @@ async def test_run_that_went_back_is_gone_on_with_and_not_the_one_that_was_left(
     assert len(abandoned(tmp_path)) == 7  # steps 6 to 12
 
     resumed = training()
-    info = await resumed.checkpoint.restore(resumed.engine)
-    await resumed.checkpoint.close()
+    info = await resumed.checkpoint.restore()
+    await resumed.checkpoint.aclose()
     assert info is not None
     assert info.step == 7

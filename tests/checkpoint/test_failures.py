@@ -19,7 +19,7 @@ from support.saving_run import Run, endless, saving, strays, until
 
 from aengine import Events, StopReason
 from aengine.checkpoint import CheckpointEvents
-from aengine.errors import CheckpointNotWritten, CheckpointWarning, NotSerializable
+from aengine.errors import CheckpointNotWritten, NotSerializable
 
 FULL = "No space left on device"
 
@@ -146,14 +146,16 @@ async def test_ctrl_c_wins_over_a_save_that_fails_which_is_logged(
         assert [record.exc_info and record.exc_info[0] for record in logged] == [CheckpointNotWritten]
 
 
-async def test_with_warn_the_run_goes_on_and_the_failures_are_counted(tmp_path: Path) -> None:
-    async with saving(tmp_path, on_error="warn") as run:
+async def test_with_log_the_run_goes_on_and_the_failures_are_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with saving(tmp_path, on_error="log") as run:
         run.checkpoint.attach(run.engine, Events.ITERATION_COMPLETED(every=2))
         for step in (2, 6):
             run.before_step(step, lambda: fill_the_disk(run))
-        with pytest.warns(CheckpointWarning, match=FULL) as warned:
-            await run.engine.run(range(8))
-        assert len(warned) == run.checkpoint.failures == 2
+        await run.engine.run(range(8))
+        logged = [record for record in caplog.records if record.exc_info and FULL in str(record.exc_info[1])]
+        assert len(logged) == run.checkpoint.statistics().failures == run.checkpoint.statistics().saved == 2
         assert run.engine.state.stop_reason is StopReason.COMPLETED
         assert run.saved == [4, 8]
 
@@ -189,15 +191,17 @@ async def test_what_could_not_be_loaded_back_fails_the_run_at_the_save(tmp_path:
         assert run.saved == [1, 2]
 
 
-async def test_with_warn_what_cannot_be_staged_is_a_failure_as_well(tmp_path: Path) -> None:
-    async with saving(tmp_path, on_error="warn") as run:
+async def test_with_log_what_cannot_be_staged_is_a_failure_as_well(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with saving(tmp_path, on_error="log") as run:
         grown = Grown()
         run.engine.add_event_handler(Events.STARTED, grown)
         run.engine.add_event_handler(Events.ITERATION_STARTED(once=3), grown.grow)
         run.checkpoint.attach(run.engine, Events.ITERATION_COMPLETED)
-        with pytest.warns(CheckpointWarning, match="Grown"):
-            await run.engine.run([1, 2, 3, 4])
-        assert run.checkpoint.failures == 2
+        await run.engine.run([1, 2, 3, 4])
+        assert "Grown" in caplog.text
+        assert run.checkpoint.statistics().failures == 2
         assert run.saved == [1, 2]
 
 
@@ -209,7 +213,7 @@ async def test_the_waits_for_a_save_that_fails_do_not_hang(tmp_path: Path) -> No
 
         async def ask() -> None:
             with pytest.raises(CheckpointNotWritten, match=FULL):
-                await run.checkpoint.save_now()
+                await run.checkpoint.save()
             heard.append("the other task")
 
         async def begin() -> None:
@@ -245,13 +249,13 @@ async def test_a_failure_that_no_run_has_raised_is_raised_by_drain_and_close(tmp
             def leave() -> None:
                 scope.cancel()
 
-            await run.checkpoint.save_now()
+            await run.checkpoint.save()
 
     await ask_and_leave()
     run.valve.is_open.set()
     with pytest.raises(CheckpointNotWritten, match=FULL):
-        await run.checkpoint.drain()
-    await run.checkpoint.close()
+        await run.checkpoint.flush()
+    await run.checkpoint.aclose()
     assert strays(tmp_path) == []
 
 

@@ -37,7 +37,7 @@ async def test_engine_and_model_are_freed_by_reference_count_once_it_is_closed(h
             checkpoint.attach(engine, Events.ITERATION_COMPLETED)
             try:
                 if how.startswith("asked"):
-                    await checkpoint.save_now()
+                    await checkpoint.save()
                 else:
                     await engine.run([1, 2])
             except CheckpointNotWritten as error:
@@ -60,8 +60,8 @@ async def test_closed_and_attached_again_it_saves_as_before(tmp_path: Path) -> N
         for steps in (1, 2):
             run.checkpoint.attach(run.engine, Events.COMPLETED)
             await run.engine.run(range(steps))
-            assert (await run.checkpoint.save_now()).step == steps
-            await run.checkpoint.close()
+            assert (await run.checkpoint.save()).step == steps
+            await run.checkpoint.aclose()
         other: AnyEngine = Engine(double)
         run.checkpoint.attach(other, Events.COMPLETED)
         await other.run([1, 2, 3])
@@ -75,7 +75,7 @@ async def test_close_that_is_cancelled_lets_go_of_the_directory(tmp_path: Path) 
         run.valve.is_open.clear()
         with anyio.CancelScope() as scope:
             async with anyio.create_task_group() as group:
-                group.start_soon(run.checkpoint.save_now)
+                group.start_soon(run.checkpoint.save)
                 await until(run.valve.begun.is_set)
                 scope.cancel()
         under_way = run.checkpoint._saver.under_way
@@ -89,7 +89,7 @@ async def test_close_that_is_cancelled_lets_go_of_the_directory(tmp_path: Path) 
             others.start_soon(open_when_given_up)
             with anyio.CancelScope() as scope:
                 async with anyio.create_task_group() as group:
-                    group.start_soon(run.checkpoint.close)
+                    group.start_soon(run.checkpoint.aclose)
                     await until(lambda: run.checkpoint._engine is None)
                     scope.cancel()
         other = Run(tmp_path)
@@ -107,7 +107,7 @@ async def test_requests_of_a_long_run_are_not_kept(tmp_path: Path) -> None:
             group.start_soon(run.engine.run, [1])
             for _ in range(5):
                 await until(lambda: run.engine.is_running)
-                await run.checkpoint.save_now()
+                await run.checkpoint.save()
             assert not run.checkpoint._saver._requests
             assert not run.engine._requests.to_fire
             run.engine.resume()

@@ -40,7 +40,7 @@ async def stop_in_a_step(directory: Path, *, saved_at: object, how: str) -> Half
             await run.waits.wait()
             group.cancel_scope.cancel()
     assert run.steps == 3
-    await run.checkpoint.close()
+    await run.checkpoint.aclose()
     return run
 
 
@@ -55,11 +55,11 @@ async def test_the_one_before_is_gone_on_from(tmp_path: Path, how: str, capsys: 
     assert [one["mid_step"] for one in told["checkpoints"]] == [False, True]
 
     async with saving(tmp_path) as again:
-        info = await again.checkpoint.restore(again.engine)
+        info = await again.restore()
         assert info is not None
         assert (info.step, again.steps) == (1, 1)
     async with saving(tmp_path) as again:  # asked for by its step, it is taken
-        info = await again.checkpoint.restore(again.engine, 2)
+        info = await again.restore(2)
         assert info is not None
         assert (info.is_mid_step, again.steps) == (True, 3)
 
@@ -69,7 +69,7 @@ async def test_it_is_gone_on_from_if_there_is_no_other_and_that_is_said(tmp_path
     assert [(info.step, info.is_mid_step) for info in run.checkpoint.list()] == [(2, True)]
     async with saving(tmp_path) as again:
         with pytest.warns(CheckpointWarning, match="no checkpoint but of the middle of a step"):
-            info = await again.checkpoint.restore(again.engine)
+            info = await again.restore()
         assert info is not None
         assert again.steps == 3
     async with saving(tmp_path) as again:

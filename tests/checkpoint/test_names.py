@@ -40,7 +40,7 @@ async def test_a_directory_whose_name_is_not_utf_8_is_like_any_other(
             checkpoint.attach(run, Events.ITERATION_COMPLETED(every=2))
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", CheckpointWarning)
-                info = await checkpoint.restore(run)
+                info = await checkpoint.restore()
             assert (info and info.step) == resumed
             await run.run(range(6))
             assert [one.path.parent for one in checkpoint.list()] == [no_text] * 3
@@ -112,7 +112,7 @@ async def test_where_the_name_is_too_long_nothing_is_written_and_that_is_said(tm
         with pytest.raises(CheckpointNotWritten, match=advice):
             await run.run([1])
         with pytest.raises(CheckpointNotWritten, match=advice):
-            await checkpoint.save_now()
+            await checkpoint.save()
         assert checkpoint.list() == []
         with pytest.raises(CheckpointNotFound):
             checkpoint.pin(1)
@@ -123,12 +123,13 @@ async def test_where_the_name_is_too_long_nothing_is_written_and_that_is_said(tm
 async def test_where_the_name_is_too_long_restoring_says_so(tmp_path: Path, how: str, call: str) -> None:
     directory = too_long(tmp_path, how)
     async with Checkpoint(directory, {"model": torch.nn.Linear(2, 2)}) as checkpoint:
+        checkpoint.attach(engine())
 
-        async def read(which: Any) -> object:
-            return await (checkpoint.restore(engine(), which) if call == "restore" else checkpoint.load(which))
+        async def read(which: Any, **options: bool) -> object:
+            return await (checkpoint.restore(which, **options) if call == "restore" else checkpoint.load(which))
 
         with pytest.raises(CheckpointNotWritten, match="Choose a directory with a shorter name"):
-            await read("must")
+            await (read("latest", required=True) if call == "restore" else read("latest"))
         for which in (1, directory / "step-0000000001"):
             with pytest.raises(CheckpointNotFound):
                 await read(which)
@@ -143,4 +144,4 @@ async def test_a_manifest_that_is_too_long_is_not_written(tmp_path: Path) -> Non
             await run.run([1])
         assert checkpoint.list() == []
         with anyio.fail_after(10):
-            await checkpoint.drain()
+            await checkpoint.flush()

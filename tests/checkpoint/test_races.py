@@ -14,6 +14,7 @@ from support.saving_run import Run, Valve, endless, saving, until
 
 from aengine import Engine, Event, Events, HandlerTimeout
 from aengine.checkpoint import Checkpoint, CheckpointEvents, Keep, TorchFile
+from aengine.checkpoint.events import REQUESTED
 from aengine.drivers.services import ServiceTasks
 from aengine.errors import CheckpointNotWritten, StrayCancellation
 
@@ -42,7 +43,7 @@ async def test_a_request_to_a_run_that_dies_before_its_first_event_is_refused(
 
         async def ask() -> None:
             with pytest.raises(CheckpointNotWritten, match="the run ended before"):
-                await run.checkpoint.save_now()
+                await run.checkpoint.save()
 
         def tasks_of_the_run() -> list[Any]:
             return [task for task in asyncio.all_tasks() if task.get_name() == "aengine saved"]
@@ -53,7 +54,7 @@ async def test_a_request_to_a_run_that_dies_before_its_first_event_is_refused(
         tasks_of_the_run()[0].cancel()
         with pytest.raises(StrayCancellation):
             await running
-        assert not run.engine.fire_event_soon(CheckpointEvents.CHECKPOINT_REQUESTED)
+        assert not run.engine.fire_event_soon(REQUESTED)
         with anyio.fail_after(60):
             await asking
 
@@ -71,7 +72,7 @@ async def test_a_request_to_a_run_that_is_abandoned_is_refused(tmp_path: Path) -
                 async def ask() -> None:
                     for _ in range(2):  # and of what is left of that run
                         with pytest.raises(CheckpointNotWritten, match="the run ended before"):
-                            await run.checkpoint.save_now()
+                            await run.checkpoint.save()
                     told.set()
 
                 told = anyio.Event()
@@ -92,7 +93,7 @@ async def test_a_request_as_the_directory_turns_out_to_be_taken_is_refused(tmp_p
 
             async def ask() -> None:
                 with pytest.raises(CheckpointNotWritten):
-                    await run.checkpoint.save_now()
+                    await run.checkpoint.save()
 
             async def ask_first(_: AnyEngine) -> None:
                 group.start_soon(ask)
@@ -105,7 +106,7 @@ async def test_a_request_as_the_directory_turns_out_to_be_taken_is_refused(tmp_p
             topic._choose_dispatch()
             with pytest.raises(Exception, match="in use by another Checkpoint"), anyio.fail_after(60):
                 await run.engine.run([1])
-        await run.checkpoint.close()
+        await run.checkpoint.aclose()
 
 
 async def test_a_request_to_a_checkpoint_that_is_closed_is_refused(tmp_path: Path) -> None:
@@ -115,10 +116,10 @@ async def test_a_request_to_a_checkpoint_that_is_closed_is_refused(tmp_path: Pat
         async with anyio.create_task_group() as group:
             group.start_soon(run.engine.run, [1, 2, 3])
             await until(lambda: run.engine.state.iteration == 2)
-            await run.checkpoint.drain()
-            await run.checkpoint.close()
-            with pytest.raises(RuntimeError, match="serves no engine"), anyio.fail_after(60):
-                await run.checkpoint.save_now()
+            await run.checkpoint.flush()
+            await run.checkpoint.aclose()
+            with pytest.raises(RuntimeError, match="is attached to no engine"), anyio.fail_after(60):
+                await run.checkpoint.save()
             run.engine.resume()
 
 
@@ -131,7 +132,7 @@ async def test_the_body_of_an_iteration_is_advised_to_save_soon(tmp_path: Path) 
                 async for event in iterations:
                     if event.iteration == 2:
                         with pytest.raises(RuntimeError, match=r"save_soon\(\)"):
-                            await run.checkpoint.save_now()
+                            await run.checkpoint.save()
                         run.checkpoint.save_soon()
         assert run.saved == [2, 3]
 
@@ -157,9 +158,9 @@ async def test_a_run_that_begins_while_a_save_is_waited_for_is_saved_between_its
         checkpoint.attach(engine, Events.EXCEPTION_RAISED)
         valve.is_open.clear()
         async with anyio.create_task_group() as group:
-            group.start_soon(checkpoint.save_now)
+            group.start_soon(checkpoint.save)
             await until(valve.begun.is_set)
-            group.start_soon(checkpoint.save_now)
+            group.start_soon(checkpoint.save)
             for _ in range(10):
                 await breathe()
             group.start_soon(engine.run, [7])
@@ -167,7 +168,7 @@ async def test_a_run_that_begins_while_a_save_is_waited_for_is_saved_between_its
             valve.is_open.set()
             for _ in range(10):
                 await breathe()
-            await until(lambda: checkpoint.committed is not None and not checkpoint._saver.under_way)
+            await until(lambda: checkpoint.last_saved is not None and not checkpoint._saver.under_way)
             for _ in range(10):
                 await breathe()
             goes_on.set()
@@ -250,7 +251,7 @@ async def test_due_in_the_middle_of_an_iteration_is_saved_at_its_end_and_resumed
             data = torch.utils.data.TensorDataset(torch.arange(3.0))
             async with self.checkpoint as checkpoint:
                 if step is not None:
-                    await checkpoint.restore(self.engine, step)
+                    await checkpoint.restore(step)
                 await self.engine.run(torch.utils.data.DataLoader(data, shuffle=True), max_epochs=3)
             return self.seen
 
@@ -278,7 +279,8 @@ async def test_epoch_that_is_to_end_is_saved_when_it_has_ended(tmp_path: Path) -
     engine = Engine(step)
     del seen[2:]
     async with Checkpoint(tmp_path, {}) as checkpoint:
-        await checkpoint.restore(engine)
+        checkpoint.attach(engine)
+        await checkpoint.restore()
         await engine.run([1, 2, 3, 4])
     assert seen == whole
 
@@ -294,7 +296,7 @@ async def test_accident_in_the_first_step_of_an_epoch_does_not_replace_what_is_s
         run.engine.add_event_handler(Events.ITERATION_STARTED(once=3), fail)
         async with run.checkpoint:
             if restore:
-                await run.checkpoint.restore(run.engine, "must")
+                await run.restore(required=True)
             assert run.steps == run.engine.state.iteration
             with pytest.raises(Boom):
                 await run.engine.run([1, 2], max_epochs=2)
@@ -319,7 +321,7 @@ async def test_interrupted_run_is_saved_again_after_a_save_between_that_failed(t
         await run.engine.run([1, 2, 3])
         run.valve.error = DISK_FULL
         with pytest.raises(CheckpointNotWritten, match="No space left"):
-            await run.checkpoint.save_now()
+            await run.checkpoint.save()
         await run.engine.run()
         assert run.saved == [1, 2, 3]
 
@@ -331,7 +333,7 @@ async def test_error_of_a_save_between_runs_that_was_not_reported_fails_the_next
         run.valve.error = DISK_FULL
         with anyio.CancelScope() as scope:
             async with anyio.create_task_group() as group:
-                group.start_soon(run.checkpoint.save_now)
+                group.start_soon(run.checkpoint.save)
                 await until(run.valve.begun.is_set)
                 scope.cancel()
         run.valve.is_open.set()
@@ -376,7 +378,7 @@ async def test_inbox_that_is_full_between_runs_does_not_fail_a_save(tmp_path: Pa
         run.checkpoint.attach(run.engine, Events.EXCEPTION_RAISED)
         run.engine.subscribe(CheckpointEvents.CHECKPOINT_COMMITTED, note, buffer=1)
         for revision in (1, 2, 3):
-            info = await run.checkpoint.save_now()
+            info = await run.checkpoint.save()
             assert (info.step, info.revision) == (0, revision)
 
 
@@ -398,7 +400,7 @@ async def test_with_skip_what_is_put_off_is_skipped_and_what_is_asked_for_is_not
             group.start_soon(run.engine.run, [1, 2, 3])
             await until(lambda: run.engine.state.iteration == 3)
             run.valve.is_open.set()
-        assert run.checkpoint.skipped == 1
+        assert run.checkpoint.statistics().skipped == 1
         assert run.saved == [1, 3]
 
 
@@ -410,11 +412,11 @@ async def test_restoring_waits_for_the_save_under_way(tmp_path: Path) -> None:
         run.valve.is_open.clear()
         with anyio.CancelScope() as scope:
             async with anyio.create_task_group() as group:
-                group.start_soon(run.checkpoint.save_now)
+                group.start_soon(run.checkpoint.save)
                 await until(lambda: run.checkpoint._saver.under_way is not None)
                 scope.cancel()
         async with anyio.create_task_group() as group:
-            group.start_soon(run.checkpoint.restore, run.engine)
+            group.start_soon(run.restore)
             for _ in range(10):
                 await breathe()
             run.valve.is_open.set()
@@ -429,7 +431,7 @@ async def test_two_checkpoints_of_one_engine_serve_their_own_requests(tmp_path: 
         async with anyio.create_task_group() as group:
             group.start_soon(run.engine.run, [1, 2])
             await until(lambda: run.engine.state.iteration == 1)
-            assert (await other.save_now()).step == 1
+            assert (await other.save()).step == 1
             run.engine.resume()
         assert (run.saved, [info.step for info in other.list()]) == ([2], [1])
 
@@ -468,6 +470,6 @@ async def test_save_that_failed_is_not_said_to_be_committed_where_the_checkpoint
         group.start_soon(run)
         await until(lambda: serializer.written == 3 and checkpoint._saver.under_way is None)
         with pytest.raises(CheckpointNotWritten):
-            await checkpoint.close()
+            await checkpoint.aclose()
         is_closed.set()
     assert len(committed) == len(checkpoint.list()) == 2

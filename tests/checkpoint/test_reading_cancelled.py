@@ -12,7 +12,6 @@ import pytest
 import torch
 from support.backends import Backend
 from support.kill_campaign import flip
-from support.record import AnyEngine
 from support.saving_run import Run, Valve, saving, until
 
 from aengine import CheckpointWarning, Engine, Events
@@ -77,8 +76,8 @@ async def test_cancelled_while_it_reads_it_has_changed_nothing(
             if call == "load":
                 await run.checkpoint.load()
             else:
-                which: Any = {"restore": None, "restore best": "best", "restore 2": 2}[call]
-                await run.checkpoint.restore(run.engine, which)
+                which: Any = {"restore": "latest", "restore best": "best", "restore 2": 2}[call]
+                await run.restore(which)
 
         with anyio.fail_after(30):
             if how == "native":
@@ -94,7 +93,7 @@ async def test_cancelled_while_it_reads_it_has_changed_nothing(
                     group.cancel_scope.cancel()
         assert not valve.may_read.is_set(), "it did not wait for the file"
         assert (run.steps, run.engine.state.iteration, run.engine.state_dict()["iteration"]) == (0, 0, 0)
-        assert not run.checkpoint.damaged
+        assert not run.checkpoint.statistics().damaged
         assert content(tmp_path) == before
         assert torch.equal(rng, torch.get_rng_state())
         valve.may_read.set()
@@ -103,23 +102,24 @@ async def test_cancelled_while_it_reads_it_has_changed_nothing(
         assert run.steps == 0
 
         with pytest.warns(CheckpointWarning, match="step-0000000003"):
-            info = await run.checkpoint.restore(run.engine)
+            info = await run.restore()
         assert info is not None
         assert (info.step, run.steps) == (2, 2)
-        assert list(run.checkpoint.damaged) == [tmp_path / "damaged-step-0000000003"]
+        assert list(run.checkpoint.statistics().damaged) == [tmp_path / "damaged-step-0000000003"]
 
 
 async def test_one_that_is_cancelled_leaves_the_checkpoint_free_for_another_engine(tmp_path: Path) -> None:
     await save_some(tmp_path)
     async with reading(tmp_path) as (run, valve):
         async with anyio.create_task_group() as group:
-            group.start_soon(run.checkpoint.restore, run.engine)
+            group.start_soon(run.restore)
             await until(valve.reads.is_set)
             group.cancel_scope.cancel()
-        assert run.engine.statistics().listeners == ()
         valve.may_read.set()
-        other: AnyEngine = Engine(lambda engine, batch: None)
-        assert await run.checkpoint.restore(other) is not None
+        await run.checkpoint.aclose()
+        assert run.engine.statistics().listeners == ()
+        run.engine = Engine(lambda engine, batch: None)
+        assert await run.restore() is not None
 
 
 async def test_cancelled_while_it_compares_checksums_it_reads_no_further(
@@ -140,20 +140,21 @@ async def test_cancelled_while_it_compares_checksums_it_reads_no_further(
     monkeypatch.setattr(files, "measure", slow)
     async with reading(tmp_path) as (run, valve):
         async with anyio.create_task_group() as group:
-            group.start_soon(run.checkpoint.restore, run.engine)
+            group.start_soon(run.restore)
             await until(begun.is_set)
             group.cancel_scope.cancel()
         may_go_on.set()
         await until(lambda: not [one for one in threading.enumerate() if one.name == "aengine checkpoint: read"])
         assert len(measured) == 1
         assert not valve.reads.is_set()
-        assert run.checkpoint.damaged == ()
+        assert run.checkpoint.statistics().damaged == ()
 
 
 async def test_what_is_damaged_is_set_aside_also_where_what_follows_is_of_another_model(tmp_path: Path) -> None:
     await save_some(tmp_path)
     flip(tmp_path / "step-0000000003")
     async with Checkpoint(tmp_path, {"other": torch.nn.Linear(2, 2)}) as checkpoint:
+        checkpoint.attach(Engine(lambda engine, batch: None))
         with pytest.warns(CheckpointWarning, match="step-0000000003"), pytest.raises(CheckpointMismatch):
-            await checkpoint.restore(Engine(lambda engine, batch: None))
+            await checkpoint.restore()
     assert (tmp_path / "damaged-step-0000000003").exists()

@@ -34,19 +34,19 @@ def content(directory: Path) -> dict[str, bytes]:
 
 async def test_where_there_is_none_nothing_is_restored_and_nothing_made(tmp_path: Path) -> None:
     async with saving(tmp_path / "run") as run:
-        assert await run.checkpoint.restore(run.engine) is None
+        assert await run.restore() is None
         assert not (tmp_path / "run").exists()
-        with pytest.raises(CheckpointNotFound, match="one must be there"):
-            await run.checkpoint.restore(run.engine, "must")
+        with pytest.raises(CheckpointNotFound, match="one is required"):
+            await run.restore(required=True)
 
 
-@pytest.mark.parametrize("which", [None, "must", 2, "path"])
+@pytest.mark.parametrize("which", ["latest", 2, "path"])
 async def test_the_one_that_is_asked_for_is_restored(which: Any, tmp_path: Path) -> None:
     await save_some(tmp_path)
     async with saving(tmp_path) as run:
         chosen = tmp_path / "step-0000000003" if which == "path" else which
-        info = await run.checkpoint.restore(run.engine, chosen)
-        expected = {None: 4, "must": 4, 2: 2, "path": 3}[which]
+        info = await run.restore(chosen)
+        expected = {"latest": 4, 2: 2, "path": 3}[which]
         assert info is not None
         assert run.steps == run.engine.state.iteration == info.step == expected
 
@@ -55,9 +55,9 @@ async def test_what_is_asked_for_and_not_there_is_said_with_what_there_is(tmp_pa
     await save_some(tmp_path)
     async with saving(tmp_path) as run:
         with pytest.raises(CheckpointNotFound, match="no checkpoint of step 9; it has those of step 1, 2, 3, 4"):
-            await run.checkpoint.restore(run.engine, 9)
+            await run.restore(9)
         with pytest.raises(CheckpointNotFound, match="step-0000000009"):
-            await run.checkpoint.restore(run.engine, tmp_path / "step-0000000009")
+            await run.restore(tmp_path / "step-0000000009")
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: str(damage.__name__))
@@ -71,12 +71,12 @@ async def test_a_damaged_newest_is_set_aside_and_the_one_before_taken(
         run.checkpoint.attach(run.engine, Events.COMPLETED)
         run.engine.add_event_handler(CheckpointEvents.CHECKPOINT_DAMAGED, lambda: heard.append("damaged"))
         with pytest.warns(CheckpointWarning, match="step-0000000004"):
-            info = await run.checkpoint.restore(run.engine)
+            info = await run.restore()
         assert info is not None
         assert run.steps == info.step == 3
         assert heard == ["damaged"]
         aside = tmp_path / "damaged-step-0000000004"
-        assert run.checkpoint.damaged == (aside,)
+        assert run.checkpoint.statistics().damaged == (aside,)
         assert (aside / "why.txt").read_text()
 
 
@@ -86,7 +86,7 @@ async def test_one_that_was_asked_for_by_step_is_refused_when_it_is_damaged(tmp_
     before = content(tmp_path)
     async with saving(tmp_path) as run:
         with pytest.raises(CheckpointDamaged, match="sha256"):
-            await run.checkpoint.restore(run.engine, 4)
+            await run.restore(4)
         assert run.steps == 0
     assert content(tmp_path) == before
 
@@ -97,9 +97,9 @@ async def test_if_all_are_damaged_nothing_begins_anew_and_not_at_the_next_attemp
         flip(tmp_path / name)
     async with saving(tmp_path) as run:
         with pytest.warns(CheckpointWarning), pytest.raises(CheckpointDamaged, match="none of the checkpoints"):
-            await run.checkpoint.restore(run.engine)
+            await run.restore()
         with pytest.raises(CheckpointDamaged, match=r"damaged-step-0000000004.*remove them or choose another"):
-            await run.checkpoint.restore(run.engine)
+            await run.restore()
         assert run.steps == 0
 
 
@@ -110,8 +110,9 @@ async def test_what_another_writes_is_read_and_nothing_of_it_set_aside(tmp_path:
         writer.checkpoint.attach(writer.engine, Events.EXCEPTION_RAISED)
         await writer.checkpoint._saver.open()
         reader = Run(tmp_path)
+        reader.checkpoint.attach(reader.engine)
         with pytest.warns(CheckpointWarning) as warned:
-            await reader.checkpoint.restore(reader.engine)
+            await reader.checkpoint.restore()
         assert warned[0].filename == __file__
         assert reader.steps == 3
         assert checkpoints(tmp_path)[-1] == "step-0000000004"
@@ -134,7 +135,7 @@ async def test_handlers_and_metrics_are_restored_with_the_engine(tmp_path: Path)
     async with saving(tmp_path) as run:
         run.engine.add_event_handler(Events.ITERATION_COMPLETED, second)
         run.checkpoint.attach(run.engine, Events.COMPLETED)
-        await run.checkpoint.restore(run.engine)
+        await run.restore()
         assert second.count == first.count == 3
         assert run.engine.state.metrics["loss"] == 0.5
         assert torch.equal(run.engine.state.metrics["table"], torch.ones(2))
@@ -157,7 +158,7 @@ async def test_what_does_not_fit_is_refused_and_stays_on_the_disk(state: Any, sa
     async with saving(tmp_path) as run:
         run.checkpoint = Checkpoint(tmp_path, state)
         with pytest.raises(CheckpointMismatch, match=said):
-            await run.checkpoint.restore(run.engine)
+            await run.restore()
         assert run.engine.state.iteration == 0
     assert content(tmp_path) == before
 
@@ -169,8 +170,8 @@ async def test_a_handler_that_is_missing_is_refused_unless_one_says_so(tmp_path:
         await run.engine.run([1, 2])
     async with saving(tmp_path) as run:
         with pytest.raises(CheckpointMismatch, match=r"handlers has \[\] here, and \['Counted'\].*strict=False"):
-            await run.checkpoint.restore(run.engine)
-        await run.checkpoint.restore(run.engine, strict=False)
+            await run.restore()
+        await run.restore(strict=False)
         assert run.steps == run.engine.state.iteration == 2
 
 
@@ -181,7 +182,7 @@ async def test_a_compiled_module_is_saved_under_the_names_of_the_plain_one(tmp_p
         run.checkpoint.attach(run.engine, Events.COMPLETED)
         await run.engine.run([1, 2])
     async with saving(tmp_path) as run:
-        await run.checkpoint.restore(run.engine)
+        await run.restore()
         assert run.steps == 2
 
 
@@ -192,7 +193,7 @@ async def test_a_run_that_is_under_way_is_not_restored(tmp_path: Path) -> None:
         @run.engine.subscribe(Events.ITERATION_COMPLETED(once=1))
         async def restore(event: Event) -> None:
             with pytest.raises(EngineBusy, match=r"restore\(\) comes before run\(\)"):
-                await run.checkpoint.restore(run.engine)
+                await run.restore()
 
         await run.engine.run([1, 2])
         assert run.steps == 2
@@ -201,5 +202,5 @@ async def test_a_run_that_is_under_way_is_not_restored(tmp_path: Path) -> None:
 async def test_one_checkpoint_serves_one_engine(tmp_path: Path) -> None:
     async with saving(tmp_path) as run, saving(tmp_path / "other") as other:
         run.checkpoint.attach(run.engine, Events.COMPLETED)
-        with pytest.raises(ValueError, match="make another one, with a directory of its own"):
-            await run.checkpoint.restore(other.engine)
+        with pytest.raises(RuntimeError, match="make another one, with a directory of its own"):
+            run.checkpoint.attach(other.engine)

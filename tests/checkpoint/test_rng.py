@@ -41,7 +41,7 @@ async def run(directory: Path, seed: int, *, own: bool, fails_at: int | None, **
         torch.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed)
-        await checkpoint.restore(engine)
+        await checkpoint.restore()
         try:
             await engine.run(loader(own=own))
         except Boom:

@@ -31,7 +31,7 @@ async def test_with_wait_the_loop_waits_for_the_save_before(tmp_path: Path) -> N
                 await anyio.lowlevel.checkpoint()
             assert run.steps == 2
             run.valve.is_open.set()
-        assert run.checkpoint.skipped == 0
+        assert run.checkpoint.statistics().skipped == 0
         assert run.saved == [1, 2, 3]
 
 
@@ -41,7 +41,7 @@ async def test_with_skip_the_loop_goes_on_and_the_last_is_never_skipped(tmp_path
         run.checkpoint.attach(run.engine, Events.ITERATION_COMPLETED | Events.COMPLETED)
         run.valve.is_open.clear()
         await run.engine.run([1, 2, 3, 4])
-        assert run.checkpoint.skipped == 3
+        assert run.checkpoint.statistics().skipped == 3
         assert run.saved == [1, 4]
 
 
@@ -54,21 +54,21 @@ async def test_a_save_that_is_asked_for_is_of_a_completed_step_and_committed(tmp
         async with anyio.create_task_group() as group:
             group.start_soon(run.engine.run, endless)
             await until(lambda: run.engine.state.iteration > 2)
-            info = await run.checkpoint.save_now()
-            assert info == run.checkpoint.committed
+            info = await run.checkpoint.save()
+            assert info == run.checkpoint.last_saved
             run.engine.terminate()
         assert run.saved[0] == info.step
         fresh = Run(tmp_path)
-        await fresh.checkpoint.restore(fresh.engine, info.step)
+        await fresh.restore(info.step)
         assert fresh.steps == info.step == fresh.engine.state.iteration
 
 
 async def test_without_a_run_it_is_saved_at_once(tmp_path: Path) -> None:
     async with saving(tmp_path) as run:
         run.checkpoint.attach(run.engine, Events.COMPLETED)
-        assert (await run.checkpoint.save_now()).step == 0
+        assert (await run.checkpoint.save()).step == 0
         await run.engine.run([1, 2])
-        again = await run.checkpoint.save_now()
+        again = await run.checkpoint.save()
         assert (again.step, again.revision) == (2, 2)
         assert run.saved == [0, 2]
 
@@ -80,7 +80,7 @@ async def test_during_a_pause_it_is_saved_where_the_loop_stands(tmp_path: Path) 
         async with anyio.create_task_group() as group:
             group.start_soon(run.engine.run, [1, 2, 3])
             await until(lambda: run.engine.state.iteration == 2)
-            assert (await run.checkpoint.save_now()).step == 2
+            assert (await run.checkpoint.save()).step == 2
             run.engine.resume()
         assert run.saved == [2, 3]
 
@@ -93,7 +93,7 @@ async def test_from_within_the_run_the_advice_is_to_save_soon(thread: bool, tmp_
         @run.engine.on(Events.ITERATION_COMPLETED(once=2))
         async def ask() -> None:
             with pytest.raises(RuntimeError, match=r"checkpoint\.save_soon\(\)"):
-                await run.checkpoint.save_now()
+                await run.checkpoint.save()
             run.checkpoint.save_soon()
 
         await run.engine.run([1, 2, 3, 4])
@@ -111,9 +111,9 @@ async def test_save_soon_in_a_step_saves_what_that_step_leads_to(tmp_path: Path)
 async def test_a_request_where_there_is_nothing_to_save_is_refused_with_advice(tmp_path: Path) -> None:
     async with saving(tmp_path) as run:
         with pytest.raises(RuntimeError, match=r"call  checkpoint\.attach\(engine, event\)  first"):
-            await run.checkpoint.save_now()
+            await run.checkpoint.save()
         run.checkpoint.attach(run.engine, Events.COMPLETED)
-        with pytest.raises(RuntimeError, match=r"await checkpoint\.save_now\(\)"):
+        with pytest.raises(RuntimeError, match=r"await checkpoint\.save\(\)"):
             run.checkpoint.save_soon()
 
 
@@ -123,7 +123,7 @@ async def test_a_save_asked_for_by_two_is_one(tmp_path: Path) -> None:
         run.checkpoint.attach(run.engine, Events.EXCEPTION_RAISED)
 
         async def ask() -> None:
-            infos.append(await run.checkpoint.save_now())
+            infos.append(await run.checkpoint.save())
 
         @run.engine.on(Events.ITERATION_STARTED(once=1))
         async def have_two_ask() -> None:
@@ -132,7 +132,7 @@ async def test_a_save_asked_for_by_two_is_one(tmp_path: Path) -> None:
             await until(lambda: len(run.checkpoint._saver._requests) == 2)
 
         await run.engine.run([1, 2])
-    assert infos == [run.checkpoint.committed] * 2
+    assert infos == [run.checkpoint.last_saved] * 2
     assert [(info.step, info.revision) for info in infos] == [(1, 1), (1, 1)]
 
 
@@ -146,7 +146,7 @@ async def test_a_request_during_a_step_that_fails_gets_an_error_and_no_half_of_a
 
         async def ask() -> None:
             with pytest.raises(CheckpointNotWritten, match="in a step that did not complete"):
-                await run.checkpoint.save_now()
+                await run.checkpoint.save()
 
         async with anyio.create_task_group() as group:
 
@@ -181,7 +181,7 @@ async def test_a_request_that_the_loop_waits_to_serve_is_served_when_the_run_is_
                 raise boom
 
         async def ask() -> None:
-            answers.append((await run.checkpoint.save_now()).step)
+            answers.append((await run.checkpoint.save()).step)
 
         waits = False
         with anyio.fail_after(60):
@@ -227,7 +227,7 @@ async def test_a_request_is_refused_with_the_error_of_the_save_before_that_faile
 
                 group.start_soon(open_later)
                 with pytest.raises(CheckpointError):
-                    await run.checkpoint.save_now()
+                    await run.checkpoint.save()
 
 
 # Events
@@ -254,16 +254,16 @@ async def test_a_run_that_is_stopped_is_saved_where_it_stopped(event: str, tmp_p
             with pytest.raises(Boom) if event == "EXCEPTION_RAISED" else anyio.CancelScope():
                 await engine.run(endless)
         assert run.saved == [3]
-        await run.checkpoint.close()
+        await run.checkpoint.aclose()
 
         fresh = Run(tmp_path)
         is_in_a_step = event == "CANCELLED"  # and what it has changed so far is not known
         with pytest.warns(CheckpointWarning, match="middle of a step") if is_in_a_step else nullcontext():
-            assert (await fresh.checkpoint.restore(fresh.engine)) is not None
+            assert (await fresh.restore()) is not None
         fresh.engine.add_event_handler(Events.ITERATION_COMPLETED, fresh.engine.terminate)
         await fresh.engine.run(endless)
         assert fresh.steps == fresh.engine.state.iteration == 4
-        await fresh.checkpoint.close()
+        await fresh.checkpoint.aclose()
 
 
 async def test_what_is_saved_already_is_not_saved_again_when_the_run_fails(tmp_path: Path) -> None:
@@ -312,7 +312,7 @@ async def test_subscribers_get_that_it_is_staged_and_then_that_it_is_committed(t
 
         @run.engine.subscribe(CheckpointEvents.CHECKPOINT_STAGED | CheckpointEvents.CHECKPOINT_COMMITTED)
         async def note(event: Event) -> None:
-            heard.append((event.name, run.checkpoint.committed is not None))
+            heard.append((event.name, run.checkpoint.last_saved is not None))
             run.valve.is_open.set()
 
         await run.engine.run([1, 2])
@@ -331,7 +331,7 @@ async def test_a_second_run_on_the_directory_fails_at_its_start(tmp_path: Path) 
         with pytest.raises(CheckpointLocked, match="another Checkpoint of this very process"):
             await second.engine.run([1, 2])
         assert second.steps == 0
-        await run.checkpoint.close()
+        await run.checkpoint.aclose()
         await second.engine.run([1, 2])
         assert second.saved == [1, 2]
-        await second.checkpoint.close()
+        await second.checkpoint.aclose()

@@ -81,7 +81,7 @@ async def test_resumed_run_continues_to_count(tmp_path: Path) -> None:
         async with Checkpoint(tmp_path, {}, keep=Keep(every_n=1)) as checkpoint:
             checkpoint.attach(trainer, Events.EPOCH_COMPLETED)
             if step:
-                await checkpoint.restore(trainer, step)
+                await checkpoint.restore(step)
             await trainer.run([1], max_epochs=7)
         return trainer.state.epoch, stopping.best
 
@@ -97,7 +97,8 @@ async def test_run_that_was_stopped_and_is_loaded_has_nothing_left(tmp_path: Pat
         await trainer.run([0], max_epochs=4)
     again, stopping = scoring(scores)
     async with Checkpoint(tmp_path, {}, keep=Keep()) as checkpoint:
-        await checkpoint.restore(again)
+        checkpoint.attach(again)
+        await checkpoint.restore()
         state = await again.run([0], max_epochs=4)
         assert (state.epoch, state.stop_reason, stopping.waited) == (3, StopReason.TERMINATED, 2)
         assert (await again.run([0], max_epochs=4)).epoch == 4, "it can be run again all the same"
@@ -227,5 +228,5 @@ def test_what_is_no_engine_is_refused() -> None:
     with pytest.raises(
         TypeError, match=r"as evaluator=, got <Engine 'evaluator' .*attach\(trainer, evaluator=evaluator\)"
     ):
-        stopping.attach(trainer, evaluator)  # as pytorch-ignite's users may write it
+        stopping.attach(trainer, evaluator)  # type: ignore[arg-type]  # as pytorch-ignite's users may write it
     assert not trainer.listeners()

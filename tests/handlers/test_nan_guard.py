@@ -97,7 +97,7 @@ async def test_checkpoint_of_what_is_not_finite_is_not_written(tmp_path: Path) -
         other = Checkpoint(tmp_path / "other", {})
         other.attach(again, Events.EPOCH_COMPLETED)
         await again.run(range(3))
-        await other.close()
+        await other.aclose()
 
 
 async def test_run_that_is_restored_and_tried_again_is_not_failed_for_what_was_before(tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ async def test_run_that_is_restored_and_tried_again_is_not_failed_for_what_was_b
         with pytest.raises(FloatingPointError):
             await engine.run(range(10))
         bad.clear()
-        await checkpoint.restore(engine)
+        await checkpoint.restore()
         await engine.run(range(10))
         assert engine.state.iteration == 10
 

@@ -494,7 +494,7 @@ async def test_windows_of_several_events_of_one_engine(tmp_path: Path) -> None:
     profiler.attach(engine, schedule(wait=3, warmup=1, active=1, repeat=1))
     engine.add_event_handler(Events.ITERATION_COMPLETED(once=8), handle.remove)  # not the one whose window is open
     await engine.run(range(12))
-    assert [path.name for path in profiler.paths] == [
+    assert sorted(path.name for path in profiler.paths) == [
         "trainer-2-3.pt.trace.json",
         "trainer-5-5.pt.trace.json",
         "trainer-8-9.pt.trace.json",
@@ -604,7 +604,7 @@ def test_what_chooses_no_iterations_is_refused(tmp_path: Path, on: Any, kind: ty
 
 @pytest.mark.parametrize("options", [{"schedule": schedule(wait=1, warmup=1, active=1)}, {"on_trace_ready": print}])
 def test_what_is_ours_to_set_is_refused(tmp_path: Path, options: dict[str, Any]) -> None:
-    with pytest.raises(TypeError, match=r"has attach\(engine, schedule\) and on_trace= in the place of"):
+    with pytest.raises(TypeError, match=r"has attach\(engine, event\), .* and on_trace= in the place of"):
         profiled(Engine(multiply), tmp_path, Events.ITERATION_STARTED(once=1), **options)
 
 

@@ -38,9 +38,9 @@ class Training:
     async def go(self, *, stop_at: int | None = None) -> None:
         if stop_at is not None:
             self.engine.add_event_handler(Events.ITERATION_COMPLETED(once=stop_at), lambda engine: engine.terminate())
-        await self.checkpoint.restore(self.engine)
+        await self.checkpoint.restore()
         await self.engine.run(DATA, max_epochs=2)
-        await self.checkpoint.close()
+        await self.checkpoint.aclose()
 
 
 def plain(values: dict[str, Any]) -> dict[str, Any]:
@@ -97,7 +97,7 @@ async def test_metric_whose_state_ignite_cannot_save_fails_the_run_with_its_erro
     training = Training(tmp_path, with_usage(lambda: metrics.IoU(metrics.ConfusionMatrix(3)), usages.EpochWise))
     with pytest.raises(TypeError, match="attribute of unsupported type"):
         await training.go()
-    await training.checkpoint.close()
+    await training.checkpoint.aclose()
 
 
 async def test_metric_whose_state_ignite_cannot_load_is_named(tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ async def test_metric_whose_state_ignite_cannot_load_is_named(tmp_path: Path) ->
     second = Training(tmp_path, attach)
     with pytest.raises(CheckpointMismatch, match=r"handlers\['EpochMetric'\].*Size of y"):
         await second.go()
-    await second.checkpoint.close()
+    await second.checkpoint.aclose()
 
 
 async def test_metric_goes_on_after_terminate_without_any_checkpoint() -> None:
@@ -132,9 +132,9 @@ async def test_early_stopping_counts_on_after_a_restart(tmp_path: Path) -> None:
     await first.go(stop_at=4)
     assert (first.attached.counter, first.engine.state.iteration) == (3, 4)
     second = Training(tmp_path, attach)
-    await second.checkpoint.restore(second.engine)
+    await second.checkpoint.restore()
     assert (second.attached.counter, second.attached.best_score) == (3, first.attached.best_score)
-    await second.checkpoint.close()
+    await second.checkpoint.aclose()
 
 
 async def test_scheduler_and_running_average_go_on_after_a_restart(tmp_path: Path) -> None:

@@ -248,9 +248,7 @@ def test_early_stopping_refuses_our_engine_itself() -> None:
 @pytest.mark.parametrize("profiler", ["HandlersTimeProfiler", "BasicTimeProfiler"])
 def test_profilers_that_exchange_handlers_are_refused_and_others_named(profiler: str) -> None:
     engine: Any = Engine(nothing)
-    with pytest.raises(
-        AttributeError, match=rf"{profiler}.*engine\.statistics\(\).*aengine\.handlers\.Profiler"
-    ):
+    with pytest.raises(AttributeError, match=rf"{profiler}.*engine\.statistics\(\).*aengine\.handlers\.Profiler"):
         getattr(handlers, profiler)().attach(view_of(engine))
     engine.run_sync([1])  # and nothing of it is left behind
     assert engine.statistics().handlers == {}

@@ -338,7 +338,7 @@ async def test_a_checkpoint_has_it_go_on_in_the_same_run_of_mlflow(uri: str, tmp
         PatientTracker(sink).attach(engine, Events.EPOCH_COMPLETED)
         async with Checkpoint(tmp_path / "checkpoints", {"mlflow": sink}) as checkpoint:
             checkpoint.attach(engine, Events.COMPLETED)
-            await checkpoint.restore(engine)
+            await checkpoint.restore()
 
             @engine.on(Events.COMPLETED)
             async def until_it_has_a_name() -> None:

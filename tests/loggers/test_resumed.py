@@ -63,10 +63,10 @@ class Training:
     async def evaluate(self) -> None:
         await self.evaluator.run([self.model.weight.item()])
 
-    async def run(self, which: Any = None) -> list[dict[str, Any]]:
+    async def run(self, which: Any = "latest") -> list[dict[str, Any]]:
         async with self.checkpoint:
-            if await self.checkpoint.restore(self.engine, which) is None:
-                await self.checkpoint.save_now()  # so that also what comes before the first save is gone over
+            if await self.checkpoint.restore(which) is None:
+                await self.checkpoint.save()  # so that also what comes before the first save is gone over
             await self.engine.run(range(5), max_epochs=4)
         return without_times(lines_of(self.path))
 
@@ -188,7 +188,7 @@ async def test_tensorboard_shows_each_step_once(tmp_path: Path) -> None:
         Tracker(TensorBoard(tmp_path / "board")).attach(engine, Events.ITERATION_COMPLETED)
         async with Checkpoint(tmp_path / "checkpoints", {}) as checkpoint:
             checkpoint.attach(engine, Events.ITERATION_COMPLETED(every=6))
-            await checkpoint.restore(engine)
+            await checkpoint.restore()
             if fails_at:
                 with pytest.raises(Boom):
                     await engine.run(range(12))
@@ -285,9 +285,9 @@ async def main(folder, dies_after):
     Tracker(JSONLines(folder / "log.jsonl")).attach(engine, Events.ITERATION_COMPLETED | Events.EPOCH_COMPLETED)
     async with Checkpoint(folder / "checkpoints", {"model": model}) as checkpoint:
         checkpoint.attach(engine, Events.ITERATION_COMPLETED(every=7))
-        restored = await checkpoint.restore(engine)
+        restored = await checkpoint.restore()
         if restored is None:
-            await checkpoint.save_now()
+            await checkpoint.save()
         if dies_after:
             threading.Timer(dies_after, os.kill, (os.getpid(), signal.SIGKILL)).start()
         await engine.run(range(20), max_epochs=20)

@@ -314,7 +314,7 @@ async def test_a_checkpoint_has_it_go_on_in_the_same_run(tmp_path: Path) -> None
         PatientTracker(sink).attach(engine, Events.EPOCH_COMPLETED)
         async with Checkpoint(tmp_path / "checkpoints", {"wandb": sink}) as checkpoint:
             checkpoint.attach(engine, Events.EPOCH_COMPLETED)
-            await checkpoint.restore(engine)
+            await checkpoint.restore()
             await engine.run([1, 2], max_epochs=epochs)
         return sink
 

@@ -278,7 +278,7 @@ class Play:
         async with Checkpoint(self._directory, {}, keep=Keep(last=2)) as checkpoint:
             checkpoint.attach(self.engine, Events.ITERATION_COMPLETED(every=2))
             await self._run_once()
-            await checkpoint.save_now()
+            await checkpoint.save()
 
     async def _resume(self, way: str) -> None:
         if way == "in memory":
@@ -291,7 +291,7 @@ class Play:
             return
         async with Checkpoint(self._directory, {}, keep=Keep(last=2)) as checkpoint:
             checkpoint.attach(self.engine, Events.CANCELLED)
-            info = await checkpoint.restore(self.engine)
+            info = await checkpoint.restore()
         assert info is not None
         assert info.step == len(self.seen)
 

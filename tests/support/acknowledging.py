@@ -135,7 +135,7 @@ async def _run(options: Mapping[str, Any], report: Callable[..., None]) -> None:
     engine: Engine[Any, Any] = Engine(async_step if is_async else step)
     async with Checkpoint(directory / "checkpoints", seen) as checkpoint:
         checkpoint.attach(engine, Events.ITERATION_COMPLETED(every=EVERY, at_end=True))
-        await checkpoint.restore(engine)
+        await checkpoint.restore()
         prefetch = 2 if options["program"].endswith("prefetch") else 0
         await engine.run(kind(directory, messages, acknowledged), max_iters=messages, prefetch=prefetch)
     report("messages", *seen.messages)

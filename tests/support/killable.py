@@ -215,9 +215,9 @@ async def train(program: Program, directory: str | None, report: Report) -> None
     if directory is not None:
         checkpoint = Checkpoint(directory, parts, keep=Keep(last=2, best=1, metric="loss", mode="min"))
         checkpoint.attach(engine, Events.ITERATION_COMPLETED(every=5) | Events.EPOCH_COMPLETED)
-        info = await checkpoint.restore(engine)
+        info = await checkpoint.restore()
         report("restored", info.path.name if info else "nothing", *_strays(directory))
     await engine.run(data, max_epochs=EPOCHS, epoch_length=EPOCH, prefetch=program.prefetch)
     if directory is not None:
-        await checkpoint.close()
+        await checkpoint.aclose()
     report("finished", training.digest(smoothed.value, engine.state.metrics, engine.state.iteration))

@@ -12,7 +12,7 @@ from anyio.lowlevel import checkpoint as breathe
 from support.record import AnyEngine
 
 from aengine import Engine, Events
-from aengine.checkpoint import Checkpoint, TorchFile
+from aengine.checkpoint import Checkpoint, CheckpointInfo, TorchFile
 
 
 class Valve(TorchFile):
@@ -61,12 +61,17 @@ class Run:
         await breathe()
         return self._step(engine, batch)
 
+    async def restore(self, which: Any = "latest", **options: bool) -> CheckpointInfo | None:
+        """Have the Checkpoint attached, at no event more, and restore."""
+        self.checkpoint.attach(self.engine)
+        return await self.checkpoint.restore(which, **options)
+
     def before_step(self, step: int, act: Callable[[], object]) -> None:
         """Call `act` as a step begins, when earlier saves are over."""
 
         @self.engine.on(Events.ITERATION_STARTED(once=step))
         async def do() -> None:
-            await self.checkpoint.drain()
+            await self.checkpoint.flush()
             act()
 
     @property
@@ -88,7 +93,7 @@ async def saving(directory: Path, **options: Any) -> AsyncIterator[Run]:
         yield run
     finally:
         run.valve.is_open.set()
-        await run.checkpoint.close()
+        await run.checkpoint.aclose()
     assert strays(directory) == []
     assert open_files(directory) == []
 

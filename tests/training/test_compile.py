@@ -162,7 +162,7 @@ async def test_checkpoint_of_a_compiled_model_is_restored_into_a_plain_one_and_b
     plain, plain_optimizer = build()
     resumed = create_supervised_trainer(plain, plain_optimizer, LOSS)
     async with Checkpoint(tmp_path, {"model": plain, "optimizer": plain_optimizer}) as restoring:
-        assert await restoring.restore(resumed) is not None
+        assert await restoring.restore() is not None
         assert resumed.state.epoch == 2
         assert_equal_bits(plain.state_dict(), model.state_dict())
         assert_equal_bits(plain_optimizer.state_dict(), optimizer.state_dict())
@@ -172,7 +172,7 @@ async def test_checkpoint_of_a_compiled_model_is_restored_into_a_plain_one_and_b
     other, other_compiled, other_optimizer = build_compiled()
     last = create_supervised_trainer(other_compiled, other_optimizer, LOSS)
     async with Checkpoint(tmp_path, {"model": other_compiled, "optimizer": other_optimizer}) as restoring:
-        await restoring.restore(last)
+        await restoring.restore()
         assert_equal_bits(other.state_dict(), plain.state_dict())
 
 
@@ -184,7 +184,7 @@ async def test_run_of_a_compiled_model_that_is_resumed_equals_one_that_was_not_s
         losses = record_losses(trainer)
         async with Checkpoint(tmp_path / folder, {"model": compiled, "optimizer": optimizer}) as saving:
             saving.attach(trainer, Events.ITERATION_COMPLETED(every=5))
-            await saving.restore(trainer)
+            await saving.restore()
             if stop_at is not None:
                 trainer.add_event_handler(Events.ITERATION_COMPLETED(once=stop_at), trainer.terminate)
             await trainer.run(batches(), max_epochs=2)

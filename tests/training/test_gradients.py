@@ -332,7 +332,7 @@ async def test_run_that_is_resumed_measures_the_same_steps(tmp_path: Path) -> No
         async with Checkpoint(tmp_path, {"model": model, "optimizer": optimizer}, keep=Keep(every_n=1)) as checkpoint:
             checkpoint.attach(trainer, Events.ITERATION_COMPLETED)
             if place is not None:
-                await checkpoint.restore(trainer, place)
+                await checkpoint.restore(place)
             await trainer.run(batches(), max_epochs=2)
         steps.append([iteration for iteration, _ in seen])
     assert steps == [[3, 6, 9, 12], [6, 9, 12]]

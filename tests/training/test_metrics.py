@@ -112,7 +112,7 @@ async def test_run_resumed_within_an_epoch_computes_what_it_would_have_computed(
             checkpoint.attach(engine, Events.ITERATION_COMPLETED)
             if step is not None:
                 torch.rand(3)
-                await checkpoint.restore(engine, step)
+                await checkpoint.restore(step)
             await engine.run(scored(), max_epochs=2)
         assert handler.iterations == 6
         if isinstance(handler.metric, MetricTracker):
@@ -181,7 +181,7 @@ async def test_metric_of_ones_own_is_saved_and_has_results_of_its_own(tmp_path: 
         async with Checkpoint(tmp_path, {}, keep=Keep(every_n=1)) as checkpoint:
             checkpoint.attach(engine, Events.ITERATION_COMPLETED)
             if step is not None:
-                await checkpoint.restore(engine, step)
+                await checkpoint.restore(step)
             await engine.run([1.0, 2.0, 3.0])
         assert engine.state.metrics == {"seen": [1.0, 1.0, 2.0, 2.0, 3.0, 3.0]}
 
@@ -284,7 +284,7 @@ async def test_state_of_another_metric_is_refused(tmp_path: Path, other: Callabl
                 await engine.run([torch.tensor(1.0)])
                 continue
             with pytest.raises(CheckpointMismatch, match=message):
-                await checkpoint.restore(engine)
+                await checkpoint.restore()
 
 
 def test_missing_torchmetrics_says_what_to_install() -> None:

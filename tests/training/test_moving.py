@@ -346,7 +346,7 @@ async def test_shuffled_data_comes_as_it_would_have_come(loader: str, prefetch: 
         async with Checkpoint(tmp_path / folder, {}) as saving:
             saving.attach(engine, Events.ITERATION_COMPLETED(every=4))
             data = prefetch_to_device(LOADERS[loader](), "cpu")
-            await saving.restore(engine)
+            await saving.restore()
             if stop_at is not None:
                 engine.add_event_handler(Events.ITERATION_COMPLETED(once=stop_at), engine.terminate)
             await engine.run(data, max_epochs=3, prefetch=prefetch)

@@ -84,7 +84,7 @@ class Training:
     async def run(self, step: int | None = None) -> list[float]:
         async with self.checkpoint:
             if step is not None:
-                await self.checkpoint.restore(self.trainer, step)
+                await self.checkpoint.restore(step)
             await self.trainer.run(batches(), max_epochs=2)
         return as_numbers(self.losses)
 
@@ -166,7 +166,7 @@ async def test_plateau_that_was_resumed_continues_to_count(tmp_path: Path) -> No
         async with Checkpoint(tmp_path, {"optimizer": optimizer}, keep=Keep(every_n=1)) as checkpoint:
             checkpoint.attach(trainer, Events.EPOCH_COMPLETED)
             if step is not None:
-                await checkpoint.restore(trainer, step)
+                await checkpoint.restore(step)
             await trainer.run(batches(), max_epochs=5)
         return rates
 

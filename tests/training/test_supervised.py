@@ -311,7 +311,7 @@ async def test_weighted_group_that_is_resumed_continues_with_its_weights(tmp_pat
         async with Checkpoint(tmp_path, {"model": model}, keep=Keep(every_n=1)) as checkpoint:
             checkpoint.attach(engine, Events.ITERATION_COMPLETED)
             if step is not None:
-                await checkpoint.restore(engine, step)
+                await checkpoint.restore(step)
             await engine.run(data)
         weights.append(model.weight.item())
     assert len(set(weights)) == 1
@@ -353,7 +353,7 @@ class Resumable:
         async with self.checkpoint:
             if step is not None:
                 torch.rand(5)
-                await self.checkpoint.restore(self.trainer, step)
+                await self.checkpoint.restore(step)
             await self.trainer.run(batches() if data is None else data, max_epochs=2)
         return as_numbers(self.losses)
 

@@ -28,7 +28,7 @@ class PythonGenerator:
 
 
 class RandomStates:
-    """What `engine.randomness` is where checkpoints are taken: the generators that all share.
+    """What an engine saves with itself where checkpoints are taken: the generators that all share.
 
     numpy's legacy generator if numpy is loaded, CUDA's if it is in use. The data's own are saved with the position in
     the data.

@@ -55,7 +55,7 @@ def export(store: Store, file: Path, *, step: int | None, part: str | None) -> E
         raise CheckpointNotFound(f"{file} cannot be written: there is no directory {file.absolute().parent}")
     contents = Contents(TorchFile(), in_process=False)
     finder = Finder(store, partial(contents.read, live=_nothing_live), sets_aside=False)
-    found = finder.find("must" if step is None else step)
+    found = finder.find("latest" if step is None else step, required=True)
     assert found is not None, "it must be there"  # noqa: S101
     name, tensors = _choose(_parts_in(found.tree["state"]), part)
     left_out = export_safetensors(tensors, file, {"step": str(found.info.step)})

@@ -123,7 +123,7 @@ def outlook(directory: Path, found: list[Entry]) -> tuple[CheckpointInfo | None,
 
     finder = Finder(Store(directory), lambda _: {}, sets_aside=False, verify=verify)
     try:
-        chosen = finder.find(None)
+        chosen = finder.find("latest")
     except CheckpointDamaged:
         return None, "A run would not resume: none of them is whole, and it does not begin anew for that."
     except OSError as error:
@@ -154,7 +154,7 @@ def record(entry: Entry) -> dict[str, Any]:
         "metrics": info and {name: one if math.isfinite(one) else str(one) for name, one in info.metrics.items()},
         "created": info and info.created,
         "size": info and info.size,
-        "pinned": info and info.pinned,
+        "pinned": info and info.is_pinned,
     }
 
 
@@ -199,11 +199,11 @@ class Page:
                 _size(info.size),
                 _clipped(info.event) + (" (mid-step)" if info.is_mid_step else ""),
                 entry.condition.value,
-                "yes" if info.pinned else "",
+                "yes" if info.is_pinned else "",
             ]
             for entry, info in readable
         ]
-        if not any(info.pinned for _, info in readable):
+        if not any(info.is_pinned for _, info in readable):
             heads.pop()
         widths = [max(len(head), *(len(row[n]) for row in rows)) for n, head in enumerate(heads)]
         taken = sum(widths) + len(_GAP) * len(widths)

@@ -181,7 +181,7 @@ class Draft:
             created=time.time(),  # noqa: TID251 -- for people to read, on another day
             size=sum(entry.size for entry in self._entries.values()),
             path=self._directory / directory_name(step, revision),
-            pinned=False,
+            is_pinned=False,
             files=tuple(self._entries.values()),
             versions=versions,
             world_size=world_size,

@@ -7,27 +7,44 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+from aengine.arguments import check_choice, check_whole
 from aengine.callables import type_name
 from aengine.checkpoint.store.files import Stopped
-from aengine.checkpoint.store.manifest import CheckpointInfo
+from aengine.checkpoint.store.manifest import CheckpointInfo, step_and_revision
+from aengine.checkpoint.store.retention import ranked
 from aengine.checkpoint.store.verify import Problem, problems, read, verify as _verify
 from aengine.errors import CheckpointDamaged, CheckpointLocked, CheckpointNotFound, CheckpointNotWritten
 
 if TYPE_CHECKING:
     from aengine.checkpoint.store.store import Store
 
-Which: TypeAlias = int | str | PathLike[str] | None
-"""Which checkpoint is meant: a step, a path, "best", the newest (None), or the newest, which must be there ("must")."""
+Which: TypeAlias = Literal["latest", "best"] | int | Path
+"""Which checkpoint is meant: the newest, the best, the one of a step, or the one at a path."""
+
+_WORDS = {"latest": "the newest that is whole", "best": "by the metric of keep="}
 
 
 def check_which(which: Any, store: "Store") -> None:
-    """Raise what is wrong with asking for this one."""
-    if not isinstance(which, int | str | PathLike | None) or isinstance(which, bool):
-        raise TypeError(f'which= is a step, a path, "best", "must" or None, got {type_name(type(which))}')
+    """Raise what is wrong with asking for this one.
+
+    A string is a word, never a path: so a slip of the pen is found, and not looked for on the disk.
+    """
+    if isinstance(which, str):
+        if which.isdecimal():
+            raise ValueError(f"which= is the number of a step, and not a text: write  {int(which)}")
+        if which not in _WORDS and ("/" in which or "\\" in which or step_and_revision(which) is not None):
+            raise ValueError(f"which= takes a path as a pathlib.Path, and not as a text: write  Path({which!r})")
+        check_choice(which, "which=", _WORDS)
+    elif isinstance(which, bool) or not isinstance(which, int | Path):
+        raise TypeError(
+            f'which= is "latest", "best", a step or a pathlib.Path, got {type_name(type(which))}: leave it out for the'
+            " newest"
+        )
+    elif isinstance(which, int):
+        check_whole(which, "which=", minimum=0, alternative='"latest", "best" or a pathlib.Path')
     if which == "best" and store.keep.metric is None:
         raise ValueError(
             'which checkpoint is the "best" is for keep= to say: make the Checkpoint with a metric, such as'
@@ -99,14 +116,14 @@ class Finder:
             self._is_given_up = not self._is_changing
             return self._is_given_up
 
-    def find(self, which: Which) -> Found | None:
-        """Read the one that is meant; None if that is the newest, and there has never been any.
+    def find(self, which: Which, *, required: bool = False) -> Found | None:
+        """Read the one that is meant; None if that is the newest, there has never been any, and none is required.
 
         A step or a path is that one and no other, also one from the middle of a step. The newest is from the middle of
         a step only where there is no other, and the best never is. Of these, one that is damaged is passed over.
 
         Raises:
-            CheckpointNotFound: there is none, and there must be; or none has a number by which it could be the best.
+            CheckpointNotFound: there is none, and one is required; or none has a number by which it could be the best.
             CheckpointDamaged: the one that was asked for is not whole; of the newest and the best: none of them is.
             OSError: one that comes before all that are whole cannot be looked at. It may be whole itself.
             Stopped: it was given up.
@@ -115,20 +132,20 @@ class Finder:
             return self._best()
         if isinstance(which, int):
             return self._read(self._store.find(which))
-        if which is not None and which != "must":
-            return self._read(read(Path(which).absolute()))
+        if isinstance(which, Path):
+            return self._read(read(which.absolute()))
         found = self._first_of(newest_first)
         if found is None and (causes := self._causes()):  # to begin anew in their place would lose them
             raise CheckpointDamaged(
                 f"none of the checkpoints in {self._store.directory} is whole ({causes}). Repair one; or, to begin"
                 " anew, remove them or choose another directory"
             )
-        if found is None and which == "must":
-            raise CheckpointNotFound(f"there is no checkpoint in {self._store.directory}, and one must be there")
+        if found is None and required:
+            raise CheckpointNotFound(f"there is no checkpoint in {self._store.directory}, and one is required")
         return found
 
     def _best(self) -> Found:
-        found = self._first_of(self._store.keep.ranked)
+        found = self._first_of(partial(ranked, self._store.keep))
         if found is not None:
             return found
         there = f"in {self._store.directory} that has a number {self._store.keep.metric!r}, by which the best is chosen"

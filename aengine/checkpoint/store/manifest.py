@@ -70,7 +70,7 @@ class CheckpointInfo:
         created: seconds since 1970, by the clock of the machine that wrote it.
         size: bytes of all its files together, without the manifest.
         path: its directory.
-        pinned: whether it is kept for good, whatever the rules say.
+        is_pinned: whether it is kept for good, whatever the rules say.
         files: what it consists of.
         versions: of what wrote it, by name.
         world_size: how many processes took part.
@@ -87,7 +87,7 @@ class CheckpointInfo:
     created: float
     size: int
     path: Path
-    pinned: bool
+    is_pinned: bool
     files: tuple[FileEntry, ...]
     versions: Mapping[str, str] = field(hash=False)
     world_size: int
@@ -147,7 +147,7 @@ def encode(info: CheckpointInfo) -> bytes:
         "extra": dict(info.extra),
     }
     data = _sealed(json.dumps(record, indent=1, allow_nan=False).encode().removesuffix(b"\n}"))
-    _parse(data, info.path, pinned=info.pinned)  # what could not be read back is refused before it is written
+    _parse(data, info.path, pinned=info.is_pinned)  # what could not be read back is refused before it is written
     return data
 
 
@@ -185,7 +185,7 @@ def _parse(data: bytes, path: Path, *, pinned: bool) -> CheckpointInfo:
         created=_number(_take(record, "created", int | float, "a number"), "created"),
         size=sum(one.size for one in files),
         path=path,
-        pinned=pinned,
+        is_pinned=pinned,
         files=files,
         versions=MappingProxyType(
             {name: _typed(value, str, "text", f"versions[{name!r}]") for name, value in versions.items()}

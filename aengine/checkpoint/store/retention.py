@@ -41,36 +41,38 @@ class Keep:
         if self.every_n is not None:
             check_whole(self.every_n, "every_n=", minimum=1, alternative="None for no such rule")
 
-    def removable(
-        self, checkpoints: Iterable[CheckpointInfo], protected: Collection[Path] = ()
-    ) -> list[CheckpointInfo]:
-        """Return which of these no rule keeps, oldest first; never one that is pinned, or whose path is protected.
 
-        A step counts once: an earlier revision of it does not count, and goes. Nor does what was taken in the middle of
-        a step, which stays until there is a later one.
-        """
-        ordered = sorted(checkpoints, key=_age)
-        latest_revisions = _latest_revisions(ordered)
-        kept = {each.path for each in latest_revisions[-self.last :]}
-        kept.update(each.path for each in ordered[-1:] if each.is_mid_step)
-        kept.update(each.path for each in self.ranked(ordered)[: self.best])
-        if self.every_n is not None:
-            kept.update(each.path for each in latest_revisions if each.number % self.every_n == 0)
-        return [each for each in ordered if not (each.pinned or each.path in kept or each.path in protected)]
+def removable(
+    keep: Keep, checkpoints: Iterable[CheckpointInfo], protected: Collection[Path] = ()
+) -> list[CheckpointInfo]:
+    """Return which of these no rule keeps, oldest first; never one that is pinned, or whose path is protected.
 
-    def ranked(self, checkpoints: Iterable[CheckpointInfo]) -> list[CheckpointInfo]:
-        """Return those that can be the best by `metric` and `mode`, the best first; of each step the last revision.
+    A step counts once: an earlier revision of it does not count, and goes. Nor does what was taken in the middle of
+    a step, which stays until there is a later one.
+    """
+    ordered = sorted(checkpoints, key=_age)
+    latest_revisions = _latest_revisions(ordered)
+    kept = {each.path for each in latest_revisions[-keep.last :]}
+    kept.update(each.path for each in ordered[-1:] if each.is_mid_step)
+    kept.update(each.path for each in ranked(keep, ordered)[: keep.best])
+    if keep.every_n is not None:
+        kept.update(each.path for each in latest_revisions if each.number % keep.every_n == 0)
+    return [each for each in ordered if not (each.is_pinned or each.path in kept or each.path in protected)]
 
-        Never one whose metric is missing or NaN, nor one that was taken in the middle of a step.
-        """
-        sign = 1 if self.mode == "max" else -1
-        ranked = [
-            (-sign * value, _age(each), each)
-            for each in _latest_revisions(sorted(checkpoints, key=_age))
-            if not math.isnan(value := each.metrics.get(self.metric or "", math.nan))
-        ]
-        ranked.sort(key=lambda one: one[:2])
-        return [each for _, _, each in ranked]
+
+def ranked(keep: Keep, checkpoints: Iterable[CheckpointInfo]) -> list[CheckpointInfo]:
+    """Return those that can be the best by `keep.metric`, the best first; of each step the last revision.
+
+    Never one whose metric is missing or NaN, nor one that was taken in the middle of a step.
+    """
+    sign = 1 if keep.mode == "max" else -1
+    ranked = [
+        (-sign * value, _age(each), each)
+        for each in _latest_revisions(sorted(checkpoints, key=_age))
+        if not math.isnan(value := each.metrics.get(keep.metric or "", math.nan))
+    ]
+    ranked.sort(key=lambda one: one[:2])
+    return [each for _, _, each in ranked]
 
 
 def _latest_revisions(ordered: list[CheckpointInfo]) -> list[CheckpointInfo]:

@@ -28,7 +28,7 @@ from aengine.checkpoint.store.draft import TEMPORARY, TRASH, Draft, advice, remo
 from aengine.checkpoint.store.find import newest_first
 from aengine.checkpoint.store.lock import DirectoryLock
 from aengine.checkpoint.store.manifest import PINNED, CheckpointInfo
-from aengine.checkpoint.store.retention import Keep
+from aengine.checkpoint.store.retention import Keep, removable
 from aengine.checkpoint.store.verify import ABANDONED, DAMAGED, WHY
 from aengine.errors import CheckpointNotFound, CheckpointNotWritten
 
@@ -167,7 +167,7 @@ class Store:
             checkpoints = self.list()
             resolved = {path.resolve() for path in protected}  # the directory may be known by several names
             stays = [info.path for info in checkpoints if info.path.resolve() in resolved]
-            for info in self.keep.removable(checkpoints, stays):
+            for info in removable(self.keep, checkpoints, stays):
                 try:
                     trash.append(to_trash(info.path))
                 except OSError as error:

@@ -15,8 +15,8 @@ async def main() -> None:
 
         async def note(event: Event) -> None:
             told.append(event.payload.checkpoint.step)
-            assert checkpoint.committed is not None
-            saved.append(checkpoint.committed.step)
+            assert checkpoint.last_saved is not None
+            saved.append(checkpoint.last_saved.step)
 
         engine.subscribe(CheckpointEvents.CHECKPOINT_COMMITTED, note)
         await engine.run(range(100))

@@ -16,7 +16,7 @@ async def train() -> CheckpointInfo | None:
     engine = Engine(lambda engine, batch: None)
     async with Checkpoint(DIRECTORY, {"model": torch.nn.Linear(2, 2)}) as checkpoint:
         checkpoint.attach(engine, Events.ITERATION_COMPLETED(every=2))
-        info = await checkpoint.restore(engine)
+        info = await checkpoint.restore()
         await engine.run(range(6))
     return info
 

@@ -19,7 +19,7 @@ async def main():
     Tracker(JSONLines("log.jsonl"), values=values).attach(engine, Events.ITERATION_COMPLETED)
     async with Checkpoint("checkpoints", {"model": torch.nn.Linear(2, 2)}) as checkpoint:
         checkpoint.attach(engine, Events.ITERATION_COMPLETED(every=20))
-        if await checkpoint.restore(engine) is None:
+        if await checkpoint.restore() is None:
 
             async def die(event):
                 os.kill(os.getpid(), signal.SIGKILL)

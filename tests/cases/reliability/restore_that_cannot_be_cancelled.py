@@ -27,7 +27,7 @@ async def main() -> None:
                 await engine.run(range(4))
                 continue
             with anyio.move_on_after(0.2) as scope:
-                await checkpoint.restore(engine)
+                await checkpoint.restore()
             assert not MAY_GO_ON.is_set()
             MAY_GO_ON.set()
             assert scope.cancelled_caught

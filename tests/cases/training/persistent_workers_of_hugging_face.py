@@ -16,7 +16,7 @@ async def train(directory: str, stop: int | None = None) -> list[tuple[int, list
     engine = Engine(lambda engine, batch: seen.append((engine.state.epoch, batch["x"].tolist())))
     async with Checkpoint(directory, {"model": torch.nn.Linear(1, 1)}) as checkpoint:
         checkpoint.attach(engine, Events.ITERATION_COMPLETED)
-        await checkpoint.restore(engine)
+        await checkpoint.restore()
         if stop is not None:
             engine.add_event_handler(Events.ITERATION_COMPLETED(once=stop), engine.terminate)
         await engine.run(loader, max_epochs=3)

@@ -14,7 +14,7 @@ async def train(directory: str, size: int, stop: int | None = None) -> list[tupl
     engine = Engine(lambda engine, batch: seen.append((engine.state.epoch, batch.tolist())))
     async with Checkpoint(directory, {"model": torch.nn.Linear(1, 1)}) as checkpoint:
         checkpoint.attach(engine, Events.ITERATION_COMPLETED)
-        await checkpoint.restore(engine)
+        await checkpoint.restore()
         if stop is not None:
             engine.add_event_handler(Events.ITERATION_COMPLETED(once=stop), engine.terminate)
         data: Any = range(12)

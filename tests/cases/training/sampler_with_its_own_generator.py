@@ -41,7 +41,7 @@ async def train(directory: str, sampler: Sampler[int], stop: int | None = None) 
     engine = Engine(lambda engine, batch: seen.append(int(batch)))
     async with Checkpoint(directory, {"model": torch.nn.Linear(1, 1)}) as checkpoint:
         checkpoint.attach(engine, Events.ITERATION_COMPLETED(every=6))
-        await checkpoint.restore(engine)
+        await checkpoint.restore()
         if stop is not None:
             engine.add_event_handler(Events.ITERATION_COMPLETED(once=stop), engine.terminate)
         data: Any = range(12)

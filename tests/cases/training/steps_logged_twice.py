@@ -23,7 +23,7 @@ async def train(*, crashes: bool) -> None:
     Tracker(JSONLines("log.jsonl")).attach(engine, Events.ITERATION_COMPLETED)
     async with Checkpoint("checkpoints", {"model": torch.nn.Linear(1, 1)}) as checkpoint:
         checkpoint.attach(engine, Events.ITERATION_COMPLETED(every=10))
-        await checkpoint.restore(engine)
+        await checkpoint.restore()
         await engine.run(range(20))
 
 

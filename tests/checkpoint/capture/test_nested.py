@@ -50,7 +50,7 @@ async def test_an_evaluator_that_was_saved_evaluates_when_the_run_goes_on(
         training = Training(directory, whole=whole)
         training.limits = limits
         async with training.checkpoint:
-            await training.checkpoint.restore(training.trainer)
+            await training.checkpoint.restore()
             await training.trainer.run([1, 2], max_epochs=epochs)
         return training
 
@@ -66,7 +66,7 @@ async def test_between_its_runs_it_is_as_it_was(tmp_path: Path) -> None:
     async with saved.checkpoint:
         await saved.trainer.run([1, 2])
     async with restored.checkpoint:
-        await restored.checkpoint.restore(restored.trainer)
+        await restored.checkpoint.restore()
     assert restored.evaluator.state_dict() == saved.evaluator.state_dict()
     assert restored.evaluator.state.metrics == saved.evaluator.state.metrics == {"batches": 3}
 
@@ -78,7 +78,7 @@ async def test_an_evaluation_that_was_stopped_goes_on(tmp_path: Path) -> None:
         await saved.trainer.run([1, 2])
     handle.remove()
     async with restored.checkpoint:
-        await restored.checkpoint.restore(restored.trainer)
+        await restored.checkpoint.restore()
     for training in (saved, restored):
         await training.evaluate()
     assert saved.told[-1] == restored.told[-1] == (1, 3, 3, 1)
@@ -100,7 +100,7 @@ async def test_a_handler_of_both_engines_is_saved_once(tmp_path: Path) -> None:
     assert set(handlers) == {"Counted", f"Counted {of_evaluator}", f"Counted-2 {of_evaluator}"}
     restored, both = made()
     async with restored.checkpoint:
-        await restored.checkpoint.restore(restored.trainer)
+        await restored.checkpoint.restore()
     assert both.count == its_both.count
 
 

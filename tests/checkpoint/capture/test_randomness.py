@@ -17,6 +17,7 @@ from aengine import Engine, Events
 from aengine.checkpoint import Checkpoint, Keep
 from aengine.checkpoint.capture.randomness import RandomStates
 from aengine.data.generators import capture, restore
+from aengine.engine import session_of
 
 Drawn: TypeAlias = list[Any]
 
@@ -97,7 +98,7 @@ def drawing_engine(drawn: Drawn) -> AnyEngine:
         drawn.append((values, random.gauss(0, 1), np.random.randn(), torch.rand(()).item()))
 
     engine: AnyEngine = Engine(step)
-    engine.randomness = RandomStates()
+    session_of(engine).use_randomness(RandomStates())
     for event in (Events.EPOCH_STARTED, Events.GET_BATCH_STARTED, Events.ITERATION_STARTED, Events.EPOCH_COMPLETED):
         engine.add_event_handler(event, lambda: random.random())  # noqa: PLW0108 -- it takes no engine
     return engine
@@ -161,7 +162,7 @@ async def test_without_randomness_the_order_of_the_next_passes_is_another() -> N
     drawn: Drawn = []
     saved: list[dict[str, Any]] = []
     engine = drawing_engine(drawn)
-    engine.randomness = None
+    session_of(engine).use_randomness(None)
     engine.add_event_handler(Events.ITERATION_COMPLETED(once=2), lambda engine: saved.append(engine.state_dict()))
     seed()
     await engine.run(shuffled_by_the_global_generator(), max_epochs=9)
@@ -215,7 +216,7 @@ def test_data_with_persistent_workers_comes_again_as_it_came(tmp_path: Path) -> 
             async with Checkpoint(tmp_path, {}, keep=Keep(every_n=1)) as checkpoint:
                 checkpoint.attach(engine, Events.ITERATION_COMPLETED)
                 if step is not None:
-                    await checkpoint.restore(engine, step)
+                    await checkpoint.restore(step)
                 await engine.run(loader, max_epochs=3)
 
         anyio.run(run)

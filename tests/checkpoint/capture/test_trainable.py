@@ -62,7 +62,7 @@ async def train(directory: Path, model: Any, steps: int, **parts: Any) -> list[f
     parts = parts or {"adapter": trainable(model)}
     async with Checkpoint(directory, {**parts, "optimizer": optimizer}) as checkpoint:
         checkpoint.attach(engine, Events.COMPLETED)
-        await checkpoint.restore(engine)
+        await checkpoint.restore()
         engine.state.max_iters = steps
         await engine.run(range(100), max_iters=steps)
     return losses

@@ -271,13 +271,13 @@ def test_json_can_be_asked_for_before_and_behind_the_action(store: Store, say: S
 def test_pin_and_unpin(store: Store, say: Say) -> None:
     write(store, 500)
     assert say("pin", 500) == (0, "step 500: pinned\n", "")
-    assert store.find(500).pinned
+    assert store.find(500).is_pinned
     assert json.loads(say("unpin", 500, "--json")[1]) == {
         "path": str(store.find(500).path),
         "step": 500,
         "pinned": False,
     }
-    assert not store.find(500).pinned
+    assert not store.find(500).is_pinned
 
 
 @pytest.mark.parametrize(
@@ -558,5 +558,5 @@ def test_every_public_name_of_checkpoints_can_be_imported() -> None:
     script = "from aengine.checkpoint import *; import aengine.checkpoint as c; print(set(c.__all__) - set(dir()))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
-    with pytest.raises(AttributeError, match="no attribute 'Checkpont'"):
+    with pytest.raises(AttributeError, match="has no 'Checkpont': Checkpoint"):
         aengine.checkpoint.Checkpont  # type: ignore[attr-defined]  # noqa: B018 -- the misspelling is the test

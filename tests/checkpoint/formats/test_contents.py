@@ -19,6 +19,7 @@ from torch.distributed.tensor import distribute_module
 
 from aengine import CheckpointMismatch, CheckpointNotWritten, Engine, Events, NotSerializable
 from aengine.checkpoint import Checkpoint, CheckpointEvents, Keep
+from aengine.engine import session_of
 
 
 def halve(model: torch.nn.Module) -> AnyEngine:
@@ -46,7 +47,8 @@ async def test_process_writes_what_a_thread_would_have_written(tmp_path: Path) -
     for step in (2, 3):
         again = torch.nn.Linear(300, 300)
         async with Checkpoint(tmp_path, {"model": again}) as reader:
-            await reader.restore(halve(again), step)
+            reader.attach(halve(again))
+            await reader.restore(step)
         assert again.weight.equal(expected[step])
 
 
@@ -98,7 +100,8 @@ async def test_sharded_model_is_saved_in_shards_and_restored_into_them(mesh: Dev
     for step in (1, 2):
         again = sharded()
         async with Checkpoint(tmp_path, again) as reader:
-            await reader.restore(halve(again), step)
+            reader.attach(halve(again))
+            await reader.restore(step)
         assert all(a.equal(b) for a, b in zip(whole(again), seen[step - 1], strict=True))
 
 
@@ -137,12 +140,14 @@ async def test_serializer_of_ones_own_writes_and_reads_and_another_refuses(tmp_p
         await engine.run([3, 4])
     counter.count = 0
     async with Checkpoint(tmp_path, counter) as other:
+        other.attach(Engine(step))
         with pytest.raises(CheckpointMismatch, match="written by the serializer 'json'"):
-            await other.restore(Engine(step))
+            await other.restore()
     again: AnyEngine = Engine(step)
-    again.randomness = None
+    session_of(again).use_randomness(None)
     async with Checkpoint(tmp_path, counter, serializer=Json()) as reader:
-        info = await reader.restore(again)
+        reader.attach(again)
+        info = await reader.restore()
     assert info is not None
     assert (info.step, info.epoch, info.event, counter.count) == (2, 1, "COMPLETED", 7)
 
@@ -235,7 +240,8 @@ async def test_modules_are_unwrapped_and_generators_are_parts(tmp_path: Path) ->
     again = [torch.Generator(), random.Random(), np.random.default_rng()]
     bare = torch.nn.Linear(2, 2)
     async with Checkpoint(tmp_path, {"model": bare, "generators": again}) as reader:
-        await reader.restore(Engine(lambda engine, batch: None))
+        reader.attach(Engine(lambda engine, batch: None))
+        await reader.restore()
     assert bare.weight.equal(model.weight)
     assert draw(again) == expected
 

@@ -150,12 +150,12 @@ async def test_a_file_that_holds_something_else_is_passed_over(tmp_path: Path, t
     replace_file(tmp_path / "step-0000000002", "state.pt", repacked(tree))
     run = Run(tmp_path)
     with pytest.raises(CheckpointDamaged, match=words):
-        await run.checkpoint.restore(run.engine, 2)
+        await run.restore(2)
     with pytest.warns(CheckpointWarning, match=words):
-        info = await run.checkpoint.restore(run.engine)
+        info = await run.restore()
     assert info is not None
     assert (info.step, run.steps) == (1, 1)
-    await run.checkpoint.close()
+    await run.checkpoint.aclose()
 
 
 @pytest.mark.slow

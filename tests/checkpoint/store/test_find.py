@@ -55,7 +55,7 @@ def test_a_damaged_one_is_set_aside_and_the_one_before_is_read(store: Store, nam
     damaged = store.find(2).path
     (damaged / name).write_bytes(b"STATE")
     finder = Finder(store, lambda info: {"step": info.step})
-    found = finder.find(None)
+    found = finder.find("latest")
     assert found is not None
     assert found.tree == {"step": 1}
     assert [problem.path.name for problem in finder.problems] == [f"damaged-{damaged.name}"]
@@ -64,7 +64,7 @@ def test_a_damaged_one_is_set_aside_and_the_one_before_is_read(store: Store, nam
 def test_a_directory_that_is_only_called_like_one_is_set_aside(store: Store) -> None:
     (store.directory / "step-9").mkdir()
     finder = Finder(store, lambda info: {})
-    found = finder.find(None)
+    found = finder.find("latest")
     assert found is not None
     assert found.info.step == 2
     assert [problem.path.name for problem in finder.problems] == ["damaged-step-9"]
@@ -73,11 +73,11 @@ def test_a_directory_that_is_only_called_like_one_is_set_aside(store: Store) -> 
 def test_the_middle_of_a_step_is_found_where_there_is_nothing_else_or_it_is_asked_for(store: Store) -> None:
     mid_step = commit(store, 3, is_mid_step=True)
     finder = Finder(store, lambda info: {})
-    assert finder.find(None) == finder.find("must") == Found(store.find(2), {})
+    assert finder.find("latest") == finder.find("latest", required=True) == Found(store.find(2), {})
     assert finder.find(3) == finder.find(mid_step.path) == Found(mid_step, {})
     for step in 1, 2:
         (store.find(step).path / "state.pt").write_bytes(b"STATE")
-    assert finder.find("must") == Found(mid_step, {})
+    assert finder.find("latest", required=True) == Found(mid_step, {})
 
 
 def test_the_middle_of_a_step_is_never_the_best(store: Store) -> None:

@@ -105,7 +105,7 @@ def listed_and_whole(store: Store) -> tuple[list[str], list[str]]:
     """Return the names of the checkpoints that are listed and of those that verify; a pinned one has two."""
     listed, whole = [], []
     for info in store.list():
-        names = [info.path.name, *([f"{info.path.name} pinned"] if info.pinned else [])]
+        names = [info.path.name, *([f"{info.path.name} pinned"] if info.is_pinned else [])]
         listed.extend(names)
         try:
             verify(info)

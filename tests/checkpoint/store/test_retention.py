@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 
 from aengine.checkpoint.store.manifest import CheckpointInfo, directory_name
-from aengine.checkpoint.store.retention import Keep
+from aengine.checkpoint.store.retention import Keep, removable
 
 
 def checkpoint(
@@ -30,7 +30,7 @@ def checkpoint(
         created=0.0,
         size=0,
         path=Path("/checkpoints") / directory_name(step, revision),
-        pinned=pinned,
+        is_pinned=pinned,
         files=(),
         versions={},
         world_size=1,
@@ -98,31 +98,31 @@ def scored(*scores: float) -> list[CheckpointInfo]:
     ],
 )
 def test_rule_removes_what_it_does_not_keep(keep: Keep, there: list[CheckpointInfo], removed: list[int]) -> None:
-    assert [info.step for info in keep.removable(there)] == removed
+    assert [info.step for info in removable(keep, there)] == removed
 
 
 def test_protected_one_stays_whatever_its_age() -> None:
     there = [checkpoint(step) for step in (1, 2, 3, 4)]
 
-    assert names(Keep(last=2).removable(there, [there[0].path])) == [(2, 1)]
+    assert names(removable(Keep(last=2), there, [there[0].path])) == [(2, 1)]
 
 
 def test_earlier_revision_goes_and_does_not_count_as_one_of_the_last() -> None:
     there = [checkpoint(1), checkpoint(2), checkpoint(2, 2), checkpoint(2, 3)]
 
-    assert names(Keep(last=2).removable(there)) == [(2, 1), (2, 2)]
+    assert names(removable(Keep(last=2), there)) == [(2, 1), (2, 2)]
 
 
 def test_earlier_revision_is_not_the_best_of_its_step() -> None:
     there = [checkpoint(1, score=5.0), checkpoint(1, 2, score=1.0), checkpoint(2, score=2.0), *scored(0, 0, 0, 0)[2:]]
 
-    assert names(Keep(last=2, best=1, metric="score").removable(there)) == [(1, 1), (1, 2)]
+    assert names(removable(Keep(last=2, best=1, metric="score"), there)) == [(1, 1), (1, 2)]
 
 
 def test_earlier_revision_that_is_pinned_or_protected_stays() -> None:
     there = [checkpoint(1, pinned=True), checkpoint(1, 2), checkpoint(1, 3)]
 
-    assert names(Keep(last=2).removable(there, [there[1].path])) == []
+    assert names(removable(Keep(last=2), there, [there[1].path])) == []
 
 
 @pytest.mark.parametrize(
@@ -174,11 +174,11 @@ def test_rule_never_removes_the_newest_the_best_the_pinned_or_the_protected(
 ) -> None:
     protected = data.draw(st.lists(st.sampled_from([info.path for info in there])))
     keep = Keep(last=last, best=best, metric="score" if best else None, mode=mode, every_n=every_n)
-    removed = keep.removable(there, protected)
+    removed = removable(keep, there, protected)
     stay = [info for info in there if info not in removed]
 
     assert {info.path for info in removed}.isdisjoint(protected)
-    assert not any(info.pinned for info in removed)
+    assert not any(info.is_pinned for info in removed)
 
     def is_latest(info: CheckpointInfo) -> bool:
         return info.revision == max(other.revision for other in there if other.step == info.step)
@@ -193,6 +193,6 @@ def test_rule_never_removes_the_newest_the_best_the_pinned_or_the_protected(
         assert math.isnan(score) or len(at_least_as_good) >= best
 
     # What has no reason to stay goes: or it could keep everything, and all of the above would hold.
-    reasons = last + best + len(set(protected)) + sum(info.pinned for info in there)
+    reasons = last + best + len(set(protected)) + sum(info.is_pinned for info in there)
     assert every_n is not None or len(stay) <= reasons
-    assert keep.removable(stay, protected) == []
+    assert removable(keep, stay, protected) == []

@@ -346,7 +346,7 @@ def test_pinned_checkpoint_stays_until_it_is_unpinned(store: Store) -> None:
     other.pin(infos[0])
 
     assert store.retain() == []
-    assert store.find(100).pinned
+    assert store.find(100).is_pinned
     verify(store.find(100))
 
     other.unpin(infos[0])
