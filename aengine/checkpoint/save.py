@@ -300,10 +300,14 @@ class Saver(Service):
             self.failures += 1
         self._acknowledgements.add(acknowledge, saving)
 
-    async def follow(self, engine: AnyEngine, event: Event[Any, Any]) -> None:
-        """Beside the step: wait for the write, and fire what became of it."""
+    async def follow(self, engine_of: Callable[[], AnyEngine | None], event: Event[Any, Any]) -> None:
+        """Beside the step: wait for the write, and fire what became of it.
+
+        Its engine, which holds this, is given weakly, or it would not be freed by reference count.
+        """
         saving: Saving | None = event.snapshot
-        if saving is None:
+        engine = engine_of()
+        if saving is None or engine is None:  # there is one: its run is under way
             return
         try:
             await session_of(engine).before_commit()
