@@ -6,7 +6,7 @@ The snapshot is taken inline, between two steps, where the step runs; the write 
 import logging
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -185,7 +185,7 @@ class Checkpoint:
                 raise RuntimeError(f"this Checkpoint is attached to {one} already, and would save twice there")
         with ExitStack() as added:  # all of it, or nothing
             self._serve(engine)
-            added.callback(self._detach)
+            added.callback(self._detach, self._service)
             for one in chosen:
                 handle = self._subscribe(engine, FilteredEvent(one.name, one.filter), one, f"at {one}")
                 self._events[handle] = one
@@ -281,9 +281,9 @@ class Checkpoint:
         self._events.pop(handle, None)
         self._look_for_end()
 
-    def _detach(self) -> None:
-        """One call of attach() is removed; after aclose() there is none left."""
-        if self._attached:
+    def _detach(self, service: Sequence[RemovableEventHandle]) -> None:
+        """One call of attach() is removed. What was attached before an aclose() does not count any more."""
+        if service is self._service:
             self._attached -= 1
             if not self._attached:
                 self._end_service([])
