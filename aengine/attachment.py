@@ -27,6 +27,11 @@ class Attachment:
         self._engine: Callable[[], Engine[Any, Any] | None] = lambda: None
         self._count = 0
 
+    @property
+    def engine(self) -> Engine[Any, Any] | None:
+        """The engine that the object is attached to; None if there is none, or it is gone."""
+        return None if self._engine_name is None else self._engine()
+
     def begin(
         self, engine: Engine[Any, Any], handles: Iterable[RemovableEventHandle], advice: str = ""
     ) -> RemovableEventHandle:

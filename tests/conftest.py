@@ -2,12 +2,14 @@
 
 import gc
 import logging
+import multiprocessing
 import os
 import signal
 import threading
 import zlib
 from collections import defaultdict
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -18,6 +20,11 @@ from support.covering_array import covering
 # OpenMP's threads wait for their next part of an operation by spinning, on cores that the other workers of pytest need.
 # Set here, before torch is imported, and inherited by the workers: tests of small models take half the time.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# A worker of a DataLoader that the fork server starts has torch then, instead of taking seconds to import it.
+multiprocessing.set_forkserver_preload(["torch.utils.data"])
+
+MODULES_TESTED = pytest.StashKey[list[Path]]()
 
 # No deadline, since other work on the machine makes an example slow too. And always the same examples, so that a change
 # fails only by its own faults. To look for new ones: --hypothesis-profile=explore.
@@ -94,9 +101,15 @@ def pytest_collection_finish() -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
-    """Have the last test of a module collect all garbage: what an earlier one dropped too late is reported there."""
+    """Have the last test of each fourth module collect all garbage: what an earlier one dropped too late is reported.
+
+    Not of each, since it takes half a second when all that the tests need is imported.
+    """
     if nextitem is None or nextitem.path != item.path:
-        gc.unfreeze()
+        modules = item.config.stash.setdefault(MODULES_TESTED, [])
+        modules.append(item.path)
+        if nextitem is None or len(modules) % 4 == 0:
+            gc.unfreeze()
 
 
 @pytest.fixture(scope="module", params=BACKENDS)

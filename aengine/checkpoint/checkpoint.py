@@ -6,17 +6,17 @@ The snapshot is taken inline, between two steps, where the step runs; the write 
 import logging
 import os
 import warnings
-from collections.abc import Iterable
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
+from weakref import ref
 
 import anyio
 from anyio.to_thread import run_sync as in_thread
 
 from aengine.arguments import check_choice
-from aengine.attachment import check_engine
+from aengine.attachment import Attachment
 from aengine.bus.emitter import RemovableEventHandle
 from aengine.callables import named
 from aengine.checkpoint.capture.parts import Choice, capture, parts_of, restore
@@ -114,10 +114,10 @@ class Checkpoint:
         self._writer = Writer(self._parts, self._store, self._contents)
         self._saver = Saver(self._writer, when_busy, on_error)
         self._damaged: tuple[Path, ...] = ()
-        self._engine: AnyEngine | None = None
+        self._attachment = Attachment(self, takes_several=True)
         self._service: list[RemovableEventHandle] = []  # what serves all of its events
         self._events: dict[RemovableEventHandle, Selector] = {}  # of each, where it saves
-        self._attached = 0  # how many calls of attach() are not removed
+        self._attached: list[RemovableEventHandle] = []  # of each call of attach() that is not removed
 
     @property
     def directory(self) -> Path:
@@ -175,23 +175,10 @@ class Checkpoint:
             RuntimeError: it is attached to another engine; or it saves at that very event, with that very filter,
                 already.
         """
-        check_engine(engine, "Checkpoint.attach(engine, event)")
-        self._refuse_another(engine)
-        if event is not None:
-            engine.on(event)  # raises for what is no event of this engine
-        chosen = () if event is None else selectors(event)
-        for index, one in enumerate(chosen):
-            if one in (*self._events.values(), *chosen[:index]):
-                raise RuntimeError(f"this Checkpoint is attached to {one} already, and would save twice there")
-        with ExitStack() as added:  # all of it, or nothing
-            self._serve(engine)
-            added.callback(self._detach)
-            for one in chosen:
-                handle = self._subscribe(engine, FilteredEvent(one.name, one.filter), one, f"at {one}")
-                self._events[handle] = one
-                added.callback(self._unsubscribe, handle)
-            self._look_for_end()
-            return RemovableEventHandle(added.pop_all().close)
+        advice = f", or hand engine {getattr(engine, 'name', '')!r} in as a part of the state"
+        removal = self._attachment.begin(engine, self._listen(engine, event), advice)
+        self._attached.append(removal)
+        return RemovableEventHandle(partial(self._remove, removal))
 
     async def save(self) -> CheckpointInfo:
         """Save before the next step, or at once if no run is under way, and return when it is committed.
@@ -228,9 +215,8 @@ class Checkpoint:
         Raises:
             CheckpointError: as `flush` does.
         """
-        events, self._events = self._events, {}
-        self._attached = 0
-        self._end_service(list(events))
+        for removal in tuple(self._attached):
+            self._remove(removal)
         await self._saver.close()
 
     async def __aenter__(self) -> Self:
@@ -240,22 +226,29 @@ class Checkpoint:
         with anyio.CancelScope(shield=True):
             await self.aclose()
 
-    def _refuse_another(self, engine: AnyEngine) -> None:
-        if self._engine is not None and self._engine is not engine:
-            raise RuntimeError(
-                f"this Checkpoint is attached to engine {self._engine.name!r} already: make another one, with a"
-                f" directory of its own, for {engine.name!r}, or hand that in as state,"
-                f' {{"{engine.name}": engine}}'
-            )
-
-    def _serve(self, engine: AnyEngine) -> None:
-        """Serve the engine for one call of attach() more."""
-        if self._engine is None:
+    def _listen(self, engine: AnyEngine, event: EventLike | None) -> Iterator[RemovableEventHandle]:
+        """Have the engine served, and saved at an event; yield what removes each of these."""
+        if event is not None:
+            engine.on(event)  # raises for what is no event of this engine
+        chosen = () if event is None else selectors(event)
+        for index, one in enumerate(chosen):
+            if one in (*self._events.values(), *chosen[:index]):
+                raise RuntimeError(f"this Checkpoint is attached to {one} already, and would save twice there")
+        if not self._attached:
             self._begin_service(engine)
-        self._attached += 1
+        yield RemovableEventHandle(self._end_service_of_last)
+        for one in chosen:
+            handle = self._subscribe(engine, FilteredEvent(one.name, one.filter), one, f"at {one}")
+            self._events[handle] = one
+            yield RemovableEventHandle(partial(self._unsubscribe, handle))
+        self._look_for_end()
+
+    def _remove(self, removal: RemovableEventHandle) -> None:
+        if removal in self._attached:
+            self._attached.remove(removal)
+            removal.remove()
 
     def _begin_service(self, engine: AnyEngine) -> None:
-        self._engine = engine
         session_of(engine).use_randomness(RandomStates())
         engine.register_events(*CheckpointEvents, REQUESTED)
         lock_directory = named(self._saver.open, f"checkpoint: lock ({self._name})")  # as statistics() shows it
@@ -268,10 +261,19 @@ class Checkpoint:
             self._subscribe(engine, requested, Selector(REQUESTED), "on request"),
         ]
 
+    def _end_service_of_last(self) -> None:
+        """Serve the engine no more, if nothing else is attached to it."""
+        if self._attached:
+            return
+        service, self._service = self._service, []
+        self._saver.refuse_requests()  # before the service is removed, which would say that the run has ended
+        for handle in service:
+            handle.remove()
+
     def _subscribe(self, engine: AnyEngine, event: EventLike, where: Selector, role: str) -> RemovableEventHandle:
         return engine.subscribe(
             event,
-            partial(self._saver.follow, engine),
+            partial(self._saver.follow, ref(engine)),  # weakly: the engine has this, and is freed by reference count
             snapshot=partial(self._saver.take, where.name),
             name=f"checkpoint: save {role} ({self._name})",
         )
@@ -281,31 +283,18 @@ class Checkpoint:
         self._events.pop(handle, None)
         self._look_for_end()
 
-    def _detach(self) -> None:
-        """One call of attach() is removed; after aclose() there is none left."""
-        if self._attached:
-            self._attached -= 1
-            if not self._attached:
-                self._end_service([])
-
-    def _end_service(self, events: Iterable[RemovableEventHandle]) -> None:
-        service, self._service, self._engine = self._service, [], None
-        self._look_for_end()
-        self._saver.refuse_requests()  # before the service is removed, which would say that the run has ended
-        for handle in (*events, *service):
-            handle.remove()
-
     def _look_for_end(self) -> None:
         filters = [where.filter for where in self._events.values()]
         self._saver.saves_the_end = any(one is not None and one.at_end for one in filters)
 
     def _served(self) -> AnyEngine:
-        if self._engine is None:
+        engine = self._attachment.engine
+        if engine is None:
             raise RuntimeError(
                 "this Checkpoint is attached to no engine: call  checkpoint.attach(engine, event)  first, without the"
                 " event, where it is to save only when it is told to"
             )
-        return self._engine
+        return engine
 
     # Restoring
 
@@ -383,7 +372,7 @@ class Checkpoint:
         choice = Choice(self._parts, only)
         read = partial(self._contents.read, live=choice.capture, places=choice.places)
         finder = Finder(self._store, read, sets_aside=False)
-        found = await self._find(which, finder, self._engine, "load", required=True)
+        found = await self._find(which, finder, self._attachment.engine, "load", required=True)
         assert found is not None, "it must be there"  # noqa: S101
         choice.restore(found.tree)
         path = printable(str(found.info.path))
@@ -409,7 +398,7 @@ class Checkpoint:
             _warn(
                 f"there is no checkpoint but of the middle of a step: the one after step {step} had begun, and what"
                 f" that had changed is in it ({path})",
-                stacklevel=4,
+                stacklevel=5,
             )
         return found
 
@@ -417,7 +406,7 @@ class Checkpoint:
         """Say what was found damaged; to the engine, too, unless there is none or nothing more can be awaited."""
         for problem in finder.problems:
             self._damaged += (problem.path,)
-            _warn(f"a checkpoint is damaged, and was not used ({problem.path}): {problem.why}", stacklevel=5)
+            _warn(f"a checkpoint is damaged, and was not used ({problem.path}): {problem.why}", stacklevel=6)
             if engine is not None:
                 engine.register_events(*CheckpointEvents)
                 await engine.emit(CheckpointEvents.CHECKPOINT_DAMAGED, problem)
@@ -455,7 +444,7 @@ def _refuse_running(engine: AnyEngine | None, caller: str) -> None:
 
 
 def _warn(message: str, stacklevel: int) -> None:
-    """Warn at the call of the Checkpoint's method, so many calls above."""
+    """Warn at the call of the Checkpoint's method, so many calls above: one of them is that of `explain_wrong_call`."""
     message = printable(message)
     _logger.warning(message)
     warnings.warn(message, CheckpointWarning, stacklevel=stacklevel)

@@ -300,10 +300,11 @@ class Saver(Service):
             self.failures += 1
         self._acknowledgements.add(acknowledge, saving)
 
-    async def follow(self, engine: AnyEngine, event: Event[Any, Any]) -> None:
+    async def follow(self, engine_of: Callable[[], AnyEngine | None], event: Event[Any, Any]) -> None:
         """Beside the step: wait for the write, and fire what became of it."""
         saving: Saving | None = event.snapshot
-        if saving is None:
+        engine = engine_of()
+        if saving is None or engine is None:  # it cannot be gone: this is called in a run of it
             return
         try:
             await session_of(engine).before_commit()

@@ -38,7 +38,7 @@ async def test_what_is_no_engine_is_neither_attached_nor_restored(tmp_path: Path
     completed: Any = Events.COMPLETED
     model: Any = torch.nn.Linear(1, 1)
     checkpoint = Checkpoint(tmp_path, {})
-    with pytest.raises(TypeError, match=r"attach\(engine, event\) takes an Engine of aengine.s first, got .*Events"):
+    with pytest.raises(TypeError, match=r"attach\(engine\) takes an Engine of aengine.s first, got .*Events"):
         checkpoint.attach(completed, engine)
     with pytest.raises(TypeError, match=r"takes no engine.*call  checkpoint\.attach\(engine, event\)"):
         await checkpoint.restore(engine)

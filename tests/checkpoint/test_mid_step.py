@@ -9,7 +9,7 @@ from support.record import AnyEngine, Boom
 from support.saving_run import Run, saving
 
 from aengine import CheckpointWarning, Events
-from aengine.checkpoint.cli.command import main as command
+from aengine.__main__ import main as command
 
 
 class HalfWay(Run):
@@ -49,7 +49,7 @@ async def test_the_one_before_is_gone_on_from(tmp_path: Path, how: str, capsys: 
     run = await stop_in_a_step(tmp_path, saved_at=Events.ITERATION_COMPLETED(once=1), how=how)
     assert [(info.step, info.is_mid_step) for info in run.checkpoint.list()] == [(1, False), (2, True)]
 
-    assert command(["checkpoints", str(tmp_path), "--json"]) == 0
+    assert command(["checkpoints", "list", str(tmp_path), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["resumes_from"] == str(tmp_path / "step-0000000001")
     assert [one["mid_step"] for one in told["checkpoints"]] == [False, True]

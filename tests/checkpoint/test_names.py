@@ -13,8 +13,8 @@ from safetensors.torch import load
 from support.record import AnyEngine
 
 from aengine import CheckpointWarning, Engine, Events
+from aengine.__main__ import main as command
 from aengine.checkpoint import Checkpoint, Keep
-from aengine.checkpoint.cli.command import main as command
 from aengine.errors import CheckpointNotFound, CheckpointNotWritten
 
 
@@ -66,16 +66,16 @@ async def test_the_command_takes_a_directory_whose_name_is_not_utf_8(
         await run.run([1, 2, 3])
     (no_text / "step-0000000003" / "state.pt").unlink()
 
-    def say(*arguments: object) -> tuple[int, str, str]:
-        status = command(["checkpoints", str(no_text), *map(str, arguments)])
+    def say(action: str, *arguments: object) -> tuple[int, str, str]:
+        status = command(["checkpoints", action, str(no_text), *map(str, arguments)])
         said = capsys.readouterr()
         assert (said.out + said.err).encode()
         return status, said.out, said.err
 
-    assert "step-0000000003: damaged" in say()[1]
+    assert "step-0000000003: damaged" in say("list")[1]
     assert "step-0000000002: whole" in say("verify")[1]
     assert say("pin", 2)[0] == say("unpin", 2)[0] == 0
-    assert json.loads(say("--json")[1])["resumes_from"] == str(no_text / "step-0000000002")
+    assert json.loads(say("list", "--json")[1])["resumes_from"] == str(no_text / "step-0000000002")
     weights = no_text / "weights.safetensors"
     assert say("export", "--safetensors", weights)[0] == 0
     assert set(load(weights.read_bytes())) == {"weight", "bias"}
@@ -83,7 +83,7 @@ async def test_the_command_takes_a_directory_whose_name_is_not_utf_8(
 
 
 def say_of_one(directory: Path, capsys: pytest.CaptureFixture[str]) -> str:
-    assert command(["checkpoints", str(directory / "step-0000000002")]) == 2
+    assert command(["checkpoints", "list", str(directory / "step-0000000002")]) == 2
     return capsys.readouterr().err
 
 

@@ -463,6 +463,4 @@ class KilledInWorker(Dataset[int]):
 
 def forkserver() -> Any:
     """A fork of a process with threads, such as ours, may hang: the server has one thread only."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch.utils.data"])
-    return context
+    return multiprocessing.get_context("forkserver")

@@ -172,6 +172,7 @@ async def test_checkpoint_of_a_compiled_model_is_restored_into_a_plain_one_and_b
     other, other_compiled, other_optimizer = build_compiled()
     last = create_supervised_trainer(other_compiled, other_optimizer, LOSS)
     async with Checkpoint(tmp_path, {"model": other_compiled, "optimizer": other_optimizer}) as restoring:
+        restoring.attach(last)
         await restoring.restore()
         assert_equal_bits(other.state_dict(), plain.state_dict())
 

@@ -1,1 +1,1 @@
-"""What people type: `python -m aengine checkpoints`."""
+"""What people type: `aengine checkpoints`."""

@@ -1,30 +1,26 @@
-"""The command `python -m aengine checkpoints DIR`: looks at checkpoints, pins them, and exports weights.
+"""The command `aengine checkpoints`: looks at the checkpoints in a directory, pins them, and exports weights.
 
 It never waits for a run and never disturbs one: no lock is taken, and only pin, unpin and export write anything.
 Listing and verifying need the standard library only, so that the answer is there at once; export loads torch.
 """
 
 import argparse
-import json
 import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from aengine.checkpoint.cli.listing import Condition, Entry, Page, entries, outlook, plain, record
+from aengine.checkpoint.cli.listing import Condition, Entry, Page, entries, outlook, record
 from aengine.checkpoint.store.draft import size_words, words
 from aengine.checkpoint.store.manifest import MANIFEST, step_and_revision
 from aengine.checkpoint.store.store import Store
+from aengine.command_line import FINE, JSON, TROUBLE, WRONG, ActionParser, Parser, plain, say, say_json, warn
 from aengine.errors import CheckpointDamaged, CheckpointError, CheckpointNotFound
 
-FINE, DAMAGED, WRONG = 0, 1, 2
-"""What the process exits with."""
-
-_JSON = "print strict JSON, for scripts"
 _ABOUT = """\
 List the checkpoints in a directory, verify them, and say which one a run would
 resume from. No lock is taken: a run may be writing there at the same time.
@@ -52,21 +48,52 @@ list and verify:
     size        in bytes
                 each of these is null where it is not known
   resumes_from  the path that a run would resume from, or null;
-                not there for verify STEP
+                not there for verify DIR STEP
 pin and unpin:  path, step, pinned
 export:         file, step, part, tensors, size
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(WRONG, f"{self.prog}: {plain(message)} (see --help)\n")
+_MORE = "`aengine checkpoints --help` says what the exit status means, and which keys --json prints."
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Do what the arguments say, by default those of the process, and return what it should exit with."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
+def add_checkpoints(nouns: "argparse._SubParsersAction[Parser]") -> None:  # pyright: ignore[reportPrivateUsage]
+    """Add the command to the parser of the command line."""
+    checkpoints = nouns.add_parser(
+        "checkpoints",
+        help="list, verify, pin, unpin or export the checkpoints in a directory",
+        description=_ABOUT,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    checkpoints.set_defaults(parser=checkpoints)
+    verbs = checkpoints.add_subparsers(title="actions", metavar="ACTION", parser_class=ActionParser)
+
+    def add(name: str, do: Callable[[Path, argparse.Namespace], int], about: str, step: str | None = None) -> Parser:
+        verb = verbs.add_parser(name, help=about, description=f"{about[0].upper()}{about[1:]}.", epilog=_MORE)
+        verb.add_argument("directory", metavar="DIR", help="what Checkpoint(...) was given")
+        if step is not None:
+            verb.add_argument("step", metavar="STEP", type=_step, nargs=None if step == "" else "?", help=step or None)
+        verb.add_argument("--json", action="store_true", help=JSON)
+        verb.set_defaults(do=partial(_do, do))
+        return verb
+
+    listed = add("list", _list, "list what there is, verified, and say which one a run would resume from")
+    listed.add_argument("--no-verify", action="store_true", help="read the manifests only, which is quick")
+    add("verify", _verify, "read all files and compare them with their checksums", "only this one (default: all)")
+    add("pin", partial(_pin, is_pinned=True), "keep a checkpoint for good", "")
+    add("unpin", partial(_pin, is_pinned=False), "leave a pinned checkpoint to the rules again", "")
+    export = add(
+        "export",
+        _export,
+        "write the tensors of one part, such as a model's weights, to a file",
+        "of this step (default: the one a run would resume from)",
+    )
+    export.add_argument("--safetensors", metavar="FILE", type=Path, required=True, help="the file to write")
+    export.add_argument("--part", metavar="NAME", help="which part (default: model, or the only module)")
+
+
+def _do(action: Callable[[Path, argparse.Namespace], int], options: argparse.Namespace) -> int:
     directory = Path(options.directory).absolute()
     try:
         if not directory.is_dir():
@@ -75,50 +102,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise CheckpointNotFound(
                 f"{directory} is one checkpoint: give the directory that it is in, which is {directory.parent}"
             )
-        return int(options.action(directory, options))
+        return action(directory, options)
     except (CheckpointError, ImportError) as error:  # that of safetensors says how to install it
-        _warn(str(error))
-        return DAMAGED if isinstance(error, CheckpointDamaged) else WRONG
+        warn(str(error))
+        return TROUBLE if isinstance(error, CheckpointDamaged) else WRONG
     except OSError as error:
-        _warn(words(error))
+        warn(words(error))
         return WRONG
-
-
-def _parser() -> _Parser:
-    parser = _Parser(prog="python -m aengine", description="The training-loop engine for async Python.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="checkpoints")
-    checkpoints = commands.add_parser(
-        "checkpoints",
-        help="list, verify, pin and export the checkpoints in a directory",
-        description=_ABOUT,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    checkpoints.add_argument("directory", metavar="DIR", help="what Checkpoint(...) was given")
-    checkpoints.add_argument("--json", action="store_true", help=_JSON)
-    checkpoints.add_argument("--no-verify", action="store_true", help="read the manifests only, which is quick")
-    checkpoints.set_defaults(action=_list)
-    actions = checkpoints.add_subparsers(metavar="[ACTION]", title="actions, instead of the list")
-
-    def add(name: str, do: Callable[[Path, argparse.Namespace], int], about: str) -> _Parser:
-        action = actions.add_parser(name, help=about, description=f"{about[0].upper()}{about[1:]}.")
-        action.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help=_JSON)  # here or before
-        action.set_defaults(action=do)
-        return action
-
-    verify = add("verify", _verify, "read all files and compare them with their checksums")
-    verify.add_argument("step", metavar="STEP", type=_step, nargs="?", help="only this one (default: all)")
-    export = add("export", _export, "write the tensors of one part, such as a model's weights, to a file")
-    export.add_argument("--safetensors", metavar="FILE", type=Path, required=True, help="the file to write")
-    export.add_argument(
-        "--step", metavar="N", type=_step, help="of this step (default: the one a run would resume from)"
-    )
-    export.add_argument("--part", metavar="NAME", help="which part (default: model, or the only module)")
-    pin = add("pin", partial(_pin, is_pinned=True), "keep a checkpoint for good")
-    pin.add_argument("step", metavar="STEP", type=_step)
-    unpin = add("unpin", partial(_pin, is_pinned=False), "leave a pinned checkpoint to the rules again")
-    unpin.add_argument("step", metavar="STEP", type=_step)
-    return parser
 
 
 def _step(text: str) -> int:
@@ -130,11 +120,11 @@ def _step(text: str) -> int:
 def _list(directory: Path, options: argparse.Namespace) -> int:
     found = list(entries(directory, verify=not options.no_verify))
     if options.json:
-        _say_json(_records(directory, found))
+        say_json(_records(directory, found))
     else:
         page = _page(directory)
         lines = list(page.table(found, time.time()))  # noqa: TID251 -- it is compared with another day's
-        _say([*lines, *([""] if lines else []), *page.wrapped(outlook(directory, found)[1])])
+        say([*lines, *([""] if lines else []), *page.wrapped(outlook(directory, found)[1])])
     return _status(found)
 
 
@@ -144,13 +134,13 @@ def _verify(directory: Path, options: argparse.Namespace) -> int:
     for entry in entries(directory, verify=True, step=options.step):
         found.append(entry)
         if not options.json and entry.path.name.startswith("step-"):
-            _say(page.verdict(entry))  # at once: the next may take a while
+            say(page.verdict(entry))  # at once: the next may take a while
     if options.step is not None and not found:
         Store(directory).find(options.step)  # which raises, and says which there are
     if options.json:
-        _say_json(_records(directory, found, is_all=options.step is None))
+        say_json(_records(directory, found, is_all=options.step is None))
     elif options.step is None:
-        _say(page.wrapped(outlook(directory, found)[1]))
+        say(page.wrapped(outlook(directory, found)[1]))
     return _status(entry for entry in found if entry.condition is not Condition.SET_ASIDE)
 
 
@@ -159,18 +149,18 @@ def _export(directory: Path, options: argparse.Namespace) -> int:
 
     done = export(Store(directory), options.safetensors, step=options.step, part=options.part)
     for why in done.passed_over:
-        _warn(f"passed over: {why}")
+        warn(f"passed over: {why}")
     if done.info.is_mid_step:
-        _warn(
+        warn(
             f"warning: the checkpoint of step {done.info.step} is of the middle of a step: the next one had begun, and"
             " what that had changed is in the weights"
         )
     if options.json:
         about = {"step": done.info.step, "part": done.part, "tensors": done.tensors, "size": done.size}
-        _say_json({"file": os.fspath(options.safetensors.absolute()), **about})
+        say_json({"file": os.fspath(options.safetensors.absolute()), **about})
     else:
         said = f"{done.tensors} tensors of {done.part} ({size_words(done.size)})"
-        _say([plain(f"step {done.info.step}: {said} written to {options.safetensors}")])
+        say([plain(f"step {done.info.step}: {said} written to {options.safetensors}")])
     return FINE
 
 
@@ -179,9 +169,9 @@ def _pin(directory: Path, options: argparse.Namespace, *, is_pinned: bool) -> in
     info = store.find(options.step)
     (store.pin if is_pinned else store.unpin)(info)
     if options.json:
-        _say_json({"path": os.fspath(info.path), "step": info.step, "pinned": is_pinned})
+        say_json({"path": os.fspath(info.path), "step": info.step, "pinned": is_pinned})
     else:
-        _say([f"step {info.step}: {'pinned' if is_pinned else 'not pinned'}"])
+        say([f"step {info.step}: {'pinned' if is_pinned else 'not pinned'}"])
     return FINE
 
 
@@ -199,17 +189,4 @@ def _records(directory: Path, found: list[Entry], *, is_all: bool = True) -> dic
 
 
 def _status(found: Iterable[Entry]) -> int:
-    return DAMAGED if any(entry.is_trouble for entry in found) else FINE
-
-
-def _say(lines: Iterable[str]) -> None:
-    sys.stdout.write("".join(f"{line}\n" for line in lines))
-    sys.stdout.flush()
-
-
-def _say_json(value: dict[str, Any]) -> None:
-    _say([json.dumps(value, indent=1, allow_nan=False)])
-
-
-def _warn(why: str) -> None:
-    sys.stderr.write(f"python -m aengine: {plain(why)}\n")
+    return TROUBLE if any(entry.is_trouble for entry in found) else FINE

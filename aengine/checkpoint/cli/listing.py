@@ -17,6 +17,7 @@ from aengine.checkpoint.store.draft import size_words, words
 from aengine.checkpoint.store.find import Finder
 from aengine.checkpoint.store.manifest import CheckpointInfo, step_and_revision
 from aengine.checkpoint.store.store import Store
+from aengine.command_line import plain
 from aengine.errors import CheckpointDamaged, CheckpointNotFound
 
 _GAP = _INDENT = "  "
@@ -233,11 +234,6 @@ class Page:
 
     def _colour(self, text: str, code: str | None) -> str:
         return f"\033[{code}m{text}\033[0m" if self._is_coloured and code else text
-
-
-def plain(text: str) -> str:
-    """Return a text in which nothing can command a terminal, or turn its direction around."""
-    return "".join(one if one.isprintable() else " " if one.isspace() else "\N{REPLACEMENT CHARACTER}" for one in text)
 
 
 def _padded(row: list[str], widths: list[int]) -> list[str]:

@@ -8,8 +8,10 @@ from typing import Literal
 
 from aengine.arguments import check_choice, check_whole
 from aengine.checkpoint.store.manifest import CheckpointInfo
+from aengine.keywords import explain_wrong_call
 
 
+@explain_wrong_call
 @dataclass(frozen=True, slots=True)
 class Keep:
     """Which checkpoints to keep: the last few, the best few, and every n-th for good. Pinned ones always stay.

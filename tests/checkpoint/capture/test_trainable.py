@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from support.record import AnyEngine
 
 from aengine import CheckpointMismatch, Engine, Events
+from aengine.__main__ import main as command
 from aengine.checkpoint import Checkpoint, trainable
-from aengine.checkpoint.cli.command import main as command
 
 
 class Adapted(torch.nn.Module):
@@ -176,7 +176,7 @@ async def test_it_is_exported_and_loaded_by_its_name(tmp_path: Path) -> None:
     model = Adapted()
     await train(tmp_path, model, 1)
     file = tmp_path / "adapter.safetensors"
-    assert command(["checkpoints", str(tmp_path), "export", "--safetensors", str(file), "--part", "adapter"]) == 0
+    assert command(["checkpoints", "export", str(tmp_path), "--safetensors", str(file), "--part", "adapter"]) == 0
     assert load_file(file)["down.weight"].equal(model.down.weight)
     again = Adapted(1)
     async with Checkpoint(tmp_path, {"adapter": trainable(again)}) as checkpoint:

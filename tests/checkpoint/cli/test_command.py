@@ -1,4 +1,4 @@
-"""`python -m aengine checkpoints`: what people and scripts are told, and that looking disturbs nothing."""
+"""`aengine checkpoints`: what people and scripts are told, and that looking disturbs nothing."""
 
 import json
 import math
@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ import torch
 from safetensors.torch import load_file
 from support.forged import rewrite
 
-import aengine.checkpoint
-from aengine.checkpoint.cli.command import main
+import aengine
+from aengine.__main__ import main
 from aengine.checkpoint.formats.serializers import TorchFile
 from aengine.checkpoint.store.manifest import CheckpointInfo
 from aengine.checkpoint.store.store import Store
@@ -25,7 +26,7 @@ from aengine.checkpoint.store.store import Store
 Say = Callable[..., tuple[int, str, str]]
 PTY = """
 import os, pty, sys
-command = [sys.executable, "-m", "aengine", "checkpoints", sys.argv[1]]
+command = [sys.executable, "-m", "aengine", "checkpoints", "list", sys.argv[1]]
 sys.exit(os.waitstatus_to_exitcode(pty.spawn(command, lambda descriptor: os.read(descriptor, 1024))))
 """
 
@@ -40,12 +41,12 @@ def store(tmp_path: Path) -> Iterator[Store]:
 
 @pytest.fixture
 def say(store: Store, capsys: pytest.CaptureFixture[str]) -> Say:
-    """Run the command on the store's directory, in this process: its exit status, what it printed, its errors."""
+    """Do this with the store's directory, in this process: its exit status, what it printed, its errors."""
 
-    def say(*arguments: object) -> tuple[int, str, str]:
+    def say(action: str = "list", *arguments: object) -> tuple[int, str, str]:
         capsys.readouterr()
         try:
-            status = main(["checkpoints", str(store.directory), *map(str, arguments)])
+            status = main(["checkpoints", action, str(store.directory), *map(str, arguments)])
         except SystemExit as end:
             status = int(end.code or 0)
         return status, *capsys.readouterr()
@@ -131,7 +132,7 @@ def test_the_list_shows_what_is_damaged_and_why(store: Store, say: Say) -> None:
 
 def test_without_verifying_only_manifests_are_read(store: Store, say: Say) -> None:
     flip(write(store, 500))
-    status, said, _ = say("--no-verify")
+    status, said, _ = say("list", "--no-verify")
     assert status == 0
     assert " unverified" in said
     assert said.endswith("A run would resume from step 500 if that is whole.\n")
@@ -148,7 +149,7 @@ def test_where_none_is_whole_a_run_would_not_begin_anew(store: Store, say: Say) 
     status, said, _ = say()
     assert status == 1
     assert "A run would not resume: none of them is whole" in said
-    assert json.loads(say("--json")[1])["resumes_from"] is None
+    assert json.loads(say("list", "--json")[1])["resumes_from"] is None
 
 
 def test_what_a_run_abandoned_is_shown_and_is_no_damage(store: Store, say: Say) -> None:
@@ -160,14 +161,16 @@ def test_what_a_run_abandoned_is_shown_and_is_no_damage(store: Store, say: Say) 
     assert f"{abandoned.name}: abandoned\n" in said
     assert "the run went back to step 500" in said
     assert said.endswith("A run would resume from step 500.\n")
-    assert json.loads(say("--json")[1])["checkpoints"][1]["condition"] == "abandoned"
+    assert json.loads(say("list", "--json")[1])["checkpoints"][1]["condition"] == "abandoned"
 
 
 def test_an_empty_directory_is_fine(say: Say) -> None:
     assert say() == (0, "A run would begin anew: there is no checkpoint.\n", "")
 
 
-@pytest.mark.parametrize("action", [[], ["--json"], ["verify"], ["pin", "500"], ["export", "--safetensors", "weights"]])
+@pytest.mark.parametrize(
+    "action", [["list"], ["list", "--json"], ["verify"], ["pin", "500"], ["export", "--safetensors", "weights"]]
+)
 def test_a_checkpoint_is_not_taken_for_an_empty_directory_of_them(
     store: Store, capsys: pytest.CaptureFixture[str], action: list[str]
 ) -> None:
@@ -175,7 +178,7 @@ def test_a_checkpoint_is_not_taken_for_an_empty_directory_of_them(
     write(store, 600)
     [aside] = store.abandon_after(store.find(500))
     for one in path, aside:
-        assert main(["checkpoints", str(one), *action]) == 2
+        assert main(["checkpoints", action[0], str(one), *action[1:]]) == 2
         printed, errors = capsys.readouterr()
         assert printed == ""
         assert f"{one} is one checkpoint: give the directory that it is in, which is {store.directory}\n" in errors
@@ -231,11 +234,11 @@ def test_verify_finds_a_step_whose_manifest_cannot_be_read(store: Store, say: Sa
     assert "manifest.json is missing" in said
 
 
-def test_json_has_the_keys_that_help_promises(store: Store, say: Say) -> None:
+def test_json_has_the_keys_that_help_promises(store: Store, say: Say, capsys: pytest.CaptureFixture[str]) -> None:
     info = write(store, 500, metrics={"loss": 0.5, "worst": math.inf, "unknown": math.nan})
     (write(store, 1000).path / "manifest.json").write_text("", encoding="utf-8")
     aside = store.set_aside(write(store, 1500).path, "cut")
-    status, said, _ = say("--json")
+    status, said, _ = say("list", "--json")
     assert status == 1
     told = json.loads(said, parse_constant=pytest.fail)
     assert told["directory"] == str(store.directory)
@@ -258,13 +261,14 @@ def test_json_has_the_keys_that_help_promises(store: Store, say: Say) -> None:
     assert set(damaged) == set(set_aside) == set(whole)
     assert (damaged["condition"], damaged["step"], damaged["epoch"]) == ("damaged", 1000, None)
     assert (set_aside["condition"], set_aside["path"], set_aside["step"]) == ("set aside", str(aside), None)
-    promised = say("--help")[1]
+    with pytest.raises(SystemExit, match="0"):
+        main(["checkpoints", "--help"])
+    promised = capsys.readouterr().out
     assert all(key in promised for key in [*whole, *told])
 
 
-def test_json_can_be_asked_for_before_and_behind_the_action(store: Store, say: Say) -> None:
+def test_json_of_one_step_has_that_step_alone(store: Store, say: Say) -> None:
     write(store, 500)
-    assert say("--json", "verify") == say("verify", "--json")
     assert set(json.loads(say("verify", 500, "--json")[1])) == {"directory", "checkpoints"}
 
 
@@ -280,36 +284,68 @@ def test_pin_and_unpin(store: Store, say: Say) -> None:
     assert not store.find(500).is_pinned
 
 
-@pytest.mark.parametrize(
-    "action", [["verify", 7], ["pin", 7], ["unpin", 7], ["export", "--safetensors", "x", "--step", 7]]
-)
+@pytest.mark.parametrize("action", [["verify", 7], ["pin", 7], ["unpin", 7], ["export", "--safetensors", "x", 7]])
 def test_a_step_that_is_not_there_is_said_with_those_that_are(store: Store, say: Say, action: list[object]) -> None:
     write(store, 500)
     status, said, errors = say(*action)
     assert (status, said) == (2, "")
-    assert errors == (f"python -m aengine: {store.directory} has no checkpoint of step 7; it has those of step 500\n")
+    assert errors == (f"aengine: {store.directory} has no checkpoint of step 7; it has those of step 500\n")
 
 
 @pytest.mark.parametrize(
     "arguments",
     [
-        [],
-        ["checkpoints"],
-        ["checkpoints", "/nowhere"],
-        ["checkpoints", ".", "verify", "last"],
-        ["checkpoints", ".", "x"],
+        ["checkpoint"],
+        ["checkpoints", "lst", "."],
+        ["checkpoints", "list"],
+        ["checkpoints", "list", "/nowhere"],
+        ["checkpoints", "list", ".", "7"],
+        ["checkpoints", "verify", ".", "last"],
+        ["checkpoints", "."],
     ],
 )
 def test_wrong_usage_is_one_line_without_a_traceback(arguments: list[str]) -> None:
     done = in_a_process(*arguments)
     assert done.returncode == 2
     assert not done.stdout
-    assert done.stderr.startswith("python -m aengine")
+    assert done.stderr.startswith("aengine")
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("arguments", [[], ["checkpoints"]])
+def test_what_lacks_its_end_shows_what_may_follow(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    assert f"usage: {' '.join(['aengine', *arguments])} [-h]" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "advice"),
+    [
+        (["checkpoint", "list", "."], "there is no 'checkpoint': checkpoints?"),
+        (["checkpoints", "verfy", "."], "there is no 'verfy': verify?"),
+        (["checkpoints", "show", "."], "there is no 'show': it is one of list, verify, pin, unpin, export"),
+        (["checkpoints", ".", "verify"], "and then what it is done to: write  aengine checkpoints list ."),
+        (["checkpoints", "runs/checkpoints"], "write  aengine checkpoints list runs/checkpoints"),
+    ],
+)
+def test_wrong_word_is_answered_by_the_right_one(
+    arguments: list[str], advice: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert advice in capsys.readouterr().err
+
+
+def test_command_that_is_installed_is_the_module(capsys: pytest.CaptureFixture[str]) -> None:
+    [command] = entry_points(group="console_scripts", name="aengine")
+    assert command.value == "aengine.__main__:run"
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"aengine {aengine.__version__}\n"
+
+
 def test_a_file_is_no_directory(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["checkpoints", str(write(store, 500).path / "state.pt")]) == 2
+    assert main(["checkpoints", "list", str(write(store, 500).path / "state.pt")]) == 2
     assert "there is no directory" in capsys.readouterr().err
 
 
@@ -336,7 +372,7 @@ def test_numbers_out_of_all_proportion_are_shown_all_the_same(store: Store, say:
     path = write(store, 500).path
     rewrite(path, "created", number)
     rewrite(path, "files", [{"name": "state.pt", "size": 2**62, "sha256": "0" * 64}])
-    status, said, _ = say("--no-verify")
+    status, said, _ = say("list", "--no-verify")
     assert status == 0
     assert "?  ITERATION_COMPLETED" in said
 
@@ -373,7 +409,7 @@ def test_colour_is_for_terminals_that_want_it(store: Store, environment: dict[st
 
 def test_a_pipe_gets_no_colour(store: Store) -> None:
     write(store, 500)
-    done = in_a_process("checkpoints", store.directory)
+    done = in_a_process("checkpoints", "list", store.directory)
     assert (done.returncode, done.stderr) == (0, "")
     assert "whole" in done.stdout
     assert "\033" not in done.stdout
@@ -381,7 +417,7 @@ def test_a_pipe_gets_no_colour(store: Store) -> None:
 
 def test_a_terminal_without_the_characters_gets_others(store: Store) -> None:
     write(store, 500, metrics={"µ": 1.0})
-    done = in_a_process("checkpoints", store.directory, PYTHONIOENCODING="ascii")
+    done = in_a_process("checkpoints", "list", store.directory, PYTHONIOENCODING="ascii")
     assert (done.returncode, done.stderr) == (0, "")
     assert "\\xb5 1" in done.stdout
 
@@ -390,7 +426,7 @@ def test_a_reader_that_went_away_ends_it_as_any_command(store: Store) -> None:
     write(store, 500)
     read_end, write_end = os.pipe()
     os.close(read_end)
-    command = [sys.executable, "-m", "aengine", "checkpoints", str(store.directory)]
+    command = [sys.executable, "-m", "aengine", "checkpoints", "list", str(store.directory)]
     with os.fdopen(write_end, "wb") as gone:
         done = subprocess.run(command, stdout=gone, stderr=subprocess.PIPE, check=False)
     assert (done.returncode, done.stderr) == (-signal.SIGPIPE, b"")
@@ -399,12 +435,12 @@ def test_a_reader_that_went_away_ends_it_as_any_command(store: Store) -> None:
 def test_looking_loads_no_torch(store: Store) -> None:
     write(store, 500)
     script = (
-        "import sys; from aengine.checkpoint.cli.command import main; status = main(sys.argv[1:]);"
+        "import sys; from aengine.__main__ import main; status = main(sys.argv[1:]);"
         " sys.exit(status or 'torch' in sys.modules or 'numpy' in sys.modules)"
     )
-    for action in [], ["verify"], ["--json"], ["pin", "500"]:
+    for action, *rest in ["list"], ["verify"], ["list", "--json"], ["pin", "500"]:
         done = subprocess.run(
-            [sys.executable, "-c", script, "checkpoints", str(store.directory), *action],
+            [sys.executable, "-c", script, "checkpoints", action, str(store.directory), *rest],
             capture_output=True,
             check=False,
         )
@@ -416,12 +452,12 @@ def test_looking_is_quick(store: Store) -> None:
     """In CPU time, since the clock on the wall also counts what else runs on the machine."""
     write(store, 500)
     script = (
-        "import sys, time; from aengine.checkpoint.cli.command import main; main(sys.argv[1:]);"
+        "import sys, time; from aengine.__main__ import main; main(sys.argv[1:]);"
         " sys.stderr.write(str(time.process_time()))"
     )
     seconds = []
     for _ in range(5):
-        command = [sys.executable, "-c", script, "checkpoints", str(store.directory)]
+        command = [sys.executable, "-c", script, "checkpoints", "list", str(store.directory)]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         seconds.append(float(done.stderr))
     assert min(seconds) < 0.5, "0.3 is the aim: the fastest of five"
@@ -449,7 +485,7 @@ def test_export_writes_the_weights_of_the_newest_that_is_whole(store: Store, say
     assert status == 0
     assert said.startswith("step 500: 2 tensors of model (")
     assert said.endswith(f" written to {file}\n")
-    assert errors.startswith("python -m aengine: passed over: ")
+    assert errors.startswith("aengine: passed over: ")
     loaded = load_file(file)
     assert loaded.keys() == model.state_dict().keys()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in model.state_dict().items())
@@ -475,12 +511,21 @@ def test_export_takes_no_weights_from_the_middle_of_a_step_if_there_are_others(
     assert say()[1].endswith("A run would resume from step 500.\n")
 
 
+@pytest.mark.parametrize("is_first", [True, False])
+def test_step_and_file_come_in_any_order(store: Store, say: Say, tmp_path: Path, is_first: bool) -> None:  # noqa: FBT001 -- a parameter of the test
+    write(store, 500, state_of(torch.nn.Linear(2, 3)))
+    write(store, 600, state_of(torch.nn.Linear(2, 3)))
+    file = tmp_path / "weights.safetensors"
+    arguments = [500, "--safetensors", file] if is_first else ["--safetensors", file, 500]
+    assert say("export", *arguments)[1].startswith("step 500: ")
+
+
 def test_export_from_the_middle_of_a_step_says_so(store: Store, say: Say, tmp_path: Path) -> None:
     """Where it was asked for by its step, and where there is no other."""
     model, file = torch.nn.Linear(2, 3), tmp_path / "weights.safetensors"
     flip(write(store, 500, state_of(torch.nn.Linear(2, 3))))
     write(store, 1000, state_of(model), extra=MID_STEP)
-    for step in ["--step", 1000], []:
+    for step in [1000], []:
         file.unlink(missing_ok=True)
         status, said, errors = say("export", "--safetensors", file, *step)
         assert status == 0
@@ -494,7 +539,7 @@ def test_a_step_that_was_asked_for_is_the_completed_one_if_there_are_two(
 ) -> None:
     whole, file = write(store, 500, state_of(torch.nn.Linear(2, 3))), tmp_path / "weights.safetensors"
     write(store, 500, state_of(torch.nn.Linear(2, 3)), extra=MID_STEP)
-    status, _, errors = say("export", "--safetensors", file, "--step", 500)
+    status, _, errors = say("export", 500, "--safetensors", file)
     assert (status, errors) == (0, "")
     assert store.find(500) == whole
 
@@ -509,7 +554,7 @@ def test_export_tells_scripts_what_it_wrote(store: Store, say: Say, tmp_path: Pa
 def test_export_of_a_damaged_step_that_was_asked_for_is_refused(store: Store, say: Say, tmp_path: Path) -> None:
     file = tmp_path / "weights.safetensors"
     flip(write(store, 500, state_of(torch.nn.Linear(2, 3))))
-    for arguments in [], ["--step", 500]:
+    for arguments in [], [500]:
         status, _, errors = say("export", "--safetensors", file, *arguments)
         assert status == 1
         assert "another content" in errors

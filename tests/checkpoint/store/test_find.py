@@ -46,7 +46,7 @@ def test_a_checkpoint_that_may_not_be_read_is_an_error_and_stays(
     with monkeypatch.context() as patched:
         patched.setattr(os, "open", refuse)
         with pytest.raises(PermissionError):
-            Finder(store, lambda info: {}).find(None)
+            Finder(store, lambda info: {}).find("latest")
     assert [info.step for info in store.list()] == [1, 2]
 
 
