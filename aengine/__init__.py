@@ -1,10 +1,11 @@
 # The packages, from the lowest layer up: each imports from those before it, never from those after.
-#   guesses      what a wrong word was meant to be  drivers/     advancing the loop; its tasks
-#   arguments    users' values, checked             engine       Engine: run, stop, resume, save
-#   callables    users' functions, checked, bound   attachment   what an object has added to its engine
-#   extras       optional packages that are missing checkpoint/  saving during training, and resuming exactly
-#   keywords     wrong keywords, answered             capture/     every part's state at one instant, copied
-#   lazy         names that packages hand on          formats/     how it becomes files, and state again
+#   guesses      what a wrong word was meant to be  loop/        the loop: a generator, no I/O
+#   arguments    users' values, checked             drivers/     advancing the loop; its tasks
+#   callables    users' functions, checked, bound   engine       Engine: run, stop, resume, save
+#   extras       optional packages that are missing attachment   what an object has added to its engine
+#   keywords     wrong keywords, answered           checkpoint/  saving during training, and resuming exactly
+#   lazy         names that packages hand on          capture/     every part's state at one instant, copied
+#   type_variables  what the generic classes take     formats/     how it becomes files, and state again
 #   errors       the exception tree                   store/       the directory: commits, locks, retention
 #   state        what the loop knows                  cli/         python -m aengine
 #   events       names, filters, the Event record   handlers/    ready-made: limits, guards, progress, profiling
@@ -12,7 +13,7 @@
 #   threads/     crossing threads                   plots/       pictures of a run
 #   bus/         listeners: inline, subscribers     training/    supervised steps, metrics, schedules, range test
 #   data/        any data as the next batch         loggers/     numbers of a run, written concurrently
-#   loop/        the loop: a generator, no I/O      interop/     pytorch-ignite's metrics and handlers
+#                                                   interop/     pytorch-ignite's metrics and handlers
 """The training-loop engine for async Python.
 
 from aengine import Engine, Events

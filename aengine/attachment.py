@@ -29,7 +29,7 @@ class Attachment:
 
     @property
     def engine(self) -> Engine[Any, Any] | None:
-        """The engine that the object is attached to; None if it is attached to none, or that one is gone."""
+        """The engine that the object is attached to; None if there is none, or it is gone."""
         return None if self._engine_name is None else self._engine()
 
     def begin(

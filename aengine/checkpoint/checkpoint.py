@@ -39,10 +39,6 @@ from aengine.threads.dedicated import DedicatedThread, wait_until_done
 
 _logger = logging.getLogger("aengine.checkpoint")
 
-_ADVICE = (
-    '; another one needs a directory of its own, and an evaluator may go into the state, as {"evaluator": evaluator}'
-)
-
 
 @explain_wrong_call
 class Checkpoint:
@@ -119,9 +115,9 @@ class Checkpoint:
         self._saver = Saver(self._writer, when_busy, on_error)
         self._damaged: tuple[Path, ...] = ()
         self._attachment = Attachment(self, takes_several=True)
-        self._attached: list[RemovableEventHandle] = []  # of each call of attach() that is not removed
         self._service: list[RemovableEventHandle] = []  # what serves all of its events
         self._events: dict[RemovableEventHandle, Selector] = {}  # of each, where it saves
+        self._attached: list[RemovableEventHandle] = []  # of each call of attach() that is not removed
 
     @property
     def directory(self) -> Path:
@@ -179,9 +175,10 @@ class Checkpoint:
             RuntimeError: it is attached to another engine; or it saves at that very event, with that very filter,
                 already.
         """
-        added = self._attachment.begin(engine, self._listen(engine, event), _ADVICE)
-        self._attached.append(added)
-        return RemovableEventHandle(partial(self._detach, added))
+        advice = f", or hand engine {getattr(engine, 'name', '')!r} in as a part of the state"
+        removal = self._attachment.begin(engine, self._listen(engine, event), advice)
+        self._attached.append(removal)
+        return RemovableEventHandle(partial(self._remove, removal))
 
     async def save(self) -> CheckpointInfo:
         """Save before the next step, or at once if no run is under way, and return when it is committed.
@@ -218,8 +215,8 @@ class Checkpoint:
         Raises:
             CheckpointError: as `flush` does.
         """
-        for added in [*self._attached]:
-            self._detach(added)
+        for removal in tuple(self._attached):
+            self._remove(removal)
         await self._saver.close()
 
     async def __aenter__(self) -> Self:
@@ -230,37 +227,30 @@ class Checkpoint:
             await self.aclose()
 
     def _listen(self, engine: AnyEngine, event: EventLike | None) -> Iterator[RemovableEventHandle]:
+        """Have the engine served, and saved at an event; yield what removes each of these."""
         if event is not None:
             engine.on(event)  # raises for what is no event of this engine
         chosen = () if event is None else selectors(event)
         for index, one in enumerate(chosen):
             if one in (*self._events.values(), *chosen[:index]):
                 raise RuntimeError(f"this Checkpoint is attached to {one} already, and would save twice there")
-        if not self._service:
+        if not self._attached:
             self._begin_service(engine)
-        yield RemovableEventHandle(self._leave)  # the last to be removed
+        yield RemovableEventHandle(self._end_service_of_last)
         for one in chosen:
             handle = self._subscribe(engine, FilteredEvent(one.name, one.filter), one, f"at {one}")
             self._events[handle] = one
             yield RemovableEventHandle(partial(self._unsubscribe, handle))
         self._look_for_end()
 
-    def _detach(self, added: RemovableEventHandle) -> None:
-        if added in self._attached:
-            self._attached.remove(added)
-            added.remove()
-
-    def _leave(self) -> None:
-        """Serve the engine no more, if this was its last call of attach()."""
-        if not self._attached:
-            self._saver.refuse_requests()  # before the service is removed, which would say that the run has ended
-            service, self._service = self._service, []
-            for handle in service:
-                handle.remove()
+    def _remove(self, removal: RemovableEventHandle) -> None:
+        if removal in self._attached:
+            self._attached.remove(removal)
+            removal.remove()
 
     def _begin_service(self, engine: AnyEngine) -> None:
-        engine.register_events(*CheckpointEvents, REQUESTED)
         session_of(engine).use_randomness(RandomStates())
+        engine.register_events(*CheckpointEvents, REQUESTED)
         lock_directory = named(self._saver.open, f"checkpoint: lock ({self._name})")  # as statistics() shows it
         # Also where the run fails or is cancelled: the loop may have been about to serve a request, and waiting for the
         # save before. It is served in the clean-up then, before the run is over.
@@ -271,10 +261,19 @@ class Checkpoint:
             self._subscribe(engine, requested, Selector(REQUESTED), "on request"),
         ]
 
+    def _end_service_of_last(self) -> None:
+        """Serve the engine no more, if nothing else is attached to it."""
+        if self._attached:
+            return
+        service, self._service = self._service, []
+        self._saver.refuse_requests()  # before the service is removed, which would say that the run has ended
+        for handle in service:
+            handle.remove()
+
     def _subscribe(self, engine: AnyEngine, event: EventLike, where: Selector, role: str) -> RemovableEventHandle:
         return engine.subscribe(
             event,
-            partial(self._saver.follow, ref(engine)),
+            partial(self._saver.follow, ref(engine)),  # weakly: the engine has this, and is freed by reference count
             snapshot=partial(self._saver.take, where.name),
             name=f"checkpoint: save {role} ({self._name})",
         )
@@ -399,7 +398,7 @@ class Checkpoint:
             _warn(
                 f"there is no checkpoint but of the middle of a step: the one after step {step} had begun, and what"
                 f" that had changed is in it ({path})",
-                stacklevel=4,
+                stacklevel=5,
             )
         return found
 
@@ -407,7 +406,7 @@ class Checkpoint:
         """Say what was found damaged; to the engine, too, unless there is none or nothing more can be awaited."""
         for problem in finder.problems:
             self._damaged += (problem.path,)
-            _warn(f"a checkpoint is damaged, and was not used ({problem.path}): {problem.why}", stacklevel=5)
+            _warn(f"a checkpoint is damaged, and was not used ({problem.path}): {problem.why}", stacklevel=6)
             if engine is not None:
                 engine.register_events(*CheckpointEvents)
                 await engine.emit(CheckpointEvents.CHECKPOINT_DAMAGED, problem)
@@ -445,7 +444,7 @@ def _refuse_running(engine: AnyEngine | None, caller: str) -> None:
 
 
 def _warn(message: str, stacklevel: int) -> None:
-    """Warn at the call of the Checkpoint's method, so many calls above."""
+    """Warn at the call of the Checkpoint's method, so many calls above: one of them is that of `explain_wrong_call`."""
     message = printable(message)
     _logger.warning(message)
     warnings.warn(message, CheckpointWarning, stacklevel=stacklevel)

@@ -301,13 +301,10 @@ class Saver(Service):
         self._acknowledgements.add(acknowledge, saving)
 
     async def follow(self, engine_of: Callable[[], AnyEngine | None], event: Event[Any, Any]) -> None:
-        """Beside the step: wait for the write, and fire what became of it.
-
-        Its engine, which holds this, is given weakly, or it would not be freed by reference count.
-        """
+        """Beside the step: wait for the write, and fire what became of it."""
         saving: Saving | None = event.snapshot
         engine = engine_of()
-        if saving is None or engine is None:  # there is one: its run is under way
+        if saving is None or engine is None:  # it cannot be gone: this is called in a run of it
             return
         try:
             await session_of(engine).before_commit()

@@ -66,7 +66,8 @@ def test_program_holds(program: Path, anyio_backend: Backend, tmp_path: Path, mo
         run_program(program, anyio_backend)
         return
     monkeypatch.setenv("PYTHONPATH", str(HERE.parent), prepend=":")
-    command = [sys.executable, "-m", "support.programs", str(program), anyio_backend[0]]
+    backend = "uvloop" if anyio_backend[1] else anyio_backend[0]
+    command = [sys.executable, "-m", "support.programs", str(program), backend]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
 

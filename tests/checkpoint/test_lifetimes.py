@@ -90,7 +90,7 @@ async def test_close_that_is_cancelled_lets_go_of_the_directory(tmp_path: Path) 
             with anyio.CancelScope() as scope:
                 async with anyio.create_task_group() as group:
                     group.start_soon(run.checkpoint.aclose)
-                    await until(lambda: not run.checkpoint._attached)
+                    await until(lambda: run.checkpoint._attachment.engine is None)
                     scope.cancel()
         other = Run(tmp_path)
         async with other.checkpoint:

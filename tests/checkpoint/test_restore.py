@@ -202,5 +202,5 @@ async def test_a_run_that_is_under_way_is_not_restored(tmp_path: Path) -> None:
 async def test_one_checkpoint_serves_one_engine(tmp_path: Path) -> None:
     async with saving(tmp_path) as run, saving(tmp_path / "other") as other:
         run.checkpoint.attach(run.engine, Events.COMPLETED)
-        with pytest.raises(RuntimeError, match=r"make another one, .*a directory of its own"):
+        with pytest.raises(RuntimeError, match=r"make another one, .* or hand engine .* in as a part of the state"):
             run.checkpoint.attach(other.engine)

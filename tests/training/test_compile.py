@@ -162,16 +162,17 @@ async def test_checkpoint_of_a_compiled_model_is_restored_into_a_plain_one_and_b
     plain, plain_optimizer = build()
     resumed = create_supervised_trainer(plain, plain_optimizer, LOSS)
     async with Checkpoint(tmp_path, {"model": plain, "optimizer": plain_optimizer}) as restoring:
+        restoring.attach(resumed, Events.EPOCH_COMPLETED)
         assert await restoring.restore() is not None
         assert resumed.state.epoch == 2
         assert_equal_bits(plain.state_dict(), model.state_dict())
         assert_equal_bits(plain_optimizer.state_dict(), optimizer.state_dict())
-        restoring.attach(resumed, Events.EPOCH_COMPLETED)
         await resumed.run(batches(), max_epochs=3)
 
     other, other_compiled, other_optimizer = build_compiled()
     last = create_supervised_trainer(other_compiled, other_optimizer, LOSS)
     async with Checkpoint(tmp_path, {"model": other_compiled, "optimizer": other_optimizer}) as restoring:
+        restoring.attach(last)
         await restoring.restore()
         assert_equal_bits(other.state_dict(), plain.state_dict())
 
