@@ -83,6 +83,8 @@ def _advice(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
         first = " and ".join(one.name for one in positional if one.name != "self") or "nothing"
         others = ", ".join(f"{one}=" for one in keyword_only)
         attach = f"; the engine and the event are for {call}(...).attach()" if is_attached else ""
+        if positional and positional[0].name == "self" and function.__name__ not in {"__init__", "attach"}:
+            attach = "; its engine is the one that it is attached to" if hasattr(args[0], "attach") else ""
         return f"{call}() takes {first} by position, and by keyword {others}{attach}"
     return None
 

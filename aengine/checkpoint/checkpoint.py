@@ -169,6 +169,8 @@ class Checkpoint:
         already. What is saved then may be in the middle of that step: it is marked so, and `restore()` prefers any that
         is not.
 
+        The engine is not kept by this: keep it in a variable.
+
         Raises:
             TypeError: this is no engine, or no event.
             ValueError: the engine has no such event.
@@ -289,6 +291,10 @@ class Checkpoint:
 
     def _served(self) -> AnyEngine:
         engine = self._attachment.engine
+        if engine is None and self._attached:
+            raise RuntimeError(
+                "the engine that this Checkpoint is attached to is gone: keep it in a variable, since this does not"
+            )
         if engine is None:
             raise RuntimeError(
                 "this Checkpoint is attached to no engine: call  checkpoint.attach(engine, event)  first, without the"

@@ -42,11 +42,15 @@ async def test_what_is_no_engine_is_neither_attached_nor_restored(tmp_path: Path
         checkpoint.attach(completed, engine)
     with pytest.raises(TypeError, match=r"takes no engine.*call  checkpoint\.attach\(engine, event\)"):
         await checkpoint.restore(engine)
+    with pytest.raises(TypeError, match=r"takes which by position, .*; its engine is the one that it is attached to"):
+        await checkpoint.restore(engine, 500)
     with pytest.raises(RuntimeError, match=r"is attached to no engine: call  checkpoint\.attach"):
         await checkpoint.restore()
     with pytest.raises(TypeError, match="expected an event"):
         checkpoint.attach(engine, model)
     checkpoint.attach(Engine(lambda engine, batch: None), Events.COMPLETED)  # it serves none of those
+    with pytest.raises(RuntimeError, match="is gone: keep it in a variable"):
+        await checkpoint.restore()
 
 
 async def test_attaching_that_is_refused_attaches_nothing(tmp_path: Path) -> None:

@@ -123,7 +123,8 @@ async def test_where_the_name_is_too_long_nothing_is_written_and_that_is_said(tm
 async def test_where_the_name_is_too_long_restoring_says_so(tmp_path: Path, how: str, call: str) -> None:
     directory = too_long(tmp_path, how)
     async with Checkpoint(directory, {"model": torch.nn.Linear(2, 2)}) as checkpoint:
-        checkpoint.attach(engine())
+        _kept = engine()  # a Checkpoint does not keep it
+        checkpoint.attach(_kept)
 
         async def read(which: Any, **options: bool) -> object:
             return await (checkpoint.restore(which, **options) if call == "restore" else checkpoint.load(which))

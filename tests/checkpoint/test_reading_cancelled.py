@@ -154,7 +154,8 @@ async def test_what_is_damaged_is_set_aside_also_where_what_follows_is_of_anothe
     await save_some(tmp_path)
     flip(tmp_path / "step-0000000003")
     async with Checkpoint(tmp_path, {"other": torch.nn.Linear(2, 2)}) as checkpoint:
-        checkpoint.attach(Engine(lambda engine, batch: None))
+        _kept = Engine(lambda engine, batch: None)  # a Checkpoint does not keep it
+        checkpoint.attach(_kept)
         with pytest.warns(CheckpointWarning, match="step-0000000003"), pytest.raises(CheckpointMismatch):
             await checkpoint.restore()
     assert (tmp_path / "damaged-step-0000000003").exists()

@@ -91,7 +91,8 @@ async def test_checkpoint_of_a_wrapped_model_and_that_of_a_plain_one_are_the_sam
     assert versions == getattr(averages["plain"].state_dict(), "_metadata", {})
 
     async with Checkpoint(tmp_path, {"model": models[loaded], "average": averages[loaded]}) as checkpoint:
-        checkpoint.attach(engine_of(models[loaded], own[loaded]))
+        _kept = engine_of(models[loaded], own[loaded])  # a Checkpoint does not keep it
+        checkpoint.attach(_kept)
         assert await checkpoint.restore() is not None
     for some in (models, averages, own):
         assert_equal_bits(list(some["wrapped"].state_dict().values()), list(some["plain"].state_dict().values()))

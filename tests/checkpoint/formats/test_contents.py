@@ -47,7 +47,8 @@ async def test_process_writes_what_a_thread_would_have_written(tmp_path: Path) -
     for step in (2, 3):
         again = torch.nn.Linear(300, 300)
         async with Checkpoint(tmp_path, {"model": again}) as reader:
-            reader.attach(halve(again))
+            _kept = halve(again)  # a Checkpoint does not keep it
+            reader.attach(_kept)
             await reader.restore(step)
         assert again.weight.equal(expected[step])
 
@@ -100,7 +101,8 @@ async def test_sharded_model_is_saved_in_shards_and_restored_into_them(mesh: Dev
     for step in (1, 2):
         again = sharded()
         async with Checkpoint(tmp_path, again) as reader:
-            reader.attach(halve(again))
+            _kept = halve(again)  # a Checkpoint does not keep it
+            reader.attach(_kept)
             await reader.restore(step)
         assert all(a.equal(b) for a, b in zip(whole(again), seen[step - 1], strict=True))
 
@@ -140,7 +142,8 @@ async def test_serializer_of_ones_own_writes_and_reads_and_another_refuses(tmp_p
         await engine.run([3, 4])
     counter.count = 0
     async with Checkpoint(tmp_path, counter) as other:
-        other.attach(Engine(step))
+        _kept = Engine(step)  # a Checkpoint does not keep it
+        other.attach(_kept)
         with pytest.raises(CheckpointMismatch, match="written by the serializer 'json'"):
             await other.restore()
     again: AnyEngine = Engine(step)
@@ -240,7 +243,8 @@ async def test_modules_are_unwrapped_and_generators_are_parts(tmp_path: Path) ->
     again = [torch.Generator(), random.Random(), np.random.default_rng()]
     bare = torch.nn.Linear(2, 2)
     async with Checkpoint(tmp_path, {"model": bare, "generators": again}) as reader:
-        reader.attach(Engine(lambda engine, batch: None))
+        _kept = Engine(lambda engine, batch: None)  # a Checkpoint does not keep it
+        reader.attach(_kept)
         await reader.restore()
     assert bare.weight.equal(model.weight)
     assert draw(again) == expected
