@@ -38,12 +38,13 @@ async def test_what_is_no_engine_is_neither_attached_nor_restored(tmp_path: Path
     completed: Any = Events.COMPLETED
     model: Any = torch.nn.Linear(1, 1)
     checkpoint = Checkpoint(tmp_path, {})
+    restore: Any = checkpoint.restore
     with pytest.raises(TypeError, match=r"attach\(engine\) takes an Engine of aengine.s first, got .*Events"):
         checkpoint.attach(completed, engine)
     with pytest.raises(TypeError, match=r"takes no engine.*call  checkpoint\.attach\(engine, event\)"):
         await checkpoint.restore(engine)
     with pytest.raises(TypeError, match=r"takes which by position, .*; its engine is the one that it is attached to"):
-        await checkpoint.restore(engine, 500)
+        await restore(engine, 500)
     with pytest.raises(RuntimeError, match=r"is attached to no engine: call  checkpoint\.attach"):
         await checkpoint.restore()
     with pytest.raises(TypeError, match="expected an event"):
