@@ -104,7 +104,7 @@ class SystemStatistics:
     def _keep(self, values: dict[str, float]) -> None:
         self._values = values
 
-    def values(self, _: Engine[Any, Any] | None = None) -> dict[str, float]:
+    def values(self, engine: Engine[Any, Any] | None = None) -> dict[str, float]:  # noqa: ARG002 -- as values= calls it
         """Return the last sample, by name, for `Tracker(values=)`. Nothing before the first."""
         return dict(self._values)
 

@@ -109,7 +109,7 @@ class GradientStatistics:
         yield RemovableEventHandle(self._optimizer.register_step_post_hook(self._measure_after).remove)
         yield engine.add_event_handler(Events.ITERATION_COMPLETED, self._report)
 
-    def values(self, _: Engine[Any, Any] | None = None) -> dict[str, torch.Tensor]:
+    def values(self, engine: Engine[Any, Any] | None = None) -> dict[str, torch.Tensor]:  # noqa: ARG002 -- as values= calls it
         """Return the values of the last measurement, by name, for `Tracker(values=)`; before the first, none."""
         return dict(self._values)
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -30,6 +30,7 @@ class Keep:
 
     last: int = 3
     best: int = 0
+    _: KW_ONLY
     metric: str | None = None
     mode: Literal["max", "min"] = "max"
     every_n: int | None = None
