@@ -567,6 +567,7 @@ class Engine(Generic[Batch, Output]):
         """
         await self._emitter.emit(self, event, payload)
 
+    @explain_wrong_call
     async def wait_completed(self, iterations: int) -> int:
         """Wait until so many iterations are completed, in all, and return how many are.
 
@@ -599,6 +600,7 @@ class Engine(Generic[Batch, Output]):
 
     # Stopping
 
+    @explain_wrong_call
     def terminate(self, *, skip_completed: bool = False) -> bool:
         """End the run before its next step: TERMINATE and COMPLETED are fired, and `run()` returns.
 
@@ -612,6 +614,7 @@ class Engine(Generic[Batch, Output]):
         """
         return self._session.requests.terminate(skip_completed=skip_completed)
 
+    @explain_wrong_call
     def terminate_epoch(self, *, skip_epoch_completed: bool = False) -> bool:
         """End the epoch before its next step: the data begins again with the next epoch. From any thread or task.
 
@@ -642,6 +645,7 @@ class Engine(Generic[Batch, Output]):
         """End a pause. From any thread or task."""
         self._requests.cancel(Request.PAUSE)
 
+    @explain_wrong_call
     def set_data(self, data: Data[Batch]) -> None:
         """Have the next batch come from other data. The length of the epoch stays. From any thread or task.
 

@@ -289,6 +289,10 @@ class Event(NamedTuple, Generic[Output, Snapshot]):
     def __hash__(self) -> int:
         return id(self)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The view of the metrics cannot be pickled: what travels to another process is what it shows.
+        return _restored, (type(self), tuple(self._replace(metrics=dict(self.metrics))))
+
     def __repr__(self) -> str:
         return (
             f"Event({self.name}, engine={self.engine_name!r}, sequence={self.sequence}, epoch={self.epoch},"
@@ -303,6 +307,12 @@ def date_of(monotonic: float) -> float:
 
 new_event: Callable[[type[Event[Any, Any]], tuple[Any, ...]], Event[Any, Any]] = tuple.__new__
 """Makes an Event of its fields in order, without the cost of its Python constructor."""
+
+
+def _restored(kind: type[Event[Any, Any]], fields: tuple[Any, ...]) -> Event[Any, Any]:
+    event = new_event(kind, fields)
+    return event._replace(metrics=MappingProxyType(event.metrics))
+
 
 NO_METRICS: Mapping[str, Any] = MappingProxyType({})
 

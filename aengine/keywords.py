@@ -66,7 +66,7 @@ def _advice(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
     free = [one.name for one in named if one.name not in filled | kwargs.keys()]
     lacking = [one.name for one in named if one.name in free and one.default is one.empty]
     call = function.__qualname__.removesuffix(".__init__")
-    is_attached = function.__name__ == "__init__" and hasattr(args[0], "attach")
+    is_attached = function.__name__ == "__init__" and bool(args) and hasattr(args[0], "attach")
     known = {one.name for one in named}
     wrong = [word for word in kwargs if word not in known]
     meant = {word: _meant(word, lacking if takes_any else free) for word in wrong}

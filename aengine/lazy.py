@@ -76,7 +76,8 @@ def _advice(package: str, name: str) -> str:
         return f": from {homes[name]} import {name}"
     if name in NAMES:
         return f": {NAMES[name]}"
-    if near := near_word(name, public[package]):
+    inside = {one.rpartition(".")[2] for one in PACKAGES if one.startswith(f"{package}.")}
+    if near := near_word(name, [*public[package], *inside]):
         return f": {near}?"
     if near := near_word(name, homes):
         return f": from {homes[near]} import {near}?"

@@ -47,6 +47,12 @@ def run(**arguments: Any) -> None:
         (lambda: run(max_steps=3), "Engine.run() has no max_steps=: write max_iters="),
         (lambda: engine.run_sync(dataloader=[1]), "Engine.run_sync() has no dataloader=: write data="),
         (lambda: engine.iterate([1], max_epoch=1), "Engine.iterate() has no max_epoch=: max_epochs=?"),
+        (lambda: engine.terminate(skip=True), "Engine.terminate() has no skip=; it takes skip_completed="),
+        (
+            lambda: engine.terminate(True),  # noqa: FBT003 -- that is refused
+            "Engine.terminate() takes nothing by position, and by keyword skip_completed=",
+        ),
+        (lambda: engine.set_data(loader=[1]), "Engine.set_data() has no loader=: write data="),
         (
             lambda: engine.add_event_handler(event_name=Events.STARTED, handler=handler),
             "Engine.add_event_handler() has no event_name=: write event=",

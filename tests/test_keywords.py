@@ -175,3 +175,9 @@ def test_subclass_inherits_it() -> None:
 def test_result_is_handed_on() -> None:
     assert Thing(1).attach(2) == 2
     assert await_run(prefetch=3) == 3
+
+
+def test_call_without_an_object_gets_pythons_own_answer() -> None:
+    make: Any = Thing.__init__
+    with pytest.raises(TypeError, match="missing 2 required positional arguments: 'self' and 'step'"):
+        make()

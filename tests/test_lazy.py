@@ -101,6 +101,7 @@ print([one.__name__ for one in found])
     ("statement", "message"),
     [
         ("aengine.Enginee", "AttributeError: aengine has no 'Enginee': Engine?"),
+        ("aengine.handers", "AttributeError: aengine has no 'handers': handlers?"),
         ("from aengine import Enginee", "ImportError: aengine has no 'Enginee': Engine?"),
         (
             "from aengine.handlers import ProgressBars",

@@ -14,6 +14,7 @@ from aengine.bus.subscriber import Subscriber
 from aengine.bus.topic import Topic
 from aengine.callables import name_of
 from aengine.events import Event, EventEnum, EventLike, Events, Selector, check_no_event, event_name, selectors
+from aengine.guesses import near_word
 from aengine.state import State, Stateful
 from aengine.statistics import ListenerInfo
 from aengine.threads.worker import close_unawaited
@@ -91,7 +92,8 @@ class EventEmitter:
 
         And with them the state, the last output and all that users have put there; a DataLoader ends its workers late.
         """
-        self.bus.close()
+        if "bus" in vars(self):  # else it is but half made, as a copy that could not be made
+            self.bus.close()
 
     def attach(self, runner: Runner | None) -> None:
         """A runner begins to advance a run; with None, no run is under way any more."""
@@ -109,9 +111,11 @@ class EventEmitter:
         chosen = selectors(event)
         for selector in chosen:
             if selector.name not in self.registered:
+                word = near_word(selector.name, self.registered)
+                near = f"{word}? Else " if word else ""
                 raise ValueError(
-                    f"engine {self.bus.name!r} has no event {selector.name!r}: register_events() makes one. It has"
-                    f" {', '.join(self.registered)}"
+                    f"engine {self.bus.name!r} has no event {selector.name!r}: {near}register_events() makes"
+                    f" one. It has {', '.join(self.registered)}"
                 )
         return chosen
 

@@ -56,6 +56,8 @@ class EarlyStopping:
         threshold_mode: Literal["abs", "rel"] = "abs",
         cumulative: bool = False,
     ) -> None:
+        if isinstance(threshold, bool) or not isinstance(threshold, int | float):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"threshold= is a number, 0 or more, got {threshold!r}")
         if not 0 <= threshold < math.inf:
             raise ValueError(f"threshold= is 0 or more, got {threshold!r}; mode= says in which direction")
         self._patience = check_whole(patience, "patience=", minimum=1, of="scores")

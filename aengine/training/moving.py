@@ -168,6 +168,9 @@ class _Wrapped:
     def __len__(self) -> int:
         return len(self.__wrapped__)
 
+    def __bool__(self) -> bool:
+        return bool(self.__wrapped__)  # not by the length, which the data may not have
+
     def __getattr__(self, name: str) -> Any:
         if name == "__wrapped__":  # missing while it is being copied: looking it up would come here again, for ever
             raise AttributeError(name)

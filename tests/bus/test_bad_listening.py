@@ -376,3 +376,9 @@ async def test_stream_is_read_inside_its_block() -> None:
     stream = Engine(double).stream(Events.STARTED)
     with refused(RuntimeError, "async with engine.stream(...)"):
         await anext(stream)
+
+
+def test_event_that_is_nearly_one_of_the_engines_is_answered_by_that() -> None:
+    engine: Any = Engine(lambda engine, batch: batch)
+    with pytest.raises(ValueError, match=r"has no event 'EPOCH_COMPLETE': EPOCH_COMPLETED\? Else register_events\(\)"):
+        engine.add_event_handler("EPOCH_COMPLETE", print)

@@ -188,6 +188,7 @@ def test_metric_that_is_not_there_is_named_with_those_that_are() -> None:
         ({"patience": 0}, ValueError, "patience= is a whole number of scores, 1 or more; got 0"),
         ({"threshold": -0.1}, ValueError, "threshold= is 0 or more, got -0.1"),
         ({"threshold": math.nan}, ValueError, "threshold= is 0 or more, got nan"),
+        ({"threshold": "0.1"}, TypeError, "threshold= is a number, 0 or more, got .0.1."),
         (
             {"mode": "maximum"},
             ValueError,

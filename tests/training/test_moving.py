@@ -617,3 +617,9 @@ async def test_losses_are_those_of_batches_that_the_step_moves() -> None:
         losses.append([one.item() for one in seen])
     assert losses[0] == losses[1]
     assert len(losses[0]) == 96
+
+
+def test_wrapped_data_is_as_true_as_the_data() -> None:
+    assert prefetch_to_device(iter(list[int]()), "cpu")
+    assert prefetch_to_device([1], "cpu")
+    assert not prefetch_to_device([], "cpu")

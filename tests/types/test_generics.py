@@ -1,5 +1,7 @@
 """Engine, State, Event and Stream are generic when they run, too, with parameters that may be left out."""
 
+import copy
+import pickle
 from typing import Any, TypeVar, get_args
 
 import pytest
@@ -46,6 +48,20 @@ def test_what_is_made_by_an_alias_is_what_the_class_makes() -> None:
         assert "__orig" not in repr(engine.state)
     data: Any = Data
     assert get_args(data[int])
+
+
+def test_event_travels_to_another_process() -> None:
+    """With what it says of its metrics, which it still keeps from being changed."""
+    engine: Engine[int, int] = Engine(lambda _, batch: batch)
+    seen: list[Event[int]] = []
+    engine.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: engine.state.metrics.update(loss=0.5))
+    engine.subscribe(Events.ITERATION_COMPLETED, seen.append)
+    engine.run_sync([1, 2])
+    for copied in (pickle.loads(pickle.dumps(seen[1])), copy.deepcopy(seen[1])):
+        assert type(copied) is Event
+        assert tuple(copied) == tuple(seen[1])
+        with pytest.raises(TypeError, match="does not support item assignment"):
+            copied.metrics["loss"] = 0.0  # type: ignore[index]  # that is refused
 
 
 async def test_an_event_is_a_tuple_that_is_equal_to_itself_alone() -> None:

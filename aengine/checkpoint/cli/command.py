@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from aengine.checkpoint.cli.listing import Condition, Entry, Page, entries, outlook, record
@@ -96,6 +97,8 @@ def add_checkpoints(nouns: "argparse._SubParsersAction[Parser]") -> None:  # pyr
 def _do(action: Callable[[Path, argparse.Namespace], int], options: argparse.Namespace) -> int:
     directory = Path(options.directory).absolute()
     try:
+        if not options.directory:  # as "$UNSET" is in a shell; it would be the current one
+            raise CheckpointNotFound("DIR is empty: give the directory of the checkpoints")
         if not directory.is_dir():
             raise CheckpointNotFound(f"there is no directory {directory}")
         if step_and_revision(directory.name) is not None or (directory / MANIFEST).exists():
@@ -112,9 +115,12 @@ def _do(action: Callable[[Path, argparse.Namespace], int], options: argparse.Nam
 
 
 def _step(text: str) -> int:
-    if not (text.isascii() and text.isdigit()):
-        raise argparse.ArgumentTypeError(f"a step is a whole number, not {text!r}")
-    return int(text)
+    try:
+        if text.isascii() and text.isdigit():  # int() takes more
+            return int(text)  # it refuses thousands of digits
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"a step is a whole number, not {shorten(text, 40)!r}")
 
 
 def _list(directory: Path, options: argparse.Namespace) -> int:

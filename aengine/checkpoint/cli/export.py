@@ -53,6 +53,8 @@ def export(store: Store, file: Path, *, step: int | None, part: str | None) -> E
     """
     if not file.absolute().parent.is_dir():
         raise CheckpointNotFound(f"{file} cannot be written: there is no directory {file.absolute().parent}")
+    if file.is_dir():
+        raise CheckpointNotFound(f"{file} is a directory: give the file to write, such as {file / 'model.safetensors'}")
     contents = Contents(TorchFile(), in_process=False)
     finder = Finder(store, partial(contents.read, live=_nothing_live), sets_aside=False)
     found = finder.find("latest" if step is None else step, required=True)
