@@ -417,6 +417,8 @@ class Saver(Service):
 
     def refuse_requests(self) -> None:
         """Refuse what was asked for, and what will be before another run begins: the Checkpoint leaves its engine."""
+        if self._requests.deferred:  # nothing waits for it, so it would be lost in silence
+            _logger.warning("the Checkpoint was closed or detached before a save that was asked for: there is none")
         self._requests.close("the Checkpoint was closed or detached before the save that was asked for")
 
     async def close(self) -> None:

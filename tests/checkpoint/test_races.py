@@ -123,6 +123,22 @@ async def test_a_request_to_a_checkpoint_that_is_closed_is_refused(tmp_path: Pat
             run.engine.resume()
 
 
+async def test_save_soon_that_is_overtaken_by_detaching_is_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with saving(tmp_path) as run:
+        handle = run.checkpoint.attach(run.engine)
+
+        def ask_and_leave() -> None:
+            run.checkpoint.save_soon()
+            handle.remove()
+
+        run.engine.add_event_handler(Events.ITERATION_COMPLETED(once=2), ask_and_leave)
+        await run.engine.run([1, 2, 3])
+        assert run.saved == []
+        assert "detached before a save that was asked for" in caplog.text
+
+
 async def test_the_body_of_an_iteration_is_advised_to_save_soon(tmp_path: Path) -> None:
     """The loop waits for it, as for an inline handler."""
     async with saving(tmp_path) as run:
