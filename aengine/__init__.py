@@ -3,17 +3,17 @@
 #   arguments    users' values, checked             drivers/     advancing the loop; its tasks
 #   callables    users' functions, checked, bound   engine       Engine: run, stop, resume, save
 #   extras       optional packages that are missing attachment   what an object has added to its engine
-#   keywords     wrong keywords, answered           checkpoint/  saving during training, and resuming exactly
-#   lazy         names that packages hand on          capture/     every part's state at one instant, copied
-#   type_variables  what the generic classes take     formats/     how it becomes files, and state again
-#   errors       the exception tree                   store/       the directory: commits, locks, retention
-#   state        what the loop knows                  cli/         python -m aengine
-#   events       names, filters, the Event record   handlers/    ready-made: limits, guards, progress, profiling
-#   statistics   where the time went                signals      stop_on_signals
-#   threads/     crossing threads                   plots/       pictures of a run
-#   bus/         listeners: inline, subscribers     training/    supervised steps, metrics, schedules, range test
-#   data/        any data as the next batch         loggers/     numbers of a run, written concurrently
-#                                                   interop/     pytorch-ignite's metrics and handlers
+#   command_line what all commands share            checkpoint/  saving during training, and resuming exactly
+#   keywords     wrong keywords, answered             capture/     every part's state at one instant, copied
+#   lazy         names that packages hand on          formats/     how it becomes files, and state again
+#   type_variables  what the generic classes take     store/       the directory: commits, locks, retention
+#   errors       the exception tree                   cli/         aengine checkpoints
+#   state        what the loop knows                handlers/    ready-made: limits, guards, progress, profiling
+#   events       names, filters, the Event record   signals      stop_on_signals
+#   statistics   where the time went                plots/       pictures of a run
+#   threads/     crossing threads                   training/    supervised steps, metrics, schedules, range test
+#   bus/         listeners: inline, subscribers     loggers/     numbers of a run, written concurrently
+#   data/        any data as the next batch         interop/     pytorch-ignite's metrics and handlers
 """The training-loop engine for async Python.
 
 from aengine import Engine, Events

@@ -134,7 +134,8 @@ class Engine(Generic[Batch, Output]):
     def __class_getitem__(cls, parameters: Any) -> Any:
         return with_defaults(cls, parameters)
 
-    # What looks into pytorch-ignite's engine finds the way here. Not by __getattr__: each access would be slower by it.
+    # What looks into pytorch-ignite's engine gets an error that says what to write. Not by __getattr__: each access
+    # would be slower by it.
     _allowed_events = InsideOfIgnite()
     _assert_allowed_event = InsideOfIgnite()
     _dataloader_iter = InsideOfIgnite()
@@ -332,7 +333,11 @@ class Engine(Generic[Batch, Output]):
 
     @explain_wrong_call
     def has_event_handler(self, handler: Callable[..., Any], event: EventLike | None = None) -> bool:
-        """Say whether an inline handler listens: to anything; to an event, or, filtered, with that very filter."""
+        """Say whether an inline handler listens: to anything; to an event, or, filtered, with that very filter.
+
+        Raises:
+            TypeError: this is no event.
+        """
         return self._emitter.has_inline(handler, event)
 
     @overload
@@ -474,7 +479,10 @@ class Engine(Generic[Batch, Output]):
             overflow: what happens when more come.
             snapshot: what travels in `event.snapshot`.
             wait_for_run: False has the stream be over at once where no run is under way, as the reader of an engine
-                that may be done wants it.
+                that may be done needs it.
+
+        Raises:
+            TypeError, ValueError: this is no event, or not one of this engine; or an argument is wrong.
         """
         bus, selected = self._emitter.bus, self._emitter.select(event)
         return Stream(bus, selected, None, buffer, overflow, snapshot, wait_for_run=wait_for_run)
@@ -513,7 +521,11 @@ class Engine(Generic[Batch, Output]):
         self._emitter.register(events, event_to_attr)
 
     def has_registered_events(self, event: EventLike) -> bool:
-        """Say whether all of these can be listened to here."""
+        """Say whether all of these can be listened to here.
+
+        Raises:
+            TypeError: this is no event.
+        """
         return self._emitter.has_registered(event)
 
     def fire_event(self, event: EventLike, payload: Any = None) -> None:
@@ -530,7 +542,7 @@ class Engine(Generic[Batch, Output]):
         Raises:
             RuntimeError: the event has an async inline handler, which cannot be awaited here; or an inbox is full, and
                 no run is under way in which it could be emptied.
-            ValueError: the event is not registered.
+            TypeError, ValueError: this is no event, or not a registered one.
         """
         self._emitter.fire(self, event, payload)
 
@@ -547,7 +559,7 @@ class Engine(Generic[Batch, Output]):
             payload: what it is about, as for `fire_event`.
 
         Raises:
-            ValueError: the event is not registered.
+            TypeError, ValueError: this is no event, or not a registered one.
         """
         return self._requests.fire(self._emitter.name_to_fire(event), payload)
 
@@ -563,7 +575,7 @@ class Engine(Generic[Batch, Output]):
 
         Raises:
             RuntimeError: an inbox is full, and no run is under way that could empty it.
-            ValueError: the event is not registered.
+            TypeError, ValueError: this is no event, or not a registered one.
         """
         await self._emitter.emit(self, event, payload)
 
@@ -720,7 +732,7 @@ class Engine(Generic[Batch, Output]):
 
 def session_of(engine: Engine[Any, Any]) -> Session:
     """Return what runs an engine, for what is built on engines inside this package."""
-    return engine._session  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]  # the one door, in this very module
+    return engine._session  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]  # the only access from outside, in this very module
 
 
 def stateful_listeners(engine: Engine[Any, Any]) -> list[Any]:

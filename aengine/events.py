@@ -34,7 +34,7 @@ class Filter:
     """Which firings of an event count. Answers "when next?", so that the loop compares two numbers, no more.
 
     The first count at which it fires is `next_due(count)`; with a `test` or an `interval` that only says when to
-    look, and `test` (the listener's clock, for an interval) has the last word.
+    look, and `test` (the listener's clock, for an interval) decides.
     """
 
     every: int | None = None
@@ -295,7 +295,7 @@ class Event(NamedTuple, Generic[Output, Snapshot]):
 
     def __repr__(self) -> str:
         return (
-            f"Event({self.name}, engine={self.engine_name!r}, sequence={self.sequence}, epoch={self.epoch},"
+            f"Event({self.name}, engine_name={self.engine_name!r}, sequence={self.sequence}, epoch={self.epoch},"
             f" iteration={self.iteration})"
         )
 

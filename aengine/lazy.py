@@ -34,7 +34,7 @@ def lazy_names(package: str, modules: Mapping[str, str]) -> tuple[Callable[[str]
             if _caller(2) == _IMPORT:
                 raise
             # hasattr() and what looks at all members (inspect, pydoc) expect this one.
-            raise AttributeError(f"{package}.{name} is not to be had: {error}") from error
+            raise AttributeError(f"{package}.{name} cannot be loaded: {error}") from error
         setattr(sys.modules[package], name, value)  # it is found without this function from now on
         return value
 
@@ -55,7 +55,7 @@ So an error that is to be read must be none that `hasattr()` catches.
 def _missing(package: str, name: str) -> Exception:
     """Return the error for a name that a package does not have; it says which one may be meant."""
     message = f"{package} has no {name!r}"
-    if name.startswith("_"):  # looked for by those who ask every module for it
+    if name.startswith("_"):  # some code asks every module for it
         return AttributeError(message)
     is_import = _caller(3) == _IMPORT
     if is_import and find_spec(f"{package}.{name}") is not None:

@@ -27,13 +27,13 @@ class stop_on_signals:  # noqa: N801 -- used as a function is, like contextlib.s
 
     The handlers that were there before come back at the end of the block. Around `run_sync()`, where no event loop
     runs, the second signal raises KeyboardInterrupt. A first signal while no engine runs, as when data is still being
-    loaded, acts as a second one: there is nothing to end cleanly; where a server hears of it, an engine that begins to
-    run after it is terminated. After a second one the code behind the block goes on:
-    look at `engine.state`, not at what `run()` would have returned. A third one leaves a step that never ends.
+    loaded, acts as a second one: there is nothing to end cleanly; where a server is notified of it, an engine that
+    begins to run after it is terminated. After a second one the code behind the block goes on: look at
+    `engine.state`, not at what `run()` would have returned. A third one leaves a step that never ends.
 
-    A server that handles the same signals hears of them, too, whether it has set its handlers before the block or
+    A server that handles the same signals is notified of them, too, whether it has set its handlers before the block or
     inside: when the runs, and so their streams, have ended, or at the third signal. On uvloop what
-    `loop.add_signal_handler()` was given hears of them at once.
+    `loop.add_signal_handler()` was given is notified at once.
 
     Args:
         engines: those to terminate.

@@ -21,7 +21,7 @@ from aengine.threads.worker import close_unawaited
 
 
 class RemovableEventHandle:
-    """What `add_event_handler`, `subscribe` and `add_service` return: removes again what they have added.
+    """What `add_event_handler`, `subscribe`, `add_service` and every `attach` return: removes what they have added.
 
     By call, or at the end of a `with`.
     """
@@ -30,7 +30,7 @@ class RemovableEventHandle:
         self._remove: Callable[[], object] | None = remove
 
     def remove(self) -> None:
-        """Remove the handler, from the next dispatch on. A second time does nothing."""
+        """Remove what was added; of handlers, from the next dispatch on. A second call does nothing."""
         remove, self._remove = self._remove, None
         if remove is not None:
             remove()

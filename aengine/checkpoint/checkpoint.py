@@ -148,7 +148,11 @@ class Checkpoint:
         self._store.pin(self._store.find(step))
 
     def unpin(self, step: int) -> None:
-        """Let `keep` decide over it again."""
+        """Let `keep` decide again whether the checkpoint of a step stays.
+
+        Raises:
+            CheckpointNotFound: there is none of this step.
+        """
         self._store.unpin(self._store.find(step))
 
     # Saving
@@ -189,7 +193,8 @@ class Checkpoint:
 
         Raises:
             CheckpointError: it failed. A run under way fails as well, unless `on_error="log"`.
-            RuntimeError: called in the step or in an inline handler, which the loop waits for; or not attached yet.
+            RuntimeError: called in the step or in an inline handler, which the loop waits for; or it is attached to no
+                engine, or to one that is gone.
         """
         return await self._saver.save(self._served())
 
@@ -197,7 +202,7 @@ class Checkpoint:
         """Have a run under way save before its next step. From anywhere, also in steps and handlers; never waits.
 
         Raises:
-            RuntimeError: no run is under way.
+            RuntimeError: no run is under way; or it is attached to no engine, or to one that is gone.
         """
         self._saver.save_soon(self._served())
 
@@ -331,7 +336,7 @@ class Checkpoint:
             CheckpointMismatch: it has other keys or shapes than the state here. No other is tried then.
             EngineBusy: the engine runs.
             TypeError, ValueError: an argument is wrong; "best" was asked for, and `keep` has no metric.
-            RuntimeError: it is attached to no engine.
+            RuntimeError: it is attached to no engine, or to one that is gone.
 
         Cancellable while it reads; nothing is changed then.
         """

@@ -1,4 +1,4 @@
-"""What users hand in as data, checked once, at the door: its kind, its length, its name."""
+"""What users hand in as data, checked once, when it is given: its kind, its length, its name."""
 
 import inspect
 import logging

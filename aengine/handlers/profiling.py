@@ -85,8 +85,8 @@ class Profiler:
         TypeError, ValueError: an argument is wrong.
 
     Torch has one profiler for a process. So the run fails, with a RuntimeError, where a window is to open and something
-    else is profiling, be it another engine or a torch.profiler of one's own; and, as the trace is lost, where one of
-    one's own was started while a window recorded. Started while it warms up, the process may crash.
+    else is profiling, another engine or a torch.profiler of one's own; and, as the trace is lost, where one of
+    one's own was started while a window recorded. If one is started while a window warms up, the process may crash.
     """
 
     def __init__(
@@ -227,7 +227,7 @@ class _Recorded(NamedTuple):
 
 
 class _Windows(NamedTuple):
-    """When windows open, and by which schedule: one that counts from the begin of the run, or of the window."""
+    """When windows open, and by which schedule: one that counts from the beginning of the run, or of the window."""
 
     event: EventLike
     schedule: Schedule

@@ -11,9 +11,9 @@ from aengine.statistics import EngineStatistics
 def format_statistics(statistics: EngineStatistics) -> str:
     """Return the statistics of a run, of one that is over or goes on, as lines of text.
 
-    First stands what the loop did, which adds up to the whole: "the rest" is the loop itself, and its wait for the
-    subscribers at the end of the run. Then the handlers of events that were fired: by a step or a handler, whose time
-    includes theirs, or beside the loop. Last the subscribers and streams, whose time is their own.
+    What the loop did comes first, and adds up to the whole: "the rest" is the loop itself, and its wait for the
+    subscribers at the end of the run. The handlers of events that were fired come next: by a step or a handler, whose
+    time includes theirs, or beside the loop. The subscribers and streams come last; their time is their own.
     """
     s = statistics
     title = f"{s.name}: {s.iteration} iterations, {s.epoch} epochs, {_seconds(s.total)}"

@@ -124,7 +124,7 @@ def plot_learning_curve(
 def plot_timeline(timeline: Timeline) -> Picture:
     """Draw where the time of a run went, over its course; of a run that is under way, up to now.
 
-    Drawn is what the loop did, as shares of each hundredth of the time. The legend has the shares of the whole run;
+    It draws what the loop did, as shares of each hundredth of the time. The legend has the shares of the whole run;
     what took no time is left out. "The rest" is the loop itself, and its wait for the subscribers at the end.
 
     Raises:

@@ -1,6 +1,6 @@
 """Parts: what a checkpoint is made of: the user's state, the engine, its metrics, and handlers that have state.
 
-What users hand in is turned, at the door, into a tree of what has `state_dict` and `load_state_dict`. It is read into
+What users hand in is turned at once into a tree of what has `state_dict` and `load_state_dict`. It is read into
 one tree of plain values and tensors, and loaded from one.
 """
 

@@ -57,7 +57,7 @@ class FileEntry:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointInfo:
-    """A committed checkpoint, as its manifest describes it. Whether its files are whole, `restore` and `verify` see.
+    """A committed checkpoint, as its manifest describes it. It does not say whether its files are whole: see `restore`.
 
     Attributes:
         step: iterations that were completed when it was taken.

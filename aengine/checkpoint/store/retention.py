@@ -38,6 +38,11 @@ class Keep:
     def __post_init__(self) -> None:
         check_whole(self.last, "last=", minimum=2, of="steps, since the newest may turn out to be damaged")
         check_whole(self.best, "best=", minimum=0)
+        if self.metric is not None and not isinstance(self.metric, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(
+                "metric= is the name of a metric in engine.state.metrics, since it is looked up in the checkpoints; got"
+                f" {self.metric!r}"
+            )
         if self.best and self.metric is None:
             raise ValueError(f'best={self.best} needs to know by what: add metric=, such as metric="accuracy"')
         check_choice(self.mode, "mode=", {"max": "more is better", "min": "less is better"})
