@@ -1,6 +1,6 @@
 """Random runs recorded by pytorch-ignite and by us, event by event.
 
-Where SEMANTICS differs on purpose the runs are not made; each such place says which row it is.
+Where our semantics differ on purpose the runs are not made; each such place says which row it is.
 """
 
 from collections.abc import Callable
