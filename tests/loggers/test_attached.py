@@ -2,7 +2,6 @@
 
 import gc
 import itertools
-import logging
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -13,6 +12,7 @@ import anyio
 import anyio.to_thread
 import pytest
 from support.record import Boom
+from support.sinks import Holding, warnings_of
 
 from aengine import Engine, Events, RemovableEventHandle, StopReason
 from aengine.loggers import Record, Tracker
@@ -56,27 +56,12 @@ class Async(Listening):
         super().close()
 
 
-class Held(Listening):
+class Held(Holding, Listening):
     """A sink whose calls wait for the test."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.is_busy = threading.Event()
-        self.go_on = threading.Event()
-
-    def write(self, records: Sequence[Record]) -> None:
-        self.is_busy.set()
-        self.go_on.wait()
-        super().write(records)
 
 
 def same(engine: AnyEngine, batch: int) -> int:
     return batch
-
-
-def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
-    logged = [record for record in caplog.records if record.name == "aengine.loggers"]
-    return [record.getMessage() for record in logged if record.levelno >= logging.WARNING]
 
 
 def account(tracker: Tracker) -> tuple[int, int, int, int]:

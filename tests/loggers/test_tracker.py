@@ -25,6 +25,7 @@ import anyio.to_thread
 import pytest
 import torch
 from support.record import Boom
+from support.sinks import Holding, warnings_of
 
 from aengine import DataExhausted, Engine, Events, HandlerTimeout, Service, StopReason, StrayCancellation
 from aengine.bus.inbox import Inbox
@@ -64,27 +65,12 @@ class Memory:
         return [record.step for record in self.records]
 
 
-class Held(Memory):
+class Held(Holding, Memory):
     """A sink that is as slow as it gets: its calls wait for the test."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.is_busy = threading.Event()
-        self.go_on = threading.Event()
-
-    def write(self, records: Sequence[Record]) -> None:
-        self.is_busy.set()
-        self.go_on.wait()
-        super().write(records)
 
 
 def tenfold(engine: AnyEngine, batch: int) -> int:
     return batch * 10
-
-
-def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
-    logged = [record for record in caplog.records if record.name == "aengine.loggers"]
-    return [record.getMessage() for record in logged if record.levelno >= logging.WARNING]
 
 
 def account(tracker: Tracker) -> tuple[int, int, int, int]:

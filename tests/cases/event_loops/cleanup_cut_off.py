@@ -5,14 +5,16 @@ from typing import Any
 
 from aengine import Engine
 
+begun = asyncio.Event()
 closed: list[int] = []
 
 
 async def step(engine: Engine | None, batch: int) -> None:
+    begun.set()
     try:
-        await asyncio.sleep(60)
+        await asyncio.Event().wait()
     finally:
-        await asyncio.sleep(0.01)  # await connection.close()
+        await asyncio.sleep(0)  # as  await connection.close()  gives way
         closed.append(batch)
 
 
@@ -25,8 +27,9 @@ async def main() -> None:
     runs: tuple[Any, ...] = (by_hand(), Engine(step).run(range(3)))
     for running in runs:
         closed.clear()
+        begun.clear()
         task = asyncio.create_task(running)
-        await asyncio.sleep(0.05)
+        await begun.wait()
         task.cancel()
         await asyncio.wait([task])
         assert task.cancelled()
